@@ -1,0 +1,1 @@
+"""Declarations of the encoder families that ship with cofiprune, one file each."""

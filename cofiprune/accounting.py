@@ -1,0 +1,127 @@
+"""Counting parameters and multiply-accumulates: exact for a plan, expected and differentiable for gates.
+
+Every parameter is a rectangle, so its size is its fixed part times the number of kept units of each
+of its sides, times the gate of its block. Summed over a model this is one polynomial in the group
+sizes: a coefficient per distinct set of groups. Exact counts evaluate it at whole numbers; expected
+counts at the sums of P(z > 0) (the gates are independent, and no side appears twice under one gate).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cofiprune.structure import Parameter, Structure
+
+Term = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost of a model as a polynomial in the sizes of its groups."""
+
+    groups: tuple[str, ...]
+    """Names of the variables, in the order of `Structure.groups`."""
+    terms: Mapping[Term, int]
+    """Coefficient by the sorted names of the groups multiplied."""
+
+    def exact(self, kept: Mapping[str, int]) -> int:
+        """Evaluate at whole numbers of kept units."""
+        total = 0
+        for names, coefficient in self.terms.items():
+            for name in names:
+                coefficient *= kept[name]
+            total += coefficient
+        return total
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        """Coefficients [terms] and group indices [terms, degree], padded with the index of a constant 1."""
+        position = {name: index for index, name in enumerate(self.groups)}
+        degree = max((len(names) for names in self.terms), default=0)
+        padding = len(self.groups)
+        indices = [
+            [*(position[name] for name in names), *[padding] * (degree - len(names))] for names in self.terms
+        ]
+        return torch.tensor(list(self.terms.values()), dtype=torch.float64), torch.tensor(indices)
+
+    def expected(self, sizes: Tensor) -> Tensor:
+        """Evaluate at expected sizes; differentiable.
+
+        :param sizes: [groups], the expected number of kept units of each group.
+        :return: a scalar of the same dtype.
+        """
+        coefficients, indices = self._on(sizes.device, sizes.dtype)
+        padded = torch.cat([sizes, sizes.new_ones(1)])
+        return torch.dot(coefficients, padded[indices].prod(dim=1))
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = (device, dtype)
+        cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = self.__dict__.setdefault("_cache", {})
+        if key not in cache:
+            coefficients, indices = self._tensors
+            cache[key] = (coefficients.to(device, dtype), indices.to(device))
+        return cache[key]
+
+
+def layer_parameters(structure: Structure) -> Cost:
+    """Parameters of the encoder's layers: weights, biases and norms. What `sparsity` divides by."""
+    return _parameters(structure, structure.in_layers)
+
+
+def model_parameters(structure: Structure) -> Cost:
+    """Every parameter of the model."""
+    return _parameters(structure, lambda parameter: True)
+
+
+def embedding_parameters(structure: Structure) -> Cost:
+    """Parameters of the embedding tables."""
+    tables = set(structure.embeddings)
+    return _parameters(structure, lambda parameter: parameter.name in tables)
+
+
+def layer_macs(structure: Structure, seq_len: int) -> Cost:
+    """Multiply-accumulates of the encoder's layers for one example of `seq_len` tokens."""
+    return _macs(structure, seq_len, structure.in_layers)
+
+
+def model_macs(structure: Structure, seq_len: int) -> Cost:
+    """Multiply-accumulates of the whole model for one example of `seq_len` tokens; lookups cost nothing."""
+    return _macs(structure, seq_len, lambda parameter: True)
+
+
+def sparsity(cost: Cost, structure: Structure, kept: Mapping[str, int]) -> float:
+    """Removed share of a cost, in [0, 1]."""
+    return 1 - cost.exact(kept) / cost.exact(structure.sizes)
+
+
+def _term(parameter: Parameter) -> Term:
+    names = [side.group for side in parameter.sides if side is not None]
+    return tuple(sorted([*names, *([parameter.gate] if parameter.gate else [])]))
+
+
+def _collect(structure: Structure, entries: Iterable[tuple[Term, int]]) -> Cost:
+    terms: defaultdict[Term, int] = defaultdict(int)
+    for names, coefficient in entries:
+        if coefficient:
+            terms[names] += coefficient
+    return Cost(tuple(structure), dict(terms))
+
+
+def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Cost:
+    return _collect(structure, ((_term(p), p.fixed) for p in structure.parameters if chosen(p)))
+
+
+def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Cost:
+    entries = [
+        (_term(p), p.fixed * (p.rows[0] * seq_len + p.rows[1])) for p in structure.parameters if chosen(p)
+    ]
+    for block in structure.blocks:
+        names = tuple(sorted(name for name in (block.gate, block.inner) if name))
+        entries.append((names, block.pairwise * seq_len**2 + block.per_token * seq_len))
+    return _collect(structure, entries)

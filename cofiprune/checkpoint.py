@@ -1,0 +1,79 @@
+"""Loading compacted models by plain `from_pretrained`.
+
+transformers lets a package change a model's skeleton before the weights are read by registering a
+quantisation method. The method `cofiprune` gives the skeleton, which is built on the meta device with
+the original sizes, the sizes recorded in the configuration, and then gets out of the way: what comes
+back is an ordinary model, which can be saved, trained and loaded again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cofiprune.adapter import adapter_for
+from cofiprune.compaction import reshape_skeleton
+from cofiprune.errors import CheckpointError
+from cofiprune.record import METHOD, recorded_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CompactedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types for it
+    """The record of a compacted model as transformers reads it from `config.json`."""
+
+    def __init__(self, **entries: Any) -> None:
+        entries.setdefault("quant_method", METHOD)
+        self.quant_method: str = entries["quant_method"]
+        self.entries = entries
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.entries)
+
+
+class CompactedLoader(HfQuantizer):  # type: ignore[misc]  # transformers ships no types for it
+    """Shapes the skeleton of a compacted model before its weights are loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.config.quantization_config = self.quantization_config.to_dict()
+        sizes = recorded_sizes(model.config)
+        if sizes is None:
+            raise CheckpointError("the configuration names the method 'cofiprune' but records no sizes")
+        structure = adapter_for(model).structure(model, dense=True)
+        reshape_skeleton(model, structure, sizes)
+        return model
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Leave an ordinary model behind: nothing about it is quantised."""
+        model.config.quantization_config = self.quantization_config.to_dict()
+        model.__dict__.pop("hf_quantizer", None)
+        model.__dict__.pop("quantization_method", None)
+        model.is_quantized = False
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(CompactedConfig)
+    register_quantizer(METHOD)(CompactedLoader)

@@ -1,0 +1,209 @@
+"""Physical slicing: a smaller model of the same class, with fractional masks folded into its weights.
+
+The new weights are cut first, parameter by parameter, and a deep copy of the model is then made
+*around* them, so that tied weights stay tied and the dense weights are never copied. The modules of
+a removed block are replaced by `Passthrough`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.errors import PlanError
+from cofiprune.masking import leave, masks_of
+from cofiprune.plan import Plan
+from cofiprune.record import record, recorded_sizes
+from cofiprune.structure import Block, Exit, Parameter, Side, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compact(model: PreTrainedModel, plan: Plan | None = None) -> PreTrainedModel:
+    """Return a smaller copy of a model in which what the plan removes is not there.
+
+    :param plan: what to keep; the masks attached to the model by default, everything without masks.
+    :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are
+        those of the masked model; `model` itself is left as it was.
+    :raises PlanError: when the plan belongs to another model.
+    """
+    structure = structure_of(model)
+    masks = masks_of(model)
+    if plan is None:
+        plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
+    plan.check(structure)
+    cut = {
+        spec.name: None if _is_gone(spec, plan.kept) else sliced(parameter.detach(), spec, plan)
+        for spec, parameter in _parameters(model, structure)
+    }
+    small = _copy_around(model, cut)
+    copied = masks_of(small)
+    if copied is not None:
+        copied.detach()
+    finish(small, structure, plan.kept)
+    return small
+
+
+def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
+    """Cut one parameter to its kept units and fold fractional masks into it; a new tensor.
+
+    :param weight: of shape `spec.shape`.
+    """
+    value = weight
+    for dim, side in enumerate(spec.sides):
+        if side is None:
+            continue
+        keep = plan.keep[side.group]
+        if len(keep) < side.units:
+            value = value.index_select(dim, positions(side, keep).to(value.device))
+        if side.role == "scale" and side.group in plan.scale:
+            factors = torch.tensor(plan.scale[side.group], dtype=torch.float64).repeat_interleave(side.block)
+            factors = factors.repeat(side.copies).view(-1, *[1] * (value.dim() - dim - 1))
+            value = (value.double() * factors.to(value.device)).to(weight.dtype)
+    if spec.gated and spec.gate in plan.scale:
+        value = (value.double() * plan.scale[spec.gate][0]).to(weight.dtype)
+    return value.clone() if value is weight else value.contiguous()
+
+
+def restore(model: PreTrainedModel, small: PreTrainedModel, plan: Plan) -> None:
+    """Write the weights of a compacted model back to their places in the full one; the inverse of slicing.
+
+    What the plan removed is left as it is. The masks of `model` must be the hard ones of the plan for the
+    two to compute the same afterwards, because the small model's weights carry any scales.
+    """
+    structure = structure_of(model)
+    plan.check(structure)
+    source = dict(small.named_parameters())
+    with torch.no_grad():
+        for spec, parameter in _parameters(model, structure):
+            if _is_gone(spec, plan.kept):
+                continue
+            index = [
+                torch.arange(length) if side is None else positions(side, plan.keep[side.group])
+                for side, length in zip(spec.sides, spec.shape, strict=True)
+            ]
+            grid = torch.meshgrid(*(row.to(parameter.device) for row in index), indexing="ij")
+            parameter[grid] = source[spec.name].to(parameter.device, parameter.dtype)
+
+
+def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
+    """Indices along a dimension of the elements of the kept units, [copies * kept * block]."""
+    layout = torch.arange(side.length).view(side.copies, side.units, side.block)
+    return layout[:, list(keep)].flatten()
+
+
+def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
+    """Give a model on the meta device the smaller shapes of a compacted one, in place.
+
+    :raises PlanError: when sizes are recorded that the structure does not have or exceed its own.
+    """
+    for name, size in kept.items():
+        if name not in structure or size > structure[name].size:
+            raise PlanError(f"recorded size {size} for group {name!r} does not fit this {structure.family} model")
+    new: dict[int, nn.Parameter] = {}
+    for spec, parameter in _parameters(model, structure):
+        shape = [
+            length if side is None else side.copies * kept[side.group] * side.block
+            for side, length in zip(spec.sides, spec.shape, strict=True)
+        ]
+        if shape != list(spec.shape) and not _is_gone(spec, kept):
+            empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+            new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and id(value) in new:
+                module._parameters[name] = new[id(value)]
+    finish(model, structure, kept)
+
+
+def finish(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
+    """Make the modules agree with their new parameters: removed blocks, size attributes, the record."""
+    for block in structure.blocks:
+        if not kept[block.gate]:
+            _remove_block(model, structure, block)
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        _follow_shape(module)
+    for attribute in structure.attributes:
+        if attribute.module in modules:
+            setattr(modules[attribute.module], attribute.name, kept[attribute.group] * attribute.per_unit)
+    if any(kept[name] != size for name, size in structure.sizes.items()):
+        sizes = {**(recorded_sizes(model.config) or {}), **kept}
+        model.config.quantization_config = record(sizes)
+
+
+class Passthrough(nn.Module):
+    """Stands where a removed block was and hands its input on.
+
+    A block that is gone leaves no shape behind by which a loader could notice it, and transformers would
+    quietly initialise its weights anew. So the stand-in for a block's exit keeps one element under the name
+    of a matrix that was there: without cofiprune that name has the wrong shape, and loading fails.
+    """
+
+    def __init__(self, exit: Exit, marker: str | None = None, like: Tensor | None = None) -> None:
+        super().__init__()
+        self.exit = exit
+        if marker is not None and like is not None:
+            *path, name = marker.split(".")
+            owner: nn.Module = self
+            for part in path:
+                owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_buffer(name, torch.zeros(1, dtype=like.dtype, device=like.device))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return leave(self.exit, args, kwargs)
+
+
+def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
+    prefix = f"{block.exit.module}."
+    for spec in structure.parameters:
+        if spec.gate == block.gate and spec.name.startswith(prefix) and len(spec.shape) > 1:
+            like = model.get_parameter(spec.name)
+            model.set_submodule(block.exit.module, Passthrough(block.exit, spec.name.removeprefix(prefix), like))
+            break
+    else:
+        model.set_submodule(block.exit.module, Passthrough(block.exit))
+    for path in block.skipped:
+        model.set_submodule(path, Passthrough(Exit(path)))
+
+
+def _follow_shape(module: nn.Module) -> None:
+    """Set the size attributes of torch's own modules from their weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.Conv1d):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+
+
+def _is_gone(spec: Parameter, kept: Mapping[str, int]) -> bool:
+    return spec.gate is not None and not kept[spec.gate]
+
+
+def _parameters(model: nn.Module, structure: Structure) -> list[tuple[Parameter, nn.Parameter]]:
+    return list(zip(structure.parameters, model.parameters(), strict=True))
+
+
+def _copy_around(model: PreTrainedModel, cut: Mapping[str, Tensor | None]) -> PreTrainedModel:
+    """Deep-copy a model with other parameters in the place of its own; None leaves one element."""
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        value = cut[name]
+        new = parameter.detach().new_zeros(1) if value is None else value
+        memo[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+

@@ -1,0 +1,64 @@
+"""The errors of the project: each says what was asked, what was found and what is possible."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CofipruneError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class StructureError(CofipruneError, ValueError):
+    """A model, unit kind or group that the structure does not have."""
+
+
+class AdapterError(CofipruneError, TypeError):
+    """No adapter for a model, or an adapter whose description does not fit the model."""
+
+
+class MaskError(CofipruneError, ValueError):
+    """A mask of the wrong length, or a value outside [0, 1]."""
+
+
+class PlanError(CofipruneError, ValueError):
+    """A plan that is malformed or belongs to another model."""
+
+
+class TargetError(CofipruneError, ValueError):
+    """A sparsity target that is not a fraction, or that the structure cannot reach."""
+
+
+class SettingsError(CofipruneError, ValueError):
+    """An unknown setting, or one with a value out of range."""
+
+
+class DataError(CofipruneError, ValueError):
+    """A data set that is empty, unlabelled where labels are needed, or out of the model's range."""
+
+
+class TeacherError(CofipruneError, ValueError):
+    """A teacher that cannot teach this student."""
+
+
+class CheckpointError(CofipruneError, ValueError):
+    """A checkpoint that is missing, damaged, of another run or of a newer version."""
+
+
+class TrainingError(CofipruneError, RuntimeError):
+    """Training that cannot go on, for example a loss that is not a number."""
+
+
+class LawError(CofipruneError, AssertionError):
+    """A law of the masks that does not hold for an adapter; names the parameter at fault."""
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest of `choices`, or "" when none is near.
+
+    >>> suggest("epoch", ["epochs", "seed"])
+    " Did you mean 'epochs'?"
+    """
+    near = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

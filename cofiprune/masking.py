@@ -1,0 +1,300 @@
+"""Running a stock model under masks, without touching its parameters.
+
+Masks multiply *weights* where they can: a block's last projection carries the masks of its inner
+units, of the hidden dimensions it writes and of its own gate, which costs a product of the size of
+the weight instead of the size of the activations. Embedding lookups are scaled at their output, norms
+take their statistics over the kept dimensions, and a removed block hands its input on. Each masked
+module gets an instance attribute `forward`; parameters, names and state dict stay as they are.
+
+Shapes: B batch, T tokens, H hidden, n kept hidden dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.errors import MaskError
+from cofiprune.masks import MaskRegistry
+from cofiprune.structure import Block, Exit, Norm, Parameter, Side, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTRIBUTE = "_cofiprune_masks"
+
+
+def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -> MaskRegistry:
+    """Attach masks of ones to a model; it then runs under whatever they are set to.
+
+    :param units: kinds of units to mask, any of "layer", "head", "intermediate", "hidden"; None for all.
+    :raises AdapterError: when the model's family has no adapter.
+    :raises StructureError: for a unit kind that the model cannot prune.
+    :raises MaskError: when masks are attached already.
+    """
+    if masks_of(model) is not None:
+        raise MaskError("masks are attached to this model already; call masks.detach() first")
+    structure = structure_of(model)
+    names = [group.name for group in structure.select(units)]
+    weight = next(model.parameters())
+    dtype = torch.promote_types(torch.float32, weight.dtype)
+    masks = MaskRegistry(structure, names, device=weight.device, dtype=dtype)
+    sites = list(_sites(model, structure, masks))
+    for site in sites:
+        site.install()
+    masks.on_detach.extend(site.remove for site in sites)
+    # Plain attribute of the instance: not a parameter, buffer or submodule, so nothing of it is saved.
+    model.__dict__[_ATTRIBUTE] = masks
+    masks.on_detach.insert(0, _Forget(model).forget)
+    return masks
+
+
+def masks_of(model: nn.Module) -> MaskRegistry | None:
+    """The masks attached to a model, or None."""
+    masks: MaskRegistry | None = model.__dict__.get(_ATTRIBUTE)
+    return masks
+
+
+class _Forget:
+    """Drops the registry from a model; an object, so that a deep copy forgets on the copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def forget(self) -> None:
+        self.model.__dict__.pop(_ATTRIBUTE, None)
+
+
+class _Site:
+    """A module whose forward runs under masks; `stock` is what it ran before."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry) -> None:
+        self.module = module
+        self.masks = masks
+        self.shadowed = False
+        self.stock: Callable[..., Any] = module.forward
+
+    def install(self) -> None:
+        self.shadowed = "forward" in self.module.__dict__
+        self.stock = self.module.forward
+        self.module.__dict__["forward"] = self.forward
+
+    def remove(self) -> None:
+        if self.shadowed:
+            self.module.__dict__["forward"] = self.stock
+        else:
+            self.module.__dict__.pop("forward", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Weights(_Site):
+    """A module whose parameters are multiplied by masks along their sides."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry, parameters: dict[str, Parameter]) -> None:
+        super().__init__(module, masks)
+        self.parameters = parameters
+
+    def masked(self) -> dict[str, Tensor]:
+        """Masked values of the parameters that any mask changes, by local name."""
+        found = {}
+        for name, spec in self.parameters.items():
+            value = self.module._parameters[name]
+            if value is None:
+                continue
+            new: Tensor = value
+            for dim, side in enumerate(spec.sides):
+                factor = self._factor(side, new)
+                if factor is not None:
+                    new = new * factor.view(-1, *[1] * (new.dim() - dim - 1))
+            gate = self.masks.read(spec.gate) if spec.gate and spec.gated else None
+            if gate is not None and not gate.ones:
+                new = new * gate.value.to(new.dtype)
+            if new is not value:
+                found[name] = new
+        return found
+
+    def _factor(self, side: Side | None, like: Tensor) -> Tensor | None:
+        reading = self.masks.read(side.group) if side is not None and side.role != "slice" else None
+        if side is None or reading is None or reading.ones:
+            return None
+        value = reading.value if side.role == "scale" else (reading.value > 0)
+        value = value.to(like.dtype)
+        if side.block > 1:
+            value = value.repeat_interleave(side.block)
+        return value.repeat(side.copies) if side.copies > 1 else value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = self.masked()
+        if not values:
+            return self.stock(*args, **kwargs)
+        if type(self.module) is nn.Linear and not self.shadowed:
+            bias = values.get("bias", self.module.bias)
+            return F.linear(args[0], values.get("weight", self.module.weight), bias)
+        with _swapped(self.module, values):
+            return self.stock(*args, **kwargs)
+
+
+class _Lookup(_Site):
+    """An embedding table: its output [B, T, H] is scaled, which is cheaper than scaling the table."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry, group: str) -> None:
+        super().__init__(module, masks)
+        self.group = group
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.stock(*args, **kwargs)
+        reading = self.masks.read(self.group)
+        return output if reading is None or reading.ones else output * reading.value.to(output.dtype)
+
+
+class _Norm(_Site):
+    """A norm over the hidden dimension: statistics over the kept dimensions, output scaled by the mask."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry, kind: str) -> None:
+        super().__init__(module, masks)
+        self.kind = kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.masks.read("hidden")
+        if hidden is None or hidden.ones:
+            return self.stock(*args, **kwargs)
+        if hidden.bound:
+            return self._weighted(args[0], hidden.value)
+        return self._gathered(args[0], hidden.value, hidden.index)
+
+    def _gathered(self, states: Tensor, mask: Tensor, index: Tensor | None) -> Tensor:
+        """The stock norm on the kept columns, exactly as the compacted model will run it."""
+        small = copy.copy(self.module)
+        small.__dict__ = {name: value for name, value in self.module.__dict__.items() if name != "forward"}
+        kept = slice(None) if index is None else index
+        small._parameters = {
+            name: None if value is None else value[kept] * mask[kept].to(value.dtype)
+            for name, value in self.module._parameters.items()
+        }
+        if hasattr(small, "normalized_shape"):
+            small.__dict__["normalized_shape"] = (len(mask[kept]),)
+        output: Tensor = type(small).forward(small, states[..., kept])
+        if index is None:
+            return output
+        return output.new_zeros(*states.shape[:-1], len(mask)).index_copy(-1, index, output)
+
+    def _weighted(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The same, differentiable in the mask and without looking at its pattern on the host."""
+        wide = states.to(torch.promote_types(torch.float32, states.dtype))
+        share = (mask > 0).to(wide.dtype)
+        share = share / share.sum()
+        if self.kind == "layer":
+            wide = wide - (wide @ share).unsqueeze(-1)
+        epsilon = next(getattr(self.module, name) for name in _EPSILONS if hasattr(self.module, name))
+        output = wide * torch.rsqrt((wide * wide) @ share + epsilon).unsqueeze(-1)
+        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        output = output * (mask if weight is None else weight * mask).to(wide.dtype)
+        if bias is not None:
+            output = output + (bias * mask).to(wide.dtype)
+        return output if weight is None else output.to(weight.dtype)
+
+
+_EPSILONS = ("eps", "variance_epsilon", "epsilon")
+
+
+class _Exit(_Site):
+    """Where a block's output leaves it: its input instead, when the block is gone."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry, gate: str, exit: Exit) -> None:
+        super().__init__(module, masks)
+        self.gate = gate
+        self.exit = exit
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        alive = self.masks.alive(self.gate)
+        if alive is True:
+            return self.stock(*args, **kwargs)
+        if alive is False:
+            return leave(self.exit, args, kwargs)
+        output = self.stock(*args, **kwargs)
+        if not self.exit.residual:
+            return output  # the gate in its last projection has zeroed it already
+        entry = entry_of(self.exit, args, kwargs)
+        if isinstance(output, tuple):
+            return (torch.where(alive, output[0], entry), *output[1:])
+        return torch.where(alive, output, entry)
+
+
+class _Skip(_Site):
+    """A module inside a block that is not run when the block is gone."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry, gate: str) -> None:
+        super().__init__(module, masks)
+        self.gate = gate
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if self.masks.alive(self.gate) is False else self.stock(*args, **kwargs)
+
+
+def entry_of(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The block's input among the arguments of its exit module."""
+    if exit.keyword is not None and exit.keyword in kwargs:
+        return kwargs[exit.keyword]
+    return args[exit.argument]
+
+
+def leave(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a removed block's exit returns."""
+    entry = entry_of(exit, args, kwargs)
+    value = entry if exit.residual else torch.zeros_like(entry)
+    return value if exit.outputs == 1 else (value, *[None] * (exit.outputs - 1))
+
+
+@contextmanager
+def _swapped(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    stock = module._parameters
+    module._parameters = {**stock, **values}  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._parameters = stock
+
+
+def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Iterator[_Site]:
+    modules = dict(model.named_modules())
+    norms = {norm.module: norm for norm in structure.norms}
+    owned: defaultdict[str, dict[str, Parameter]] = defaultdict(dict)
+    for spec in structure.parameters:
+        if spec.gated or any(side is not None and side.role != "slice" for side in spec.sides):
+            path, _, name = spec.name.rpartition(".")
+            owned[path][name] = spec
+    for path, parameters in owned.items():
+        if path not in norms:
+            yield _weights(modules[path], masks, parameters)
+    for norm in structure.norms:
+        yield _norm(modules[norm.module], masks, norm)
+    for block in structure.blocks:
+        yield from _block_sites(modules, masks, block)
+
+
+def _weights(module: nn.Module, masks: MaskRegistry, parameters: dict[str, Parameter]) -> _Site:
+    if isinstance(module, nn.Embedding):
+        side = parameters["weight"].sides[1]
+        if side is not None and side.role == "scale":
+            return _Lookup(module, masks, side.group)
+    return _Weights(module, masks, parameters)
+
+
+def _norm(module: nn.Module, masks: MaskRegistry, norm: Norm) -> _Site:
+    return _Norm(module, masks, norm.kind)
+
+
+def _block_sites(modules: dict[str, nn.Module], masks: MaskRegistry, block: Block) -> Iterator[_Site]:
+    for path in block.skipped:
+        yield _Skip(modules[path], masks, block.gate)
+    yield _Exit(modules[block.exit.module], masks, block.gate, block.exit)

@@ -1,0 +1,191 @@
+"""Masks over the groups of a model: a mapping from group name to a 1-D tensor.
+
+A registry is in one of two states. *Set*: the values are what somebody assigned, their zero pattern
+is known, and what is removed is not computed. *Bound*: for one training step the values are a
+differentiable sample of the gates, and nothing depends on their pattern on the host, so that no
+device has to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cofiprune import accounting
+from cofiprune.errors import MaskError, StructureError
+from cofiprune.plan import Plan
+from cofiprune.structure import Block, Structure
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A mask as the masked modules see it."""
+
+    value: Tensor
+    """[units]"""
+    ones: bool
+    """Every value is 1. Always False while bound."""
+    index: Tensor | None
+    """Indices of the kept units when some are removed; None when all are kept, or while bound."""
+    empty: bool
+    """Every value is 0. Always False while bound."""
+    bound: bool
+
+
+class MaskRegistry(MutableMapping[str, Tensor]):
+    """The masks attached to a model; a mapping from group name to a tensor [units] with values in [0, 1].
+
+    Also a context manager that detaches on leaving.
+    """
+
+    def __init__(
+        self, structure: Structure, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.structure = structure
+        self._values = {name: torch.ones(structure[name].size, device=device, dtype=dtype) for name in names}
+        self._readings: dict[str, tuple[int, Reading]] = {}
+        self._bound: dict[str, Reading] | None = None
+        self._alive: dict[str, Tensor] = {}
+        self._blocks = {block.gate: block for block in structure.blocks}
+        self.on_detach: list[Callable[[], None]] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._known(name)
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: Tensor | Sequence[float]) -> None:
+        self._known(name)
+        target = self._values[name]
+        try:
+            row = torch.as_tensor(value, dtype=target.dtype).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MaskError(f"mask {name!r} takes {len(target)} numbers in [0, 1], not {value!r}") from error
+        if row.shape != target.shape:
+            raise MaskError(f"mask {name!r} takes {len(target)} values, one per unit; got shape {tuple(row.shape)}")
+        _check_values(name, row)
+        with torch.no_grad():
+            target.copy_(row)
+
+    def __delitem__(self, name: str) -> None:
+        raise MaskError("a mask cannot be deleted; set it to ones, or detach the registry")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        lines = [f"MaskRegistry of a {self.structure.family} model, sparsity {self.sparsity():.4f}"]
+        for name, value in self._values.items():
+            lines.append(f"  {name:<24} {int((value > 0).sum())} of {len(value)} kept")
+        return "\n".join(lines)
+
+    def _known(self, name: str) -> None:
+        if name not in self._values:
+            group = self.structure[name]
+            raise StructureError(f"no mask is attached for {name!r}; attach with units that include {group.unit!r}")
+
+    def set_plan(self, plan: Plan) -> None:
+        """Set every attached mask to what a plan keeps.
+
+        :raises PlanError: when the plan is for another model.
+        :raises StructureError: when it removes units whose masks are not attached.
+        """
+        plan.check(self.structure)
+        for name in plan.keep:
+            if name in self._values:
+                self[name] = plan.values(name)
+        if Plan.from_masks(self).keep != dict(plan.keep):
+            raise StructureError("the plan removes units of a kind whose masks are not attached; attach all units")
+
+    def plan(self) -> Plan:
+        """The plan that these masks stand for."""
+        return Plan.from_masks(self)
+
+    def sparsity(self) -> float:
+        """Removed share of the parameters of the encoder's layers: exactly what `compact` would remove."""
+        cost = accounting.layer_parameters(self.structure)
+        return accounting.sparsity(cost, self.structure, self.plan().kept)
+
+    def model_sparsity(self) -> float:
+        """Removed share of every parameter of the model."""
+        cost = accounting.model_parameters(self.structure)
+        return accounting.sparsity(cost, self.structure, self.plan().kept)
+
+    def detach(self) -> None:
+        """Take the masks off: the stock model again. Calling it twice does nothing more."""
+        while self.on_detach:
+            self.on_detach.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def bind(self, values: Mapping[str, Tensor]) -> None:
+        """Run under differentiable values until `unbind`; groups that are not named keep their set values.
+
+        :param values: by group name, tensors [units] with values in [0, 1], on the model's device.
+        """
+        self._bound = {name: Reading(value, False, None, False, True) for name, value in values.items()}
+        self._alive = {gate: self._bound_alive(block) for gate, block in self._blocks.items()}
+
+    def unbind(self) -> None:
+        """Run under the set values again."""
+        self._bound = None
+        self._alive = {}
+
+    def read(self, name: str) -> Reading | None:
+        """The current reading of a group; None when it has no mask."""
+        if self._bound is not None and name in self._bound:
+            return self._bound[name]
+        value = self._values.get(name)
+        if value is None:
+            return None
+        version, reading = self._readings.get(name, (-1, None))
+        if reading is None or version != value._version:
+            reading = self._measure(name, value)
+            self._readings[name] = (value._version, reading)
+        return reading
+
+    def alive(self, gate: str) -> bool | Tensor:
+        """Whether a block is there: a bool for set values, a scalar bool tensor while bound."""
+        if self._bound is not None and gate in self._alive:
+            return self._alive[gate]
+        block = self._blocks[gate]
+        readings = (self.read(name) for name in (block.gate, block.inner) if name is not None)
+        return not any(reading is not None and reading.empty for reading in readings)
+
+    def _bound_alive(self, block: Block) -> Tensor:
+        parts = []
+        for name in (block.gate, block.inner):
+            reading = self.read(name) if name is not None else None
+            if reading is not None:
+                parts.append((reading.value > 0).any())
+        return torch.stack(parts).all() if parts else torch.tensor(True)
+
+    @staticmethod
+    def _measure(name: str, value: Tensor) -> Reading:
+        row = value.detach().cpu()
+        _check_values(name, row)
+        kept = row > 0
+        index = None if bool(kept.all()) else kept.nonzero().flatten().to(value.device)
+        return Reading(value, bool((row == 1).all()), index, not bool(kept.any()), False)
+
+
+def _check_values(name: str, row: Tensor) -> None:
+    if not bool(torch.isfinite(row).all()):
+        raise MaskError(f"mask {name!r} has values that are not numbers: {row.tolist()}")
+    if bool(((row < 0) | (row > 1)).any()):
+        raise MaskError(f"mask {name!r} must lie in [0, 1]; found {float(row.min()):g} to {float(row.max()):g}")
+    if name == "hidden" and not bool((row > 0).any()):
+        raise MaskError("mask 'hidden' would remove every hidden dimension; at least one must stay")

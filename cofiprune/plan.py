@@ -1,0 +1,147 @@
+"""A plan: which units of a model stay, frozen, printable and serialisable.
+
+Gates and masks are how a decision is reached; a plan is the decision. It is complete before anything
+is cut (`compact` only carries it out), and canonical: a block whose gate is shut, or all of whose
+inner units are gone, is gone with its gate and its units.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from cofiprune.errors import PlanError
+from cofiprune.structure import Structure
+
+if TYPE_CHECKING:
+    from cofiprune.masks import MaskRegistry
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept indices of every group of a model."""
+
+    family: str
+    """The `model_type` it was made for."""
+    sizes: Mapping[str, int]
+    """Units of every group before the plan is carried out."""
+    keep: Mapping[str, tuple[int, ...]]
+    """Kept indices of every group, ascending; empty for a removed block and its units."""
+    scale: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Factors in (0, 1] of the kept units, for the groups where one is not 1; folded into the weights."""
+
+    @classmethod
+    def from_masks(cls, masks: MaskRegistry) -> Self:
+        """Read the plan off masks attached to a model: a mask of 0 removes, a fractional one scales.
+
+        :raises PlanError: when every hidden dimension is masked.
+        """
+        return cls.from_values(masks.structure, {name: masks[name] for name in masks})
+
+    @classmethod
+    def from_values(cls, structure: Structure, values: Mapping[str, Tensor]) -> Self:
+        """Make a plan from one value in [0, 1] per unit; groups that are not named stay whole.
+
+        :param values: by group name, tensors [units].
+        """
+        rows = {name: value.detach().double().cpu().tolist() for name, value in values.items()}
+        keep: dict[str, tuple[int, ...]] = {}
+        scale: dict[str, tuple[float, ...]] = {}
+        for name, group in structure.items():
+            row = rows.get(name, [1.0] * group.size)
+            keep[name] = tuple(index for index, value in enumerate(row) if value > 0)
+            factors = tuple(row[index] for index in keep[name])
+            if any(factor != 1 for factor in factors):
+                scale[name] = factors
+        for block in structure.blocks:
+            if not keep[block.gate] or (block.inner is not None and not keep[block.inner]):
+                for name in (block.gate, block.inner):
+                    if name is not None:
+                        keep[name] = ()
+                        scale.pop(name, None)
+        if "hidden" in keep and not keep["hidden"]:
+            raise PlanError("every hidden dimension is masked; at least one must stay")
+        return cls(structure.family, dict(structure.sizes), keep, scale)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Number of kept units of every group."""
+        return {name: len(indices) for name, indices in self.keep.items()}
+
+    def values(self, name: str) -> list[float]:
+        """The mask of a group: a value in [0, 1] for each of its units."""
+        row = [0.0] * self.sizes[name]
+        factors = self.scale.get(name, (1.0,) * len(self.keep[name]))
+        for index, factor in zip(self.keep[name], factors, strict=True):
+            row[index] = factor
+        return row
+
+    def check(self, structure: Structure) -> None:
+        """Make sure that the plan belongs to a model of this structure.
+
+        :raises PlanError: naming the first difference.
+        """
+        if self.family != structure.family:
+            raise PlanError(f"this plan is for a {self.family!r} model, the model is {structure.family!r}")
+        for name, size in structure.sizes.items():
+            if name not in self.sizes:
+                raise PlanError(f"the plan has no group {name!r}, which the model has; it was made for another model")
+            if self.sizes[name] != size:
+                raise PlanError(f"group {name!r} has {self.sizes[name]} units in the plan and {size} in the model")
+        extra = [name for name in self.sizes if name not in structure]
+        if extra:
+            raise PlanError(f"the plan names the group {extra[0]!r}, which the model does not have")
+        for name, indices in self.keep.items():
+            if list(indices) != sorted(set(indices)) or any(not 0 <= index < self.sizes[name] for index in indices):
+                raise PlanError(f"kept indices of {name!r} must ascend within 0..{self.sizes[name] - 1}: {indices}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        payload = {
+            "format_version": _FORMAT_VERSION,
+            "family": self.family,
+            "sizes": dict(self.sizes),
+            "keep": {name: list(indices) for name, indices in self.keep.items()},
+            "scale": {name: list(factors) for name, factors in self.scale.items()},
+        }
+        Path(path).write_text(json.dumps(payload), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan written by `save`.
+
+        :raises PlanError: when the file is missing, is not a plan, or comes from a newer version.
+        """
+        try:
+            payload: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = payload["format_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path} is not a readable plan: {error!r}") from error
+        if version > _FORMAT_VERSION:
+            raise PlanError(f"{path} is a plan in format {version}; this version reads formats up to {_FORMAT_VERSION}")
+        try:
+            return cls(
+                payload["family"],
+                payload["sizes"],
+                {name: tuple(indices) for name, indices in payload["keep"].items()},
+                {name: tuple(factors) for name, factors in payload["scale"].items()},
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise PlanError(f"{path} lacks a part of a plan: {error!r}") from error
+
+    def __str__(self) -> str:
+        lines = [f"Plan for a {self.family} model"]
+        if "hidden" in self.sizes:
+            lines.append(f"  hidden        {len(self.keep['hidden'])} of {self.sizes['hidden']}")
+        inner = [name for name in self.sizes if name.endswith((".heads", ".intermediate"))]
+        for name in inner:
+            kept = len(self.keep[name])
+            lines.append(f"  {name:<24} {kept or 'block removed':>5} {'of ' + str(self.sizes[name]) if kept else ''}")
+        return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,80 @@
+"""What a compacted model's `config.json` says about its sizes.
+
+The configuration keeps the sizes of the model it came from, because the modelling code derives the
+head dimension from them; the sizes that are really there are recorded beside them, one number per
+group, under `quantization_config` (the one door through which `from_pretrained` lets a package
+change a model's skeleton before its weights are read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cofiprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+METHOD = "cofiprune"
+FORMAT_VERSION = 1
+_PER_LAYER = ("attention", "heads", "ffn", "intermediate")
+
+
+def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Fold group sizes into one entry per kind, a list over the layers for kinds that have them.
+
+    >>> sizes_to_record({"hidden": 5, "layers.0.heads": 2, "layers.1.heads": 0})
+    {'hidden': 5, 'heads': [2, 0]}
+    """
+    record: dict[str, Any] = {}
+    for name, size in sizes.items():
+        layer, kind = _split(name)
+        if layer is None:
+            record[kind] = size
+        else:
+            record.setdefault(kind, []).append(size)
+    return record
+
+
+def record_to_sizes(record: Mapping[str, Any]) -> dict[str, int]:
+    """Unfold a record into group sizes; the inverse of `sizes_to_record`."""
+    sizes: dict[str, int] = {}
+    for kind, value in record.items():
+        if isinstance(value, int):
+            sizes[kind] = value
+        else:
+            sizes.update({f"layers.{layer}.{kind}": int(size) for layer, size in enumerate(value)})
+    return sizes
+
+
+def record(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the entry that a compacted model's configuration carries as `quantization_config`."""
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sizes": sizes_to_record(sizes)}
+
+
+def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
+    """Return the group sizes recorded in a configuration, or None for a model that is not compacted.
+
+    :raises CheckpointError: when the record was written by a newer version of this package.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    entries = stored if isinstance(stored, Mapping) else stored.to_dict()
+    if entries.get("quant_method") != METHOD:
+        return None
+    version = entries.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"this model was compacted in format {version!r}; this version of cofiprune reads formats up to "
+            f"{FORMAT_VERSION}. Upgrade cofiprune to load it."
+        )
+    return record_to_sizes(entries["sizes"])
+
+
+def _split(name: str) -> tuple[int | None, str]:
+    if "." not in name:
+        return None, name
+    _, layer, kind = name.split(".")
+    return int(layer), kind

@@ -1,0 +1,230 @@
+"""Where the prunable units of a model live: pure data, no tensors.
+
+Every prunable side of a parameter factorises as (copies, units, block), row-major: a head is
+`block = head_dim` rows of the query projection, a fused q/k/v has `copies = 3`, a hidden dimension
+has `block = 1`. A parameter is a rectangle of such sides, and a block of the encoder (attention or
+feed-forward) is a gate over the parameters it owns. Masks, gates, slicing and counting all read
+this one table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from cofiprune.errors import StructureError, suggest
+
+Kind = Literal["hidden", "attention", "heads", "ffn", "intermediate"]
+Role = Literal["slice", "zero", "scale"]
+UnitKind = Literal["layer", "head", "intermediate", "hidden"]
+
+UNIT_KINDS: tuple[UnitKind, ...] = ("layer", "head", "intermediate", "hidden")
+_KIND_OF_UNIT: Mapping[Kind, UnitKind] = {
+    "hidden": "hidden",
+    "attention": "layer",
+    "heads": "head",
+    "ffn": "layer",
+    "intermediate": "intermediate",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A set of units of one kind that are kept or removed one by one."""
+
+    name: str
+    """`hidden`, or `layers.{i}.` followed by the kind."""
+    size: int
+    """Number of units, at least 1."""
+    kind: Kind
+    layer: int | None = None
+    """Index of the encoder layer from 0; None for `hidden`."""
+
+    @property
+    def unit(self) -> UnitKind:
+        """The word that selects this group in a `units=` argument."""
+        return _KIND_OF_UNIT[self.kind]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One dimension of a parameter, laid out as (copies, units, block) in row-major order."""
+
+    group: str
+    units: int
+    copies: int = 1
+    block: int = 1
+    role: Role = "slice"
+    """What a mask does to the parameter along this side before anything is sliced: `slice` nothing,
+    `zero` zeroes the units whose mask is 0, `scale` multiplies by the mask."""
+
+    @property
+    def length(self) -> int:
+        """Length of the dimension."""
+        return self.copies * self.units * self.block
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as a rectangle of sides, owned by at most one block."""
+
+    name: str
+    """Name as in `model.named_parameters()`."""
+    shape: tuple[int, ...]
+    sides: tuple[Side | None, ...]
+    """One entry per dimension; None where nothing can be pruned along it."""
+    gate: str | None = None
+    """The block group that this parameter goes with when the block is removed."""
+    gated: bool = False
+    """True when a fractional block gate multiplies this parameter (the block's last projection)."""
+    rows: tuple[int, int] = (0, 0)
+    """(a, b): as a matrix it is applied to a * sequence_length + b rows per example; (0, 0) for none."""
+
+    @property
+    def fixed(self) -> int:
+        """Number of elements per kept unit of every prunable side."""
+        return math.prod(
+            length if side is None else side.copies * side.block
+            for length, side in zip(self.shape, self.sides, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the hidden dimension: under masks its statistics are those of the kept ones."""
+
+    module: str
+    kind: Literal["layer", "rms"] = "layer"
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The module whose output is a block's output; a removed block returns its input there."""
+
+    module: str
+    argument: int = 0
+    """Position of the block's input among the module's positional arguments."""
+    keyword: str | None = None
+    """Its name, when the caller passes it by name."""
+    outputs: int = 1
+    """1: the module returns a tensor; n > 1: a tuple of n, the tensor first and None after it."""
+    residual: bool = True
+    """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so
+    that a removed block gives zeros."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An attention or feed-forward block: a gate over its inner units."""
+
+    gate: str
+    inner: str | None
+    exit: Exit
+    skipped: tuple[str, ...] = ()
+    """Modules inside the block that hand their first argument on when the block is gone."""
+    pairwise: int = 0
+    """Multiply-accumulates per inner unit and pair of tokens, beyond the parameters' own."""
+    per_token: int = 0
+    """Multiply-accumulates per inner unit and token, beyond the parameters' own."""
+
+
+@dataclass(frozen=True)
+class SizeAttribute:
+    """An integer attribute of a module that follows the size of a group: `units kept * per_unit`."""
+
+    module: str
+    name: str
+    group: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Structure(Mapping[str, Group]):
+    """The prunable structure of one model: a mapping from group name to `Group`, in canonical order.
+
+    The groups come in the order hidden, then for each layer attention, heads, ffn, intermediate.
+    """
+
+    family: str
+    """The `model_type` of the configuration."""
+    groups: tuple[Group, ...]
+    parameters: tuple[Parameter, ...]
+    """Every parameter of the model, in the order of `named_parameters()`."""
+    norms: tuple[Norm, ...]
+    blocks: tuple[Block, ...]
+    attributes: tuple[SizeAttribute, ...]
+    layers: tuple[str, ...]
+    """Module paths of the encoder's layers: what `sparsity` counts."""
+    embeddings: tuple[str, ...] = ()
+    """Names of the parameters of the embedding tables."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Unit kinds that this model cannot prune, with the reason."""
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    def __getitem__(self, name: str) -> Group:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise StructureError(self._missing(name)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __hash__(self) -> int:
+        return hash((self.family, self.groups, self.parameters))
+
+    def _missing(self, name: str) -> str:
+        kind = name.rpartition(".")[2]
+        reason = self.refused.get(_KIND_OF_UNIT.get(kind, kind))  # type: ignore[call-overload]
+        if reason:
+            return f"{self.family} has no group {name!r}: {reason}"
+        near = suggest(name, self._by_name)
+        shown = ", ".join(list(self._by_name)[:6])
+        return f"no group {name!r} in this {self.family} model.{near} Its {len(self)} groups start with {shown}."
+
+    def select(self, units: str | tuple[str, ...] | list[str] | None = None) -> tuple[Group, ...]:
+        """Return the groups of the unit kinds named.
+
+        :param units: any of "layer", "head", "intermediate", "hidden"; None for all that the model has.
+        :raises StructureError: for an unknown kind, an empty choice, or a kind that this model cannot prune.
+        """
+        if units is None:
+            return self.groups
+        chosen = (units,) if isinstance(units, str) else tuple(units)
+        if not chosen:
+            raise StructureError(f"units is empty; choose among {', '.join(UNIT_KINDS)}")
+        present = {group.unit for group in self.groups}
+        for unit in chosen:
+            if unit not in UNIT_KINDS:
+                raise StructureError(
+                    f"unknown unit kind {unit!r}; choose among {', '.join(UNIT_KINDS)}.{suggest(str(unit), UNIT_KINDS)}"
+                )
+            if unit not in present:
+                reason = self.refused.get(unit, "no such units are left in it")
+                raise StructureError(f"this {self.family} model cannot prune {unit!r} units: {reason}")
+        return tuple(group for group in self.groups if group.unit in chosen)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Number of units of every group."""
+        return {group.name: group.size for group in self.groups}
+
+    def in_layers(self, parameter: Parameter) -> bool:
+        """Whether a parameter belongs to the encoder's layers, the denominator of `sparsity`."""
+        return parameter.name.startswith(self._layer_prefixes)
+
+    @cached_property
+    def _layer_prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{path}." for path in self.layers)
