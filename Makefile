@@ -1,0 +1,57 @@
+# Python 3.11 or newer and make are all that a machine needs: each target builds the environment it runs in.
+#
+#   make demo ARGS="--tiny"                a target's program takes ARGS
+#   make test PYTHON=/opt/python3.12/bin/python3
+#   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"      a build of torch without CUDA
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+ARGS ?=
+
+# The first interpreter on the path that is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
+	@echo "make test    the default test run"
+	@echo "make check   ruff, mypy and import-linter"
+	@echo "make bench   the benchmarks (on a quiet machine)"
+	@echo "make clean   remove the environment, caches and build output"
+
+# torch goes first and alone: where pip is configured with a local folder of wheels, the build found there is the one
+# that everything else is then resolved against.
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Setting up $(VENV); the first time this takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(TORCH_ARGS)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,examples]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# One thread per worker, and none that spins while it waits: two workers then share two cores without fighting.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --timeout=600 $(ARGS)
+
+# import-linter's cache goes by modification times and can miss a change within the same second; it saves nothing here.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest tests/bench -m bench -s $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
