@@ -32,10 +32,10 @@ def target_at(step: int, *, target: float, warmup_steps: int, start: float = 0.0
         raise TargetError(f"a sparsity lies between 0 and 1; asked for a ramp from {start} to {target}")
     if warmup_steps < 0:
         raise SettingsError(f"warmup_steps is {warmup_steps}; it must be at least 0")
+    if step < start_step:
+        return start
     done = step - start_step
-    if done >= warmup_steps:
-        return target if done >= 0 else start
-    return start + (target - start) * max(done, 0) / warmup_steps
+    return target if done >= warmup_steps else start + (target - start) * done / warmup_steps
 
 
 class Constraint(nn.Module):

@@ -26,13 +26,7 @@ STRETCH: Stretch = (-0.1, 1.1)
 
 COFI_LIMIT = math.log(100)
 """The original's bound on |log_alpha|, the same for every group (arXiv:2204.00408)."""
-COFI_INITIAL: Mapping[Kind, float] = {
-    "hidden": 10.0,
-    "attention": 10.0,
-    "heads": 10.0,
-    "ffn": 10.0,
-    "intermediate": 0.0,
-}
+COFI_INITIAL: Mapping[Kind, float] = {"hidden": 10, "attention": 10, "heads": 10, "ffn": 10, "intermediate": 0}
 """The original's initial log_alpha."""
 
 _NOISE_MARGIN = 1e-6  # the original's epsilon: keeps the logit of the noise finite
@@ -134,7 +128,7 @@ class Gates(nn.Module):
     """The gates of a sequence of groups, with their locations in one float32 parameter `log_alpha` [U].
 
     `sample` gives the same gates on every rank, so that averaging the gradients of `log_alpha` over the ranks
-    keeps them in step. Nothing here waits for the device. The state dict holds `log_alpha` alone.
+    keeps them in step. Only `initialise_from` waits for the device. The state dict holds `log_alpha` alone.
     """
 
     _lengths: Tensor
@@ -167,12 +161,9 @@ class Gates(nn.Module):
         self.temperature = temperature
         self.stretch = stretch
         self._sizes = [group.size for group in self.groups]
-        limits = [
-            fully_open_limit(size, temperature=temperature, stretch=stretch) if limit is None else limit
-            for size in self._sizes
-        ]
         lengths = torch.tensor(self._sizes)
-        bounds = torch.tensor(limits, dtype=torch.float32)
+        limits = [fully_open_limit(size, temperature=temperature, stretch=stretch) for size in self._sizes]
+        bounds = torch.tensor(limits if limit is None else [limit] * len(limits), dtype=torch.float32)
         start = torch.tensor([starts.get(group.kind, math.inf) for group in self.groups], dtype=torch.float32)
         self.register_buffer("_lengths", lengths, persistent=False)
         self.register_buffer("_limit", bounds.repeat_interleave(lengths), persistent=False)
@@ -221,9 +212,10 @@ class Gates(nn.Module):
         """Set every gate to its initial location, less important units up to `spread` lower.
 
         The most important unit of a group keeps the initial log_alpha, the least important one starts `spread`
-        below it, the others in between by rank (equal importance, equal rank), so that sparsity pressure closes
-        unimportant units first. Groups of one unit are ranked with the others of their kind, layer against layer.
-        With the default limit, initial values and a spread of at most 1, every group still starts fully open.
+        below it, the others in between by rank (units of equal importance share their mean rank), so that sparsity
+        pressure closes unimportant units first. Groups of one unit are ranked with the others of their kind, layer
+        against layer. With the default limit and initial values and a spread of at most 1, every group is still
+        fully open: the spread multiplies the zeros it expects by (e - 1) or little more.
 
         :param importance: [n] by group name, any scale; a group that is missing keeps its initial value.
         :param spread: in units of log_alpha, at least 0.
@@ -236,10 +228,12 @@ class Gates(nn.Module):
         self.log_alpha.copy_(self._start)
         by_group = self._by_group(self.log_alpha)
         for names in self._cohorts(importance):
-            scores = torch.cat([importance[name].detach().to(self.log_alpha) for name in names])
-            levels, rank = torch.unique(scores, return_inverse=True)
-            shift = spread * (rank - (len(levels) - 1)) / max(len(levels) - 1, 1)
-            for name, part in zip(names, torch.split(shift, [len(by_group[name]) for name in names]), strict=True):
+            scores = torch.cat([importance[name].detach().to(self.log_alpha.device) for name in names])
+            _, level, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+            rank = counts.cumsum(0) - (counts + 1) / 2
+            shift = spread * (rank - rank[-1]) / max(len(scores) - 1, 1)
+            sizes = [len(by_group[name]) for name in names]
+            for name, part in zip(names, torch.split(shift[level], sizes), strict=True):
                 by_group[name].add_(part)
         self.clamp_()
 
@@ -249,9 +243,7 @@ class Gates(nn.Module):
             if name not in sizes:
                 raise StructureError(f"these gates have no group {name!r}.{suggest(name, sizes)}")
             if scores.shape != (sizes[name],):
-                raise StructureError(
-                    f"the importance of {name!r} has shape {list(scores.shape)}; it has {sizes[name]} units"
-                )
+                raise StructureError(f"importance of {name!r} is {list(scores.shape)}; it has {sizes[name]} units")
             if not torch.isfinite(scores).all():
                 raise SettingsError(f"the importance of {name!r} has values that are not finite")
 
