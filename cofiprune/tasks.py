@@ -1,0 +1,106 @@
+"""Which task a model's head is for: what its labels look like, which loss and which metrics fit it.
+
+The task is read off the class (`BertForTokenClassification` and every subclass of it), the
+configuration, and, where transformers itself decides by the labels, off one row. Images and audio do
+not have tasks of their own: `ViTForImageClassification` classifies, whatever it reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Task = Literal[
+    "classification",
+    "regression",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "multiple-choice",
+    "embedding",
+    "other",
+]
+"""`embedding` is an encoder without a head; `other` a head whose labels are handed on unread."""
+TASKS: tuple[Task, ...] = get_args(Task)
+LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
+"""Names that labels go by in the models' forward."""
+IGNORED = -100
+"""The label that every loss of transformers leaves out."""
+
+_BY_ENDING: Mapping[str, Task] = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForAudioClassification": "classification",
+    "ForVideoClassification": "classification",
+    "ForNextSentencePrediction": "classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "masked-lm",
+    "ForMultipleChoice": "multiple-choice",
+}
+_BY_PROBLEM_TYPE: Mapping[str, Task] = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi-label",
+}
+
+
+def task_of(model: PreTrainedModel, row: Mapping[str, Any] | None = None) -> Task:
+    """Return the task of a model's head.
+
+    :param row: a row of its data; its labels tell a classifier with one label per row from one with several.
+    """
+    if model.base_model is model:
+        return "embedding"
+    names = [cls.__name__ for cls in type(model).__mro__]
+    found = next((task for name in names for ending, task in _BY_ENDING.items() if name.endswith(ending)), None)
+    if found == "classification" and not _ends(names, "ForNextSentencePrediction"):
+        return _by_labels(model, row)
+    if found is None:
+        return _BY_PROBLEM_TYPE.get(str(getattr(model.config, "problem_type", None)), "other")
+    return found
+
+
+def classes_of(model: PreTrainedModel) -> int:
+    """Number of classes that a model's head tells apart, for the tasks that have classes."""
+    if _ends([cls.__name__ for cls in type(model).__mro__], "ForNextSentencePrediction"):
+        return 2
+    return int(model.config.num_labels)
+
+
+def is_token_level(task: Task) -> bool:
+    """Whether a row has one label per token."""
+    return task in ("token-classification", "masked-lm")
+
+
+def label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the labels in the model's forward, in its order; empty for a model that computes no loss."""
+    return tuple(name for name in forward_names(model) if name in LABELS)
+
+
+def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward; those of the model inside when it is wrapped (PEFT)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return tuple(name for name in inspect.signature(type(inner).forward).parameters if name != "self")
+
+
+def _ends(names: list[str], ending: str) -> bool:
+    return any(name.endswith(ending) for name in names)
+
+
+def _by_labels(model: PreTrainedModel, row: Mapping[str, Any] | None) -> Task:
+    """Follow the order in which transformers chooses the loss of a sequence classifier."""
+    stated = getattr(model.config, "problem_type", None)
+    if stated in _BY_PROBLEM_TYPE:
+        return _BY_PROBLEM_TYPE[stated]
+    if model.config.num_labels == 1:
+        return "regression"
+    several = row is not None and row.get("labels") is not None and np.ndim(row["labels"]) > 0
+    return "multi-label" if several and np.size(row["labels"]) > 1 else "classification"  # type: ignore[index]
