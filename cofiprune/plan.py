@@ -102,16 +102,24 @@ class Plan:
             if list(indices) != sorted(set(indices)) or any(not 0 <= index < self.sizes[name] for index in indices):
                 raise PlanError(f"kept indices of {name!r} must ascend within 0..{self.sizes[name] - 1}: {indices}")
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        payload = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values, as `save` writes them."""
+        return {
             "format_version": _FORMAT_VERSION,
             "family": self.family,
             "sizes": dict(self.sizes),
             "keep": {name: list(indices) for name, indices in self.keep.items()},
             "scale": {name: list(factors) for name, factors in self.scale.items()},
         }
-        Path(path).write_text(json.dumps(payload), encoding="utf-8")
+
+    @property
+    def hard(self) -> Plan:
+        """The same plan without scales: every kept unit as it is."""
+        return Plan(self.family, self.sizes, self.keep)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -121,9 +129,20 @@ class Plan:
         """
         try:
             payload: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = payload["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"{path} is not a readable plan: {error!r}") from error
+        return cls.from_dict(payload, str(path))
+
+    @classmethod
+    def from_dict(cls, payload: dict[str, Any], path: str = "the plan") -> Self:
+        """Make a plan from what `to_dict` returned.
+
+        :param path: what the messages call it.
+        :raises PlanError: when it is no plan, or comes from a newer version.
+        """
+        version = payload.get("format_version") if isinstance(payload, dict) else None
+        if not isinstance(version, int):
+            raise PlanError(f"{path} is not a plan: it states no format_version")
         if version > _FORMAT_VERSION:
             raise PlanError(f"{path} is a plan in format {version}; this version reads formats up to {_FORMAT_VERSION}")
         try:

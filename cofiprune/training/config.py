@@ -1,0 +1,184 @@
+"""Settings of a run: one frozen pydantic model, whose fields are the keyword arguments of `prune` and `finetune`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cofiprune.errors import SettingsError, suggest
+from cofiprune.structure import UNIT_KINDS, UnitKind
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Scheduler = Literal["linear", "cosine", "constant"]
+
+
+class PruneConfig(BaseModel):
+    """Settings of a pruning run; rates are per optimiser step, epochs are passes over the training data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epochs: NonNegative = 4
+    """Epochs of the pruning phase, in which gates and weights learn together; fractions are allowed."""
+    finetune_epochs: NonNegative = 2
+    """Epochs of recovery afterwards, on what is left; 0 for none."""
+    pre_finetune_epochs: NonNegative = 0
+    """Epochs of plain training before the gates start."""
+    sparsity_warmup_epochs: NonNegative | None = None
+    """Epochs over which the target sparsity ramps up from 0; None for 0.4 of the pruning epochs."""
+    freeze_epochs: NonNegative | None = None
+    """Last part of the pruning epochs, in which the structure is decided and the weights alone learn on;
+    None for 0.25 of them. The original has none of it: 0."""
+
+    batch_size: Count = 32
+    """Examples per step and process."""
+    eval_batch_size: Count = 128
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 1e-4
+    """Of the weights in the pruning phase."""
+    finetune_learning_rate: Positive = 1e-4
+    gate_learning_rate: Positive | None = None
+    """Of the gates and of the multipliers. None chooses it by the number of steps: the original's 0.01 is
+    made for 20,000 of them, a short run needs more for its gates to get anywhere."""
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to it, those of the weights and of the gates each on their own; 0 for no clipping."""
+    lr_scheduler_type: Scheduler = "linear"
+    finetune_lr_scheduler_type: Scheduler = "linear"
+    warmup_ratio: Fraction = 0.0
+    """Share of a phase's steps over which the learning rate rises."""
+
+    units: tuple[UnitKind, ...] | None = None
+    """Kinds of units to prune; None for all that the model has."""
+    gate_temperature: Positive = 2 / 3
+    gate_stretch: tuple[float, float] = (-0.1, 1.1)
+    warm_start: bool = True
+    """Order the initial gates by the importance of their units, read off the weights."""
+
+    distill_temperature: Positive = 2.0
+    distill_logits_weight: Weight = 1.0
+    distill_layers_weight: Weight = 2.0
+    """Weight of the error of each matched layer; their errors are added, as in the original."""
+    distill_layer_match: Literal["nearest", "ordered", "same-index"] = "ordered"
+    distill_layers: Count = 1
+    """Number of teacher layers whose states are distilled, evenly spaced up to the last; the original has 4."""
+    label_weight: Weight | None = None
+    """Weight of the loss on the labels; None for 0.5 with a teacher and 1 without. The original uses 0."""
+
+    train_embeddings: bool = True
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 57
+    logging_steps: Count = 50
+    eval_steps: Count | None = None
+    """Optimiser steps between evaluations, when there is an evaluation set; None for once an epoch."""
+    checkpoint_steps: Count | None = None
+    """Optimiser steps between checkpoints, when there is an `output_dir`; None for once an epoch."""
+    metric_for_best_model: str | None = None
+    """Keep the weights of the evaluation with the best value of this metric, once the sparsity is reached;
+    None keeps the last. What chose the weights is no measure of them: report a score on other data."""
+    greater_is_better: bool | None = None
+    """None: False when the metric's name contains "loss", else True."""
+    progress: bool = True
+    """Show progress when the output is a terminal or a notebook."""
+
+    @field_validator("units", mode="before")
+    @classmethod
+    def _known_units(cls, value: Any) -> Any:
+        chosen = (value,) if isinstance(value, str) else value
+        if chosen is None:
+            return None
+        for unit in chosen:
+            if unit not in UNIT_KINDS:
+                raise ValueError(f"unknown unit kind {unit!r}; choose among {', '.join(UNIT_KINDS)}")
+        if not chosen:
+            raise ValueError(f"units is empty; choose among {', '.join(UNIT_KINDS)}")
+        return tuple(chosen)
+
+    @field_validator("gate_stretch")
+    @classmethod
+    def _wide_stretch(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not (value[0] < 0 and value[1] > 1):
+            raise ValueError("stretch limits must lie on either side of [0, 1], such as (-0.1, 1.1)")
+        return value
+
+    @classmethod
+    def create(cls, config: PruneConfig | None = None, /, **settings: Any) -> Self:
+        """Make a configuration from keyword settings, on top of another one when it is given.
+
+        :raises SettingsError: for an unknown name (with the near misses) or a value out of range.
+        """
+        if config is not None and not isinstance(config, PruneConfig):
+            raise SettingsError(f"config takes a PruneConfig, not {type(config).__name__}")
+        for name in settings:
+            if name not in cls.model_fields:
+                known = ", ".join(sorted(cls.model_fields))
+                raise SettingsError(f"unknown setting {name!r}.{suggest(name, cls.model_fields)} Settings: {known}")
+        given = {} if config is None else config.model_dump(exclude_unset=True)
+        try:
+            return cls(**{**given, **settings})
+        except ValidationError as error:
+            raise SettingsError(_in_one_line(error)) from None
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> Self:
+        """Return the original's recipe: "glue-small" (CoLA, STS-B, MRPC, RTE), "glue-large" or "squad".
+
+        Source: Appendix A and scripts of Xia et al. (2022), arXiv:2204.00408. Keyword settings go on top.
+        """
+        if name not in _PRESETS:
+            raise SettingsError(f"unknown preset {name!r}.{suggest(name, _PRESETS)} Presets: {', '.join(_PRESETS)}")
+        return cls.create(**{**_ORIGINAL, **_PRESETS[name], **settings})
+
+
+_ORIGINAL: dict[str, Any] = {
+    "gate_learning_rate": 0.01,
+    "finetune_learning_rate": 2e-5,
+    "finetune_lr_scheduler_type": "constant",
+    "finetune_epochs": 20,
+    "freeze_epochs": 0,
+    "distill_layers": 4,
+    "distill_layers_weight": 0.9,
+    "distill_logits_weight": 0.1,
+    "label_weight": 0.0,
+    "train_embeddings": False,
+    "warm_start": False,
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "glue-small": {
+        "batch_size": 32,
+        "learning_rate": 2e-5,
+        "epochs": 100,
+        "pre_finetune_epochs": 4,
+        "sparsity_warmup_epochs": 20,
+        "eval_steps": 50,
+    },
+    "glue-large": {
+        "batch_size": 32,
+        "learning_rate": 2e-5,
+        "epochs": 20,
+        "pre_finetune_epochs": 1,
+        "sparsity_warmup_epochs": 2,
+        "eval_steps": 500,
+    },
+    "squad": {
+        "batch_size": 16,
+        "learning_rate": 3e-5,
+        "epochs": 20,
+        "pre_finetune_epochs": 1,
+        "sparsity_warmup_epochs": 2,
+        "eval_steps": 500,
+    },
+}
+
+
+def _in_one_line(error: ValidationError) -> str:
+    parts = []
+    for entry in error.errors():
+        name = ".".join(str(part) for part in entry["loc"])
+        message = entry["msg"].removeprefix("Value error, ")
+        parts.append(f"{name}={entry['input']!r}: {message}")
+    return "; ".join(parts)

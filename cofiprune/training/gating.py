@@ -1,0 +1,120 @@
+"""The gates' side of the pruning phase: what a step runs under, the pressure on it, and the final decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cofiprune import accounting
+from cofiprune.constraint import Constraint, target_at
+from cofiprune.gates import Gates
+from cofiprune.masks import MaskRegistry
+from cofiprune.plan import Plan
+from cofiprune.selection import select
+from cofiprune.structure import Structure
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.schedule import Schedule
+
+
+class Gating:
+    """Binds samples of the gates to a model's masks and adds the constraint to its loss."""
+
+    def __init__(
+        self, masks: MaskRegistry, chosen: Sequence[str], target: float, config: PruneConfig, schedule: Schedule
+    ) -> None:
+        """Set up gates for the chosen groups, on the device of the masks."""
+        self.masks = masks
+        self.target = target
+        self.config = config
+        self.schedule = schedule
+        structure = masks.structure
+        device = next(iter(masks.values())).device
+        groups = [structure[name] for name in chosen]
+        self.gates = Gates(groups, temperature=config.gate_temperature, stretch=config.gate_stretch).to(device)
+        self.constraint = Constraint().to(device)
+        self.cost = accounting.layer_parameters(structure)
+        self.dense = self.cost.exact(structure.sizes)
+        order = {name: index for index, name in enumerate(structure)}
+        self.positions = torch.tensor([order[group.name] for group in groups], device=device)
+        self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
+
+    def is_active(self, step: int) -> bool:
+        """Whether the gates learn at a step of the phase."""
+        return self.schedule.before <= step < self.schedule.before + self.schedule.gated
+
+    def bind(self, draw: int) -> None:
+        """Run the model under a sample of the gates; the same on every rank for the same number."""
+        self.masks.bind(self.gates.sample(self.config.seed, draw))
+
+    def target_at(self, step: int) -> float:
+        """The sparsity asked for at a step."""
+        return target_at(
+            step, target=self.target, warmup_steps=self.schedule.ramp, start_step=self.schedule.before
+        )
+
+    def expected_sparsity(self) -> Tensor:
+        """Expected removed share of the layers' parameters, a differentiable scalar."""
+        sizes = self.sizes.index_copy(0, self.positions, self.gates.expected_sizes())
+        return 1 - self.cost.expected(sizes) / self.dense
+
+    def penalty(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the Lagrangian term of a step and the expected sparsity."""
+        sparsity = self.expected_sparsity()
+        return self.constraint(sparsity, self.target_at(step)), sparsity.detach()
+
+    def alive_layers(self) -> Tensor:
+        """[layers] bool: whether the attention or the feed-forward block of a layer is there."""
+        device = self.gates.log_alpha.device
+        layers = self.masks.structure.blocks
+        found: dict[int, Tensor] = {}
+        for block in layers:
+            index = self.masks.structure[block.gate].layer
+            assert index is not None
+            alive = torch.as_tensor(self.masks.alive(block.gate), device=device)
+            found[index] = found[index] | alive if index in found else alive
+        return torch.stack([found[index] for index in sorted(found)])
+
+    def settle(self) -> None:
+        """Leave random samples behind: run under the gates' deterministic values."""
+        self.masks.unbind()
+        for name, value in self.gates.deterministic().items():
+            if name == "hidden" and not bool((value > 0).any()):
+                value = value.new_zeros(len(value)).index_fill(0, value.argmax(), 1.0)
+            self.masks[name] = value
+
+    def decide(self) -> Plan:
+        """Choose the plan of exactly the target sparsity that the gates' locations speak for."""
+        scores, values = {}, {}
+        low, high = self.config.gate_stretch
+        for group, part in zip(self.gates.groups, self._parts(), strict=True):
+            scores[group.name] = part
+            soft = torch.sigmoid(0.8 * part / self.config.gate_temperature)
+            values[group.name] = soft
+        return select(self.masks.structure, scores, self.cost, self.target, values=values)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        sizes = [group.size for group in self.gates.groups]
+        return torch.split(self.gates.log_alpha.detach(), sizes)
+
+
+def weight_importance(structure: Structure, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the importance of every unit off the weights: the root of the sum of squares of all its elements.
+
+    Comparable within a group, which is all that an order of initial gates needs.
+
+    :param parameters: the model's parameters by name.
+    :return: by group name, [units].
+    """
+    squares = {name: torch.zeros(group.size) for name, group in structure.items()}
+    for spec in structure.parameters:
+        weight = parameters[spec.name].detach().float().square().cpu()
+        for dim, side in enumerate(spec.sides):
+            if side is None or spec.gate is None:
+                continue
+            along = weight.movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight
+            squares[side.group] += along.view(side.copies, side.units, side.block).sum(dim=(0, 2))
+        if spec.gate is not None:
+            squares[spec.gate] += weight.sum()
+    return {name: value.sqrt() for name, value in squares.items()}

@@ -1,0 +1,284 @@
+"""The loop of one phase: batches in, optimiser steps out, on Accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cofiprune.batches import Batch, Batches
+from cofiprune.errors import TrainingError
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.gating import Gating
+from cofiprune.training.interrupt import Interrupt
+from cofiprune.training.objective import Objective
+from cofiprune.training.progress import Display
+from cofiprune.training.state import RunState, save_checkpoint
+
+Callback = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Session:
+    """What all phases of a run share."""
+
+    accelerator: Accelerator
+    config: PruneConfig
+    batches: Batches
+    display: Display
+    interrupt: Interrupt
+    callbacks: Sequence[Callback] = ()
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    output_dir: Path | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """Runs one phase from wherever its state stands to its last step."""
+
+    def __init__(
+        self,
+        session: Session,
+        state: RunState,
+        objective: Objective,
+        *,
+        total: int,
+        rates: Callable[[int], list[float]],
+        gating: Gating | None = None,
+    ) -> None:
+        """Set up a phase.
+
+        :param state: its `modules["model"]` is trained; whatever learns beside it is in the optimiser too.
+        :param total: optimiser steps of the phase.
+        :param rates: learning rates of the optimiser's parameter groups at a step.
+        """
+        self.session = session
+        self.state = state
+        self.objective = objective
+        self.total = total
+        self.rates = rates
+        self.gating = gating
+        # Alone, the model is used as it is: `prepare_model` would replace its forward for mixed precision, which
+        # the autocast around each step does as well, and copies of the model would keep the replacement.
+        several = session.accelerator.num_processes > 1
+        inner = state.modules["model"]
+        self.model = session.accelerator.prepare_model(inner) if several else inner
+        self.optimizer = session.accelerator.prepare_optimizer(state.optimizer)
+        self.sums: dict[str, Tensor] = {}
+        self.summed = 0
+        self.last_saved = state.total_steps
+        beside = [module for name, module in state.modules.items() if name != "model"]
+        self.beside = [parameter for module in beside for parameter in module.parameters()]
+
+    def run(self) -> None:
+        """Train to the end of the phase.
+
+        :raises TrainingError: when the loss is not a number.
+        :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written.
+        """
+        state, session = self.state, self.session
+        session.display.begin(state.phase, total=self.total, done=state.step)
+        started = time.perf_counter() - state.seconds
+        groups = self._groups()
+        while state.step < self.total:
+            self.model.train()
+            parts = self._step(next(groups))
+            state.step += 1
+            state.total_steps += 1
+            state.seconds = time.perf_counter() - started
+            session.display.advance()
+            self._record(parts)
+            if self._due(session.config.eval_steps) and session.evaluate is not None:
+                self._evaluate()
+            if session.output_dir is not None and self._due(session.config.checkpoint_steps):
+                self.save()
+            if session.interrupt.requested is not None:
+                self._stop()
+        self._leave()
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Give the batches of one optimiser step at a time, from the state's position on, epoch after epoch."""
+        batches, size = self.session.batches, self.session.config.gradient_accumulation_steps
+        while True:
+            epoch, done = divmod(self.state.batches, len(batches))
+            batches.set_epoch(epoch)
+            batches.skip(done)
+            group: list[Batch] = []
+            for position, batch in enumerate(batches, start=done + 1):
+                group.append(batch)
+                if len(group) == size or position == len(batches):
+                    self.state.batches += len(group)
+                    yield group
+                    group = []
+
+    def _step(self, group: list[Batch]) -> dict[str, Tensor]:
+        accelerator, step = self.session.accelerator, self.state.step
+        for target, rate in zip(self.optimizer.param_groups, self.rates(step), strict=True):
+            target["lr"] = rate
+        active = self.gating is not None and self.gating.is_active(step)
+        parts: dict[str, Tensor] = {}
+        for index, batch in enumerate(group):
+            on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            last = index == len(group) - 1
+            if self.gating is not None and active:
+                self.gating.bind(step * self.session.config.gradient_accumulation_steps + index)
+            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+                alive = self.gating.alive_layers() if self.gating is not None and active else None
+                found = self.objective(self.model, on_device, alive)
+                if self.gating is not None and active and last:
+                    penalty, sparsity = self.gating.penalty(step)
+                    found["constraint"] = penalty
+                    parts["expected_sparsity"] = sparsity
+                loss = found["loss"] / len(group) + found.get("constraint", 0.0)
+            accelerator.backward(loss)
+            for name, value in found.items():
+                parts[name] = parts.get(name, 0) + value.detach() / (1 if name == "constraint" else len(group))
+        self._update(active)
+        return parts
+
+    def _update(self, active: bool) -> None:
+        accelerator, limit = self.session.accelerator, self.session.config.max_grad_norm
+        if accelerator.num_processes > 1:
+            for parameter in self.beside:
+                if parameter.grad is not None:
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        if limit:
+            # The gates' gradients are of another scale: each kind is clipped on its own.
+            accelerator.clip_grad_norm_(self.model.parameters(), limit)
+            if self.gating is not None and active:
+                accelerator.clip_grad_norm_(self.gating.gates.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.gating is not None and active:
+            self.gating.gates.clamp_()
+
+    def _record(self, parts: dict[str, Tensor]) -> None:
+        """Add a step to the running sums; write a history entry every `logging_steps`."""
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.summed += 1
+        on_cpu = parts["loss"].device.type == "cpu"
+        if on_cpu and not math.isfinite(float(parts["loss"])):
+            self._not_a_number()
+        if self.state.total_steps % self.session.config.logging_steps and self.state.step < self.total:
+            return
+        means = {name: float(value) / self.summed for name, value in self.sums.items()}
+        if "expected_sparsity" in parts:
+            means["expected_sparsity"] = float(parts["expected_sparsity"])
+        if self.gating is not None and self.gating.is_active(self.state.step - 1):
+            means["target_sparsity"] = self.gating.target_at(self.state.step - 1)
+        if not math.isfinite(means["loss"]):
+            self._not_a_number()
+        means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self._log(means)
+        self.sums, self.summed = {}, 0
+
+    def _log(self, values: dict[str, float]) -> None:
+        state = self.state
+        entry = {
+            "phase": state.phase,
+            "step": state.total_steps,
+            "epoch": round(state.batches / len(self.session.batches), 4),
+            "seconds": round(state.seconds, 3),
+            **values,
+        }
+        state.history.append(entry)
+        self.session.display.show(entry)
+        for callback in self.session.callbacks:
+            callback(dict(entry))
+
+    def _due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps, or once an epoch, happens now."""
+        if self.state.step == self.total:
+            return True
+        if every is None:
+            return self.state.batches % len(self.session.batches) == 0
+        return self.state.total_steps % every == 0
+
+    def _evaluate(self) -> None:
+        assert self.session.evaluate is not None
+        values: dict[str, float] = {}
+        if self.gating is not None and self.gating.is_active(self.state.step - 1):
+            self.gating.settle()
+            values["sparsity"] = self.gating.masks.sparsity()
+        values.update(self.session.evaluate(self.state.modules["model"]))
+        self._log(values)
+        self._keep_best(values)
+
+    def _keep_best(self, values: dict[str, float]) -> None:
+        """Keep the weights of the best evaluation, among those with the structure that counts."""
+        metric = self.session.config.metric_for_best_model
+        if metric is None or self.state.phase == "prune":
+            return  # while pruning, the structure is still on its way to the target
+        name = metric if metric in values else f"eval_{metric}"
+        if name not in values:
+            raise TrainingError(f"metric_for_best_model={metric!r} is not among the metrics: {', '.join(values)}")
+        stated = self.session.config.greater_is_better
+        greater = "loss" not in metric if stated is None else stated
+        value = values[name] if greater else -values[name]
+        if self.state.best is None or value > self.state.best["value"]:
+            tensors = {name: item.detach().clone() for name, item in self.state.modules["model"].state_dict().items()}
+            self.state.best = {"value": value, "step": self.state.total_steps, "model": tensors}
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, unless this step has one already."""
+        session, state = self.session, self.state
+        if session.output_dir is None or self.last_saved == state.total_steps:
+            return None
+        if self.gating is not None:
+            self.gating.masks.unbind()
+        self.last_saved = state.total_steps
+        return save_checkpoint(
+            session.output_dir, state, session.fingerprint, rank=session.accelerator.process_index
+        )
+
+    def _stop(self) -> None:
+        self.save()
+        if self.gating is not None:
+            self.gating.settle()
+        self._leave()
+        folder = self.session.output_dir
+        message = (
+            f"Stopped after step {self.state.total_steps}; the checkpoint is in {folder}. "
+            "Call again with the same arguments and resume=True to go on."
+            if folder is not None
+            else f"Stopped after step {self.state.total_steps}; without an output_dir nothing was saved. "
+            "The model holds the weights of that step."
+        )
+        self.session.display.console.print(message)
+        self.session.interrupt.stop(message)
+
+    def _not_a_number(self) -> None:
+        self._leave()
+        kept = self.session.output_dir
+        where = f"the last good checkpoint is in {kept}" if kept is not None else "no output_dir, so no checkpoint"
+        raise TrainingError(
+            f"the loss is not a number at step {self.state.total_steps} of phase {self.state.phase!r}; {where}. "
+            "A lower learning_rate, or mixed_precision='bf16' instead of 'fp16', usually helps."
+        )
+
+    def _leave(self) -> None:
+        """Give the model back as it was handed in: unwrapped, and out of training's random samples."""
+        inner = self.session.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.model is not inner:
+            inner.__dict__.pop("forward", None)  # Accelerate leaves the class's own one behind on the instance
+        if self.gating is not None:
+            self.gating.masks.unbind()
+        self.session.accelerator.free_memory()
+
+
+def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters into matrices, which decay, and biases and norms, which do not."""
+    trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    return [
+        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,65 @@
+"""What a run shows while it goes on: one line of progress on a terminal or in a notebook, nothing elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SHOWN = (
+    ("loss", "loss {:.3f}"),
+    ("expected_sparsity", "sparsity {:.3f}"),
+    ("target_sparsity", "of {:.3f}"),
+    ("eval_accuracy", "accuracy {:.3f}"),
+)
+
+
+class Display:
+    """A progress line with loss, expected and target sparsity, metric and time left."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.console = Console(stderr=True)
+        shown = enabled and (self.console.is_terminal or self.console.is_jupyter or "ipykernel" in sys.modules)
+        self.progress = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not shown,
+        )
+        self.latest: dict[str, float] = {}
+        self.task: Any = None
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def begin(self, phase: str, *, total: int, done: int) -> None:
+        """Start the line of a phase."""
+        self.task = self.progress.add_task(phase, total=total, completed=done, info="")
+
+    def advance(self) -> None:
+        """One optimiser step done."""
+        self.progress.advance(self.task)
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        """Show the figures of a history entry."""
+        self.latest.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
+        if "expected_sparsity" not in entry and "loss" in entry:
+            self.latest.pop("expected_sparsity", None)
+            self.latest.pop("target_sparsity", None)
+        info = "  ".join(text.format(self.latest[name]) for name, text in _SHOWN if name in self.latest)
+        self.progress.update(self.task, info=info)

@@ -1,0 +1,72 @@
+"""What `prune` and `finetune` return."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cofiprune.compaction import compact
+from cofiprune.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(repr=False)
+class PruneResult:
+    """A finished run."""
+
+    model: PreTrainedModel
+    """The model that was passed in, with its final masks attached."""
+    plan: Plan
+    """What is kept."""
+    sparsity: float
+    """Removed share of the parameters of the encoder's layers."""
+    model_sparsity: float
+    """Removed share of every parameter of the model."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation; empty without an evaluation set."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per logged step and evaluation."""
+    seconds: float = 0.0
+    """Training time, over all resumed parts."""
+    best_step: int | None = None
+    """The step whose weights were kept when `metric_for_best_model` chose them."""
+
+    def compact(self) -> PreTrainedModel:
+        """Return the smaller model; the same as `cofiprune.compact(result.model)`."""
+        return compact(self.model)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        kept = {name: len(indices) for name, indices in self.plan.keep.items()}
+        blocks = [name for name in kept if name.endswith((".attention", ".ffn"))]
+        rows = [
+            ("model", f"{type(self.model).__name__} ({self.plan.family})"),
+            ("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"),
+            ("blocks", f"{sum(kept[name] for name in blocks)} of {len(blocks)} kept"),
+        ]
+        for kind, label in ((".heads", "heads"), (".intermediate", "intermediate")):
+            names = [name for name in kept if name.endswith(kind)]
+            total = sum(self.plan.sizes[name] for name in names)
+            if names:
+                rows.append((label, f"{sum(kept[name] for name in names)} of {total} kept"))
+        if "hidden" in kept:
+            rows.append(("hidden", f"{kept['hidden']} of {self.plan.sizes['hidden']} kept"))
+        rows += [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in self.metrics.items()]
+        if self.seconds:
+            rows.append(("time", f"{self.seconds / 60:.1f} min, {len(self.history)} history entries"))
+        if self.best_step is not None:
+            rows.append(("weights", f"of step {self.best_step}, chosen by the evaluation set"))
+        return rows
+
+    def __repr__(self) -> str:
+        return "PruneResult\n" + "\n".join(f"  {name:<14}{value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>"
+            f"{html.escape(value)}</td></tr>"
+            for name, value in self._rows()
+        )
+        return f"<table><caption>PruneResult</caption>{cells}</table>"

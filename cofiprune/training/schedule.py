@@ -1,0 +1,72 @@
+"""How long a run is, and how its rates change: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cofiprune.training.config import PruneConfig, Scheduler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimiser steps of one phase of a run."""
+
+    steps_per_epoch: int
+    before: int
+    """Steps of plain training before the gates start."""
+    ramp: int
+    """Steps over which the target rises."""
+    gated: int
+    """Steps in which the gates learn, the ramp included."""
+    after: int
+    """Steps after the structure is decided."""
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole phase."""
+        return self.before + self.gated + self.after
+
+    @classmethod
+    def for_pruning(cls, config: PruneConfig, batches: int) -> Schedule:
+        """Lay out the pruning phase over an epoch of `batches` batches per process."""
+        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        epochs = config.epochs
+        frozen = 0.25 * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
+        warmup = 0.4 * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
+        total = max(round(epochs * per_epoch), 1)
+        gated = max(round((epochs - frozen) * per_epoch), 1)
+        ramp = min(round(warmup * per_epoch), gated)
+        return cls(per_epoch, round(config.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
+
+    @classmethod
+    def for_training(cls, epochs: float, config: PruneConfig, batches: int) -> Schedule:
+        """Lay out plain training."""
+        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        return cls(per_epoch, round(epochs * per_epoch), 0, 0, 0)
+
+
+def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
+    """Return the factor of the learning rate at a step, in [0, 1].
+
+    >>> [rate("linear", step, 4) for step in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind == "constant":
+        return 1.0
+    left = max(0.0, 1 - (step - warmup) / max(1, total - warmup))
+    return left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+def gate_rate(config: PruneConfig, gated_steps: int) -> float:
+    """Return the learning rate of gates and multipliers for a run of some length.
+
+    Adam moves a gate by about its rate each step. Closing one takes a way of about 10 in log_alpha, and the
+    multipliers have to grow first, so that the rate is made inversely proportional to the steps there are,
+    between the original's 0.01 (for runs of 10,000 steps and more) and 0.2.
+    """
+    if config.gate_learning_rate is not None:
+        return config.gate_learning_rate
+    return min(0.2, max(0.01, 100 / max(gated_steps, 1)))

@@ -1,0 +1,191 @@
+"""The whole state of a run as one object, which can be saved at any step and taken up again exactly.
+
+A checkpoint is a folder: `state.pt` (tensors and plain values, read with `weights_only=True`),
+`rng-{rank}.pt` for each process, and `meta.json`, written last, which makes the folder complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cofiprune.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_FOLDER = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass
+class RunState:
+    """Where a run stands. The parts that learn are modules and the optimiser; the rest are plain values."""
+
+    phase: str
+    """Name of the current phase."""
+    modules: dict[str, nn.Module]
+    """The model under `model`, and whatever learns beside it."""
+    optimizer: Optimizer
+    step: int = 0
+    """Optimiser steps done in this phase."""
+    total_steps: int = 0
+    """Optimiser steps done in the run."""
+    batches: int = 0
+    """Batches taken in the run, over all epochs: the position of the sampler."""
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    """The best evaluation so far: `value`, `step` and the modules' tensors under `modules`."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Plain values that a phase needs to be set up again, such as its plan."""
+
+    def capture(self) -> dict[str, Any]:
+        """Return everything as tensors and plain values."""
+        return {
+            "phase": self.phase,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "history": json.dumps(self.history),
+            "best": self.best,
+        }
+
+    def restore(self, captured: dict[str, Any]) -> None:
+        """Take up what `capture` returned; the modules and the optimiser must be set up alike.
+
+        :raises CheckpointError: when they are not.
+        """
+        if captured["phase"] != self.phase:
+            raise CheckpointError(f"the checkpoint is of phase {captured['phase']!r}, this is {self.phase!r}")
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(captured["modules"][name])
+            self.optimizer.load_state_dict(captured["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint is of another model or other settings: {error}") from error
+        self.step = captured["step"]
+        self.total_steps = captured["total_steps"]
+        self.batches = captured["batches"]
+        self.seconds = captured["seconds"]
+        self.history = json.loads(captured["history"])
+        self.best = captured["best"]
+
+
+def save_checkpoint(
+    folder: Path, state: RunState, fingerprint: dict[str, Any], *, rank: int = 0, keep: int = 2
+) -> Path:
+    """Write a checkpoint below `folder` and drop all but the newest `keep`.
+
+    :param fingerprint: plain values that a resumed run must have in common with this one.
+    :return: the checkpoint's own folder.
+    """
+    target = folder / f"checkpoint-{state.total_steps}"
+    target.mkdir(parents=True, exist_ok=True)
+    torch.save(_rng_state(), target / f"rng-{rank}.pt")
+    if rank:
+        return target
+    partial = target / "state.pt.partial"
+    torch.save(state.capture(), partial)
+    os.replace(partial, target / "state.pt")
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "phase": state.phase,
+        "step": state.total_steps,
+        "extra": state.extra,
+        "fingerprint": fingerprint,
+    }
+    partial = target / "meta.json.partial"
+    partial.write_text(json.dumps(meta), encoding="utf-8")
+    os.replace(partial, target / "meta.json")
+    for _, old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint on disk, checked to be complete and readable."""
+
+    folder: Path
+    phase: str
+    extra: dict[str, Any]
+    captured: dict[str, Any]
+
+    def restore_rng(self, rank: int = 0) -> None:
+        """Put the random number generators of a process back to where they were."""
+        path = self.folder / f"rng-{rank}.pt"
+        if path.exists():
+            _set_rng_state(torch.load(path, weights_only=True))
+
+
+def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
+    """Read the newest complete checkpoint below `folder`.
+
+    :raises CheckpointError: when there is none, or it is damaged, newer than this version, or of another run.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"nothing to resume in {folder}: it has no complete checkpoint-* folder")
+    newest = found[-1][1]
+    try:
+        meta = json.loads((newest / "meta.json").read_text(encoding="utf-8"))
+        version = meta["format_version"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{newest} is damaged: its meta.json cannot be read ({error})") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{newest} was written in format {version} by a newer cofiprune; this version reads formats up to "
+            f"{FORMAT_VERSION}"
+        )
+    for name, value in fingerprint.items():
+        if meta["fingerprint"].get(name) != value:
+            raise CheckpointError(
+                f"{newest} is of another run: its {name} is {meta['fingerprint'].get(name)!r}, asked for {value!r}. "
+                "Resume with the same arguments, or start afresh with resume=False and another output_dir."
+            )
+    try:
+        captured = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{newest} is damaged: its state.pt cannot be read ({error})") from error
+    return SavedRun(newest, meta["phase"], meta["extra"], captured)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints below a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = ((_FOLDER.search(path.name), path) for path in folder.iterdir() if (path / "meta.json").exists())
+    return sorted((int(match.group(1)), path) for match, path in named if match is not None)
+
+
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _set_rng_state(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
