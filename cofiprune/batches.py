@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]
+ROWS = "__rows__"
+"""Key of the numbers of a batch's rows, [rows], where `with_rows` asks for them."""
 _MEGABATCH = 50
 """Batches that are sorted together; the value of transformers' LengthGroupedSampler."""
 
@@ -115,6 +117,7 @@ class RowBatches(Batches):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
+        self.with_rows = False
 
     @property
     def total(self) -> int:
@@ -134,7 +137,9 @@ class RowBatches(Batches):
         return [order[position % len(order)].tolist() for position in own]
 
     def _iterate(self, start: int) -> Iterator[Batch]:
-        return (self.rows.batch(indices) for indices in self.indices()[start:])
+        for indices in self.indices()[start:]:
+            batch = self.rows.batch(indices)
+            yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
 
 
 class LoaderBatches(Batches):

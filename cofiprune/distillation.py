@@ -256,13 +256,13 @@ def _match_ordered(losses: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
 
 def layerwise_loss(
     student_states: Sequence[Tensor],
-    teacher_states: Sequence[Tensor],
+    teacher_states: Mapping[int, Tensor],
     projection: nn.Linear,
     *,
     how: LayerMatch,
+    teacher_depth: int,
     mask: Tensor | None = None,
     alive: Tensor | None = None,
-    layers: Sequence[int] | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Return the error of the student layers matched to the chosen teacher layers: a scalar, 0 if none is matched.
@@ -270,20 +270,20 @@ def layerwise_loss(
     With "same-index" and the teacher's last layer alone it is the error of the final token states.
 
     :param student_states: Ls of [B, T, Hs], `hidden_states[1:]` of transformers.
-    :param teacher_states: Lt of [B, T, Ht]; no gradient flows into them.
+    :param teacher_states: by layer, S of [B, T, Ht]; no gradient flows into them. See `teacher_layers`.
     :param projection: see `hidden_projection`.
     :param mask: [B, T], not 0 at real tokens; None for all.
     :param alive: [Ls] bool, see `match_layers`; None for all.
-    :param layers: the teacher layers to distil; None for `teacher_layers(Lt)`.
+    :param teacher_depth: Lt, the teacher's number of layers.
     :param reduction: over the matched layers; the original sums over its four.
     """
-    chosen = teacher_layers(len(teacher_states)) if layers is None else layers
+    chosen = sorted(teacher_states)
     targets = torch.stack([teacher_states[layer] for layer in chosen])
     students = torch.stack(tuple(student_states))
     if alive is None:
         alive = torch.ones(len(students), dtype=torch.bool, device=students.device)
     losses = None if how == "same-index" else layer_losses(students, targets, projection, mask)
-    indices, valid = match_layers(losses, alive, how, layers=chosen, num_teacher_layers=len(teacher_states))
+    indices, valid = match_layers(losses, alive, how, layers=chosen, num_teacher_layers=teacher_depth)
     matched = _project(students.index_select(0, indices), projection.weight, projection.bias)
     total = _state_errors(matched, targets, mask).masked_fill(~valid, 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)

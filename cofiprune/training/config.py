@@ -66,6 +66,9 @@ class PruneConfig(BaseModel):
     distill_layer_match: Literal["nearest", "ordered", "same-index"] = "ordered"
     distill_layers: Count = 1
     """Number of teacher layers whose states are distilled, evenly spaced up to the last; the original has 4."""
+    teacher_memory_mb: Annotated[int, Field(ge=0)] = 1024
+    """Keep the teacher's answers to up to this many MB of rows, on the training device, instead of asking again
+    every epoch; 0 for none."""
     label_weight: Weight | None = None
     """Weight of the loss on the labels; None for 0.5 with a teacher and 1 without. The original uses 0."""
 

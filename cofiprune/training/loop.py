@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cofiprune.batches import Batch, Batches
+from cofiprune.batches import ROWS, Batch, Batches
 from cofiprune.errors import TrainingError
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
@@ -75,7 +75,7 @@ class Loop:
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
         self.last_saved = state.total_steps
-        beside = [module for name, module in state.modules.items() if name != "model"]
+        beside = [module for name, module in state.modules.items() if name not in ("model", "full")]
         self.beside = [parameter for module in beside for parameter in module.parameters()]
 
     def run(self) -> None:
@@ -126,7 +126,10 @@ class Loop:
         active = self.gating is not None and self.gating.is_active(step)
         parts: dict[str, Tensor] = {}
         for index, batch in enumerate(group):
-            on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            on_device = {
+                name: value if name == ROWS else value.to(accelerator.device, non_blocking=True)
+                for name, value in batch.items()
+            }
             last = index == len(group) - 1
             if self.gating is not None and active:
                 self.gating.bind(step * self.session.config.gradient_accumulation_steps + index)
@@ -253,7 +256,6 @@ class Loop:
             else f"Stopped after step {self.state.total_steps}; without an output_dir nothing was saved. "
             "The model holds the weights of that step."
         )
-        self.session.display.console.print(message)
         self.session.interrupt.stop(message)
 
     def _not_a_number(self) -> None:

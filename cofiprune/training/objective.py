@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.distillation import (
-    PredictionKind,
-    layerwise_loss,
-    logit_loss,
-    predictions,
-    teacher_layers,
-)
+from cofiprune.batches import ROWS
+from cofiprune.distillation import PredictionKind, layerwise_loss, logit_loss, predictions
 from cofiprune.errors import TrainingError
 from cofiprune.tasks import Task, label_names
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +29,8 @@ _PREDICTION_OF: Mapping[Task, PredictionKind] = {
     "embedding": "embedding",
     "other": "regression",
 }
+TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
+"""Tasks whose predictions have a token axis."""
 
 
 class Objective:
@@ -41,7 +39,7 @@ class Objective:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        teacher: Teacher | None,
         projection: nn.Linear | None,
         task: Task,
         config: PruneConfig,
@@ -55,10 +53,7 @@ class Objective:
         default = 1.0 if teacher is None else 0.5
         self.label_weight = (default if config.label_weight is None else config.label_weight) if labelled else 0.0
         self.labels = set(label_names(student))
-        self.layers: tuple[int, ...] = ()
-        if teacher is not None:
-            self.layers = teacher_layers(teacher.config.num_hidden_layers, config.distill_layers)
-        self.distils_layers = teacher is not None and projection is not None and config.distill_layers_weight > 0
+        self.distils_layers = teacher is not None and projection is not None
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
         """Return the parts of the loss, unweighted, and their weighted sum as `loss`.
@@ -67,9 +62,8 @@ class Objective:
         :param batch: tensors [B, ...] on the student's device.
         :param alive: [layers] bool, the student's layers that still exist; None for all.
         """
-        inputs = dict(batch)
-        if not self.label_weight:
-            inputs = {name: value for name, value in inputs.items() if name not in self.labels}
+        hidden_from_model = {ROWS} if self.label_weight else {ROWS, *self.labels}
+        inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
         output = model(**inputs, output_hidden_states=self.distils_layers, return_dict=True)
         parts: dict[str, Tensor] = {}
         if self.label_weight:
@@ -86,12 +80,11 @@ class Objective:
 
     def _teacher_parts(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
         assert self.teacher is not None
-        inputs = {name: value for name, value in batch.items() if name not in self.labels}
-        with torch.no_grad():
-            taught = self.teacher(**inputs, output_hidden_states=self.distils_layers, return_dict=True)
+        inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
+        answers = self.teacher.answer(inputs, batch.get(ROWS))
         mask = batch.get("attention_mask")
         parts: dict[str, Tensor] = {}
-        ours, theirs = predictions(output), predictions(taught)
+        ours, theirs = predictions(output), answers.predictions
         # An encoder without a head predicts its states; when hidden dimensions or widths differ, only the
         # layer loss, which maps one to the other, can compare them.
         if [part.shape for part in ours] == [part.shape for part in theirs] and self.config.distill_logits_weight:
@@ -107,12 +100,12 @@ class Objective:
             states = output.hidden_states[1:]
             parts["layers_loss"] = layerwise_loss(
                 states,
-                taught.hidden_states[1:],
+                dict(zip(self.teacher.layers, answers.states, strict=True)),
                 self.projection,
                 how=self.config.distill_layer_match,
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
-                layers=self.layers,
+                teacher_depth=self.teacher.depth,
                 reduction="sum",
             )
         if not parts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cofiprune.batches import Batch
+from cofiprune.batches import ROWS, Batch
 from cofiprune.distillation import hidden_projection
 from cofiprune.tasks import label_names
 
@@ -31,7 +31,7 @@ def fitted_projection(
     """
     training = student.training
     student.eval()
-    labels = set(label_names(student))
+    labels = {ROWS, *label_names(student)}
     gram: Tensor | None = None
     for batch in itertools.islice(batches, _BATCHES):
         inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}

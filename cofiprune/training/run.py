@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from torch import nn
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact, restore
+from cofiprune.batches import ROWS, RowBatches
 from cofiprune.data import prepare
-from cofiprune.distillation import hidden_projection
+from cofiprune.distillation import hidden_projection, teacher_layers
 from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
@@ -31,17 +33,20 @@ from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating, weight_importance
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.loop import Callback, Loop, Session, decay_groups
-from cofiprune.training.objective import Objective
+from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, student_width
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule, gate_rate, rate
+from cofiprune.table import Table
+from cofiprune.tasks import label_names
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
+from cofiprune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    Teacher = PreTrainedModel | Literal["self"] | None
+    TeacherArgument = PreTrainedModel | Literal["self"] | None
 
 
 def prune(
@@ -49,7 +54,7 @@ def prune(
     train_dataset: Any = None,
     *,
     target_sparsity: float = 0.9,
-    teacher: Teacher = None,
+    teacher: TeacherArgument = None,
     eval_dataset: Any = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
@@ -96,7 +101,7 @@ def finetune(
     model: PreTrainedModel,
     train_dataset: Any,
     *,
-    teacher: Teacher = None,
+    teacher: TeacherArgument = None,
     eval_dataset: Any = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
@@ -170,6 +175,7 @@ class _Run:
     ) -> None:
         self.model = model
         self.teacher = teacher
+        self.asked: Teacher | None = None
         self.config = config
         batches = prepare(
             train_dataset,
@@ -229,7 +235,7 @@ class _Run:
             else:
                 plan = Plan.from_dict(saved.extra["plan"])
             if recovery:
-                done = self._recover(plan, recovery, done, saved)
+                done = self._recover(plan, recovery, done, saved, pruned=True)
             else:
                 masks.set_plan(plan)
         assert done is not None
@@ -285,8 +291,13 @@ class _Run:
         gating.masks.unbind()
         return plan, _Finished(state, projection)
 
-    def _recover(self, plan: Plan, steps: int, before: _Finished | None, saved: SavedRun | None) -> _Finished:
-        """Train what the plan keeps, compacted, and write it back into the full model."""
+    def _recover(
+        self, plan: Plan, steps: int, before: _Finished | None, saved: SavedRun | None, *, pruned: bool = False
+    ) -> _Finished:
+        """Train what the plan keeps, compacted, and write it back into the full model.
+
+        :param pruned: the full model comes out of the pruning phase, so that its checkpoints must hold it too.
+        """
         config = self.config
         small = compact(self.model, plan).to(self.device)
         self._freeze_embeddings(small)
@@ -298,6 +309,8 @@ class _Run:
         modules: dict[str, nn.Module] = {"model": small}
         if projection is not None:
             modules["projection"] = projection
+        if pruned:
+            modules["full"] = self.model
         state = RunState("recover", modules, torch.optim.AdamW(groups, lr=config.finetune_learning_rate))
         state.extra = {"plan": plan.to_dict()}
         if before is not None:
@@ -332,12 +345,42 @@ class _Run:
         saved: SavedRun | None,
     ) -> None:
         objective = Objective(
-            model, self.teacher, projection, self.batches.task, self.config, labelled=self.batches.labelled
+            model, self._asked(projection), projection, self.batches.task, self.config, labelled=self.batches.labelled
         )
         if saved is not None:
             state.restore(saved.captured)
+            self._remember(state)
             saved.restore_rng(self.session.accelerator.process_index)
         Loop(self.session, state, objective, total=steps, rates=rates, gating=gating).run()
+
+    def _asked(self, projection: nn.Linear | None) -> Teacher | None:
+        """The teacher with its memory, the same in all phases."""
+        if self.teacher is None:
+            return None
+        if self.asked is None:
+            layers = () if projection is None else teacher_layers(self.teacher.config.num_hidden_layers, self.config.distill_layers)
+            memory = 0
+            if isinstance(self.batches, RowBatches) and isinstance(self.batches.rows, Table):
+                memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
+                self.batches.with_rows = memory > 0
+            token_axis = self.batches.task in TOKEN_AXIS
+            self.asked = Teacher(self.teacher, layers, token_axis=token_axis, memory=memory)
+        return self.asked
+
+    def _remember(self, state: RunState) -> None:
+        """Fill the teacher's memory as it was: its answers depend, in the last digits, on what they were padded to."""
+        teacher = self.asked
+        if teacher is None or not isinstance(self.batches, RowBatches) or not self.batches.with_rows:
+            return
+        labels = {ROWS, *label_names(self.model)}
+        for epoch in range(-(-state.batches // len(self.batches))):
+            self.batches.set_epoch(epoch)
+            self.batches.skip(0)
+            taken = state.batches - epoch * len(self.batches)
+            for batch in itertools.islice(self.batches, taken):
+                if not teacher.knows(batch[ROWS]):
+                    inputs = {name: value.to(self.device) for name, value in batch.items() if name not in labels}
+                    teacher.answer(inputs, batch[ROWS])
 
     def _projection(
         self, model: PreTrainedModel, learned: nn.Linear | None, plan: Plan | None = None
@@ -352,6 +395,7 @@ class _Run:
         if plan is None and width == wanted and same_depth:
             return hidden_projection(width, wanted).to(self.device)
         self.batches.set_epoch(0)
+        self.batches.skip(0)
         return fitted_projection(model, self.teacher, self.batches, self.device)
 
     @contextmanager

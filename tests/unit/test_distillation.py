@@ -19,15 +19,23 @@ from cofiprune.distillation import (
     PredictionKind,
     hidden_projection,
     layer_losses,
-    layerwise_loss,
     logit_loss,
     match_layers,
     predictions,
     teacher_layers,
 )
+from cofiprune.distillation import layerwise_loss as loss_of_states
 from cofiprune.errors import SettingsError, TeacherError
 
 B, T, C = 3, 5, 4
+
+
+def layerwise_loss(students, teachers, projection, *, layers=None, **settings):
+    """The loss against the teacher's layers that are distilled by default."""
+    chosen = teacher_layers(len(teachers)) if layers is None else layers
+    some = {layer: teachers[layer] for layer in chosen}
+    return loss_of_states(students, some, projection, teacher_depth=len(teachers), **settings)
+
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
 SHAPES: dict[PredictionKind, tuple[tuple[int, ...], ...]] = {
     "classification": ((B, C),),
