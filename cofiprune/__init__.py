@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from cofiprune import checkpoint as _checkpoint  # noqa: F401 -- registers the loader of compacted models
 from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
+from cofiprune.benchmark import BenchmarkReport, benchmark
 from cofiprune.compaction import compact
 from cofiprune.errors import CofipruneError
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
+from cofiprune.summary import Summary, summary
 
 if TYPE_CHECKING:
+    from cofiprune.cofi_checkpoint import load_cofi_checkpoint
+    from cofiprune.conformance import check_adapter
+    from cofiprune.constraint import Constraint
+    from cofiprune.evaluation import evaluate
+    from cofiprune.gates import Gates
     from cofiprune.training.config import PruneConfig
     from cofiprune.training.result import PruneResult
     from cofiprune.training.run import finetune, prune
@@ -22,6 +29,11 @@ __version__ = "0.1.0"
 
 # Loaded when first used: training brings in Accelerate, pydantic and rich, which loading a pruned model does not need.
 _LAZY = {
+    "Constraint": "cofiprune.constraint",
+    "Gates": "cofiprune.gates",
+    "check_adapter": "cofiprune.conformance",
+    "evaluate": "cofiprune.evaluation",
+    "load_cofi_checkpoint": "cofiprune.cofi_checkpoint",
     "PruneConfig": "cofiprune.training.config",
     "PruneResult": "cofiprune.training.result",
     "finetune": "cofiprune.training.run",
@@ -30,18 +42,27 @@ _LAZY = {
 
 __all__ = [
     "Adapter",
+    "BenchmarkReport",
     "CofipruneError",
+    "Constraint",
+    "Gates",
     "MaskRegistry",
     "Plan",
     "PruneConfig",
     "PruneResult",
+    "Summary",
     "adapter_for",
     "attach",
+    "benchmark",
+    "check_adapter",
     "compact",
+    "evaluate",
     "finetune",
+    "load_cofi_checkpoint",
     "prune",
     "register_adapter",
     "structure",
+    "summary",
 ]
 
 

@@ -57,7 +57,9 @@ class PruneConfig(BaseModel):
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
     warm_start: bool = True
-    """Order the initial gates by the importance of their units, read off the weights."""
+    """Order the initial gates by the importance of their units, measured on a few batches."""
+    warm_start_spread: NonNegative = 3.0
+    """How much lower, in log_alpha, the least important unit of a group starts than the most important one."""
 
     distill_temperature: Positive = 2.0
     distill_logits_weight: Weight = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from cofiprune.gates import Gates
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.selection import select
-from cofiprune.structure import Structure
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.schedule import Schedule
 
@@ -97,24 +96,3 @@ class Gating:
     def _parts(self) -> tuple[Tensor, ...]:
         sizes = [group.size for group in self.gates.groups]
         return torch.split(self.gates.log_alpha.detach(), sizes)
-
-
-def weight_importance(structure: Structure, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the importance of every unit off the weights: the root of the sum of squares of all its elements.
-
-    Comparable within a group, which is all that an order of initial gates needs.
-
-    :param parameters: the model's parameters by name.
-    :return: by group name, [units].
-    """
-    squares = {name: torch.zeros(group.size) for name, group in structure.items()}
-    for spec in structure.parameters:
-        weight = parameters[spec.name].detach().float().square().cpu()
-        for dim, side in enumerate(spec.sides):
-            if side is None or spec.gate is None:
-                continue
-            along = weight.movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight
-            squares[side.group] += along.view(side.copies, side.units, side.block).sum(dim=(0, 2))
-        if spec.gate is not None:
-            squares[spec.gate] += weight.sum()
-    return {name: value.sqrt() for name, value in squares.items()}

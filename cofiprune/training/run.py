@@ -30,7 +30,8 @@ from cofiprune.plan import Plan
 from cofiprune.selection import check_fraction, check_target
 from cofiprune.training.checks import check_no_masks, check_weights, resolve_teacher
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.gating import Gating, weight_importance
+from cofiprune.training.gating import Gating
+from cofiprune.training.importance import measured_importance
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.loop import Callback, Loop, Session, decay_groups
 from cofiprune.training.objective import TOKEN_AXIS, Objective
@@ -260,8 +261,9 @@ class _Run:
         chosen = [group.name for group in masks.structure.select(config.units)]
         gating = Gating(masks, chosen, target, config, schedule)
         if config.warm_start:
-            importance = weight_importance(masks.structure, dict(self.model.named_parameters()))
-            gating.gates.initialise_from({name: importance[name] for name in chosen})
+            self.batches.set_epoch(0)
+            importance = measured_importance(self.model, masks, chosen, self.batches, seed=config.seed)
+            gating.gates.initialise_from(importance, spread=config.warm_start_spread)
         projection = self._projection(self.model, None)
         gate_lr = gate_rate(config, schedule.gated)
         groups = [
