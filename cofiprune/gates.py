@@ -161,6 +161,7 @@ class Gates(nn.Module):
         self.temperature = temperature
         self.stretch = stretch
         self._sizes = [group.size for group in self.groups]
+        self._limits = {group.name: bound for group, bound in zip(self.groups, limits, strict=True)}
         lengths = torch.tensor(self._sizes)
         limits = [fully_open_limit(size, temperature=temperature, stretch=stretch) for size in self._sizes]
         bounds = torch.tensor(limits if limit is None else [limit] * len(limits), dtype=torch.float32)
@@ -201,6 +202,10 @@ class Gates(nn.Module):
         # A segmented sum has a fixed order of addition, unlike index_add on a GPU. `unsafe` skips a check of the
         # lengths, which are right by construction, because it would wait for the device.
         return torch.segment_reduce(self.open_probability(), "sum", lengths=self._lengths, unsafe=True)
+
+    def limit_of(self, group: Group) -> float:
+        """Return the bound on |log_alpha| of a group."""
+        return self._limits[group.name]
 
     @torch.no_grad()
     def clamp_(self) -> None:

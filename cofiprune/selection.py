@@ -1,9 +1,8 @@
 """From scores to a plan of exactly the size asked for.
 
 Learned gates end near the target, not on it. A plan is read off their scores in two moves: one
-threshold for all units puts the sparsity just below the target, then the cheapest units that are
-left (feed-forward dimensions before heads, hidden dimensions and blocks) are given up one by one,
-lowest score first, until nothing smaller would come nearer.
+threshold for all units puts the sparsity just below the target, then single units of the blocks that
+are left are given up, lowest score first, until nothing smaller would come nearer.
 """
 
 from __future__ import annotations
@@ -164,35 +163,33 @@ def _threshold(
     return keep(low)
 
 
-_TRIM_ORDER = ("intermediate", "heads", "hidden")
-
-
 def _trim(
     structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float, kept: dict[str, Tensor]
 ) -> None:
-    """Give up single units, cheapest kind first and lowest score first, while that comes nearer."""
-    for kind in _TRIM_ORDER:
-        candidates = sorted(
-            (float(scores[group.name][unit]), group.name, unit)
-            for group in structure.groups
-            if group.kind == kind and group.name in kept
-            for unit in kept[group.name].nonzero().flatten().tolist()
-        )
-        counts = _counts(structure, kept)
-        surplus = cost.exact(counts) - wanted
-        saved = {name: _saving(cost, counts, name) for name in {name for _, name, _ in candidates}}
+    """Give up single units, never whole blocks, lowest score first, until nothing smaller would come nearer.
+
+    A first pass takes what fits into the surplus, a second one may end below the target, if that is nearer.
+    """
+    candidates = sorted(
+        (float(scores[group.name][unit]), group.name, unit)
+        for group in structure.groups
+        if group.kind in ("intermediate", "heads", "hidden") and group.name in kept
+        for unit in kept[group.name].nonzero().flatten().tolist()
+    )
+    counts = _counts(structure, kept)
+    surplus = cost.exact(counts) - wanted
+    for slack in (1, 2):
+        smallest = min((_saving(cost, counts, name) for name in {name for _, name, _ in candidates}), default=0)
         for _, name, unit in candidates:
-            if surplus <= 0:
-                return
-            if counts[name] <= 1 or not _is_alive(structure, counts, name):
+            if slack * surplus < smallest:
+                break
+            if counts[name] <= 1 or not kept[name][unit] or not _is_alive(structure, counts, name):
                 continue
-            if saved[name] > 2 * surplus:
-                continue  # giving it up would end further below the target than we are above it
-            kept[name][unit] = False
-            counts[name] -= 1
-            surplus -= saved[name]
-            if kind == "hidden":
-                saved[name] = _saving(cost, counts, name)
+            saved = _saving(cost, counts, name)
+            if saved <= slack * surplus:
+                kept[name][unit] = False
+                counts[name] -= 1
+                surplus -= saved
 
 
 def _saving(cost: Cost, counts: Mapping[str, int], name: str) -> int:

@@ -84,11 +84,14 @@ class Gating:
             self.masks[name] = value
 
     def decide(self) -> Plan:
-        """Choose the plan of exactly the target sparsity that the gates' locations speak for."""
+        """Choose the plan of exactly the target sparsity that the gates' locations speak for.
+
+        Locations are compared as shares of their limits, which differ with the size of the group: a group
+        that is fully open counts as 1 in every kind.
+        """
         scores, values = {}, {}
-        low, high = self.config.gate_stretch
         for group, part in zip(self.gates.groups, self._parts(), strict=True):
-            scores[group.name] = part
+            scores[group.name] = part / self.gates.limit_of(group)
             soft = torch.sigmoid(0.8 * part / self.config.gate_temperature)
             values[group.name] = soft
         return select(self.masks.structure, scores, self.cost, self.target, values=values)
