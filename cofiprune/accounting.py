@@ -45,9 +45,7 @@ class Cost:
         position = {name: index for index, name in enumerate(self.groups)}
         degree = max((len(names) for names in self.terms), default=0)
         padding = len(self.groups)
-        indices = [
-            [*(position[name] for name in names), *[padding] * (degree - len(names))] for names in self.terms
-        ]
+        indices = [[*(position[name] for name in names), *[padding] * (degree - len(names))] for names in self.terms]
         return torch.tensor(list(self.terms.values()), dtype=torch.float64), torch.tensor(indices)
 
     def expected(self, sizes: Tensor) -> Tensor:
@@ -118,9 +116,7 @@ def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Co
 
 
 def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Cost:
-    entries = [
-        (_term(p), p.fixed * (p.rows[0] * seq_len + p.rows[1])) for p in structure.parameters if chosen(p)
-    ]
+    entries = [(_term(p), p.fixed * (p.rows[0] * seq_len + p.rows[1])) for p in structure.parameters if chosen(p)]
     for block in structure.blocks:
         names = tuple(sorted(name for name in (block.gate, block.inner) if name))
         entries.append((names, block.pairwise * seq_len**2 + block.per_token * seq_len))

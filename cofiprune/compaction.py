@@ -205,5 +205,3 @@ def _copy_around(model: PreTrainedModel, cut: Mapping[str, Tensor | None]) -> Pr
         new = parameter.detach().new_zeros(1) if value is None else value
         memo[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
     return copy.deepcopy(model, memo)
-
-

@@ -161,10 +161,13 @@ class Gates(nn.Module):
         self.temperature = temperature
         self.stretch = stretch
         self._sizes = [group.size for group in self.groups]
-        self._limits = {group.name: bound for group, bound in zip(self.groups, limits, strict=True)}
         lengths = torch.tensor(self._sizes)
-        limits = [fully_open_limit(size, temperature=temperature, stretch=stretch) for size in self._sizes]
-        bounds = torch.tensor(limits if limit is None else [limit] * len(limits), dtype=torch.float32)
+        limits = [
+            fully_open_limit(size, temperature=temperature, stretch=stretch) if limit is None else limit
+            for size in self._sizes
+        ]
+        self._limits = {group.name: bound for group, bound in zip(self.groups, limits, strict=True)}
+        bounds = torch.tensor(limits, dtype=torch.float32)
         start = torch.tensor([starts.get(group.kind, math.inf) for group in self.groups], dtype=torch.float32)
         self.register_buffer("_lengths", lengths, persistent=False)
         self.register_buffer("_limit", bounds.repeat_interleave(lengths), persistent=False)

@@ -43,9 +43,7 @@ class MaskRegistry(MutableMapping[str, Tensor]):
     Also a context manager that detaches on leaving.
     """
 
-    def __init__(
-        self, structure: Structure, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, structure: Structure, names: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> None:
         self.structure = structure
         self._values = {name: torch.ones(structure[name].size, device=device, dtype=dtype) for name in names}
         self._readings: dict[str, tuple[int, Reading]] = {}

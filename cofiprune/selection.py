@@ -141,9 +141,7 @@ def _counts(structure: Structure, kept: Mapping[str, Tensor]) -> dict[str, int]:
     return counts
 
 
-def _threshold(
-    structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float
-) -> dict[str, Tensor]:
+def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float) -> dict[str, Tensor]:
     """Keep the units above the lowest threshold whose plan costs no less than what is wanted."""
     levels = torch.cat(list(scores.values())).unique()
     low, high = 0, len(levels) - 1
@@ -297,8 +295,7 @@ def _options(block: Block, scores: Mapping[str, Tensor], cost: Cost, full: Mappi
         size = len(losses)
         counts = sorted({round(level * size / _LEVELS) for level in range(1, _LEVELS)} & set(range(1, size)))
         found += [
-            _Option(step({block.inner: size - count}), float(losses[count - 1]), block.inner, count)
-            for count in counts
+            _Option(step({block.inner: size - count}), float(losses[count - 1]), block.inner, count) for count in counts
         ]
         whole += float(losses[-1])
     return [*found, _Option(step({block.gate: 0}), whole, block.gate, 1)]

@@ -50,7 +50,9 @@ def resolve_teacher(
     if isinstance(teacher, str):
         if teacher != "self":
             raise TeacherError(f'teacher takes a model, "self" or None, not {teacher!r}; load a folder first')
-        return copy.deepcopy(student).eval()
+        frozen = copy.deepcopy(student)
+        frozen.train(False)
+        return frozen
     if not isinstance(teacher, nn.Module) or not hasattr(teacher, "config"):
         raise TeacherError(f'teacher takes a transformers model, "self" or None, not {type(teacher).__name__}')
     if teacher is student:
@@ -62,4 +64,5 @@ def resolve_teacher(
         if ours != theirs:
             raise TeacherError(f"the teacher has another {noun} than the student: {theirs} and {ours}")
     check_weights(teacher, "the teacher")
-    return teacher.eval()
+    teacher.train(False)
+    return teacher

@@ -49,9 +49,7 @@ class Gating:
 
     def target_at(self, step: int) -> float:
         """The sparsity asked for at a step."""
-        return target_at(
-            step, target=self.target, warmup_steps=self.schedule.ramp, start_step=self.schedule.before
-        )
+        return target_at(step, target=self.target, warmup_steps=self.schedule.ramp, start_step=self.schedule.before)
 
     def expected_sparsity(self) -> Tensor:
         """Expected removed share of the layers' parameters, a differentiable scalar."""

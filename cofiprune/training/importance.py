@@ -36,7 +36,7 @@ def measured_importance(
     :param batches: a few are used; labels in them are not.
     """
     training = model.training
-    model.eval()
+    model.train(False)
     device = masks[names[0]].device
     generator = torch.Generator(device).manual_seed(seed)
     labels = {ROWS, *label_names(model)}

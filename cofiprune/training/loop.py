@@ -239,9 +239,7 @@ class Loop:
         if self.gating is not None:
             self.gating.masks.unbind()
         self.last_saved = state.total_steps
-        return save_checkpoint(
-            session.output_dir, state, session.fingerprint, rank=session.accelerator.process_index
-        )
+        return save_checkpoint(session.output_dir, state, session.fingerprint, rank=session.accelerator.process_index)
 
     def _stop(self) -> None:
         self.save()

@@ -30,7 +30,7 @@ def fitted_projection(
     no identity to start from.
     """
     training = student.training
-    student.eval()
+    student.train(False)
     labels = {ROWS, *label_names(student)}
     gram: Tensor | None = None
     for batch in itertools.islice(batches, _BATCHES):

@@ -82,8 +82,7 @@ class Teacher:
         lengths = (mask.ne(0) * position).amax(1).tolist()
         for index, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
             parts = [
-                part[index, :length].clone() if self.token_axis else part[index].clone()
-                for part in answers.predictions
+                part[index, :length].clone() if self.token_axis else part[index].clone() for part in answers.predictions
             ]
             states = [state[index, :length].clone() for state in answers.states]
             self._known[number] = (parts, states)

@@ -1,0 +1,375 @@
+"""The phases of a run: gates and weights learn together, then what is left recovers, compacted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import nn
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.batches import ROWS, RowBatches
+from cofiprune.compaction import compact, restore
+from cofiprune.data import prepare
+from cofiprune.distillation import hidden_projection, teacher_layers
+from cofiprune.errors import SettingsError
+from cofiprune.evaluation import evaluate_batches
+from cofiprune.masking import attach, masks_of
+from cofiprune.masks import MaskRegistry
+from cofiprune.plan import Plan
+from cofiprune.table import Table
+from cofiprune.tasks import label_names
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.gating import Gating
+from cofiprune.training.importance import measured_importance
+from cofiprune.training.interrupt import Interrupt
+from cofiprune.training.loop import Callback, Loop, Session, decay_groups
+from cofiprune.training.objective import TOKEN_AXIS, Objective
+from cofiprune.training.progress import Display
+from cofiprune.training.projection import cut_projection, fitted_projection, student_width
+from cofiprune.training.result import PruneResult
+from cofiprune.training.schedule import Schedule, gate_rate, rate
+from cofiprune.training.state import RunState, SavedRun, load_checkpoint
+from cofiprune.training.teacher import Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class _Finished:
+    """Where a phase ended, for the next one to go on from."""
+
+    state: RunState
+    projection: nn.Linear | None
+
+
+class Run:
+    """One call of `prune` or `finetune`, with everything checked and set up."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        config: PruneConfig,
+        train_dataset: Any,
+        eval_dataset: Any,
+        collator: Callable[[list[Any]], Any] | None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None,
+        output_dir: str | Path | None,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.model = model
+        self.teacher = teacher
+        self.asked: Teacher | None = None
+        self.config = config
+        batches = prepare(
+            train_dataset,
+            model,
+            batch_size=config.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            collator=collator,
+            need_labels=teacher is None,
+            name="train_dataset",
+        )
+        held_out = None
+        if eval_dataset is not None:
+            held_out = prepare(
+                eval_dataset,
+                model,
+                batch_size=config.eval_batch_size,
+                collator=collator,
+                need_labels=False,
+                name="eval_dataset",
+            )
+        elif config.metric_for_best_model is not None:
+            raise SettingsError("metric_for_best_model needs an eval_dataset")
+        accelerator = _accelerator(config)
+        set_seed(config.seed, device_specific=True)
+        self.batches = batches.shard(accelerator.process_index, accelerator.num_processes)
+        self.session = Session(
+            accelerator,
+            config,
+            self.batches,
+            Display(enabled=config.progress and accelerator.is_main_process),
+            Interrupt(),
+            tuple(callbacks),
+            output_dir=None if output_dir is None else Path(output_dir),
+        )
+        if held_out is not None:
+            self.session.evaluate = lambda trained: _prefixed(
+                evaluate_batches(trained, held_out, compute_metrics=compute_metrics)  # type: ignore[arg-type]
+            )
+        self.training = model.training
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.session.accelerator.device
+        return device
+
+    def prune(self, target: float, *, resume: bool) -> PruneResult:
+        structure = structure_of(self.model)
+        saved = self._saved(resume, method="prune", target_sparsity=target)
+        schedule = Schedule.for_pruning(self.config, len(self.batches))
+        recovery = schedule.after + round(self.config.finetune_epochs * schedule.steps_per_epoch)
+        with self._running():
+            masks = attach(self.model)
+            done = None
+            if saved is None or saved.phase == "prune":
+                plan, done = self._learn(masks, target, schedule, saved)
+                saved = None
+            else:
+                plan = Plan.from_dict(saved.extra["plan"])
+            if recovery:
+                done = self._recover(plan, recovery, done, saved, pruned=True)
+            else:
+                masks.set_plan(plan)
+        assert done is not None
+        plan.check(structure)
+        return self._result(plan if not recovery else plan.hard, masks, done.state)
+
+    def finetune(self, *, resume: bool) -> PruneResult:
+        saved = self._saved(resume, method="finetune")
+        masks = masks_of(self.model)
+        structure = structure_of(self.model)
+        plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
+        schedule = Schedule.for_training(self.config.finetune_epochs, self.config, len(self.batches))
+        with self._running():
+            done = self._recover(plan, max(schedule.total, 1), None, saved)
+        return self._result(plan.hard, masks, done.state)
+
+    def _learn(
+        self, masks: MaskRegistry, target: float, schedule: Schedule, saved: SavedRun | None
+    ) -> tuple[Plan, _Finished]:
+        """The pruning phase: gates and weights learn together; then the plan is decided."""
+        config = self.config
+        chosen = [group.name for group in masks.structure.select(config.units)]
+        gating = Gating(masks, chosen, target, config, schedule)
+        if config.warm_start:
+            self.batches.set_epoch(0)
+            importance = measured_importance(self.model, masks, chosen, self.batches, seed=config.seed)
+            gating.gates.initialise_from(importance, spread=config.warm_start_spread)
+        projection = self._projection(self.model, None)
+        gate_lr = gate_rate(config, schedule.gated)
+        groups = [
+            *decay_groups(self.model.named_parameters(), config.weight_decay),
+            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
+        ]
+        trained = len(groups)
+        groups += [
+            {"params": list(gating.gates.parameters()), "weight_decay": 0.0},
+            gating.constraint.ascent_group(gate_lr),
+        ]
+        modules = {"model": self.model, "gates": gating.gates, "constraint": gating.constraint}
+        if projection is not None:
+            modules["projection"] = projection
+        state = RunState("prune", modules, torch.optim.AdamW(groups, lr=config.learning_rate))
+        steps = schedule.before + schedule.gated
+
+        def rates(step: int) -> list[float]:
+            # The decay is restarted when the gates start, as in the original.
+            begin, end = (0, schedule.before) if step < schedule.before else (schedule.before, steps + schedule.after)
+            warmup = round(config.warmup_ratio * (end - begin))
+            factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
+            return [config.learning_rate * factor] * trained + [gate_lr] * 2
+
+        self._train(state, self.model, projection, rates, steps, gating, saved)
+        plan = gating.decide()
+        gating.masks.unbind()
+        return plan, _Finished(state, projection)
+
+    def _recover(
+        self, plan: Plan, steps: int, before: _Finished | None, saved: SavedRun | None, *, pruned: bool = False
+    ) -> _Finished:
+        """Train what the plan keeps, compacted, and write it back into the full model.
+
+        :param pruned: the full model comes out of the pruning phase, so that its checkpoints must hold it too.
+        """
+        config = self.config
+        small = compact(self.model, plan)
+        small.to(self.device)  # type: ignore[arg-type]
+        self._freeze_embeddings(small)
+        projection = self._projection(small, None if before is None else before.projection, plan)
+        groups = [
+            *decay_groups(small.named_parameters(), config.weight_decay),
+            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
+        ]
+        modules: dict[str, nn.Module] = {"model": small}
+        if projection is not None:
+            modules["projection"] = projection
+        if pruned:
+            modules["full"] = self.model
+        state = RunState("recover", modules, torch.optim.AdamW(groups, lr=config.finetune_learning_rate))
+        state.extra = {"plan": plan.to_dict()}
+        if before is not None:
+            previous = before.state
+            state.total_steps, state.batches = previous.total_steps, previous.batches
+            state.seconds, state.history = previous.seconds, previous.history
+        warmup = round(config.warmup_ratio * steps)
+
+        def rates(step: int) -> list[float]:
+            factor = rate(config.finetune_lr_scheduler_type, step, steps, warmup)
+            return [config.finetune_learning_rate * factor] * len(groups)
+
+        try:
+            self._train(state, small, projection, rates, steps, None, saved)
+            if state.best is not None:
+                small.load_state_dict(state.best["model"])
+        finally:
+            restore(self.model, small, plan)
+            masks = masks_of(self.model)
+            if masks is not None:
+                masks.set_plan(plan.hard)
+        return _Finished(state, projection)
+
+    def _train(
+        self,
+        state: RunState,
+        model: PreTrainedModel,
+        projection: nn.Linear | None,
+        rates: Callable[[int], list[float]],
+        steps: int,
+        gating: Gating | None,
+        saved: SavedRun | None,
+    ) -> None:
+        objective = Objective(
+            model, self._asked(projection), projection, self.batches.task, self.config, labelled=self.batches.labelled
+        )
+        if saved is not None:
+            state.restore(saved.captured)
+            self._remember(state)
+            saved.restore_rng(self.session.accelerator.process_index)
+        Loop(self.session, state, objective, total=steps, rates=rates, gating=gating).run()
+
+    def _asked(self, projection: nn.Linear | None) -> Teacher | None:
+        """The teacher with its memory, the same in all phases."""
+        if self.teacher is None:
+            return None
+        if self.asked is None:
+            layers = (
+                ()
+                if projection is None
+                else teacher_layers(self.teacher.config.num_hidden_layers, self.config.distill_layers)
+            )
+            memory = 0
+            if isinstance(self.batches, RowBatches) and isinstance(self.batches.rows, Table):
+                memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
+                self.batches.with_rows = memory > 0
+            token_axis = self.batches.task in TOKEN_AXIS
+            self.asked = Teacher(self.teacher, layers, token_axis=token_axis, memory=memory)
+        return self.asked
+
+    def _remember(self, state: RunState) -> None:
+        """Fill the teacher's memory as it was: its answers depend, in the last digits, on what they were padded to."""
+        teacher = self.asked
+        if teacher is None or not isinstance(self.batches, RowBatches) or not self.batches.with_rows:
+            return
+        labels = {ROWS, *label_names(self.model)}
+        for epoch in range(-(-state.batches // len(self.batches))):
+            self.batches.set_epoch(epoch)
+            self.batches.skip(0)
+            taken = state.batches - epoch * len(self.batches)
+            for batch in itertools.islice(self.batches, taken):
+                if not teacher.knows(batch[ROWS]):
+                    inputs = {name: value.to(self.device) for name, value in batch.items() if name not in labels}
+                    teacher.answer(inputs, batch[ROWS])
+
+    def _projection(
+        self, model: PreTrainedModel, learned: nn.Linear | None, plan: Plan | None = None
+    ) -> nn.Linear | None:
+        """The map for the layers' distillation; None where nothing is distilled."""
+        if self.teacher is None or not self.config.distill_layers_weight:
+            return None
+        if learned is not None and plan is not None:
+            return cut_projection(learned, plan.keep["hidden"]) if "hidden" in plan.keep else learned
+        width, wanted = student_width(model), int(self.teacher.config.hidden_size)
+        same_depth = model.config.num_hidden_layers == self.teacher.config.num_hidden_layers
+        if plan is None and width == wanted and same_depth:
+            return hidden_projection(width, wanted).to(self.device)
+        self.batches.set_epoch(0)
+        self.batches.skip(0)
+        return fitted_projection(model, self.teacher, self.batches, self.device)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Models on the device, embeddings frozen if asked, signals caught; everything put back afterwards."""
+        self.model.to(self.device)  # type: ignore[arg-type]
+        if self.teacher is not None:
+            self.teacher.to(self.device)  # type: ignore[arg-type]
+        frozen = self._freeze_embeddings(self.model)
+        try:
+            with self.session.display, self.session.interrupt:
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            self.model.train(self.training)
+
+    def _freeze_embeddings(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        if self.config.train_embeddings:
+            return []
+        tables = set(structure_of(model).embeddings)
+        frozen = [p for name, p in model.named_parameters() if name in tables and p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return frozen
+
+    def _saved(self, resume: bool, **identity: Any) -> SavedRun | None:
+        """Remember what identifies this run; the checkpoint to resume from, when asked for one."""
+        kept = self.config.model_dump(exclude={"progress", "logging_steps", "eval_steps", "checkpoint_steps"})
+        structure = structure_of(self.model)
+        self.session.fingerprint = {
+            **identity,
+            "family": structure.family,
+            "sizes": sum(structure.sizes.values()),
+            "batches": len(self.batches),
+            "config": {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()},
+        }
+        if not resume:
+            return None
+        if self.session.output_dir is None:
+            raise SettingsError("resume=True needs the output_dir that holds the checkpoints")
+        return load_checkpoint(self.session.output_dir, self.session.fingerprint)
+
+    def _result(self, plan: Plan, masks: MaskRegistry | None, state: RunState) -> PruneResult:
+        evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
+        if state.best is not None:
+            evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
+        last = evaluated[-1] if evaluated else {}
+        metrics = {name: value for name, value in last.items() if name.startswith("eval_")}
+        if self.session.output_dir is not None and self.session.accelerator.is_main_process:
+            plan.save(self.session.output_dir / "plan.json")
+        return PruneResult(
+            self.model,
+            plan,
+            masks.sparsity() if masks is not None else 0.0,
+            masks.model_sparsity() if masks is not None else 0.0,
+            metrics,
+            state.history,
+            state.seconds,
+            state.best["step"] if state.best is not None else None,
+        )
+
+
+def _accelerator(config: PruneConfig) -> Accelerator:
+    """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
+    # Which parts of a model a batch uses depends on its head (an unused pooler, say).
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
+
+
+def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
+    return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in metrics.items()}
