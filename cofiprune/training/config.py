@@ -74,7 +74,9 @@ class PruneConfig(BaseModel):
     label_weight: Weight | None = None
     """Weight of the loss on the labels; None for 0.5 with a teacher and 1 without. The original uses 0."""
 
-    train_embeddings: bool = True
+    train_embeddings: bool | None = None
+    """Whether the embedding tables learn. None: in `finetune` of a model from which nothing was removed, and not
+    otherwise, as in the original."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 57
     logging_steps: Count = 50

@@ -25,6 +25,7 @@ from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
+from cofiprune.record import recorded_sizes
 from cofiprune.table import Table
 from cofiprune.tasks import label_names
 from cofiprune.training.config import PruneConfig
@@ -110,6 +111,7 @@ class Run:
                 evaluate_batches(trained, held_out, compute_metrics=compute_metrics)  # type: ignore[arg-type]
             )
         self.training = model.training
+        self.trains_embeddings = bool(config.train_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +144,9 @@ class Run:
         masks = masks_of(self.model)
         structure = structure_of(self.model)
         plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
+        if self.config.train_embeddings is None:
+            whole = plan.kept == structure.sizes and recorded_sizes(self.model.config) is None
+            self.trains_embeddings = whole
         schedule = Schedule.for_training(self.config.finetune_epochs, self.config, len(self.batches))
         with self._running():
             done = self._recover(plan, max(schedule.total, 1), None, saved)
@@ -315,7 +320,7 @@ class Run:
             self.model.train(self.training)
 
     def _freeze_embeddings(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        if self.config.train_embeddings:
+        if self.trains_embeddings:
             return []
         tables = set(structure_of(model).embeddings)
         frozen = [p for name, p in model.named_parameters() if name in tables and p.requires_grad]

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SHOWN = (
-    ("loss", "loss {:.3f}"),
-    ("expected_sparsity", "sparsity {:.3f}"),
-    ("target_sparsity", "of {:.3f}"),
-    ("eval_accuracy", "accuracy {:.3f}"),
+    ("loss", "loss {:.2f}"),
+    ("expected_sparsity", " sparsity {:.2f}"),
+    ("target_sparsity", "/{:.2f}"),
+    ("eval_accuracy", " accuracy {:.3f}"),
 )
 
 
@@ -25,13 +25,12 @@ class Display:
         self.console = Console(stderr=True)
         shown = enabled and (self.console.is_terminal or self.console.is_jupyter or "ipykernel" in sys.modules)
         self.progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=24),
+            # Fits into 80 columns.
+            TextColumn("{task.description:<7}"),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=self.console,
             disable=not shown,
         )
@@ -61,5 +60,5 @@ class Display:
         if "expected_sparsity" not in entry and "loss" in entry:
             self.latest.pop("expected_sparsity", None)
             self.latest.pop("target_sparsity", None)
-        info = "  ".join(text.format(self.latest[name]) for name, text in _SHOWN if name in self.latest)
+        info = "".join(text.format(self.latest[name]) for name, text in _SHOWN if name in self.latest)
         self.progress.update(self.task, info=info)
