@@ -171,9 +171,9 @@ class LoaderBatches(Batches):
         return super().shard(*((0, 1) if alone else (rank, processes)))
 
     def _iterate(self, start: int) -> Iterator[Batch]:
-        sampler = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)
+        set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
         # Past its end an epoch begins again, so that every process has the same number of batches.
         endless = itertools.chain.from_iterable(self._epoch() for _ in itertools.repeat(None))
         own = itertools.islice(endless, self._rank, len(self) * self._processes, self._processes)

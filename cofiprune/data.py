@@ -128,13 +128,16 @@ def _collated(
 ) -> tuple[LazyRows, Task, bool, Sequence[int] | None]:
     """Rows for a collator of the user's; columns it could not use are dropped, as the Trainer does."""
     first = source[0]
-    lengths = None
+    lengths, labels = None, None
     known = [name for name in first if name in forward_names(model) or name in LABEL_ALIASES]
     kept = known if "input_ids" in known else list(first)
     if "input_ids" in known:
-        ids = table(renamed(source.rows(["input_ids"]), {"input_ids": "input_ids"}), {}).columns["input_ids"]
-        check_tokens(ids, model)
-        lengths = ids.shapes[:, -1].tolist()
+        # Labels per token may be the collator's to make or to align; one number per row is what it seems.
+        scalars = [name for name in ("labels", *LABEL_ALIASES) if isinstance(first.get(name), int | float)]
+        columns = dict(zip(("input_ids", "labels"), ("input_ids", *scalars), strict=False))
+        read = table(renamed(source.rows(columns.values()), columns), {})
+        check_tokens(read.columns["input_ids"], model)
+        lengths, labels = read.columns["input_ids"].shapes[:, -1].tolist(), read.columns.get("labels")
 
     def make(raw: list[Any], where: str) -> Batch:
         rows = [{name: row[name] for name in kept if name in row} for row in raw]
@@ -143,6 +146,8 @@ def _collated(
     with torch.random.fork_rng(devices=[]):  # a collator that draws masks must not shift the training's draws
         sample = make([source[index] for index in range(min(_PEEK, len(source)))], "in the first rows: ")
     task = task_of(model, _first_row(sample))
+    if labels is not None and task == "classification":
+        check(Table({"labels": labels}, {}), model, task)
     return LazyRows(source, make), task, is_labelled(sample, model), lengths
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from cofiprune.errors import DataError
 from cofiprune.table import Array, Column, Table
-from cofiprune.tasks import IGNORED, Task, classes_of
+from cofiprune.tasks import IGNORED, Task, classes_of, outputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,14 +196,14 @@ def _check_masked_lm(table: Table, model: PreTrainedModel) -> None:
 
 def _check_numbers(table: Table, model: PreTrainedModel) -> None:
     if (labels := table.columns.get("labels")) is not None:
-        _one_per_row(labels, int(model.config.num_labels))
+        _one_per_row(labels, outputs_of(model))
 
 
 def _check_multi_label(table: Table, model: PreTrainedModel) -> None:
     labels = table.columns.get("labels")
     if labels is None:
         return
-    _one_per_row(labels, int(model.config.num_labels))
+    _one_per_row(labels, outputs_of(model))
     found = _first(labels, (labels.values < 0) | (labels.values > 1))
     if found is not None:
         raise DataError(f"row {found[0]}: label {found[1]:g} must lie in [0, 1]: each class is there or not")

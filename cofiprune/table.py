@@ -87,7 +87,8 @@ def pad(cells: Sequence[Array], fill: int = 0) -> Tensor:
         return torch.from_numpy(np.stack(cells).astype(dtype, copy=False))
     out = np.full((len(cells), *shape), fill, dtype)
     for index, cell in enumerate(cells):
-        out[(index, *(slice(size) for size in cell.shape))] = cell
+        place: tuple[int | slice, ...] = (index, *map(slice, cell.shape))
+        out[place] = cell
     return torch.from_numpy(out)
 
 
@@ -96,6 +97,7 @@ def as_array(value: Any, fill: int = 0) -> Array:
 
     :raises TypeError: when there are no numbers in it.
     """
+    array: Array
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         array = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
@@ -118,12 +120,12 @@ def trimmed(cells: dict[str, Array]) -> dict[str, Array]:
     if ids is None or mask is None or mask.shape != ids.shape or not mask.size:
         return cells
     length = ids.shape[-1]
-    used = mask.reshape(-1, length).any(axis=0)
+    used: Array = np.any(mask.reshape(-1, length), axis=0)
     names = list(_TRIMMED)
     labels = cells.get("labels")
     if labels is not None and labels.shape == ids.shape:
         names.append("labels")
-        used |= (labels != IGNORED).reshape(-1, length).any(axis=0)
+        used |= np.any((labels != IGNORED).reshape(-1, length), axis=0)
     keep = length - int(used[::-1].argmax()) if used.any() else length
     others = (cell for name, cell in cells.items() if name not in names)
     if keep == length or any(length in cell.shape for cell in others):

@@ -72,7 +72,13 @@ def classes_of(model: PreTrainedModel) -> int:
     """Number of classes that a model's head tells apart, for the tasks that have classes."""
     if _ends([cls.__name__ for cls in type(model).__mro__], "ForNextSentencePrediction"):
         return 2
-    return int(model.config.num_labels)
+    return outputs_of(model)
+
+
+def outputs_of(model: PreTrainedModel) -> int:
+    """Number of outputs of a model's head: classes, or numbers predicted."""
+    labels: Any = model.config.num_labels
+    return int(labels)
 
 
 def is_token_level(task: Task) -> bool:
@@ -97,10 +103,11 @@ def _ends(names: list[str], ending: str) -> bool:
 
 def _by_labels(model: PreTrainedModel, row: Mapping[str, Any] | None) -> Task:
     """Follow the order in which transformers chooses the loss of a sequence classifier."""
-    stated = getattr(model.config, "problem_type", None)
+    stated = str(getattr(model.config, "problem_type", None))
     if stated in _BY_PROBLEM_TYPE:
         return _BY_PROBLEM_TYPE[stated]
-    if model.config.num_labels == 1:
+    if outputs_of(model) == 1:
         return "regression"
-    several = row is not None and row.get("labels") is not None and np.ndim(row["labels"]) > 0
-    return "multi-label" if several and np.size(row["labels"]) > 1 else "classification"  # type: ignore[index]
+    labels = None if row is None else row.get("labels")
+    several = labels is not None and np.ndim(labels) > 0 and np.size(labels) > 1
+    return "multi-label" if several else "classification"

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from cofiprune import accounting
 from cofiprune.constraint import Constraint, target_at
-from cofiprune.gates import Gates
+from cofiprune.gates import COFI_LIMIT, Gates
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.selection import select
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.schedule import Schedule
+
+_TIE_BREAK = 1e-3
 
 
 class Gating:
@@ -84,12 +86,13 @@ class Gating:
     def decide(self) -> Plan:
         """Choose the plan of exactly the target sparsity that the gates' locations speak for.
 
-        Locations are compared as shares of their limits, which differ with the size of the group: a group
-        that is fully open counts as 1 in every kind.
+        Units whose gates are undecided come first. Those that sit at their limits, which differ with the size of
+        the group, count alike within the range that all kinds share, and by their share of the limit beyond it.
         """
         scores, values = {}, {}
         for group, part in zip(self.gates.groups, self._parts(), strict=True):
-            scores[group.name] = part / self.gates.limit_of(group)
+            limit = self.gates.limit_of(group)
+            scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
             soft = torch.sigmoid(0.8 * part / self.config.gate_temperature)
             values[group.name] = soft
         return select(self.masks.structure, scores, self.cost, self.target, values=values)

@@ -1,0 +1,93 @@
+"""Timing things on a device fairly: in turn, from an idle device to an idle device, in medians."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_LEAST_RUNS = 5
+_MOST_RUNS = 500
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latencies of one model on one size of batch."""
+
+    median_ms: float
+    """Milliseconds per batch."""
+    p90_ms: float
+    """Nine of ten batches take at most this many milliseconds."""
+    examples_per_second: float
+    """Batch size over the median."""
+    runs: int
+
+
+def in_turn(
+    passes: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    runs: int | None = None,
+    warmup: int = 3,
+    seconds: float = 5.0,
+) -> list[list[float]]:
+    """Time each of several computations, one after the other and again from the start.
+
+    Whatever changes on the machine meanwhile meets all of them alike; every other round goes backwards, so that
+    none always follows the same other.
+
+    :param runs: rounds; by default at least 5, and more within `seconds`.
+    :return: seconds of every run of each.
+    """
+    for _ in range(warmup):
+        for one in passes:
+            _seconds(one, device)
+    times: list[list[float]] = [[] for _ in passes]
+    begin = time.perf_counter()
+    done = 0
+    while not _enough(done, runs, time.perf_counter() - begin, seconds):
+        order = range(len(passes)) if done % 2 == 0 else reversed(range(len(passes)))
+        for index in order:
+            times[index].append(_seconds(passes[index], device))
+        done += 1
+    return times
+
+
+def timing(seconds: Sequence[float], batch_size: int) -> Timing:
+    """Sum up the seconds of runs on batches of one size."""
+    median = float(np.median(seconds))
+    return Timing(1e3 * median, 1e3 * float(np.percentile(seconds, 90)), batch_size / median, len(seconds))
+
+
+def _enough(done: int, runs: int | None, spent: float, seconds: float) -> bool:
+    if runs is not None:
+        return done >= runs
+    return done >= _MOST_RUNS or (done >= _LEAST_RUNS and spent >= seconds)
+
+
+def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    compute()
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads of the CPU; None for as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
