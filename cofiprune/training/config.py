@@ -38,9 +38,11 @@ class PruneConfig(BaseModel):
     """Examples per step and process."""
     eval_batch_size: Count = 128
     gradient_accumulation_steps: Count = 1
-    learning_rate: Positive = 1e-4
+    learning_rate: Positive = 2e-4
     """Of the weights in the pruning phase."""
-    finetune_learning_rate: Positive = 1e-4
+    finetune_learning_rate: Positive | None = None
+    """Of what is left, in the recovery and in `finetune`. None chooses it by the share of the layers that is left,
+    because a small model bears, and needs, a larger one: 2e-5 divided by that share, at most 1e-3."""
     gate_learning_rate: Positive | None = None
     """Of the gates and of the multipliers. None chooses it by the number of steps: the original's 0.01 is
     made for 20,000 of them, a short run needs more for its gates to get anywhere."""
@@ -56,9 +58,9 @@ class PruneConfig(BaseModel):
     """Kinds of units to prune; None for all that the model has."""
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
-    warm_start: bool = True
+    warm_start: bool = False
     """Order the initial gates by the importance of their units, measured on a few batches."""
-    warm_start_spread: NonNegative = 3.0
+    warm_start_spread: NonNegative = 1.0
     """How much lower, in log_alpha, the least important unit of a group starts than the most important one."""
 
     distill_temperature: Positive = 2.0

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
+from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS, RowBatches
 from cofiprune.compaction import compact, restore
@@ -26,6 +27,7 @@ from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
+from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.tasks import label_names
 from cofiprune.training.config import PruneConfig
@@ -37,7 +39,7 @@ from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, student_width
 from cofiprune.training.result import PruneResult
-from cofiprune.training.schedule import Schedule, gate_rate, rate
+from cofiprune.training.schedule import Schedule, gate_rate, rate, recovery_rate
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
 from cofiprune.training.teacher import Teacher
 
@@ -213,7 +215,8 @@ class Run:
             modules["projection"] = projection
         if pruned:
             modules["full"] = self.model
-        state = RunState("recover", modules, torch.optim.AdamW(groups, lr=config.finetune_learning_rate))
+        learning_rate = recovery_rate(config, _kept_share(small))
+        state = RunState("recover", modules, torch.optim.AdamW(groups, lr=learning_rate))
         state.extra = {"plan": plan.to_dict()}
         if before is not None:
             previous = before.state
@@ -223,7 +226,7 @@ class Run:
 
         def rates(step: int) -> list[float]:
             factor = rate(config.finetune_lr_scheduler_type, step, steps, warmup)
-            return [config.finetune_learning_rate * factor] * len(groups)
+            return [learning_rate * factor] * len(groups)
 
         try:
             self._train(state, small, projection, rates, steps, None, saved)
@@ -363,6 +366,12 @@ class Run:
             state.seconds,
             state.best["step"] if state.best is not None else None,
         )
+
+
+def _kept_share(model: PreTrainedModel) -> float:
+    """Parameters of a model's layers by those of the dense model that it comes from."""
+    ours, whole = structure_of(model), dense_structure(model)
+    return layer_parameters(ours).exact(ours.sizes) / layer_parameters(whole).exact(whole.sizes)
 
 
 def _accelerator(config: PruneConfig) -> Accelerator:
