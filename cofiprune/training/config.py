@@ -38,8 +38,9 @@ class PruneConfig(BaseModel):
     """Examples per step and process."""
     eval_batch_size: Count = 128
     gradient_accumulation_steps: Count = 1
-    learning_rate: Positive = 2e-4
-    """Of the weights in the pruning phase."""
+    learning_rate: Positive | None = None
+    """Of the weights in the pruning phase. None: as `finetune_learning_rate` for the target, at most 2e-4, because
+    most of the model is still there when it starts."""
     finetune_learning_rate: Positive | None = None
     """Of what is left, in the recovery and in `finetune`. None chooses it by the share of the layers that is left,
     because a small model bears, and needs, a larger one: 2e-5 divided by that share, at most 1e-3."""

@@ -39,7 +39,7 @@ from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, student_width
 from cofiprune.training.result import PruneResult
-from cofiprune.training.schedule import Schedule, gate_rate, rate, recovery_rate
+from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
 from cofiprune.training.teacher import Teacher
 
@@ -167,6 +167,7 @@ class Run:
             gating.gates.initialise_from(importance, spread=config.warm_start_spread)
         projection = self._projection(self.model, None)
         gate_lr = gate_rate(config, schedule.gated)
+        learning_rate = pruning_rate(config, target)
         groups = [
             *decay_groups(self.model.named_parameters(), config.weight_decay),
             *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
@@ -179,7 +180,7 @@ class Run:
         modules = {"model": self.model, "gates": gating.gates, "constraint": gating.constraint}
         if projection is not None:
             modules["projection"] = projection
-        state = RunState("prune", modules, torch.optim.AdamW(groups, lr=config.learning_rate))
+        state = RunState("prune", modules, torch.optim.AdamW(groups, lr=learning_rate))
         steps = schedule.before + schedule.gated
 
         def rates(step: int) -> list[float]:
@@ -187,7 +188,7 @@ class Run:
             begin, end = (0, schedule.before) if step < schedule.before else (schedule.before, steps + schedule.after)
             warmup = round(config.warmup_ratio * (end - begin))
             factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
-            return [config.learning_rate * factor] * trained + [gate_lr] * 2
+            return [learning_rate * factor] * trained + [gate_lr] * 2
 
         self._train(state, self.model, projection, rates, steps, gating, saved)
         plan = gating.decide()

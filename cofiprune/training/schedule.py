@@ -73,11 +73,19 @@ def gate_rate(config: PruneConfig, gated_steps: int) -> float:
     return min(0.2, max(0.01, 40 / max(gated_steps, 1)))
 
 
+def pruning_rate(config: PruneConfig, target: float) -> float:
+    """Return the learning rate of the weights while gates learn towards a target sparsity in (0, 1)."""
+    return min(2e-4, _rate_for(1 - target)) if config.learning_rate is None else config.learning_rate
+
+
 def recovery_rate(config: PruneConfig, share: float) -> float:
     """Return the learning rate for training what is left of a model.
 
     :param share: kept parameters of the layers by those of the dense model, in (0, 1].
     """
-    if config.finetune_learning_rate is not None:
-        return config.finetune_learning_rate
+    return _rate_for(share) if config.finetune_learning_rate is None else config.finetune_learning_rate
+
+
+def _rate_for(share: float) -> float:
+    """2e-5, a common rate for encoders, for a whole model; more for less, since small models need it."""
     return min(1e-3, 2e-5 / share)
