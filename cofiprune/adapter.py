@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from cofiprune.errors import AdapterError
+from cofiprune.errors import AdapterError, suggest
 from cofiprune.record import recorded_sizes
 from cofiprune.structure import (
     Block,
@@ -30,6 +31,7 @@ from cofiprune.structure import (
     Side,
     SizeAttribute,
     Structure,
+    unit_of,
 )
 
 if TYPE_CHECKING:
@@ -150,6 +152,8 @@ class BlockTable:
     attributes: tuple[tuple[str, str, Axis], ...] = ()
     """(module, attribute, axis): integers that the module keeps about its own size. The axis's block is
     the number per unit; None means that it counts elements, derived like a parameter's."""
+    pairwise: int = 0
+    """Multiply-accumulates per inner element and pair of tokens, beyond attention's own two products."""
     per_token: int = 0
     """Multiply-accumulates per inner element and token, beyond the parameters' own."""
 
@@ -169,7 +173,8 @@ class Family:
     heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Unit kinds that cannot be pruned exactly for this configuration, with the reason."""
+    """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,
+    with the reason. A block can always be removed."""
 
 
 class Adapter:
@@ -207,6 +212,18 @@ def register_adapter(adapter: Adapter) -> None:
         raise AdapterError(f"{type(adapter).__name__}.model_types must be a tuple of `config.model_type` names")
     for model_type in adapter.model_types:
         _registered[model_type] = adapter
+
+
+@contextmanager
+def temporarily(adapter: Adapter) -> Iterator[None]:
+    """Register an adapter for the length of a `with` block."""
+    before = dict(_registered)
+    register_adapter(adapter)
+    try:
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(before)
 
 
 def known_families() -> tuple[str, ...]:
@@ -278,22 +295,27 @@ class _Resolver:
         self.norms: list[Norm] = []
         self.tables: list[str] = []
         self.refused = dict(family.refused)
+        if unknown := self.refused.keys() - {"head", "intermediate", "hidden"}:
+            raise AdapterError(
+                f"{self._who()}: refused names {sorted(unknown)}; only head, intermediate and hidden can be refused"
+            )
 
     def structure(self) -> Structure:
         layers = _join(self.base, self.family.layers)
         if layers not in self.modules:
             raise AdapterError(f"{self._who()}: no list of layers at {layers!r}")
-        paths = tuple(f"{layers}.{i}" for i in range(len(self.modules[layers])))  # type: ignore[arg-type]
+        paths = tuple(f"{layers}.{i}" for i in range(len(list(self.modules[layers].children()))))
         head_rows = self._head_rows()
         groups = [] if "hidden" in self.refused else [Group("hidden", self._size("hidden"), "hidden")]
         blocks: list[Block] = []
         attributes: list[SizeAttribute] = []
         self.sizes = {group.name: group.size for group in groups}
+        kinds: tuple[tuple[Kind, Kind, BlockTable], ...] = (
+            ("attention", "heads", self.family.attention),
+            ("ffn", "intermediate", self.family.ffn),
+        )
         for index, path in enumerate(paths):
-            for gate, inner, table in (
-                ("attention", "heads", self.family.attention),
-                ("ffn", "intermediate", self.family.ffn),
-            ):
+            for gate, inner, table in kinds:
                 found = self._block(index, path, gate, inner, table)
                 if found is not None:
                     new_groups, block, new_attributes = found
@@ -345,32 +367,41 @@ class _Resolver:
         gate_name, inner_name = prefix + gate, prefix + inner
         if self.recorded is not None and not self.recorded[gate_name]:
             return None
-        groups = [Group(gate_name, 1, gate, index), Group(inner_name, self._size(inner, inner_name), inner, index)]
+        groups = [Group(gate_name, 1, gate, index)]
+        if not self._refuses(inner):
+            groups.append(Group(inner_name, self._size(inner, inner_name), inner, index))
         self.sizes.update({group.name: group.size for group in groups})
         for row in table.rows:
             self._row(row, path, prefix, gate_name)
-        elements = self._elements(inner_name)
+        elements = self._elements(gate_name, inner)
         attributes = [
             SizeAttribute(_join(path, module), name, prefix + axis.kind, axis.block or elements)
             for module, name, axis in table.attributes
+            if not self._refuses(axis.kind)
         ]
         block = Block(
             gate=gate_name,
-            inner=inner_name,
+            inner=None if self._refuses(inner) else inner_name,
             exit=replace(table.exit, module=_join(path, table.exit.module)),
             skipped=tuple(_join(path, module) for module in table.skipped),
-            pairwise=2 * elements if gate == "attention" else 0,
+            pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements,
             per_token=table.per_token * elements,
         )
         return groups, block, attributes
 
-    def _elements(self, inner: str) -> int:
-        """Elements per unit of a block's inner group, as its last projection reads them."""
+    def _elements(self, gate: str, inner: Kind) -> int:
+        """Elements per inner unit as the block's last projection reads them; where the units are refused, of all."""
         for parameter in self.described.values():
-            for side in parameter.sides if parameter.gated else ():
-                if side is not None and side.group == inner:
-                    return side.block
-        raise AdapterError(f"{self._who()}: no projection(...) row reads {inner!r}")
+            if parameter.gate == gate and parameter.gated and len(parameter.shape) > 1:
+                if self._refuses(inner):
+                    return parameter.shape[1]
+                for side in parameter.sides:
+                    if side is not None and side.group.endswith(inner):
+                        return side.block
+        raise AdapterError(f"{self._who()}: no projection(...) row of {gate!r} reads {inner!r}")
+
+    def _refuses(self, kind: Kind) -> bool:
+        return unit_of(kind) in self.refused
 
     def _row(self, row: Row, root: str, layer: str | None, gate: str | None = None) -> None:
         for path in (_join(root, pattern) for pattern in expand(row.modules)):
@@ -378,10 +409,10 @@ class _Resolver:
             if module is None:
                 if row.optional:
                     continue
-                near = sorted(name for name in self.modules if name.startswith(path.rpartition(".")[0]))[:8]
+                near = suggest(path, self.modules)
                 raise AdapterError(
-                    f"{self._who()}: row {row.modules!r} names the module {path!r}, which the model does not have; "
-                    f"near it are {', '.join(near)}. Mark the row optional=True if some models lack it."
+                    f"{self._who()}: row {row.modules!r} names the module {path!r}, which the model does not have."
+                    f"{near} Mark the row optional=True if some models lack it."
                 )
             if row.norm is not None and "hidden" not in self.refused:
                 self.norms.append(Norm(path, row.norm))
@@ -413,7 +444,7 @@ class _Resolver:
             sides = tuple(side and replace(side, role="slice") for side in sides)
         rows = row.rows if parameter.dim() > 1 else (0, 0)
         shape = tuple(parameter.shape)
-        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows)
+        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name)
         if row.table:
             self.tables.append(canonical)
 
@@ -423,7 +454,7 @@ class _Resolver:
         return parameter is not None and self.names[id(parameter)] in self.tables
 
     def _side(self, name: str, axis: Axis | None, length: int, layer: str | None) -> Side | None:
-        if axis is None or axis.kind in self.refused:
+        if axis is None or self._refuses(axis.kind):
             return None
         group = axis.kind if axis.kind == "hidden" else f"{layer}{axis.kind}"
         units = self.sizes[group]

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class CompactedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types for it
+class CompactedConfig(QuantizationConfigMixin):
     """The record of a compacted model as transformers reads it from `config.json`."""
 
     def __init__(self, **entries: Any) -> None:
         entries.setdefault("quant_method", METHOD)
-        self.quant_method: str = entries["quant_method"]
+        self.quant_method = entries["quant_method"]
         self.entries = entries
 
     @classmethod
@@ -44,7 +44,7 @@ class CompactedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         return dict(self.entries)
 
 
-class CompactedLoader(HfQuantizer):  # type: ignore[misc]  # transformers ships no types for it
+class CompactedLoader(HfQuantizer):
     """Shapes the skeleton of a compacted model before its weights are loaded."""
 
     requires_calibration = False
@@ -63,7 +63,7 @@ class CompactedLoader(HfQuantizer):  # type: ignore[misc]  # transformers ships 
         model.config.quantization_config = self.quantization_config.to_dict()
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
-        model.is_quantized = False
+        model.__dict__["is_quantized"] = False
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -66,7 +66,7 @@ def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
             factors = torch.tensor(plan.scale[side.group], dtype=torch.float64).repeat_interleave(side.block)
             factors = factors.repeat(side.copies).view(-1, *[1] * (value.dim() - dim - 1))
             value = (value.double() * factors.to(value.device)).to(weight.dtype)
-    if spec.gated and spec.gate in plan.scale:
+    if spec.gated and spec.gate is not None and spec.gate in plan.scale:
         value = (value.double() * plan.scale[spec.gate][0]).to(weight.dtype)
     return value.clone() if value is weight else value.contiguous()
 

@@ -177,7 +177,7 @@ class _Norm(_Site):
         small = copy.copy(self.module)
         small.__dict__ = {name: value for name, value in self.module.__dict__.items() if name != "forward"}
         kept = slice(None) if index is None else index
-        small._parameters = {
+        small.__dict__["_parameters"] = {
             name: None if value is None else value[kept] * mask[kept].to(value.dtype)
             for name, value in self.module._parameters.items()
         }
@@ -258,11 +258,12 @@ def leave(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @contextmanager
 def _swapped(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     stock = module._parameters
-    module._parameters = {**stock, **values}  # type: ignore[assignment]
+    # Straight into the instance's dict: these are tensors for one call, not parameters to register.
+    module.__dict__["_parameters"] = {**stock, **values}
     try:
         yield
     finally:
-        module._parameters = stock
+        module.__dict__["_parameters"] = stock
 
 
 def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Iterator[_Site]:
@@ -271,7 +272,7 @@ def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Itera
     owned: defaultdict[str, dict[str, Parameter]] = defaultdict(dict)
     for spec in structure.parameters:
         if spec.gated or any(side is not None and side.role != "slice" for side in spec.sides):
-            path, _, name = spec.name.rpartition(".")
+            path, _, name = (spec.described_as or spec.name).rpartition(".")
             owned[path][name] = spec
     for path, parameters in owned.items():
         if path not in norms:

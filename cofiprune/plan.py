@@ -62,10 +62,10 @@ class Plan:
                 scale[name] = factors
         for block in structure.blocks:
             if not keep[block.gate] or (block.inner is not None and not keep[block.inner]):
-                for name in (block.gate, block.inner):
-                    if name is not None:
-                        keep[name] = ()
-                        scale.pop(name, None)
+                for member in (block.gate, block.inner):
+                    if member is not None:
+                        keep[member] = ()
+                        scale.pop(member, None)
         if "hidden" in keep and not keep["hidden"]:
             raise PlanError("every hidden dimension is masked; at least one must stay")
         return cls(structure.family, dict(structure.sizes), keep, scale)

@@ -31,6 +31,15 @@ _KIND_OF_UNIT: Mapping[Kind, UnitKind] = {
 }
 
 
+def unit_of(kind: Kind) -> UnitKind:
+    """Return the unit kind that a kind of group belongs to.
+
+    >>> unit_of("ffn")
+    'layer'
+    """
+    return _KIND_OF_UNIT[kind]
+
+
 @dataclass(frozen=True)
 class Group:
     """A set of units of one kind that are kept or removed one by one."""
@@ -46,7 +55,7 @@ class Group:
     @property
     def unit(self) -> UnitKind:
         """The word that selects this group in a `units=` argument."""
-        return _KIND_OF_UNIT[self.kind]
+        return unit_of(self.kind)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ class Parameter:
     """True when a fractional block gate multiplies this parameter (the block's last projection)."""
     rows: tuple[int, int] = (0, 0)
     """(a, b): as a matrix it is applied to a * sequence_length + b rows per example; (0, 0) for none."""
+    described_as: str | None = None
+    """Its name in the module whose row describes it, where masks act on it; another than `name` when it is tied."""
 
     @property
     def fixed(self) -> int:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HEADS, HIDDEN, INTERMEDIATE, Adapter, BlockTable, Family, embedding, linear, norm, projection
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    embedding,
+    linear,
+    norm,
+    projection,
+)
 from cofiprune.structure import Exit
 
 if TYPE_CHECKING:

@@ -1,0 +1,99 @@
+"""DeBERTa-v2 and v3 (He et al., 2023, arXiv:2111.09543): DeBERTa with separate projections and a convolution.
+
+Beyond DeBERTa: relative positions fall into buckets, their table may be normalised (`norm_rel_ebd`) and may be
+projected by the query and key projections of the tokens themselves (`share_att_key`), which then leave out what is
+removed of the table.
+
+The convolution beside the first layer reads and writes the hidden dimensions. An activation follows it, so that
+a fractional mask cannot scale what it writes: it is sliced only, and the norm behind it scales. With `conv_groups`
+above 1 a hidden dimension belongs to a group of channels, so that the hidden size is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import HEADS, HIDDEN, Adapter, BlockTable, Family, Row, linear, norm, projection
+from cofiprune_adapters.bert import FFN
+from cofiprune_adapters.deberta import ATTRIBUTES, EXIT, POSITIONS, embeddings, masked_lm, position_terms
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class DebertaV2Adapter(Adapter):
+    """DeBERTa-v2 and v3 with every head that transformers has for them."""
+
+    model_types = ("deberta-v2",)
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        grouped = getattr(config, "conv_kernel_size", 0) > 0 and getattr(config, "conv_groups", 1) > 1
+        pooler = (linear("pooler.dense", reads=HIDDEN, rows=(0, 1)),)
+        return Family(
+            sizes={
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "intermediate": config.intermediate_size,
+            },
+            layers="encoder.layer",
+            stem=(
+                *embeddings(config),
+                POSITIONS,
+                norm("encoder.LayerNorm", optional=True),
+                linear("encoder.conv.conv", reads=HIDDEN, writes=HIDDEN, optional=True),
+                norm("encoder.conv.LayerNorm", optional=True),
+            ),
+            attention=BlockTable(
+                rows=(
+                    *scores(config),
+                    linear("attention.self.value_proj", reads=HIDDEN, writes=HEADS),
+                    projection("attention.output.dense", reads=HEADS),
+                    norm("attention.output.LayerNorm"),
+                ),
+                exit=EXIT,
+                attributes=ATTRIBUTES,
+                # Each term is a product of every token with all relative positions.
+                per_token=positions(config) * len(position_terms(config)),
+            ),
+            ffn=FFN,
+            heads={
+                "ForSequenceClassification": pooler,
+                "ForMultipleChoice": pooler,
+                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
+                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
+                "ForMaskedLM": masked_lm(config),
+            },
+            refused={"hidden": "its convolution is grouped (conv_groups > 1)"} if grouped else {},
+        )
+
+
+def scores(config: PretrainedConfig) -> tuple[Row, ...]:
+    """The projections behind the attention scores: of the tokens, and of the relative positions."""
+    if getattr(config, "share_att_key", False):
+        both = (1, positions(config))
+        return (linear("attention.self.{query,key}_proj", reads=HIDDEN.zeroed, writes=HEADS, rows=both),)
+    return (
+        linear("attention.self.{query,key}_proj", reads=HIDDEN, writes=HEADS),
+        linear(
+            "attention.self.pos_{key,query}_proj",
+            reads=HIDDEN.zeroed,
+            writes=HEADS,
+            rows=(0, positions(config)),
+            optional=True,
+        ),
+    )
+
+
+def positions(config: PretrainedConfig) -> int:
+    """Number of rows of the table of relative positions; 0 without one."""
+    if not config.relative_attention:
+        return 0
+    span: int = getattr(config, "position_buckets", -1)
+    if span < 1:
+        span = config.max_relative_positions
+    if span < 1:
+        span = config.max_position_embeddings
+    return 2 * span
+
+
+adapter = DebertaV2Adapter()

@@ -1,0 +1,244 @@
+"""The conformance battery: every law of the masks, for every head class of a family.
+
+An adapter only describes, so that a wrong description does not fail where it is made: heads sliced at the wrong
+rows still run and give other answers. What exposes it is the law that a masked model and the compacted one agree,
+in float64 and with biases and norms that are not trivial, beside a few laws that this one is blind to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from cofiprune.adapter import Adapter, temporarily
+from cofiprune.adapter import structure as structure_of
+from cofiprune.conformance.laws import (
+    ROUNDED,
+    Case,
+    Choice,
+    Subject,
+    check_blocks,
+    check_case,
+    check_gradients,
+    check_ones,
+    check_structure,
+    reloaded,
+)
+from cofiprune.conformance.specimens import (
+    Batch,
+    head_classes,
+    inputs,
+    outputs,
+    random_values,
+    specimen,
+    tiny_config,
+    unit_choices,
+)
+from cofiprune.errors import AdapterError, StructureError
+from cofiprune.structure import UNIT_KINDS, Structure
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+EXACT = 1e-10
+"""Largest difference allowed in float64, relative to the outputs: sums in another order differ by about 1e-15."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a passed battery has covered."""
+
+    families: tuple[str, ...]
+    """The model types."""
+    heads: tuple[str, ...]
+    """Names of the head classes checked, once for each configuration."""
+    choices: tuple[Choice, ...]
+    """The choices of unit kinds."""
+    cases: int
+    """Number of sets of masks under which a model was compared with its compacted self."""
+    largest_difference: float
+    """Between the outputs of masked and compacted models, over every case."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Units that cannot be pruned and the reason, by `HeadClass: unit`."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """What transformers itself could not build, run, or save and load for a configuration, and its error."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"Every law holds for {', '.join(self.families)}.",
+            f"  head classes        {len(self.heads)}: {', '.join(self.heads)}",
+            f"  unit choices        {len(self.choices)}",
+            f"  cases               {self.cases}",
+            f"  largest difference  {self.largest_difference:.2g}",
+        ]
+        lines += [f"  refused             {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [f"  skipped             {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def check_adapter(
+    adapter_or_model: Adapter | PreTrainedModel,
+    *,
+    heads: str | Iterable[str] | None = None,
+    units: str | Iterable[str] | None = None,
+    configs: Iterable[PretrainedConfig] | None = None,
+    batch: Batch | None = None,
+    seed: int = 0,
+) -> Report:
+    """Check every law of the masks and return what was covered.
+
+    :param adapter_or_model: an adapter, which need not be registered, or one model of a family that has one. A
+        model is copied and the copy's parameters are replaced by random ones, so that a small one does.
+    :param heads: endings of the names of the head classes to check, such as "ForTokenClassification"; by default
+        the bare encoder and all that the Auto classes of transformers have. Only with an adapter.
+    :param units: one choice of unit kinds to check; by default all 15, less those that the model refuses.
+    :param configs: small configurations to build models from; by default one for each of the adapter's model
+        types, with every setting but the sizes as the family has it. Only with an adapter.
+    :param batch: the inputs, for a model whose main input is not tokens, pixels or sound.
+    :param seed: of parameters, inputs and masks.
+    :raises LawError: at the first law that does not hold, naming the parameter or the module at fault.
+    :raises AdapterError: when a description does not fit a model, or no head class could be checked.
+    """
+    battery = _Battery(seed, units, batch)
+    if not isinstance(adapter_or_model, Adapter):
+        if heads is not None or configs is not None:
+            raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
+        battery.check(adapter_or_model)
+        return battery.report()
+    with temporarily(adapter_or_model):
+        chosen = [tiny_config(name) for name in adapter_or_model.model_types] if configs is None else list(configs)
+        for config in chosen:
+            for cls in _chosen(head_classes(config), heads):
+                model = battery.build(cls, config)
+                if model is not None:
+                    battery.check(model)
+    return battery.report()
+
+
+def _chosen(
+    classes: Sequence[type[PreTrainedModel]], heads: str | Iterable[str] | None
+) -> Sequence[type[PreTrainedModel]]:
+    if heads is None:
+        return classes
+    endings = (heads,) if isinstance(heads, str) else tuple(heads)
+    for ending in endings:
+        if not any(cls.__name__.endswith(ending) for cls in classes):
+            names = ", ".join(cls.__name__ for cls in classes)
+            raise AdapterError(f"no head class ends in {ending!r}; there are {names}")
+    return [cls for cls in classes if cls.__name__.endswith(endings)]
+
+
+class _Battery:
+    """Runs the laws model by model and counts."""
+
+    def __init__(self, seed: int, units: str | Iterable[str] | None, batch: Batch | None) -> None:
+        self.seed = seed
+        self.units = None if units is None else {units} if isinstance(units, str) else set(units)
+        self.batch = batch
+        if self.units is not None and (not self.units or self.units - set(UNIT_KINDS)):
+            raise StructureError(f"units names {sorted(self.units)}; choose among {', '.join(UNIT_KINDS)}")
+        self.families: dict[str, None] = {}
+        self.heads: list[str] = []
+        self.choices: dict[Choice, None] = {}
+        self.cases = 0
+        self.largest = 0.0
+        self.refused: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+
+    def build(self, cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
+        """Build a model and run it once; what transformers itself cannot build or run is skipped."""
+        try:
+            model: PreTrainedModel = cls(config)
+            model.train(False)
+            outputs(model, self._inputs(model))
+        except AdapterError:
+            raise
+        except Exception as error:  # whatever a head raises that does not fit the configuration
+            self.skipped[cls.__name__] = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        return model
+
+    def _inputs(self, model: PreTrainedModel) -> Batch:
+        return inputs(model, torch.Generator().manual_seed(self.seed)) if self.batch is None else self.batch
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check every law on a copy of one model."""
+        generator = torch.Generator().manual_seed(self.seed)
+        name = type(model).__name__
+        twin = specimen(model, generator)
+        batch = {key: row.double() if row.is_floating_point() else row for key, row in self._inputs(twin).items()}
+        subject = Subject(twin, batch, structure_of(twin))
+        check_structure(subject)
+        tolerance = EXACT if check_ones(subject) <= EXACT else ROUNDED
+        check_blocks(subject)
+        file = self._has_files(subject)
+        for case in cases(subject.structure, generator):
+            if self.units is None or self.units == set(case.choice):
+                tried = replace(case, reload=case.reload and file)
+                self.largest = max(self.largest, check_case(subject, tried, tolerance))
+                self.choices[case.choice] = None
+                self.cases += 1
+        check_gradients(subject, generator)
+        self.families[subject.structure.family] = None
+        self.heads.append(name)
+        self.refused.update({f"{name}: {unit}": why for unit, why in subject.structure.refused.items()})
+
+    def _has_files(self, subject: Subject) -> bool:
+        """Whether transformers can save and load the model as it is; what it cannot is not the adapter's fault."""
+        try:
+            reloaded(subject.model)
+        except Exception as error:  # of whatever kind
+            self.skipped[f"{type(subject.model).__name__} from a file"] = f"{type(error).__name__}: {error}"
+            return False
+        return True
+
+    def report(self) -> Report:
+        """Return what was covered.
+
+        :raises AdapterError: when that is nothing.
+        """
+        if not self.cases:
+            why = "; ".join(f"{name}: {reason}" for name, reason in {**self.skipped, **self.refused}.items())
+            raise AdapterError(f"nothing could be checked. {why}")
+        covered = (tuple(self.families), tuple(self.heads), tuple(self.choices))
+        return Report(*covered, self.cases, self.largest, self.refused, self.skipped)
+
+
+def cases(structure: Structure, generator: torch.Generator) -> Iterator[Case]:
+    """Yield random hard and fractional masks for every choice of unit kinds that a model has, and the corners."""
+    present = {group.unit for group in structure.groups}
+    for choice in unit_choices():
+        if not present.issuperset(choice):
+            continue
+        whole = len(choice) == len(present)
+        for fractional in (False, True):
+            values = {
+                group.name: random_values(group.size, generator, fractional=fractional)
+                for group in structure.select(choice)
+            }
+            yield Case(f"random {'fractional' if fractional else 'hard'} masks", choice, values, reload=whole)
+        if whole or len(choice) == 1:
+            yield from corners(structure, choice)
+
+
+def corners(structure: Structure, choice: Choice) -> Iterator[Case]:
+    """Yield the extreme masks over a choice of unit kinds."""
+    groups = structure.select(choice)
+    last = {group.name: torch.eye(group.size, dtype=torch.float64)[-1] for group in groups if group.size > 1}
+    if "hidden" in last:
+        last["hidden"][-3:] = 1  # a norm over a single dimension returns its bias whatever it is given
+    gates = {block.gate for block in structure.blocks[::3]}
+    units = {str(block.inner) for block in structure.blocks[1::2]}
+    for label, names in (
+        ("blocks removed by their gates", gates),
+        ("blocks removed by all of their units", units),
+        ("every block removed", {group.name for group in groups} - {"hidden"}),
+    ):
+        zeros = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups if group.name in names}
+        if zeros:
+            yield Case(label, choice, zeros, reload=label.startswith("every"))
+    if last:
+        yield Case("one unit of each group left", choice, last)

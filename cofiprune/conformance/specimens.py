@@ -1,0 +1,159 @@
+"""Small random models to test adapters on: every head class of a family, in float64, with inputs that have padding.
+
+Biases and norms are random too: with the zeros and ones of a fresh model, laws hold that a trained model would break.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers.models.auto.modeling_auto as auto
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+from cofiprune.errors import AdapterError
+from cofiprune.structure import UNIT_KINDS, UnitKind
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Batch = Mapping[str, Tensor]
+
+# Different numbers for different things, so that a mistaken axis does not fit by chance.
+_SIZES: Mapping[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 34,
+    "hidden_dim": 34,
+    "embedding_size": 24,
+    "max_position_embeddings": 32,
+    "type_vocab_size": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "encoder_stride": 4,
+    "num_mel_bins": 8,
+    "max_length": 16,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "conv_dim": (6, 6),
+    "conv_kernel": (4, 3),
+    "conv_stride": (2, 2),
+}
+# Classes of these tasks read the encoder through a decoder, or are one.
+_OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
+
+_TOKENS = 9
+_SAMPLES = 64
+_CHOICES = 2
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """Return a configuration of a family with two layers, four heads and 24 hidden dimensions."""
+    stock = AutoConfig.for_model(model_type)
+    names = {name: stock.attribute_map.get(name, name) for name in _SIZES}
+    sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(stock, name)}
+    ids = [name for name in vars(stock) if name.endswith("_token_id")]
+    for place, name in enumerate(ids, start=1):
+        value = getattr(stock, name)
+        if isinstance(value, int) and value >= _SIZES["vocab_size"]:
+            sizes[name] = 0 if name == "pad_token_id" else place
+    return AutoConfig.for_model(model_type, **sizes)
+
+
+def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """Return the bare encoder and every head class that transformers' Auto classes have for a configuration."""
+    found: dict[str, type[PreTrainedModel]] = {}
+    for name, mapping in vars(auto).items():
+        if isinstance(mapping, _LazyAutoMapping) and not any(word in name for word in _OTHER_TASKS):
+            # `get` imports this family only; the mapping's keys would import every one that there is.
+            entry = mapping.get(type(config), None)
+            classes = entry if isinstance(entry, tuple | list) else (entry,)
+            found.update({cls.__name__: cls for cls in classes if cls is not None})
+    return tuple(found[name] for name in sorted(found))
+
+
+def unit_choices() -> tuple[tuple[UnitKind, ...], ...]:
+    """Return the 15 non-empty choices of unit kinds."""
+    return tuple(
+        choice for size in range(1, len(UNIT_KINDS) + 1) for choice in itertools.combinations(UNIT_KINDS, size)
+    )
+
+
+def specimen(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedModel:
+    """Return a copy of a model in float64 and evaluation mode with random parameters, biases and norms included."""
+    twin: PreTrainedModel = copy.deepcopy(model).double()
+    twin.train(False)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if parameter.dim() > 1:
+                noise = noise * (2 / parameter[0].numel() ** 0.5)
+            else:
+                noise = noise * 0.3 + (1 if name.endswith("weight") else 0)
+            parameter.copy_(noise)
+    return twin
+
+
+def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a batch of three examples for a model, of different lengths where they have one.
+
+    :raises AdapterError: when the model's main input is of a kind that this function does not know.
+    """
+    config, name = model.config, model.main_input_name
+    if name == "input_ids":
+        return _token_ids(model, generator)
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {name: _noise((3, config.num_channels, height, width), model, generator)}
+    if name == "input_values" and hasattr(config, "conv_stride"):
+        mask = torch.ones(3, _SAMPLES, dtype=torch.long)
+        mask[1, _SAMPLES // 2 :] = 0
+        return {name: _noise((3, _SAMPLES), model, generator), "attention_mask": mask}
+    if name in ("input_values", "input_features") and hasattr(config, "num_mel_bins"):
+        return {name: _noise((3, config.max_length, config.num_mel_bins), model, generator)}
+    raise AdapterError(f"{type(model).__name__} reads {name!r}; pass a batch for it: batch={{{name!r}: ...}}")
+
+
+def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config
+    padding = config.pad_token_id or 0
+    shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
+    ids = torch.randint(padding + 1, config.vocab_size, shape, generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, ..., 6:] = 0
+    mask[2, ..., 2:] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+
+
+def _noise(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Run a model without gradients and return the tensors among its outputs by name."""
+    with torch.no_grad():
+        return tensors(model(**batch))
+
+
+def tensors(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of floating-point numbers among a model's outputs by name."""
+    found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in found.items() if value.is_floating_point()}
+
+
+def random_values(size: int, generator: torch.Generator, *, fractional: bool) -> Tensor:
+    """Return a random mask [size] that keeps about 6 in 10 of its units, and at least one of several."""
+    open_ = torch.rand(size, generator=generator, dtype=torch.float64) < 0.6
+    if size > 1:
+        open_[torch.randint(size, (1,), generator=generator)] = True
+    share = torch.rand(size, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+    return open_ * (share if fractional else torch.ones_like(share))
