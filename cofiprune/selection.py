@@ -7,8 +7,9 @@ are left are given up, lowest score first, until nothing smaller would come near
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,10 +17,14 @@ from torch import Tensor
 from cofiprune.accounting import Cost
 from cofiprune.errors import TargetError
 from cofiprune.plan import Plan
-from cofiprune.structure import Block, Group, Structure, UnitKind
+from cofiprune.structure import UNIT_KINDS, Block, Group, Structure, UnitKind
 
 TOLERANCE = 0.005
 _RESOLUTION = 40_000
+"""Steps that a cost is cut into where combinations of whole blocks are searched."""
+_INNER_LEVELS = 128
+_HIDDEN_LEVELS = 128
+"""Sizes of a group that such a search tries: a linear cost then goes in steps of less than twice the tolerance."""
 
 
 def check_fraction(target: float, name: str = "target_sparsity") -> float:
@@ -27,12 +32,13 @@ def check_fraction(target: float, name: str = "target_sparsity") -> float:
 
     :raises TargetError: for anything else; a percentage is recognised and the fraction suggested.
     """
-    if isinstance(target, bool) or not isinstance(target, int | float):
+    if isinstance(target, bool) or not isinstance(target, Real):
         raise TargetError(f"{name} takes a number in (0, 1), not {target!r}")
     if 0 < target < 1:
         return float(target)
-    hint = f"; {target:g} % is {name}={target / 100:g}" if 1 < target < 100 else ""
-    raise TargetError(f"{name} is the share removed and lies in (0, 1); got {target:g}{hint}")
+    value = float(target)
+    hint = f"; {value:g} % is {name}={value / 100:g}" if 1 < value < 100 else ""
+    raise TargetError(f"{name} is the share removed and lies in (0, 1); got {value:g}{hint}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Reachable:
     fine: bool
     """Whether steps are small enough that everything between 0 and `highest` is within the tolerance."""
     levels: tuple[float, ...]
-    """The sparsities that whole blocks and heads can give; empty when `fine`."""
+    """The sparsities that can be had, ascending, where steps are large; empty when `fine`."""
 
     def nearest(self, target: float) -> tuple[float, ...]:
         """The reachable sparsities around a target."""
@@ -54,47 +60,47 @@ class Reachable:
         return (*below[-1:], *above[:1])
 
 
-def reachable(structure: Structure, cost: Cost, units: Sequence[UnitKind] | None = None) -> Reachable:
+def reachable(structure: Structure, cost: Cost, units: str | Sequence[UnitKind] | None = None) -> Reachable:
     """Work out which sparsities can be reached by removing units of some kinds.
 
     :param units: unit kinds; None for all that the structure has.
     """
-    groups = structure.select(None if units is None else tuple(units))
-    least = _least(structure, groups)
-    total = cost.exact(structure.sizes)
-    highest = 1 - cost.exact(least) / total
-    kinds = {group.unit for group in groups}
-    if "intermediate" in kinds or "hidden" in kinds:
-        return Reachable(highest, True, ())
+    groups = structure.select(_listed(units))
+    chosen = {group.name for group in groups}
+    highest = 1 - cost.exact(_least(structure, groups)) / cost.exact(structure.sizes)
     reached = torch.zeros(_RESOLUTION + 1, dtype=torch.bool)
-    reached[0] = True
-    for options in _block_options(structure, groups, cost):
-        shifted = torch.zeros_like(reached)
-        for removed in options:
-            step = round(removed / total * _RESOLUTION)
-            shifted[step:] |= reached[: len(reached) - step]
-        reached = shifted
-    levels = tuple(index / _RESOLUTION for index in reached.nonzero().flatten().tolist())
-    return Reachable(highest, False, levels)
+    levels = reached.nonzero().flatten()
+    for hidden in _hidden_sizes(structure, chosen):
+        reached |= _reached(structure, chosen, cost, hidden)
+        levels = reached.nonzero().flatten()
+        ends = torch.tensor([0, round(highest * _RESOLUTION)])
+        if int(torch.cat([levels, ends]).sort().values.diff().max()) <= 2 * _slack(structure):
+            return Reachable(highest, True, ())
+    return Reachable(highest, False, tuple(level / _RESOLUTION for level in levels.tolist()))
 
 
-def check_target(structure: Structure, cost: Cost, target: float, units: Sequence[UnitKind] | None = None) -> None:
+def check_target(
+    structure: Structure, cost: Cost, target: float, units: str | Sequence[UnitKind] | None = None
+) -> None:
     """Make sure that a target can be met within the tolerance by removing units of some kinds.
 
     :raises TargetError: saying what is reachable.
     """
     found = reachable(structure, cost, units)
-    chosen = "these units" if units is None else f"units {tuple(units)}"
+    kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in structure.select(_listed(units)))]
+    chosen = f"units {', '.join(kinds)}"
     if target > found.highest + TOLERANCE:
         raise TargetError(
             f"sparsity {target:g} cannot be reached with {chosen} on this {structure.family} model: "
             f"removing all that can go gives {found.highest:.4f}"
         )
-    if not found.fine and min(abs(level - target) for level in found.levels) > TOLERANCE - 1 / _RESOLUTION:
+    if not found.fine and min(abs(level - target) for level in found.levels) * _RESOLUTION > _slack(structure):
         near = " and ".join(f"{level:.4f}" for level in found.nearest(target))
+        others = [unit for unit in UNIT_KINDS if unit not in kinds]
+        more = f". More is reachable with other units too: {', '.join(others)}" if others else ""
         raise TargetError(
-            f"sparsity {target:g} cannot be reached within {TOLERANCE} with {chosen}, which go in large steps; "
-            f'reachable next to it: {near}. Units "intermediate" or "hidden" make every target reachable.'
+            f"sparsity {target:g} cannot be reached within {TOLERANCE} with {chosen} on this {structure.family} model, "
+            f"where they go in large steps; reachable next to it: {near}{more}"
         )
 
 
@@ -121,7 +127,7 @@ def select(
     _trim(structure, flat, cost, wanted, kept)
     found = cost.exact(_counts(structure, kept))
     if abs(found - wanted) > TOLERANCE * total:
-        kept = _by_blocks(structure, flat, cost, wanted, kept)
+        kept = _by_blocks(structure, flat, cost, wanted, start=int(kept["hidden"].sum()) if "hidden" in kept else 0)
         found = cost.exact(_counts(structure, kept))
     if abs(found - wanted) > TOLERANCE * total:
         raise TargetError(f"the nearest plan to sparsity {target:g} has {1 - found / total:.4f}")
@@ -143,7 +149,7 @@ def _counts(structure: Structure, kept: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float) -> dict[str, Tensor]:
     """Keep the units above the lowest threshold whose plan costs no less than what is wanted."""
-    levels = torch.cat(list(scores.values())).unique()
+    levels = torch.unique(torch.cat(list(scores.values())))
     low, high = 0, len(levels) - 1
 
     def keep(index: int) -> dict[str, Tensor]:
@@ -176,6 +182,7 @@ def _trim(
     )
     counts = _counts(structure, kept)
     surplus = cost.exact(counts) - wanted
+    known: dict[str, int] = {}
     for slack in (1, 2):
         smallest = min((_saving(cost, counts, name) for name in {name for _, name, _ in candidates}), default=0)
         for _, name, unit in candidates:
@@ -183,11 +190,17 @@ def _trim(
                 break
             if counts[name] <= 1 or not kept[name][unit] or not _is_alive(structure, counts, name):
                 continue
-            saved = _saving(cost, counts, name)
-            if saved <= slack * surplus:
+            if name not in known:
+                known[name] = _saving(cost, counts, name)
+            if known[name] <= slack * surplus:
                 kept[name][unit] = False
                 counts[name] -= 1
-                surplus -= saved
+                surplus -= known[name]
+                # The cost is linear in each group: what a unit saves depends on the sizes of the other groups only.
+                if name == "hidden":
+                    known = {}
+                else:
+                    known.pop("hidden", None)
 
 
 def _saving(cost: Cost, counts: Mapping[str, int], name: str) -> int:
@@ -210,20 +223,65 @@ def _least(structure: Structure, groups: Sequence[Group]) -> dict[str, int]:
     return counts
 
 
-def _block_options(structure: Structure, groups: Sequence[Group], cost: Cost) -> list[list[int]]:
-    """What each block can give up, in elements of the cost, when the hidden size stays."""
-    chosen = {group.name for group in groups}
-    full = dict(structure.sizes)
-    total = cost.exact(full)
-    options = []
+def _listed(units: str | Sequence[UnitKind] | None) -> str | tuple[UnitKind, ...] | None:
+    return units if units is None or isinstance(units, str) else tuple(units)
+
+
+def _slack(structure: Structure) -> float:
+    """The tolerance in steps of the search, less what rounding every block to whole steps can add up to."""
+    return TOLERANCE * _RESOLUTION - (len(structure.blocks) + 1) / 2
+
+
+def _hidden_sizes(structure: Structure, chosen: Iterable[str]) -> list[int]:
+    """Numbers of hidden dimensions that a search tries: both ends, then the middle between any two, and so on."""
+    if "hidden" not in structure:
+        return [0]
+    size = structure["hidden"].size
+    if "hidden" not in chosen:
+        return [size]
+    sizes = _spread(size, _HIDDEN_LEVELS)
+    order, stride = [len(sizes) - 1, 0], 2 ** len(sizes).bit_length()
+    while stride > 1:
+        order += range(stride // 2, len(sizes), stride)
+        stride //= 2
+    return [sizes[index] for index in dict.fromkeys(order)]
+
+
+def _spread(size: int, levels: int) -> list[int]:
+    """About `levels` numbers from 1 to size, ascending, both ends among them."""
+    return sorted({1, *(max(1, round(level * size / levels)) for level in range(1, levels + 1))})
+
+
+def _reached(structure: Structure, chosen: Iterable[str], cost: Cost, hidden: int) -> Tensor:
+    """Whether each step of the cost can be removed with so many hidden dimensions: [_RESOLUTION + 1] bool."""
+    names = set(chosen)
+    full = {**structure.sizes, "hidden": hidden}
+    total = cost.exact(structure.sizes)
+    reached = torch.zeros(_RESOLUTION + 1, dtype=torch.bool)
+    reached[_steps(total - cost.exact(full), total)] = True
     for block in structure.blocks:
-        found = {0}
-        if block.gate in chosen or block.inner in chosen:
-            found.add(total - cost.exact({**full, block.gate: 0}))
-        if block.inner is not None and block.inner in chosen:
-            found.update(total - cost.exact({**full, block.inner: count}) for count in range(1, full[block.inner]))
-        options.append(sorted(found))
-    return options
+        shifted = reached.clone()
+        for step in {_steps(saved, total) for _, _, saved in _cuts(block, names, cost, full)}:
+            shifted[step:] |= reached[: len(reached) - step]
+        reached = shifted
+    return reached
+
+
+def _steps(saved: int, total: int) -> int:
+    return round(saved / total * _RESOLUTION)
+
+
+def _cuts(block: Block, chosen: set[str], cost: Cost, full: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The cuts of a block that a search tries: the group, the size that it is cut to, and the cost saved."""
+    found = []
+    whole = cost.exact(full)
+    if block.inner is not None and block.inner in chosen:
+        size = full[block.inner]
+        each = whole - cost.exact({**full, block.inner: size - 1})
+        found += [(block.inner, count, (size - count) * each) for count in _spread(size, _INNER_LEVELS)[:-1]]
+    if block.gate in chosen or block.inner in chosen:
+        found.append((block.gate, 0, whole - cost.exact({**full, block.gate: 0})))
+    return found
 
 
 @dataclass(frozen=True)
@@ -234,27 +292,27 @@ class _Option:
     loss: float
     group: str | None
     """The group cut; None for the block as it is."""
-    count: int
-    """Units of it given up, lowest scores first."""
-
-
-_LEVELS = 32
+    size: int
+    """The size that it is cut to."""
 
 
 def _by_blocks(
-    structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float, start: Mapping[str, Tensor]
+    structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float, *, start: int
 ) -> dict[str, Tensor]:
     """Choose a level for each block by dynamic programming over the discretised cost.
 
     For structures that go in large steps: loses the least score among the combinations that come
-    nearest to what is wanted. The hidden dimensions stay as they are in `start`.
+    nearest to what is wanted.
+
+    :param start: the number of hidden dimensions to stay near.
     """
-    full = {**structure.sizes, **({"hidden": int(start["hidden"].sum())} if "hidden" in start else {})}
-    total = cost.exact(full)
-    blocks = [block for block in structure.blocks if block.gate in scores or block.inner in scores]
-    tables = [_options(block, scores, cost, full) for block in blocks]
+    total = cost.exact(structure.sizes)
+    aim = (total - wanted) / total * _RESOLUTION
+    hidden = _fitting_hidden(structure, set(scores), cost, aim, start)
+    full = {**structure.sizes, "hidden": hidden}
+    tables = [_options(block, scores, cost, full, total) for block in structure.blocks]
     best = torch.full((_RESOLUTION + 1,), torch.inf, dtype=torch.float64)
-    best[0] = 0
+    best[_steps(total - cost.exact(full), total)] = 0
     choices = []
     for table in tables:
         rows = torch.full((len(table), _RESOLUTION + 1), torch.inf, dtype=torch.float64)
@@ -262,40 +320,53 @@ def _by_blocks(
             row[option.step :] = best[: len(best) - option.step] + option.loss
         best, choice = rows.min(dim=0)
         choices.append(choice)
-    aim = (total - wanted) / total * _RESOLUTION
     distance = (torch.arange(_RESOLUTION + 1) - aim).abs().masked_fill(torch.isinf(best), torch.inf)
     slack = max(float(distance.min()), 0.6 * TOLERANCE * _RESOLUTION)
     position = int(best.masked_fill(distance > slack, torch.inf).argmin())
     kept = {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
-    kept.update({name: mask for name, mask in start.items() if name == "hidden"})
-    for block, table, choice in zip(reversed(blocks), reversed(tables), reversed(choices), strict=True):
+    if "hidden" in scores:
+        kept["hidden"][scores["hidden"].argsort()[: len(scores["hidden"]) - hidden]] = False
+    for block, table, choice in zip(reversed(structure.blocks), reversed(tables), reversed(choices), strict=True):
         option = table[int(choice[position])]
         position -= option.step
         if option.group == block.gate:
-            for name in (block.gate, block.inner):
-                if name is not None and name in kept:
-                    kept[name][:] = False
+            for name in {block.gate, block.inner} & kept.keys():
+                kept[name][:] = False
         elif option.group is not None:
-            kept[option.group][scores[option.group].argsort()[: option.count]] = False
+            score = scores[option.group]
+            kept[option.group][score.argsort()[: len(score) - option.size]] = False
     _trim(structure, scores, cost, wanted, kept)
     return kept
 
 
-def _options(block: Block, scores: Mapping[str, Tensor], cost: Cost, full: Mapping[str, int]) -> list[_Option]:
-    total = cost.exact(full)
+def _fitting_hidden(structure: Structure, chosen: set[str], cost: Cost, aim: float, start: int) -> int:
+    """The number of hidden dimensions nearest to `start` with which a number of steps can be removed."""
+    sizes = _hidden_sizes(structure, chosen)
+    if len(sizes) == 1:
+        return sizes[0]
+    found = (float("inf"), start)
+    for hidden in sorted(sizes, key=lambda size: abs(size - start)):
+        levels = _reached(structure, chosen, cost, hidden).nonzero().flatten()
+        distance = float((levels - aim).abs().min())
+        if distance <= _slack(structure):
+            return hidden
+        found = min(found, (distance, hidden))
+    return found[1]
+
+
+def _options(
+    block: Block, scores: Mapping[str, Tensor], cost: Cost, full: Mapping[str, int], total: int
+) -> list[_Option]:
     lowest = min(float(score.min()) for score in scores.values()) - 1
 
-    def step(changed: Mapping[str, int]) -> int:
-        return round((total - cost.exact({**full, **changed})) / total * _RESOLUTION)
+    def loss(name: str | None, count: int) -> float:
+        """Scores lost when a group is cut to its best `count` units."""
+        if name is None or name not in scores:
+            return 0.0
+        return float((scores[name] - lowest).sort().values[: len(scores[name]) - count].sum())
 
     found = [_Option(0, 0.0, None, 0)]
-    whole = float((scores[block.gate] - lowest).sum()) if block.gate in scores else 0.0
-    if block.inner is not None and block.inner in scores:
-        losses = (scores[block.inner] - lowest).sort().values.cumsum(0)
-        size = len(losses)
-        counts = sorted({round(level * size / _LEVELS) for level in range(1, _LEVELS)} & set(range(1, size)))
-        found += [
-            _Option(step({block.inner: size - count}), float(losses[count - 1]), block.inner, count) for count in counts
-        ]
-        whole += float(losses[-1])
-    return [*found, _Option(step({block.gate: 0}), whole, block.gate, 1)]
+    for name, size, saved in _cuts(block, set(scores), cost, full):
+        lost = loss(name, size) + (loss(block.inner, 0) if name == block.gate else 0.0)
+        found.append(_Option(_steps(saved, total), lost, name, size))
+    return found

@@ -204,9 +204,10 @@ def _first_difference(
             return f"The first module that differs is {path!r} with {_described(own)}: declare it by norm(...)."
         if own:
             return f"The first module that differs is {path!r} with {_described(own)}."
+        integers = _integers(module) or "it has none"
         return (
             f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
-            f"missing from the attributes of its block ({_integers(module) or 'it has none'}), or an axis in it has wrong copies, block."
+            f"missing from the attributes of its block ({integers}), or an axis in it has the wrong copies or block."
         )
     return "No single module differs before the output does."
 

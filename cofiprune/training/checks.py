@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from cofiprune.errors import MaskError, TeacherError, TrainingError
+from cofiprune.batches import Batches, RowBatches
+from cofiprune.data_checks import check
+from cofiprune.errors import CheckpointError, DataError, MaskError, SettingsError, TeacherError, TrainingError
 from cofiprune.masking import masks_of
+from cofiprune.table import Table
+from cofiprune.tasks import label_names, task_of
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.objective import label_weight
+from cofiprune.training.projection import hidden_width
+from cofiprune.training.state import has_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,19 +38,136 @@ def check_no_masks(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module, who: str = "the model") -> None:
-    """Make sure that all weights are numbers.
+    """Make sure that all weights are there and are numbers.
 
     :raises TrainingError: naming the first parameter with a value that is not.
     """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise TrainingError(
+                f"{who} has no values in {name!r}, which is on the meta device; load its weights with from_pretrained"
+            )
         if not bool(torch.isfinite(parameter.detach()).all()):
-            raise TrainingError(f"{who} has values that are not numbers in {name!r}; nothing was changed")
+            raise TrainingError(f"{who} has values that are not finite numbers in {name!r}")
+
+
+def check_trainable(model: nn.Module, *, gated: bool) -> None:
+    """Make sure that something can be trained.
+
+    :param gated: gates learn too, so that the weights need not.
+    :raises TrainingError: when all weights are frozen, or one is trained in float16.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained and not gated:
+        raise TrainingError(
+            "every parameter of the model is frozen (requires_grad is False): there is nothing to train"
+        )
+    half = next((name for name, parameter in trained.items() if parameter.dtype == torch.float16), None)
+    if half is not None:
+        raise TrainingError(
+            f"{half!r} is float16, in which Adam's steps overflow; call model.float() and pass mixed_precision='fp16' "
+            "on a GPU, or load the model with dtype=torch.bfloat16"
+        )
+
+
+def check_callbacks(callbacks: Any) -> tuple[Callable[[dict[str, Any]], None], ...]:
+    """Return the callbacks as a tuple.
+
+    :raises SettingsError: for anything that cannot be called.
+    """
+    found = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    wrong = next((item for item in found if not callable(item)), None)
+    if wrong is not None:
+        raise SettingsError(f"callbacks takes functions that are called with each entry of the history, not {wrong!r}")
+    return found
+
+
+def check_output_dir(output_dir: str | Path | None, *, resume: bool) -> Path | None:
+    """Make sure that checkpoints can be written, and that none of another run are in the way.
+
+    :raises SettingsError: when the folder cannot be made, or is missing where a run is to be resumed.
+    :raises CheckpointError: when a new run would mix its checkpoints with those of an earlier one.
+    """
+    if output_dir is None:
+        if resume:
+            raise SettingsError("resume=True needs the output_dir that holds the checkpoints")
+        return None
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"output_dir={str(output_dir)!r} is a file; it takes a folder")
+    if not resume and has_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} holds checkpoints of an earlier run: pass resume=True to go on with that run, or choose "
+            "another output_dir, or delete them"
+        )
+    return folder
+
+
+def check_learnable(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Batches,
+    config: PruneConfig,
+    *,
+    cuts_hidden: bool,
+) -> None:
+    """Make sure that the settings leave something to learn from, all through the run.
+
+    :param cuts_hidden: hidden dimensions may be removed.
+    :raises SettingsError: when every part of the loss has the weight 0.
+    :raises DataError: when labels are asked for and not there.
+    :raises TeacherError: when the teacher has nothing to say to the student's head or cannot read the data.
+    """
+    if config.label_weight and not batches.labelled:
+        raise DataError(f"label_weight={config.label_weight:g} asks for labels, and train_dataset has none")
+    labels = label_weight(config, taught=teacher is not None, labelled=batches.labelled)
+    if teacher is None:
+        if not labels:
+            raise SettingsError("label_weight=0 without a teacher leaves nothing to learn from; pass a teacher")
+        return
+    logits, layers = config.distill_logits_weight, config.distill_layers_weight
+    if not (labels or logits or layers):
+        raise SettingsError(
+            "nothing to learn from: label_weight, distill_logits_weight and distill_layers_weight are 0"
+            if batches.labelled
+            else "nothing to learn from: no labels, and distill_logits_weight and distill_layers_weight are 0"
+        )
+    if not labels and batches.task != "embedding" and teacher.base_model is teacher:
+        raise TeacherError(
+            f"the teacher, a {type(teacher).__name__}, has no head that could teach the head of a "
+            f"{type(student).__name__}, and no labels are learned from"
+        )
+    other_width = hidden_width(student) != hidden_width(teacher)
+    if not (labels or layers) and batches.task == "embedding" and (cuts_hidden or other_width):
+        raise SettingsError(
+            "without distill_layers_weight an encoder's states are compared with the teacher's as they are, which "
+            "needs the same hidden size: give it a weight, or prune other units than 'hidden'"
+        )
+    if isinstance(batches, RowBatches) and isinstance(batches.rows, Table):
+        try:
+            check(batches.rows, teacher, "other")
+        except DataError as error:
+            raise TeacherError(f"the teacher cannot read train_dataset: {error}") from None
+
+
+def check_measurable(batches: Batches, model: PreTrainedModel, *, computed: bool) -> None:
+    """Make sure that an evaluation measures something.
+
+    :param computed: there is a `compute_metrics`.
+    :raises DataError: when the rows have no labels and nothing is computed.
+    """
+    if not batches.labelled and not computed:
+        expected = " and ".join(map(repr, label_names(model))) or "labels (it has no head)"
+        raise DataError(
+            f"eval_dataset: there is nothing to measure: {type(model).__name__} takes {expected}, which the rows lack. "
+            "Pass a compute_metrics, or leave the set out"
+        )
 
 
 def resolve_teacher(
     teacher: PreTrainedModel | Literal["self"] | None, student: PreTrainedModel
 ) -> PreTrainedModel | None:
-    """Return the model that teaches, frozen in evaluation mode, or None.
+    """Return the model that teaches, or None.
 
     :param teacher: a model of the same vocabulary and labels, "self" for a copy of the student as it is, or None.
     :raises TeacherError: when it cannot teach this student.
@@ -50,19 +177,30 @@ def resolve_teacher(
     if isinstance(teacher, str):
         if teacher != "self":
             raise TeacherError(f'teacher takes a model, "self" or None, not {teacher!r}; load a folder first')
-        frozen = copy.deepcopy(student)
-        frozen.train(False)
-        return frozen
+        return copy.deepcopy(student)
     if not isinstance(teacher, nn.Module) or not hasattr(teacher, "config"):
         raise TeacherError(f'teacher takes a transformers model, "self" or None, not {type(teacher).__name__}')
     if teacher is student:
         raise TeacherError('the teacher is the student itself; pass teacher="self" to learn from a frozen copy of it')
+    ours = {id(parameter) for parameter in student.parameters()}
+    shared = next((name for name, parameter in teacher.named_parameters() if id(parameter) in ours), None)
+    if shared is not None:
+        raise TeacherError(f"the teacher shares {shared!r} with the student, and would change with it; copy it first")
     for name, noun in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
         if name == "num_labels" and student.base_model is student:
             continue
-        ours, theirs = getattr(student.config, name, None), getattr(teacher.config, name, None)
-        if ours != theirs:
-            raise TeacherError(f"the teacher has another {noun} than the student: {theirs} and {ours}")
+        own, other = getattr(student.config, name, None), getattr(teacher.config, name, None)
+        if own != other:
+            raise TeacherError(f"the teacher has another {noun} than the student: {other} and {own}")
+    tasks = [_KINDS.get(task_of(model), task_of(model)) for model in (student, teacher)]
+    if "embedding" not in tasks and tasks[0] != tasks[1]:
+        raise TeacherError(
+            f"the teacher, a {type(teacher).__name__}, predicts something else than the student, a "
+            f"{type(student).__name__}"
+        )
     check_weights(teacher, "the teacher")
-    teacher.train(False)
     return teacher
+
+
+_KINDS = {"multi-label": "classification", "regression": "classification"}
+"""Tasks that one class of models serves, depending on its configuration and its labels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +16,9 @@ Weight = Annotated[float, Field(ge=0, le=1000)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Scheduler = Literal["linear", "cosine", "constant"]
+
+
+_LESS_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
 
 
 class PruneConfig(BaseModel):
@@ -39,11 +43,11 @@ class PruneConfig(BaseModel):
     eval_batch_size: Count = 128
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive | None = None
-    """Of the weights in the pruning phase. None: as `finetune_learning_rate` for the target, at most 2e-4, because
+    """Of the weights in the pruning phase. None: half of what `finetune_learning_rate` is for the target, because
     most of the model is still there when it starts."""
     finetune_learning_rate: Positive | None = None
     """Of what is left, in the recovery and in `finetune`. None chooses it by the share of the layers that is left,
-    because a small model bears, and needs, a larger one: 2e-5 divided by that share, at most 1e-3."""
+    because a small model bears, and needs, a larger one: 4e-5 divided by that share, at most 4e-4."""
     gate_learning_rate: Positive | None = None
     """Of the gates and of the multipliers. None chooses it by the number of steps: the original's 0.01 is
     made for 20,000 of them, a short run needs more for its gates to get anywhere."""
@@ -59,10 +63,10 @@ class PruneConfig(BaseModel):
     """Kinds of units to prune; None for all that the model has."""
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
-    warm_start: bool = False
+    warm_start: bool = True
     """Order the initial gates by the importance of their units, measured on a few batches."""
-    warm_start_spread: NonNegative = 1.0
-    """How much lower, in log_alpha, the least important unit of a group starts than the most important one."""
+    warm_start_lowest: float = 1.0
+    """log_alpha of the least important unit at the start; the most important ones start fully open."""
 
     distill_temperature: Positive = 2.0
     distill_logits_weight: Weight = 1.0
@@ -91,9 +95,24 @@ class PruneConfig(BaseModel):
     """Keep the weights of the evaluation with the best value of this metric, once the sparsity is reached;
     None keeps the last. What chose the weights is no measure of them: report a score on other data."""
     greater_is_better: bool | None = None
-    """None: False when the metric's name contains "loss", else True."""
+    """None: False for losses, errors (mse, mae, ...) and perplexity, else True."""
     progress: bool = True
     """Show progress when the output is a terminal or a notebook."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Check settings.
+
+        :raises SettingsError: for an unknown name (with the near misses) or a value out of range.
+        """
+        known = type(self).model_fields
+        for name in settings:
+            if name not in known:
+                listed = ", ".join(sorted(known))
+                raise SettingsError(f"unknown setting {name!r}.{suggest(name, known)} Settings: {listed}")
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise SettingsError(_in_one_line(error)) from None
 
     @field_validator("units", mode="before")
     @classmethod
@@ -101,12 +120,16 @@ class PruneConfig(BaseModel):
         chosen = (value,) if isinstance(value, str) else value
         if chosen is None:
             return None
+        if not isinstance(chosen, Iterable):
+            raise ValueError(f"takes a choice among {', '.join(UNIT_KINDS)}, such as ('head', 'hidden')")
+        chosen = tuple(chosen)
         for unit in chosen:
             if unit not in UNIT_KINDS:
-                raise ValueError(f"unknown unit kind {unit!r}; choose among {', '.join(UNIT_KINDS)}")
+                near = suggest(str(unit), UNIT_KINDS)
+                raise ValueError(f"unknown unit kind {unit!r}.{near} Choose among {', '.join(UNIT_KINDS)}")
         if not chosen:
             raise ValueError(f"units is empty; choose among {', '.join(UNIT_KINDS)}")
-        return tuple(chosen)
+        return chosen
 
     @field_validator("gate_stretch")
     @classmethod
@@ -114,6 +137,12 @@ class PruneConfig(BaseModel):
         if not (value[0] < 0 and value[1] > 1):
             raise ValueError("stretch limits must lie on either side of [0, 1], such as (-0.1, 1.1)")
         return value
+
+    def prefers_greater(self) -> bool:
+        """Whether a greater value of `metric_for_best_model` is a better one."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not _LESS_IS_BETTER & set((self.metric_for_best_model or "").lower().replace("-", "_").split("_"))
 
     @classmethod
     def create(cls, config: PruneConfig | None = None, /, **settings: Any) -> Self:
@@ -123,15 +152,8 @@ class PruneConfig(BaseModel):
         """
         if config is not None and not isinstance(config, PruneConfig):
             raise SettingsError(f"config takes a PruneConfig, not {type(config).__name__}")
-        for name in settings:
-            if name not in cls.model_fields:
-                known = ", ".join(sorted(cls.model_fields))
-                raise SettingsError(f"unknown setting {name!r}.{suggest(name, cls.model_fields)} Settings: {known}")
         given = {} if config is None else config.model_dump(exclude_unset=True)
-        try:
-            return cls(**{**given, **settings})
-        except ValidationError as error:
-            raise SettingsError(_in_one_line(error)) from None
+        return cls(**{**given, **settings})
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:

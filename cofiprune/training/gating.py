@@ -65,15 +65,13 @@ class Gating:
 
     def alive_layers(self) -> Tensor:
         """[layers] bool: whether the attention or the feed-forward block of a layer is there."""
-        device = self.gates.log_alpha.device
-        layers = self.masks.structure.blocks
-        found: dict[int, Tensor] = {}
-        for block in layers:
-            index = self.masks.structure[block.gate].layer
+        structure, device = self.masks.structure, self.gates.log_alpha.device
+        found = [torch.zeros((), dtype=torch.bool, device=device) for _ in structure.layers]
+        for block in structure.blocks:
+            index = structure[block.gate].layer
             assert index is not None
-            alive = torch.as_tensor(self.masks.alive(block.gate), device=device)
-            found[index] = found[index] | alive if index in found else alive
-        return torch.stack([found[index] for index in sorted(found)])
+            found[index] = found[index] | torch.as_tensor(self.masks.alive(block.gate), device=device)
+        return torch.stack(found)
 
     def settle(self) -> None:
         """Leave random samples behind: run under the gates' deterministic values."""

@@ -28,8 +28,10 @@ class Interrupt:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
         self._previous.clear()
+        if kind is None and self.requested is not None:
+            signal.raise_signal(self.requested)  # it came when there was no step left to stop after
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:

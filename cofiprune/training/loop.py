@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from cofiprune.batches import ROWS, Batch, Batches
-from cofiprune.errors import TrainingError
+from cofiprune.batches import ROWS, Batch, Batches, to_model
+from cofiprune.errors import SettingsError, TrainingError, suggest
+from cofiprune.training.checks import check_weights
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.objective import Objective
 from cofiprune.training.progress import Display
-from cofiprune.training.state import RunState, save_checkpoint
+from cofiprune.training.state import RunState, has_checkpoints, save_checkpoint
 
 Callback = Callable[[dict[str, Any]], None]
+
+_ASK_OTHERS = 10
+"""Steps after which processes ask one another whether to stop."""
 
 
 @dataclass
@@ -72,11 +77,13 @@ class Loop:
         inner = state.modules["model"]
         self.model = session.accelerator.prepare_model(inner) if several else inner
         self.optimizer = session.accelerator.prepare_optimizer(state.optimizer)
-        self.sums: dict[str, Tensor] = {}
-        self.summed = 0
         self.last_saved = state.total_steps
-        beside = [module for name, module in state.modules.items() if name not in ("model", "full")]
+        beside = [module for name, module in state.modules.items() if name not in ("model", "full", "teacher")]
         self.beside = [parameter for module in beside for parameter in module.parameters()]
+        if several:
+            # What was fitted or measured on a process's own rows must start out the same everywhere.
+            for parameter in self.beside:
+                broadcast(parameter.data)
 
     def run(self) -> None:
         """Train to the end of the phase.
@@ -84,6 +91,12 @@ class Loop:
         :raises TrainingError: when the loss is not a number.
         :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written.
         """
+        try:
+            self._run()
+        finally:
+            self._leave()
+
+    def _run(self) -> None:
         state, session = self.state, self.session
         session.display.begin(state.phase, total=self.total, done=state.step)
         started = time.perf_counter() - state.seconds
@@ -100,9 +113,8 @@ class Loop:
                 self._evaluate()
             if session.output_dir is not None and self._due(session.config.checkpoint_steps):
                 self.save()
-            if session.interrupt.requested is not None:
+            if self._interrupted():
                 self._stop()
-        self._leave()
 
     def _groups(self) -> Iterator[list[Batch]]:
         """Give the batches of one optimiser step at a time, from the state's position on, epoch after epoch."""
@@ -126,10 +138,9 @@ class Loop:
         active = self.gating is not None and self.gating.is_active(step)
         parts: dict[str, Tensor] = {}
         for index, batch in enumerate(group):
-            on_device = {
-                name: value if name == ROWS else value.to(accelerator.device, non_blocking=True)
-                for name, value in batch.items()
-            }
+            on_device = to_model(batch, self.state.modules["model"])  # type: ignore[arg-type]
+            if ROWS in batch:
+                on_device[ROWS] = batch[ROWS]  # read on the CPU
             last = index == len(group) - 1
             if self.gating is not None and active:
                 self.gating.bind(step * self.session.config.gradient_accumulation_steps + index)
@@ -144,6 +155,10 @@ class Loop:
             accelerator.backward(loss)
             for name, value in found.items():
                 parts[name] = parts.get(name, 0) + value.detach() / (1 if name == "constraint" else len(group))
+        if parts["loss"].device.type == "cpu" and not math.isfinite(float(parts["loss"])):
+            # Looking is free here. On other devices it would wait for every step; they look before anything is kept.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._not_a_number(step=self.state.total_steps + 1)
         self._update(active)
         return parts
 
@@ -165,38 +180,21 @@ class Loop:
 
     def _record(self, parts: dict[str, Tensor]) -> None:
         """Add a step to the running sums; write a history entry every `logging_steps`."""
+        state = self.state
         for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.summed += 1
-        on_cpu = parts["loss"].device.type == "cpu"
-        if on_cpu and not math.isfinite(float(parts["loss"])):
-            self._not_a_number()
-        if self.state.total_steps % self.session.config.logging_steps and self.state.step < self.total:
+            state.sums[name] = state.sums[name] + value if name in state.sums else value
+        state.summed += 1
+        if state.total_steps % self.session.config.logging_steps and state.step < self.total:
             return
-        means = {name: float(value) / self.summed for name, value in self.sums.items()}
+        self._check_finite()
+        means = {name: float(value) / state.summed for name, value in state.sums.items()}
         if "expected_sparsity" in parts:
             means["expected_sparsity"] = float(parts["expected_sparsity"])
-        if self.gating is not None and self.gating.is_active(self.state.step - 1):
-            means["target_sparsity"] = self.gating.target_at(self.state.step - 1)
-        if not math.isfinite(means["loss"]):
-            self._not_a_number()
+        if self.gating is not None and self.gating.is_active(state.step - 1):
+            means["target_sparsity"] = self.gating.target_at(state.step - 1)
         means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self._log(means)
-        self.sums, self.summed = {}, 0
-
-    def _log(self, values: dict[str, float]) -> None:
-        state = self.state
-        entry = {
-            "phase": state.phase,
-            "step": state.total_steps,
-            "epoch": round(state.batches / len(self.session.batches), 4),
-            "seconds": round(state.seconds, 3),
-            **values,
-        }
-        state.history.append(entry)
-        self.session.display.show(entry)
-        for callback in self.session.callbacks:
-            callback(dict(entry))
+        log(self.session, self.state, means)
+        state.sums, state.summed = {}, 0
 
     def _due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps, or once an epoch, happens now."""
@@ -208,12 +206,13 @@ class Loop:
 
     def _evaluate(self) -> None:
         assert self.session.evaluate is not None
+        self._check_finite()
         values: dict[str, float] = {}
         if self.gating is not None and self.gating.is_active(self.state.step - 1):
             self.gating.settle()
             values["sparsity"] = self.gating.masks.sparsity()
         values.update(self.session.evaluate(self.state.modules["model"]))
-        self._log(values)
+        log(self.session, self.state, values)
         self._keep_best(values)
 
     def _keep_best(self, values: dict[str, float]) -> None:
@@ -221,12 +220,10 @@ class Loop:
         metric = self.session.config.metric_for_best_model
         if metric is None or self.state.phase == "prune":
             return  # while pruning, the structure is still on its way to the target
-        name = metric if metric in values else f"eval_{metric}"
-        if name not in values:
-            raise TrainingError(f"metric_for_best_model={metric!r} is not among the metrics: {', '.join(values)}")
-        stated = self.session.config.greater_is_better
-        greater = "loss" not in metric if stated is None else stated
-        value = values[name] if greater else -values[name]
+        name = metric_name(metric, values)
+        value = values[name] if self.session.config.prefers_greater() else -values[name]
+        if math.isnan(value):
+            return
         if self.state.best is None or value > self.state.best["value"]:
             tensors = {name: item.detach().clone() for name, item in self.state.modules["model"].state_dict().items()}
             self.state.best = {"value": value, "step": self.state.total_steps, "model": tensors}
@@ -236,16 +233,34 @@ class Loop:
         session, state = self.session, self.state
         if session.output_dir is None or self.last_saved == state.total_steps:
             return None
+        self._check_finite()
+        check_weights(state.modules["model"], f"after step {state.total_steps}, the model")
         if self.gating is not None:
             self.gating.masks.unbind()
         self.last_saved = state.total_steps
-        return save_checkpoint(session.output_dir, state, session.fingerprint, rank=session.accelerator.process_index)
+        return save_checkpoint(
+            session.output_dir,
+            state,
+            session.fingerprint,
+            rank=session.accelerator.process_index,
+            wait=session.accelerator.wait_for_everyone,
+        )
+
+    def _interrupted(self) -> bool:
+        """Whether this process, or any other of the run, was asked to stop."""
+        accelerator, interrupt = self.session.accelerator, self.session.interrupt
+        if accelerator.num_processes == 1:
+            return interrupt.requested is not None
+        if self.state.step % _ASK_OTHERS and self.state.step < self.total:
+            return False
+        asked = accelerator.gather(torch.tensor([interrupt.requested or 0], device=accelerator.device))
+        interrupt.requested = int(asked.max()) or None
+        return interrupt.requested is not None
 
     def _stop(self) -> None:
         self.save()
         if self.gating is not None:
             self.gating.settle()
-        self._leave()
         folder = self.session.output_dir
         message = (
             f"Stopped after step {self.state.total_steps}; the checkpoint is in {folder}. "
@@ -256,12 +271,18 @@ class Loop:
         )
         self.session.interrupt.stop(message)
 
-    def _not_a_number(self) -> None:
-        self._leave()
-        kept = self.session.output_dir
-        where = f"the last good checkpoint is in {kept}" if kept is not None else "no output_dir, so no checkpoint"
+    def _check_finite(self) -> None:
+        """Make sure that nothing is logged or kept after a loss that is not a number."""
+        loss = self.state.sums.get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            self._not_a_number(step=self.state.total_steps)
+
+    def _not_a_number(self, *, step: int) -> NoReturn:
+        folder = self.session.output_dir
+        saved = folder is not None and has_checkpoints(folder)
+        where = f"the last good checkpoint is in {folder}" if saved else "there is no checkpoint yet"
         raise TrainingError(
-            f"the loss is not a number at step {self.state.total_steps} of phase {self.state.phase!r}; {where}. "
+            f"the loss is not a number at step {step} of phase {self.state.phase!r}; {where}. "
             "A lower learning_rate, or mixed_precision='bf16' instead of 'fp16', usually helps."
         )
 
@@ -273,6 +294,36 @@ class Loop:
         if self.gating is not None:
             self.gating.masks.unbind()
         self.session.accelerator.free_memory()
+
+
+def log(session: Session, state: RunState, values: Mapping[str, float]) -> None:
+    """Add an entry to the history, show it and hand it to the callbacks."""
+    entry = {
+        "phase": state.phase,
+        "step": state.total_steps,
+        "epoch": round(state.batches / len(session.batches), 4),
+        "seconds": round(state.seconds, 3),
+        **values,
+    }
+    state.history.append(entry)
+    session.display.show(entry)
+    for callback in session.callbacks:
+        callback(dict(entry))
+
+
+def metric_name(metric: str, values: Iterable[str]) -> str:
+    """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
+
+    :raises SettingsError: when it gives no such metric.
+    """
+    found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
+    if found is None:
+        known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
+        raise SettingsError(
+            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
+            f"{suggest(metric, known)} compute_metrics can add others"
+        )
+    return found
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

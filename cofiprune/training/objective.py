@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cofiprune.batches import ROWS
 from cofiprune.distillation import PredictionKind, layerwise_loss, logit_loss, predictions
 from cofiprune.errors import TrainingError
-from cofiprune.tasks import Task, label_names
+from cofiprune.tasks import IGNORED, Task, label_names
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.teacher import Teacher
 
@@ -33,6 +33,25 @@ TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-a
 """Tasks whose predictions have a token axis."""
 
 
+def label_weight(config: PruneConfig, *, taught: bool, labelled: bool) -> float:
+    """Weight of the loss on the labels in a run with or without a teacher and labels."""
+    if not labelled:
+        return 0.0
+    if config.label_weight is None:
+        return 0.5 if taught else 1.0
+    return config.label_weight
+
+
+def counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
+    if task == "question-answering" and "input_ids" in batch:
+        length = batch["input_ids"].shape[1]
+        return (batch["start_positions"] < length).any() & (batch["end_positions"] < length).any()
+    if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
+        return (batch["labels"] != IGNORED).any()
+    return None
+
+
 class Objective:
     """Computes the loss of a batch for a student, with or without a teacher."""
 
@@ -46,12 +65,12 @@ class Objective:
         *,
         labelled: bool,
     ) -> None:
-        self.teacher = teacher
+        used = bool(config.distill_logits_weight or config.distill_layers_weight)
+        self.teacher = teacher if used else None
         self.projection = projection
         self.task = task
         self.config = config
-        default = 1.0 if teacher is None else 0.5
-        self.label_weight = (default if config.label_weight is None else config.label_weight) if labelled else 0.0
+        self.label_weight = label_weight(config, taught=teacher is not None, labelled=labelled)
         self.labels = set(label_names(student))
         self.distils_layers = teacher is not None and projection is not None
 
@@ -67,7 +86,9 @@ class Objective:
         output = model(**inputs, output_hidden_states=self.distils_layers, return_dict=True)
         parts: dict[str, Tensor] = {}
         if self.label_weight:
-            parts["label_loss"] = output.loss
+            # The mean over no labels at all, such as those of a batch where nothing is masked, is not a number.
+            counted = counts_labels(self.task, inputs)
+            parts["label_loss"] = output.loss if counted is None else torch.where(counted, output.loss, 0.0)
         if self.teacher is not None:
             parts.update(self._teacher_parts(output, batch, alive))
         weights = {

@@ -21,23 +21,25 @@ from cofiprune.batches import ROWS, RowBatches
 from cofiprune.compaction import compact, restore
 from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
-from cofiprune.errors import SettingsError
+from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.allocation import scores
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.tasks import label_names
+from cofiprune.training.checks import check_callbacks, check_learnable, check_measurable, check_output_dir
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.importance import measured_importance
 from cofiprune.training.interrupt import Interrupt
-from cofiprune.training.loop import Callback, Loop, Session, decay_groups
+from cofiprune.training.loop import Callback, Loop, Session, decay_groups, log, metric_name
 from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.progress import Display
-from cofiprune.training.projection import cut_projection, fitted_projection, student_width
+from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
@@ -69,9 +71,18 @@ class Run:
         compute_metrics: Callable[[Any], dict[str, float]] | None,
         output_dir: str | Path | None,
         callbacks: Sequence[Callback],
+        *,
+        resume: bool = False,
+        teaches_itself: bool = False,
     ) -> None:
+        """Check and set up everything; nothing of the models is changed.
+
+        :param teaches_itself: the teacher is a copy of the model as it came, so that checkpoints must hold it.
+        """
         self.model = model
         self.teacher = teacher
+        self.resume = resume
+        self.teaches_itself = teaches_itself
         self.asked: Teacher | None = None
         self.config = config
         batches = prepare(
@@ -94,8 +105,11 @@ class Run:
                 need_labels=False,
                 name="eval_dataset",
             )
+            check_measurable(held_out, model, computed=compute_metrics is not None)
         elif config.metric_for_best_model is not None:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
+        called = check_callbacks(callbacks)
+        folder = check_output_dir(output_dir, resume=resume)
         accelerator = _accelerator(config)
         set_seed(config.seed, device_specific=True)
         self.batches = batches.shard(accelerator.process_index, accelerator.num_processes)
@@ -105,14 +119,13 @@ class Run:
             self.batches,
             Display(enabled=config.progress and accelerator.is_main_process),
             Interrupt(),
-            tuple(callbacks),
-            output_dir=None if output_dir is None else Path(output_dir),
+            called,
+            output_dir=folder,
         )
         if held_out is not None:
             self.session.evaluate = lambda trained: _prefixed(
                 evaluate_batches(trained, held_out, compute_metrics=compute_metrics)  # type: ignore[arg-type]
             )
-        self.training = model.training
         self.trains_embeddings = bool(config.train_embeddings)
 
     @property
@@ -120,35 +133,62 @@ class Run:
         device: torch.device = self.session.accelerator.device
         return device
 
-    def prune(self, target: float, *, resume: bool) -> PruneResult:
+    def prune(self, target: float) -> PruneResult:
         structure = structure_of(self.model)
-        saved = self._saved(resume, method="prune", target_sparsity=target)
+        cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
+        check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
         schedule = Schedule.for_pruning(self.config, len(self.batches))
         recovery = schedule.after + round(self.config.finetune_epochs * schedule.steps_per_epoch)
+        if self.config.metric_for_best_model is not None and not recovery:
+            raise SettingsError(
+                "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
+                "finetune_epochs and freeze_epochs are 0"
+            )
+        saved = self._saved(method="prune", target_sparsity=target)
         with self._running():
+            before = masks_of(self.model)
+            if before is not None:
+                before.detach()  # of the run that is resumed
             masks = attach(self.model)
-            done = None
-            if saved is None or saved.phase == "prune":
-                plan, done = self._learn(masks, target, schedule, saved)
-                saved = None
-            else:
-                plan = Plan.from_dict(saved.extra["plan"])
-            if recovery:
-                done = self._recover(plan, recovery, done, saved, pruned=True)
-            else:
-                masks.set_plan(plan)
-        assert done is not None
+            try:
+                plan, state = self._phases(masks, target, schedule, recovery, saved)
+            except Exception:
+                masks.detach()
+                raise
         plan.check(structure)
-        return self._result(plan if not recovery else plan.hard, masks, done.state)
+        return self._result(plan, masks, state)
 
-    def finetune(self, *, resume: bool) -> PruneResult:
-        saved = self._saved(resume, method="finetune")
+    def _phases(
+        self, masks: MaskRegistry, target: float, schedule: Schedule, recovery: int, saved: SavedRun | None
+    ) -> tuple[Plan, RunState]:
+        done = None
+        if saved is None or saved.phase == "prune":
+            plan, done = self._learn(masks, target, schedule, saved)
+            saved = None
+        else:
+            plan = Plan.from_dict(saved.extra["plan"])
+        if recovery:
+            return plan.hard, self._recover(plan, recovery, done, saved, pruned=True).state
+        assert done is not None
+        masks.set_plan(plan)
+        if self.session.evaluate is not None:
+            log(self.session, done.state, self.session.evaluate(self.model))  # what was logged last had other masks
+        return plan, done.state
+
+    def finetune(self) -> PruneResult:
         masks = masks_of(self.model)
         structure = structure_of(self.model)
         plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
+        cuts_hidden = plan.kept.get("hidden", self.model.config.hidden_size) != self.model.config.hidden_size
+        check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
+        if not self.config.finetune_epochs:
+            raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
         if self.config.train_embeddings is None:
             whole = plan.kept == structure.sizes and recorded_sizes(self.model.config) is None
             self.trains_embeddings = whole
+        saved = self._saved(method="finetune")
+        if saved is not None and Plan.from_dict(saved.extra["plan"]).keep != plan.keep:
+            raise CheckpointError(f"{saved.folder} is of a run with other masks on the model: attach those first")
         schedule = Schedule.for_training(self.config.finetune_epochs, self.config, len(self.batches))
         with self._running():
             done = self._recover(plan, max(schedule.total, 1), None, saved)
@@ -164,7 +204,9 @@ class Run:
         if config.warm_start:
             self.batches.set_epoch(0)
             importance = measured_importance(self.model, masks, chosen, self.batches, seed=config.seed)
-            gating.gates.initialise_from(importance, spread=config.warm_start_spread)
+            on_cpu = {name: value.double().cpu() for name, value in importance.items()}
+            balanced = scores(masks.structure, on_cpu, config.units)
+            gating.gates.start_from(balanced, lowest=config.warm_start_lowest)
         projection = self._projection(self.model, None)
         gate_lr = gate_rate(config, schedule.gated)
         learning_rate = pruning_rate(config, target)
@@ -177,9 +219,7 @@ class Run:
             {"params": list(gating.gates.parameters()), "weight_decay": 0.0},
             gating.constraint.ascent_group(gate_lr),
         ]
-        modules = {"model": self.model, "gates": gating.gates, "constraint": gating.constraint}
-        if projection is not None:
-            modules["projection"] = projection
+        modules = self._modules(self.model, projection, gates=gating.gates, constraint=gating.constraint)
         state = RunState("prune", modules, torch.optim.AdamW(groups, lr=learning_rate))
         steps = schedule.before + schedule.gated
 
@@ -190,7 +230,7 @@ class Run:
             factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
             return [learning_rate * factor] * trained + [gate_lr] * 2
 
-        self._train(state, self.model, projection, rates, steps, gating, saved)
+        self._loop(state, self.model, projection, rates, steps, gating, saved).run()
         plan = gating.decide()
         gating.masks.unbind()
         return plan, _Finished(state, projection)
@@ -211,11 +251,7 @@ class Run:
             *decay_groups(small.named_parameters(), config.weight_decay),
             *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
         ]
-        modules: dict[str, nn.Module] = {"model": small}
-        if projection is not None:
-            modules["projection"] = projection
-        if pruned:
-            modules["full"] = self.model
+        modules = self._modules(small, projection, **({"full": self.model} if pruned else {}))
         learning_rate = recovery_rate(config, _kept_share(small))
         state = RunState("recover", modules, torch.optim.AdamW(groups, lr=learning_rate))
         state.extra = {"plan": plan.to_dict()}
@@ -229,18 +265,34 @@ class Run:
             factor = rate(config.finetune_lr_scheduler_type, step, steps, warmup)
             return [learning_rate * factor] * len(groups)
 
+        loop = self._loop(state, small, projection, rates, steps, None, saved)
         try:
-            self._train(state, small, projection, rates, steps, None, saved)
+            loop.run()
             if state.best is not None:
                 small.load_state_dict(state.best["model"])
         finally:
-            restore(self.model, small, plan)
-            masks = masks_of(self.model)
-            if masks is not None:
-                masks.set_plan(plan.hard)
+            self._write_back(small, plan)
         return _Finished(state, projection)
 
-    def _train(
+    def _write_back(self, small: PreTrainedModel, plan: Plan) -> None:
+        """Bring what was trained into the full model; what was left of it before, if that is no numbers."""
+        masks = masks_of(self.model)
+        usable = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in small.parameters())
+        if usable:
+            restore(self.model, small, plan)
+        if masks is not None:
+            masks.set_plan(plan.hard if usable else plan)
+
+    def _modules(self, model: nn.Module, projection: nn.Linear | None, **more: nn.Module) -> dict[str, nn.Module]:
+        """What a checkpoint holds the tensors of."""
+        modules = {"model": model, **more}
+        if projection is not None:
+            modules["projection"] = projection
+        if self.teaches_itself and self.teacher is not None:
+            modules["teacher"] = self.teacher
+        return modules
+
+    def _loop(
         self,
         state: RunState,
         model: PreTrainedModel,
@@ -249,7 +301,8 @@ class Run:
         steps: int,
         gating: Gating | None,
         saved: SavedRun | None,
-    ) -> None:
+    ) -> Loop:
+        """Set up a phase, from its beginning or from where it was saved."""
         objective = Objective(
             model, self._asked(projection), projection, self.batches.task, self.config, labelled=self.batches.labelled
         )
@@ -257,7 +310,7 @@ class Run:
             state.restore(saved.captured)
             self._remember(state)
             saved.restore_rng(self.session.accelerator.process_index)
-        Loop(self.session, state, objective, total=steps, rates=rates, gating=gating).run()
+        return Loop(self.session, state, objective, total=steps, rates=rates, gating=gating)
 
     def _asked(self, projection: nn.Linear | None) -> Teacher | None:
         """The teacher with its memory, the same in all phases."""
@@ -290,7 +343,8 @@ class Run:
             for batch in itertools.islice(self.batches, taken):
                 if not teacher.knows(batch[ROWS]):
                     inputs = {name: value.to(self.device) for name, value in batch.items() if name not in labels}
-                    teacher.answer(inputs, batch[ROWS])
+                    with self.session.accelerator.autocast():
+                        teacher.answer(inputs, batch[ROWS])
 
     def _projection(
         self, model: PreTrainedModel, learned: nn.Linear | None, plan: Plan | None = None
@@ -300,7 +354,7 @@ class Run:
             return None
         if learned is not None and plan is not None:
             return cut_projection(learned, plan.keep["hidden"]) if "hidden" in plan.keep else learned
-        width, wanted = student_width(model), int(self.teacher.config.hidden_size)
+        width, wanted = hidden_width(model), hidden_width(self.teacher)
         same_depth = model.config.num_hidden_layers == self.teacher.config.num_hidden_layers
         if plan is None and width == wanted and same_depth:
             return hidden_projection(width, wanted).to(self.device)
@@ -311,17 +365,25 @@ class Run:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Models on the device, embeddings frozen if asked, signals caught; everything put back afterwards."""
-        self.model.to(self.device)  # type: ignore[arg-type]
+        models: list[nn.Module] = [self.model, *([] if self.teacher is None else [self.teacher])]
+        modes = [(module, module.training) for model in models for module in model.modules()]
+        for model in models:
+            model.to(self.device)
         if self.teacher is not None:
-            self.teacher.to(self.device)  # type: ignore[arg-type]
-        frozen = self._freeze_embeddings(self.model)
+            self.teacher.train(False)
+        frozen: list[nn.Parameter] = []
         try:
+            metric = self.config.metric_for_best_model
+            if metric is not None and self.session.evaluate is not None:
+                metric_name(metric, self.session.evaluate(self.model))
+            frozen = self._freeze_embeddings(self.model)
             with self.session.display, self.session.interrupt:
                 yield
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            self.model.train(self.training)
+            for module, mode in modes:
+                module.training = mode
 
     def _freeze_embeddings(self, model: PreTrainedModel) -> list[nn.Parameter]:
         if self.trains_embeddings:
@@ -332,7 +394,7 @@ class Run:
             parameter.requires_grad_(False)
         return frozen
 
-    def _saved(self, resume: bool, **identity: Any) -> SavedRun | None:
+    def _saved(self, **identity: Any) -> SavedRun | None:
         """Remember what identifies this run; the checkpoint to resume from, when asked for one."""
         kept = self.config.model_dump(exclude={"progress", "logging_steps", "eval_steps", "checkpoint_steps"})
         structure = structure_of(self.model)
@@ -341,12 +403,12 @@ class Run:
             "family": structure.family,
             "sizes": sum(structure.sizes.values()),
             "batches": len(self.batches),
+            "processes": self.session.accelerator.num_processes,
+            "teacher": None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__,
             "config": {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()},
         }
-        if not resume:
+        if not self.resume or self.session.output_dir is None:
             return None
-        if self.session.output_dir is None:
-            raise SettingsError("resume=True needs the output_dir that holds the checkpoints")
         return load_checkpoint(self.session.output_dir, self.session.fingerprint)
 
     def _result(self, plan: Plan, masks: MaskRegistry | None, state: RunState) -> PruneResult:

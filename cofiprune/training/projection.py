@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cofiprune.batches import ROWS, Batch
 from cofiprune.distillation import hidden_projection
-from cofiprune.tasks import label_names
+from cofiprune.record import recorded_sizes
+from cofiprune.tasks import forward_names, label_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ def fitted_projection(
     for batch in itertools.islice(batches, _BATCHES):
         inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}
         ours = student(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1]
-        theirs = teacher(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1]
+        read = {name: value for name, value in inputs.items() if name in forward_names(teacher)}
+        theirs = teacher(**read, output_hidden_states=True, return_dict=True).hidden_states[-1]
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape == ours.shape[:2]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
@@ -45,11 +47,11 @@ def fitted_projection(
         gram = joined.T @ joined if gram is None else gram + joined.T @ joined
     student.train(training)
     assert gram is not None
-    width = student_width(student)
+    width = hidden_width(student)
     inner, cross = gram[: width + 1, : width + 1], gram[: width + 1, width + 1 :]
     ridge = _RIDGE * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     solution = torch.linalg.solve(inner + ridge, cross).T.float()
-    projection = nn.Linear(width, teacher.config.hidden_size).to(device)
+    projection = nn.Linear(width, hidden_width(teacher)).to(device)
     projection.weight.copy_(solution[:, :-1])
     projection.bias.copy_(solution[:, -1])
     return projection
@@ -64,9 +66,7 @@ def cut_projection(projection: nn.Linear, keep: tuple[int, ...]) -> nn.Linear:
     return small.to(projection.weight.device)
 
 
-def student_width(model: PreTrainedModel) -> int:
-    """Width of a model's hidden states, compacted or not."""
-    from cofiprune.adapter import structure
-
-    found = structure(model)
-    return found["hidden"].size if "hidden" in found else int(model.config.hidden_size)
+def hidden_width(model: PreTrainedModel) -> int:
+    """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
+    recorded = recorded_sizes(model.config) or {}
+    return int(recorded.get("hidden", model.config.hidden_size))

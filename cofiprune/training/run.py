@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError
-from cofiprune.masking import attach
+from cofiprune.evaluation import evaluating
+from cofiprune.masking import attach, masks_of
 from cofiprune.selection import check_fraction, check_target
-from cofiprune.training.checks import check_no_masks, check_weights, resolve_teacher
+from cofiprune.training.checks import check_no_masks, check_trainable, check_weights, resolve_teacher
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
 from cofiprune.training.phases import Run
@@ -62,14 +64,31 @@ def prune(
     config = PruneConfig.create(config, **settings)
     target = check_fraction(target_sparsity)
     structure = structure_of(model)
-    check_no_masks(model)
+    if not resume:
+        check_no_masks(model)
     check_target(structure, accounting.layer_parameters(structure), target, config.units)
     check_weights(model)
+    check_trainable(model, gated=True)
     taught = resolve_teacher(teacher, model)
+    copied = None if taught is None or teacher is taught else masks_of(taught)
+    if copied is not None:
+        copied.detach()  # of the run that is resumed; its checkpoint has the teacher's weights
     if train_dataset is None:
         return _prune_without_data(model, target, taught, config)
-    run = Run(model, taught, config, train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks)
-    return run.prune(target, resume=resume)
+    run = Run(
+        model,
+        taught,
+        config,
+        train_dataset,
+        eval_dataset,
+        data_collator,
+        compute_metrics,
+        output_dir,
+        callbacks,
+        resume=resume,
+        teaches_itself=teacher == "self",
+    )
+    return run.prune(target)
 
 
 def finetune(
@@ -98,12 +117,26 @@ def finetune(
         if plain in settings:
             settings[f"finetune_{plain}"] = settings.pop(plain)
     config = PruneConfig.create(config, **settings)
+    structure_of(model)
     check_weights(model)
+    check_trainable(model, gated=False)
     taught = resolve_teacher(teacher, model)
     if train_dataset is None:
         raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
-    run = Run(model, taught, config, train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks)
-    return run.finetune(resume=resume)
+    run = Run(
+        model,
+        taught,
+        config,
+        train_dataset,
+        eval_dataset,
+        data_collator,
+        compute_metrics,
+        output_dir,
+        callbacks,
+        resume=resume,
+        teaches_itself=teacher == "self",
+    )
+    return run.finetune()
 
 
 def _prune_without_data(
@@ -119,7 +152,10 @@ def _prune_without_data(
     )
     from cofiprune.oneshot import prune_without_data
 
-    report = prune_without_data(model, target_sparsity=target, teacher=teacher, units=config.units, seed=config.seed)
+    with nullcontext() if teacher is None else evaluating(teacher):
+        report = prune_without_data(
+            model, target_sparsity=target, teacher=teacher, units=config.units, seed=config.seed
+        )
     masks = attach(model)
     masks.set_plan(report.plan)
     return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity())

@@ -75,7 +75,7 @@ def gate_rate(config: PruneConfig, gated_steps: int) -> float:
 
 def pruning_rate(config: PruneConfig, target: float) -> float:
     """Return the learning rate of the weights while gates learn towards a target sparsity in (0, 1)."""
-    return min(2e-4, _rate_for(1 - target)) if config.learning_rate is None else config.learning_rate
+    return 0.5 * _rate_for(1 - target) if config.learning_rate is None else config.learning_rate
 
 
 def recovery_rate(config: PruneConfig, share: float) -> float:
@@ -87,5 +87,5 @@ def recovery_rate(config: PruneConfig, share: float) -> float:
 
 
 def _rate_for(share: float) -> float:
-    """2e-5, a common rate for encoders, for a whole model; more for less, since small models need it."""
-    return min(1e-3, 2e-5 / share)
+    """4e-5, a common rate for encoders, for a whole model; more for less, since small models need it."""
+    return min(4e-4, 4e-5 / max(share, 1e-9))

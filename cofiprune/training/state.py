@@ -11,19 +11,20 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cofiprune.errors import CheckpointError
 
 FORMAT_VERSION = 1
-_FOLDER = re.compile(r"checkpoint-(\d+)$")
+_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -43,8 +44,11 @@ class RunState:
     """Batches taken in the run, over all epochs: the position of the sampler."""
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Parts of the loss since the last entry of the history, each summed over `summed` steps."""
+    summed: int = 0
     best: dict[str, Any] | None = None
-    """The best evaluation so far: `value`, `step` and the modules' tensors under `modules`."""
+    """The best evaluation so far: `value`, `step` and the model's tensors under `model`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain values that a phase needs to be set up again, such as its plan."""
 
@@ -59,41 +63,86 @@ class RunState:
             "batches": self.batches,
             "seconds": self.seconds,
             "history": json.dumps(self.history),
+            "sums": self.sums,
+            "summed": self.summed,
             "best": self.best,
         }
 
     def restore(self, captured: dict[str, Any]) -> None:
         """Take up what `capture` returned; the modules and the optimiser must be set up alike.
 
-        :raises CheckpointError: when they are not.
+        :raises CheckpointError: when they are not; nothing is changed then.
         """
-        if captured["phase"] != self.phase:
-            raise CheckpointError(f"the checkpoint is of phase {captured['phase']!r}, this is {self.phase!r}")
-        try:
-            for name, module in self.modules.items():
-                module.load_state_dict(captured["modules"][name])
-            self.optimizer.load_state_dict(captured["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint is of another model or other settings: {error}") from error
+        self._check(captured)
+        for name, module in self.modules.items():
+            module.load_state_dict(captured["modules"][name])
+        self.optimizer.load_state_dict(captured["optimizer"])
         self.step = captured["step"]
         self.total_steps = captured["total_steps"]
         self.batches = captured["batches"]
         self.seconds = captured["seconds"]
         self.history = json.loads(captured["history"])
+        device = next(tensor.device for group in self.optimizer.param_groups for tensor in group["params"])
+        self.sums = {name: value.to(device) for name, value in captured["sums"].items()}
+        self.summed = captured["summed"]
         self.best = captured["best"]
+
+    def _check(self, captured: dict[str, Any]) -> None:
+        expected = self.capture()
+        missing = [name for name in expected if name not in captured]
+        if missing:
+            raise CheckpointError(f"the checkpoint is damaged: it has no {missing[0]!r}")
+        if captured["phase"] != self.phase:
+            raise CheckpointError(f"the checkpoint is of phase {captured['phase']!r}, this is {self.phase!r}")
+        ours, theirs = list(self.modules), list(captured["modules"])
+        if ours != theirs:
+            raise CheckpointError(
+                f"the checkpoint is of a run with other settings: it holds {', '.join(theirs)}, this run has "
+                f"{', '.join(ours)}. Resume with the same arguments, the teacher included"
+            )
+        for module, tensors in expected["modules"].items():
+            shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            saved = {name: list(tensor.shape) for name, tensor in captured["modules"][module].items()}
+            for name in {**shapes, **saved}:
+                if shapes.get(name) != saved.get(name):
+                    raise CheckpointError(
+                        f"the checkpoint is of another model: {name!r} of its {module} is {_shape(saved.get(name))}, "
+                        f"here it is {_shape(shapes.get(name))}"
+                    )
+        sizes = [
+            [len(group["params"]) for group in state["param_groups"]]
+            for state in (expected["optimizer"], captured["optimizer"])
+        ]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"the checkpoint is of a run with other settings: it trains {sum(sizes[1])} parameters, this one "
+                f"{sum(sizes[0])}"
+            )
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "not there" if shape is None else f"of shape {shape}"
 
 
 def save_checkpoint(
-    folder: Path, state: RunState, fingerprint: dict[str, Any], *, rank: int = 0, keep: int = 2
+    folder: Path,
+    state: RunState,
+    fingerprint: dict[str, Any],
+    *,
+    rank: int = 0,
+    keep: int = 2,
+    wait: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint below `folder` and drop all but the newest `keep`.
 
     :param fingerprint: plain values that a resumed run must have in common with this one.
+    :param wait: returns when every process has called it: a checkpoint is complete when all have written their part.
     :return: the checkpoint's own folder.
     """
     target = folder / f"checkpoint-{state.total_steps}"
     target.mkdir(parents=True, exist_ok=True)
     torch.save(_rng_state(), target / f"rng-{rank}.pt")
+    wait()
     if rank:
         return target
     partial = target / "state.pt.partial"
@@ -124,10 +173,14 @@ class SavedRun:
     captured: dict[str, Any]
 
     def restore_rng(self, rank: int = 0) -> None:
-        """Put the random number generators of a process back to where they were."""
-        path = self.folder / f"rng-{rank}.pt"
-        if path.exists():
-            _set_rng_state(torch.load(path, weights_only=True))
+        """Put the random number generators of a process back to where they were.
+
+        :raises CheckpointError: when its part of the checkpoint is missing or damaged.
+        """
+        try:
+            _set_rng_state(torch.load(self.folder / f"rng-{rank}.pt", weights_only=True))
+        except Exception as error:
+            raise CheckpointError(f"{self.folder} is damaged: its rng-{rank}.pt cannot be read ({error})") from error
 
 
 def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
@@ -137,36 +190,61 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
     """
     found = _checkpoints(folder)
     if not found:
-        raise CheckpointError(f"nothing to resume in {folder}: it has no complete checkpoint-* folder")
+        started = " (an incomplete one is left of a run that was cut off)" if has_checkpoints(folder) else ""
+        raise CheckpointError(f"nothing to resume in {folder}: it has no complete checkpoint-* folder{started}")
     newest = found[-1][1]
     try:
         meta = json.loads((newest / "meta.json").read_text(encoding="utf-8"))
-        version = meta["format_version"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{newest} is damaged: its meta.json cannot be read ({error})") from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{newest} was written in format {version} by a newer cofiprune; this version reads formats up to "
-            f"{FORMAT_VERSION}"
-        )
-    for name, value in fingerprint.items():
-        if meta["fingerprint"].get(name) != value:
+        version = int(meta["format_version"])
+        if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{newest} is of another run: its {name} is {meta['fingerprint'].get(name)!r}, asked for {value!r}. "
-                "Resume with the same arguments, or start afresh with resume=False and another output_dir."
+                f"{newest} was written in format {version} by a newer cofiprune; this version reads formats up to "
+                f"{FORMAT_VERSION}"
             )
+        phase, extra, saved = str(meta["phase"]), dict(meta["extra"]), dict(meta["fingerprint"])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{newest} is damaged: its meta.json cannot be read ({error!r})") from error
+    difference = _difference(fingerprint, saved)
+    if difference is not None:
+        name, asked, was = difference
+        raise CheckpointError(
+            f"{newest} is of another run: its {name} is {was!r}, asked for {asked!r}. "
+            "Resume with the same arguments, or start afresh with resume=False and another output_dir."
+        )
     try:
         captured = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{newest} is damaged: its state.pt cannot be read ({error})") from error
-    return SavedRun(newest, meta["phase"], meta["extra"], captured)
+    if not isinstance(captured, dict):
+        raise CheckpointError(f"{newest} is damaged: its state.pt holds a {type(captured).__name__}")
+    return SavedRun(newest, phase, extra, captured)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds checkpoints of some run, complete or not."""
+    return folder.is_dir() and any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
+
+
+def _difference(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name under which two fingerprints differ, down to single settings, and both values."""
+    for name, value in asked.items():
+        other = saved.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            inner = _difference({**dict.fromkeys(other), **value}, other)
+            if inner is not None:
+                return inner
+        elif value != other:
+            return name, value, other
+    return None
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints below a folder, oldest first."""
     if not folder.is_dir():
         return []
-    named = ((_FOLDER.search(path.name), path) for path in folder.iterdir() if (path / "meta.json").exists())
+    named = ((_FOLDER.fullmatch(path.name), path) for path in folder.iterdir() if (path / "meta.json").exists())
     return sorted((int(match.group(1)), path) for match, path in named if match is not None)
 
 

@@ -1,0 +1,163 @@
+"""`cofiprune export`: a model as ONNX, compared with the original on inputs of other shapes than the exported ones."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cofiprune.cli.models import add_task_option, load_model, load_tokenizer
+from cofiprune.cli.parser import UsageError, at_least, one_of, writable_directory
+from cofiprune.errors import CofipruneError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_FORMATS = ("onnx",)
+_NEEDED = ("onnx", "onnxscript")
+_EXAMPLE = (2, 8)
+_COMPARED = ((1, 5), (3, 12))
+"""Rows and tokens: other ones than of the example that is traced."""
+_TOLERANCE = 1e-3
+_ONE_FILE = 1_500_000_000
+"""Bytes of weights up to which all goes into one file; ONNX files end at 2 GiB."""
+
+
+class ExportError(CofipruneError, RuntimeError):
+    """A model that cannot be exported, or whose export computes something else."""
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `export` takes."""
+    parser.add_argument("model", metavar="MODEL", help="directory or hub name")
+    parser.add_argument("out", metavar="OUT", help="a file that ends in .onnx, or a directory for model.onnx")
+    parser.add_argument(
+        "--format", type=one_of(_FORMATS, "format"), default="onnx", metavar="{onnx}", help="(default: onnx)"
+    )
+    parser.add_argument("--opset", type=at_least(18), metavar="N", help="of ONNX (default: torch's own)")
+    add_task_option(parser)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the file, and print how far its outputs are from the model's."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"export needs {' and '.join(missing)}: pip install {' '.join((*_NEEDED, 'onnxruntime'))}")
+    out = Path(options.out).expanduser()
+    is_file = out.suffix == ".onnx"
+    folder = writable_directory(str(out.parent if is_file else out))
+    model = load_model(options.model, options.task)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (out.name if is_file else "model.onnx")
+    names = write_onnx(model, file, opset=options.opset)
+    if not is_file and not (folder / "config.json").exists():
+        model.config.save_pretrained(folder)
+        tokenizer = load_tokenizer(options.model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    print(f"saved {file} ({file.stat().st_size / 1e6:.1f} MB), outputs {', '.join(names)}")
+    if find_spec("onnxruntime") is None:
+        print("not compared with torch: onnxruntime is not installed")
+        return
+    found = largest_difference(model, file)
+    print(f"largest difference from torch: {found:.2g}")
+    if not found <= _TOLERANCE:
+        raise ExportError(f"{file} computes something else than {options.model}: outputs differ by {found:.2g}")
+
+
+def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) -> list[str]:
+    """Export a model, with the number of rows and, for text, of tokens left open.
+
+    :return: the names of the outputs.
+    :raises ExportError: when torch cannot export it.
+    """
+    import torch
+
+    inputs = example(model, *_EXAMPLE)
+    with torch.no_grad():
+        names = list(_tensors(model(**inputs)))
+
+    class Plain(torch.nn.Module):
+        """The model with tensors by position, which is what a graph has."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(_tensors(self.model(**dict(zip(inputs, values, strict=True)))).values())
+
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    try:
+        torch.onnx.export(
+            Plain().eval(),
+            tuple(inputs.values()),
+            file,
+            input_names=list(inputs),
+            output_names=names,
+            dynamic_shapes=(_open_dimensions(model, inputs),),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+            external_data=size > _ONE_FILE,
+        )
+    except Exception as error:  # the exporter wraps whatever the modelling code raises
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ExportError(
+            f"torch cannot export this {type(model).__name__}: {lines[0] if lines else error!r}"
+        ) from error
+    return names
+
+
+def example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Made-up inputs with padding, and with both token types where a model tells them apart."""
+    import torch
+
+    from cofiprune.data_checks import longest_sequence
+    from cofiprune.synthetic import synthetic_inputs
+    from cofiprune.tasks import forward_names
+
+    limit = longest_sequence(model) if model.main_input_name == "input_ids" else None
+    generator = torch.Generator().manual_seed(0)
+    length = min(tokens, limit or tokens)
+    inputs = synthetic_inputs(model, batch_size=rows, seq_len=length, generator=generator, padding=True)
+    types = getattr(model.config, "type_vocab_size", 0) or 0
+    if types > 1 and "token_type_ids" in forward_names(model):
+        inputs["token_type_ids"] = torch.randint(2, inputs["input_ids"].shape, generator=generator)
+    return inputs
+
+
+def largest_difference(model: PreTrainedModel, file: Path) -> float:
+    """The largest difference between the outputs of torch and of the file, in every output and several shapes."""
+    import torch
+
+    session = import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found = 0.0
+    for rows, tokens in _COMPARED:
+        inputs = example(model, rows, tokens)
+        with torch.no_grad():
+            expected = _tensors(model(**inputs))
+        given = {entry.name for entry in session.get_inputs()}  # what no output depends on is not among them
+        computed = session.run(list(expected), {name: v.numpy() for name, v in inputs.items() if name in given})
+        for one, other in zip(expected.values(), computed, strict=True):
+            found = max(found, float((one - torch.from_numpy(other)).abs().max()))
+    return found
+
+
+def _tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    from torch import Tensor
+
+    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+
+
+def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Sequence[dict[int, Any]]:
+    """The dimensions of each input that are not fixed by the example."""
+    import torch
+
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    text = model.main_input_name == "input_ids"
+    return tuple({0: batch, **({value.dim() - 1: sequence} if text else {})} for value in inputs.values())

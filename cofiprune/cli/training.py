@@ -1,0 +1,155 @@
+"""`cofiprune prune` and `cofiprune finetune`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cofiprune.cli.loading import Loaded, add_data_options, load
+from cofiprune.cli.models import add_model_options, load_model, model_name
+from cofiprune.cli.parser import number, one_of, writable_directory
+from cofiprune.cli.settings import PRESETS, add_finetune_settings, add_prune_settings, finetune_config, prune_config
+from cofiprune.errors import SettingsError
+from cofiprune.training.config import PruneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cofiprune.training.result import PruneResult
+
+    Teacher = PreTrainedModel | Literal["self"] | None
+_RESULT = "result.json"
+
+
+def add_prune_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `prune` takes."""
+    add_model_options(parser)
+    parser.add_argument(
+        "--target-sparsity",
+        type=number,
+        default=0.9,
+        metavar="X",
+        help="share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9)",
+    )
+    parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
+                        help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
+    _add_run_options(parser)
+    add_data_options(parser, train=True)
+    add_prune_settings(parser)
+
+
+def add_finetune_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `finetune` takes."""
+    add_model_options(parser)
+    _add_run_options(parser)
+    add_data_options(parser, train=True)
+    add_finetune_settings(parser)
+
+
+def prune(options: argparse.Namespace) -> None:
+    """Prune a model, save what is left, and print the result and the summary of the smaller model."""
+    config = prune_config(options, options.preset)
+    from cofiprune.selection import check_fraction
+
+    check_fraction(options.target_sparsity)
+    loaded, teacher, folder = _prepare(options, config, labelled=options.teacher is None)
+    from cofiprune.training import run
+
+    result = run.prune(
+        loaded.model,
+        loaded.datasets.get("train_file"),
+        target_sparsity=options.target_sparsity,
+        teacher=teacher,
+        eval_dataset=loaded.datasets.get("validation_file"),
+        data_collator=loaded.collator,
+        config=config,
+        output_dir=folder,
+        resume=options.resume,
+    )
+    _save(result, result.compact(), loaded, folder, {"target_sparsity": options.target_sparsity}, config)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Train a model, save it, and print the result."""
+    if options.train_file is None:
+        raise SettingsError("finetune needs --train-file")
+    config = finetune_config(options)
+    loaded, teacher, folder = _prepare(options, config, labelled=not options.teacher, trained=True)
+    from cofiprune.training import run
+
+    result = run.finetune(
+        loaded.model,
+        loaded.datasets["train_file"],
+        teacher=teacher,
+        eval_dataset=loaded.datasets.get("validation_file"),
+        data_collator=loaded.collator,
+        config=config,
+        output_dir=folder,
+        resume=options.resume,
+    )
+    _save(result, result.model, loaded, folder, {}, config)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go"
+    )
+    parser.add_argument(
+        "--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the output directory"
+    )
+
+
+def _prepare(
+    options: argparse.Namespace, config: PruneConfig, *, labelled: bool, trained: bool = False
+) -> tuple[Loaded, Teacher, Path]:
+    """The model with its data, its teacher, and a directory that can be written to."""
+    name, taught_by = model_name(options), options.teacher
+    folder = writable_directory(options.output_dir, other_than=(name, taught_by))
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    loaded = load(options, labelled=labelled, trained=trained)
+    teacher: Teacher = None
+    if taught_by is not None:
+        teacher = "self" if taught_by == "self" else load_model(taught_by, loaded.task)
+    folder.mkdir(parents=True, exist_ok=True)
+    return loaded, teacher, folder
+
+
+def _save(
+    result: PruneResult,
+    model: PreTrainedModel,
+    loaded: Loaded,
+    folder: Path,
+    asked: dict[str, Any],
+    config: PruneConfig,
+) -> None:
+    """Write the model, its tokenizer, the plan and the result, and print what came out."""
+    from accelerate import PartialState
+
+    from cofiprune.summary import summary
+
+    if not PartialState().is_main_process:
+        return
+    model.save_pretrained(folder)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    result.plan.save(folder / "plan.json")
+    entries = {
+        **asked,
+        "sparsity": result.sparsity,
+        "model_sparsity": result.model_sparsity,
+        "metrics": result.metrics,
+        "best_step": result.best_step,
+        "seconds": result.seconds,
+        "kept": result.plan.kept,
+        "settings": config.model_dump(mode="json"),
+        "history": result.history,
+    }
+    (folder / _RESULT).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    print(f"{result!r}\n\n{summary(model)}\n\nsaved in {folder}")

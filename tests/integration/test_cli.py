@@ -1,0 +1,461 @@
+"""The command line: every subcommand on a tiny model, and every mistake in one line with exit code 2."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
+
+import cofiprune
+from cofiprune import cli
+from cofiprune.cli.files import read_rows
+from cofiprune.cli.settings import field_docs
+from cofiprune.errors import DataError
+
+GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "a", "film", "with", "music", "who", "made", "it")
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+}
+REVIEWS = [
+    {"sentence": f"a {word} film with {other} music", "label": int(word in GOOD)}
+    for word in (*GOOD, *BAD)
+    for other in (*GOOD, *BAD)
+]
+SHORT = ("--epochs", "2", "--finetune-epochs", "1", "--batch_size", "8", "--no-progress", "--logging-steps=5")
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> Path:
+    with file.open("w", newline="") as lines:
+        table = csv.DictWriter(lines, rows[0], delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+    return file
+
+
+def save(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    BertTokenizerFast(vocab={word: index for index, word in enumerate(WORDS)}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a dense model and data files."""
+    place = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    save(BertForSequenceClassification(BertConfig(**SIZES, id2label={0: "negative", 1: "positive"})), place / "dense")
+    write_csv(place / "train.csv", REVIEWS)
+    named = [{**row, "label": ("negative", "Positive")[row["label"]]} for row in REVIEWS[::3]]
+    write_csv(place / "dev.tsv", named, delimiter="\t")
+    write_csv(place / "plain.csv", [{"words": "a good film", "stars": 1}])
+    write_csv(place / "seven.csv", [{"text": "a good film", "label": 7}])
+    return place
+
+
+@pytest.fixture(scope="module")
+def pruned(place: Path) -> Path:
+    """The dense model pruned by the command line."""
+    out = place / "pruned"
+    files = ("--train-file", str(place / "train.csv"), "--validation-file", str(place / "dev.tsv"))
+    arguments = ("--target-sparsity", "0.6", "--teacher", "self", *files, *SHORT)
+    assert cli.main(["prune", str(place / "dense"), "--output-dir", str(out), *arguments]) == 0
+    return out
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
+    """Run a command line that must fail, and return its one line."""
+    assert cli.main([str(argument) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("cofiprune: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: cofiprune {command}")
+    assert "%%" not in shown
+
+
+def test_help_lists_the_commands_and_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown for command in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cofiprune {cofiprune.__version__}\n"
+
+
+def test_prune_has_an_option_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["prune", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in cofiprune.PruneConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert "--progress, --no-progress" in shown
+    assert "(default: 57)" in shown
+    assert set(field_docs()) <= set(cofiprune.PruneConfig.model_fields)
+    assert "passes" not in field_docs()["epochs"]  # the text under the field, not that of the class
+    assert field_docs()["epochs"] in shown.replace("- ", "-")
+
+
+def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(
+    pruned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(pruned)
+    assert len(AutoTokenizer.from_pretrained(pruned)) == len(WORDS)
+    kept = cofiprune.Plan.load(pruned / "plan.json").kept
+    assert {name: size for name, size in kept.items() if size} == cofiprune.structure(model).sizes
+    result = json.loads((pruned / "result.json").read_text())
+    assert result["sparsity"] == pytest.approx(0.6, abs=0.005)
+    assert result["settings"]["epochs"] == 2
+    assert result["history"]
+    assert 0 <= result["metrics"]["eval_accuracy"] <= 1
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_finetune_goes_on_from_a_compacted_model(
+    pruned: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--train-file", place / "train.csv", "--output-dir", tmp_path, "--epochs", "1", "--learning-rate=1e-3")
+    assert cli.main(["finetune", *map(str, (pruned, *arguments))]) == 0
+    assert f"saved in {tmp_path}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["finetune_epochs"] == 1
+    before, after = (AutoModelForSequenceClassification.from_pretrained(path) for path in (pruned, tmp_path))
+    assert after.num_parameters() == before.num_parameters()
+
+
+def test_evaluate_prints_what_the_function_finds(place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(pruned), "--validation-file", str(place / "dev.tsv"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == len(REVIEWS[::3])
+    result = json.loads((pruned / "result.json").read_text())
+    assert found["accuracy"] == pytest.approx(result["metrics"]["eval_accuracy"])
+    assert cli.main(["evaluate", str(pruned), "--validation-file", str(place / "dev.tsv")]) == 0
+    assert f"accuracy  {found['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_benchmark_times_a_model_next_to_its_baseline(
+    place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--batch-size", "1", "2", "--seq_len", "8", "--runs", "2", "--warmup", "0")
+    assert cli.main(["benchmark", str(pruned), "--baseline", str(place / "dense"), *sizes, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["batch_size"] for row in report["rows"]] == [1, 2]
+    assert all(row["ideal_speedup"] > 1 for row in report["rows"])
+
+
+@pytest.mark.parametrize("kind", ["dense", "pruned"])
+def test_inspect_shows_groups_and_what_can_go(
+    kind: str, place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", "--model", str(place / kind)]) == 0
+    shown = capsys.readouterr().out
+    assert "can be pruned: layer, head, intermediate, hidden; up to a sparsity of" in shown
+    assert ("compacted" in shown) == (kind == "pruned")
+    assert cli.main(["inspect", str(place / kind), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    groups = {group["name"]: group for group in report["groups"]}
+    model = AutoModelForSequenceClassification.from_pretrained(place / kind)
+    assert list(groups) == list(cofiprune.structure(model))
+    if kind == "dense":
+        layer = model.bert.encoder.layer[0]
+        norm = layer.attention.output.LayerNorm.weight.numel()
+        assert groups["layers.0.attention"]["parameters"] == sum(p.numel() for p in layer.attention.parameters())
+        assert groups["layers.0.heads"]["parameters"] == 4 * norm * norm + 3 * norm
+
+
+def test_inspect_says_why_something_cannot_be_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    masks = cofiprune.attach(model)
+    for index in range(3):
+        masks[f"layers.{index}.attention"] = [0]
+    cofiprune.compact(model).save_pretrained(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "cannot be pruned: head: no such units are left" in capsys.readouterr().out
+
+
+def test_convert_reads_a_directory_of_the_original(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "original", tmp_path / "out"
+    source.mkdir()
+    model = AutoModelForSequenceClassification.from_pretrained(place / "dense")
+    torch.save(model.state_dict(), source / "pytorch_model.bin")
+    torch.save({"mlp_z": torch.tensor([1.0, 0.0, 1.0])}, source / "zs.pt")
+    entries = {**model.config.to_dict(), "architectures": ["CoFiBertForSequenceClassification"]}
+    (source / "config.json").write_text(json.dumps(entries))
+    assert cli.main(["convert", str(source), str(out)]) == 0
+    assert "compacted" in capsys.readouterr().out
+    assert "cofiprune convert" in mistake(capsys, "inspect", source)
+    assert "layers.1.ffn" not in cofiprune.structure(AutoModelForSequenceClassification.from_pretrained(out))
+
+
+@pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
+def test_export_gives_the_same_answers_as_torch(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert cli.main(["export", str(pruned), str(tmp_path), "--format", "onnx"]) == 0
+    shown = capsys.readouterr().out
+    assert float(shown.split("largest difference from torch: ")[1]) < 1e-5
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert {entry.name for entry in session.get_inputs()} == {"input_ids", "attention_mask", "token_type_ids"}
+    assert all(entry.shape == ["batch", "sequence"] for entry in session.get_inputs())
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_export_says_what_it_needs(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cofiprune.cli.export.find_spec", lambda name: None)
+    assert "pip install onnx onnxscript" in mistake(capsys, "export", place / "dense", tmp_path / "m.onnx")
+
+
+@pytest.mark.filterwarnings("default")
+def test_prune_without_data_warns_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prune", str(place / "dense"), "--target-sparsity=0.3", "--output-dir", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    warnings = [line for line in captured.err.splitlines() if line.startswith("cofiprune: warning: ")]
+    assert len(warnings) == 1
+    assert "pruning without data" in warnings[0]
+    assert json.loads((tmp_path / "result.json").read_text())["sparsity"] == pytest.approx(0.3, abs=0.005)
+
+
+def test_a_pretrained_model_gets_a_head_for_the_labels_of_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "base")
+    topics = [{"text": f"{word} film", "label": word} for word in GOOD]
+    file = write_csv(tmp_path / "topics.csv", topics)
+    arguments = ("--train-file", file, "--output-dir", tmp_path / "out", "--epochs", "1")
+    assert cli.main(["finetune", *map(str, (tmp_path / "base", *arguments))]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert [model.config.id2label[index] for index in range(3)] == sorted(GOOD)
+
+
+TAGGED = [{"tokens": ["a", "good", "film"], "ner_tags": ["O", "B", "O"]}, {"tokens": ["music"], "ner_tags": ["B"]}]
+ANSWERED = [
+    {"question": "who made it", "context": "a good film", "answers": {"text": ["good"], "answer_start": [2]}},
+    {"question": "who made it", "context": "music", "answers": {"text": [], "answer_start": []}},
+]
+IDS = [{"input_ids": [2, 5, 3], "label": 1}, {"input_ids": [2, 6, 7, 3], "label": 0}]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("task", "rows", "metric"),
+    [
+        ("token-classification", TAGGED, "accuracy"),
+        ("question-answering", ANSWERED, "span_accuracy"),
+        ("masked-lm", [{"text": "a good film with music"}] * 8, "perplexity"),
+        ("sequence-classification", IDS, "accuracy"),
+        ("sequence-classification", [{"text": "good", "label": 0.5}, {"text": "bad", "label": 3}], "mse"),
+    ],
+    ids=["tags", "answers", "masked-lm", "ids", "numbers"],
+)
+def test_evaluate_reads_the_data_of_other_tasks(
+    task: str, rows: list[dict[str, Any]], metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("--validation-file", tmp_path / "rows.jsonl", "--task", task, "--json")
+    assert cli.main(["evaluate", *map(str, (tmp_path, *arguments))]) == 0
+    captured = capsys.readouterr()
+    assert metric in json.loads(captured.out)
+    assert ("are random until trained" in captured.err) == (task != "masked-lm")
+
+
+def test_tags_of_words_go_to_their_first_tokens_and_spans_to_the_tokens_of_the_answer() -> None:
+    from cofiprune.cli.columns import Columns
+    from cofiprune.cli.labels import Head
+    from cofiprune.cli.tokens import tokenised
+
+    tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate((*WORDS, "##s"))})
+    split = [{"tokens": ["films", "a"], "ner_tags": ["B", "O"]}]
+    columns = Columns("tokens", None, "ner_tags")
+    head = Head(("O", "B"))
+    (row,) = tokenised(split, columns, "token-classification", tokenizer, max_length=9, head=head, where="f")
+    assert row["labels"] == [-100, 1, -100, 0, -100]
+
+    columns = Columns("question", "context", "answers")
+    task = "question-answering"
+    found, empty = tokenised(ANSWERED, columns, task, tokenizer, max_length=20, head=head, where="f")
+    assert tokenizer.decode(found["input_ids"][found["start_positions"] : found["end_positions"] + 1]) == "good"
+    assert (empty["start_positions"], empty["end_positions"]) == (0, 0)
+    (cut,) = tokenised(ANSWERED[:1], columns, task, tokenizer, max_length=7, head=head, where="f")
+    assert cut["start_positions"] == len(cut["input_ids"])  # past the last token: no loss counts it
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_all_kinds_of_files_hold_the_same_rows(ending: str, tmp_path: Path) -> None:
+    rows = [{"sentence": 'said "no", twice', "label": "yes"}, {"sentence": "née", "label": "no"}]
+    file = tmp_path / f"rows.{ending}"
+    if ending == "parquet":
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), file)
+    elif ending.startswith("json"):
+        text = json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+        file.write_text(text, encoding="utf-8")
+    elif ending == "csv":
+        write_csv(file, rows)
+    else:
+        lines = [rows[0].keys(), *(row.values() for row in rows)]
+        file.write_text("\n".join(map("\t".join, lines)), encoding="utf-8")
+    assert read_rows(file) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "sentence,label\nx,1,2\n", "line 2 has 3 fields, the header has 2"),
+        ("a.csv", "sentence,label\nx\n", "line 2 has 1 fields, the header has 2"),
+        ("a.csv", "sentence,label\n", "has no rows"),
+        ("a.jsonl", '{"text": "x"}\nnonsense\n', "line 2 is not a JSON object"),
+        ("a.json", '["x"]', "entry 1 is no JSON object"),
+        ("a.json", '[{"text": "x"}', "cannot read"),
+        ("a.xlsx", "x", "has an ending that is not known"),
+        ("a.parquet", "x", "cannot read"),
+    ],
+)
+def test_files_that_cannot_be_read_are_explained(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_parquet_without_a_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_text("x")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        read_rows(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "a command is missing"),
+        ("prun dense", "Did you mean 'prune'"),
+        ("--debugg", "Did you mean '--debug'"),
+        ("prune dense", "--output-dir"),
+        ("prune --output-dir out", "MODEL is missing"),
+        ("prune dense --output-dir out --target-sparsty 0.5", "Did you mean '--target-sparsity'"),
+        ("prune dense --output-dir out --epoch 3", "Did you mean '--epochs'"),
+        ("prune dense --output-dir out --target-sparsity 95", "95 % is target_sparsity=0.95"),
+        ("prune dense --output-dir out --target-sparsity many", "invalid number value"),
+        ("prune dense --output-dir out --target-sparsity 0.9 --units head", "cannot be reached"),
+        ("prune dense --output-dir out --epochs -1", "greater than or equal to 0"),
+        ("prune dense --output-dir out --units head,heart", "unknown unit kind 'heart'"),
+        ("prune dense --output-dir out --preset glue-smal", "Did you mean 'glue-small'"),
+        ("prune dense --output-dir out --task sequence-clasification", "Did you mean 'sequence-classification'"),
+        ("prune dense --output-dir out --train-file trian.csv", "Did you mean 'train.csv'"),
+        ("prune dense --output-dir dense --train-file train.csv", "would be overwritten"),
+        ("prune dense --output-dir train.csv", "cannot write to"),
+        ("prune dense --output-dir out --train-file plain.csv", "no text column of a known name"),
+        ("prune dense --output-dir out --train-file plain.csv --text-column words", "no column of a known name"),
+        ("prune dense --output-dir out --train-file plain.csv --text-column word", "Did you mean 'words'"),
+        ("prune dense --output-dir out --train-file train.csv --label-column sentence", "not among negative, positive"),
+        ("prune dense --output-dir out --train-file train.csv --max-length 99", "reads at most 24 tokens"),
+        ("prune dense --output-dir out --train-file train.csv --label-names a,b,c", "3 names and the model 2"),
+        ("prune dense --output-dir out --train-file train.csv --teacher nobody/", "there is no directory"),
+        ("prune dense --output-dir out --train-file train.csv --resume", "nothing to resume in out"),
+        ("prune dense --output-dir out --train-file seven.csv", "--train-file: row 0: label 7 is not among the 2"),
+        ("finetune dense --output-dir out", "needs --train-file"),
+        ("finetune dense --output-dir out --units head", "unknown option --units"),
+        ("evaluate dense", "needs --validation-file"),
+        ("inspect nowhere/", "there is no directory nowhere/"),
+        ("inspect train.csv", "train.csv is a file"),
+        ("inspect .", "no config.json"),
+        ("benchmark dense --seq-len 99", "at most 24 tokens"),
+        ("benchmark dense --device cuda:99", "cannot use the device"),
+        ("convert dense out", "pytorch_model.bin"),
+        ("convert nowhere out", "no directory nowhere"),
+        ("export dense out --format tflite", "unknown format 'tflite'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: str,
+    message: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(place)
+    error = mistake(capsys, *arguments.split())
+    assert error.startswith("cofiprune: error: ")
+    assert message in error
+
+
+def test_what_is_nobodys_mistake_still_ends_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(error: BaseException) -> Any:
+        def inspect(options: Any) -> None:
+            raise error
+
+        return inspect
+
+    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(KeyboardInterrupt("Stopped; resume=True goes on.")))
+    assert "Stopped; --resume goes on." in mistake(capsys, "inspect", "m", code=130)
+    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(SystemExit("stopped by SIGTERM")))
+    assert "SIGTERM" in mistake(capsys, "inspect", "m", code=143)
+    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(RuntimeError("out of\nmemory")))
+    assert "RuntimeError: out of memory" in mistake(capsys, "inspect", "m", code=1)
+    assert cli.main(["inspect", "m", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "cofiprune", "inspect", "nowhere/"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "cofiprune: error: there is no directory nowhere/\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["benchmark", "nowhere/", "--rums", "3"]])
+def test_arguments_are_understood_before_anything_heavy_is_imported(arguments: list[str]) -> None:
+    # The package itself imports transformers, to register the loader of its models; the command line adds nothing.
+    program = f"""if True:
+        import sys, types
+        package = types.ModuleType("cofiprune")
+        package.__path__, package.__version__ = {list(cofiprune.__path__)!r}, "0"
+        sys.modules["cofiprune"] = package
+        from cofiprune.cli import main
+        main({arguments!r})
+        print("heavy:", sorted({{"torch", "transformers", "accelerate", "rich"}} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+
+
+def test_words_with_tags_train_a_token_classifier(tmp_path: Path) -> None:
+    save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "base")
+    (tmp_path / "rows.json").write_text(json.dumps(TAGGED * 4))
+    arguments = ("--task", "token-classification", "--train-file", tmp_path / "rows.json", "--epochs", "1")
+    assert cli.main(["finetune", *map(str, (tmp_path / "base", *arguments, "--output-dir", tmp_path / "out"))]) == 0
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "B", 1: "O"}

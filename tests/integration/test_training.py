@@ -1,0 +1,662 @@
+"""`prune` and `finetune` on a task that a toy model learns: what must hold after a run, whatever it was given."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+import cofiprune
+from cofiprune.accounting import layer_parameters
+from cofiprune.evaluation import evaluate
+from cofiprune.masking import masks_of
+from cofiprune.selection import reachable
+from cofiprune.structure import UNIT_KINDS
+
+CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]
+BRIEF = {"epochs": 2, "finetune_epochs": 1, "batch_size": 16, "progress": False, "seed": 0}
+INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
+INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
+
+
+def outputs(model, inputs=None):
+    """Everything that a model predicts, in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        found = model(**(INPUTS if inputs is None else inputs))
+    for module, mode in modes:
+        module.training = mode
+    return [value for name, value in found.items() if isinstance(value, torch.Tensor) and name != "loss"]
+
+
+def check_laws(toy, result, target, dense, inputs=None):
+    """What must hold after every run of `prune`."""
+    model = result.model
+    structure = cofiprune.structure(model)
+    whole = toy.parameters_of_layers(dense, cofiprune.structure(dense))
+    small = result.compact()
+    left = toy.parameters_of_layers(small, structure)
+    assert abs(result.sparsity - target) <= 0.005
+    assert result.sparsity == pytest.approx(1 - left / whole, abs=1e-12)
+    everything = [sum(p.numel() for p in m.parameters()) for m in (dense, small)]
+    assert result.model_sparsity == pytest.approx(1 - everything[1] / everything[0], abs=1e-12)
+    assert masks_of(small) is None
+    assert masks_of(model) is not None
+    assert cofiprune.Plan.from_masks(masks_of(model)).keep == result.plan.keep
+    for masked, compacted in zip(outputs(model, inputs), outputs(small, inputs), strict=True):
+        assert masked.shape[:-1] == compacted.shape[:-1]
+        if masked.shape == compacted.shape:  # an encoder's states lose the removed dimensions
+            assert (masked - compacted).abs().max() < 1e-5
+    for entry in result.history:
+        assert {"phase", "step", "epoch", "seconds"} <= entry.keys()
+        assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float)), entry
+    return small
+
+
+def test_a_pruned_model_keeps_what_its_teacher_knows(toy):
+    student = toy.student()
+    held_out = toy.rows(96, seed=2)
+    assert evaluate(toy.teacher, held_out)["accuracy"] > 0.95
+    result = cofiprune.prune(
+        student,
+        toy.rows(96, seed=1),
+        target_sparsity=0.6,
+        teacher=toy.teacher,
+        eval_dataset=held_out,
+        epochs=6,
+        finetune_epochs=3,
+        batch_size=16,
+        progress=False,
+    )
+    small = check_laws(toy, result, 0.6, toy.teacher)
+    assert result.model is student
+    assert result.metrics["eval_accuracy"] > 0.9
+    assert evaluate(small, held_out)["accuracy"] == pytest.approx(result.metrics["eval_accuracy"])
+    assert evaluate(student, held_out)["accuracy"] == pytest.approx(result.metrics["eval_accuracy"])
+    for text in (repr(result), result._repr_html_()):
+        assert "PruneResult" in text
+        assert f"{result.sparsity:.4f}" in text
+
+
+def spans(ids):
+    return {"start_positions": 1, "end_positions": len(ids) - 1}
+
+
+def next_words(ids):
+    return {"labels": [token if index % 3 == 1 else -100 for index, token in enumerate(ids)]}
+
+
+HEADS = {
+    "sequence classification": (BertForSequenceClassification, {"num_labels": 3}, lambda ids: {"labels": len(ids) % 3}),
+    "token classification": (
+        BertForTokenClassification,
+        {"num_labels": 3},
+        lambda ids: {"labels": [i % 3 for i in ids]},
+    ),
+    "question answering": (BertForQuestionAnswering, {}, spans),
+    "regression": (BertForSequenceClassification, {"num_labels": 1}, lambda ids: {"labels": len(ids) / 10}),
+    "several numbers": (
+        BertForSequenceClassification,
+        {"num_labels": 2, "problem_type": "regression"},
+        lambda ids: {"labels": [len(ids) / 10, 0.5]},
+    ),
+    "multi-label": (BertForSequenceClassification, {"num_labels": 3}, lambda ids: {"labels": [1.0, 0.0, len(ids) % 2]}),
+    "masked language model": (BertForMaskedLM, {}, next_words),
+    "next sentence": (BertForNextSentencePrediction, {}, lambda ids: {"labels": len(ids) % 2}),
+    "pre-training": (BertForPreTraining, {}, lambda ids: {**next_words(ids), "next_sentence_label": len(ids) % 2}),
+    "encoder": (BertModel, {}, lambda ids: {}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("labels", ["labels", "no labels"])
+def test_every_head_can_be_pruned(toy, head, labels):
+    cls, settings, label = HEADS[head]
+    model = toy.bert(cls, **settings)
+    dense = copy.deepcopy(model)
+    rows = toy.rows(32, labels=label if labels == "labels" else lambda ids: {})
+    result = cofiprune.prune(model, rows, target_sparsity=0.5, teacher="self", **BRIEF)
+    small = check_laws(toy, result, 0.5, dense)
+    logged = [entry for entry in result.history if "loss" in entry]
+    labelled = labels == "labels" and head != "encoder"
+    assert all(("label_loss" in entry) == labelled for entry in logged)
+    assert all("layers_loss" in entry for entry in logged)
+    assert all("logits_loss" in entry for entry in logged if entry["phase"] == "prune")
+    if cls is BertForMaskedLM:
+        assert small.cls.predictions.decoder.weight is small.bert.embeddings.word_embeddings.weight
+        assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+def test_multiple_choice_can_be_pruned(toy):
+    model = toy.bert(BertForMultipleChoice)
+    dense = copy.deepcopy(model)
+    rows = [
+        {"input_ids": [row["input_ids"], other["input_ids"], [2, 7]], "labels": index % 3}
+        for index, (row, other) in enumerate(itertools.pairwise(toy.rows(32)))
+    ]
+    result = cofiprune.prune(model, rows, target_sparsity=0.5, teacher="self", eval_dataset=rows[:8], **BRIEF)
+    inputs = {name: value.unsqueeze(0) for name, value in INPUTS.items()}
+    check_laws(toy, result, 0.5, dense, inputs)
+    assert 0 <= result.metrics["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("units", CHOICES, ids=" ".join)
+def test_every_choice_of_units_reaches_its_target_or_says_what_it_can_reach(toy, units):
+    model = toy.bert()
+    structure = cofiprune.structure(model)
+    found = reachable(structure, layer_parameters(structure), units)
+    targets = {"half": found.highest / 2, "highest": min(found.highest, 0.999)}
+    if not found.fine:
+        before = toy.snapshot(model)
+        with pytest.raises(cofiprune.CofipruneError, match="reachable next to it"):
+            cofiprune.prune(model, toy.rows(16), target_sparsity=widest_gap(found.levels), units=units, **BRIEF)
+        assert toy.is_unchanged(model, before)
+        assert masks_of(model) is None
+        targets["half"] = min(found.levels, key=lambda level: abs(level - found.highest / 2))
+    for target in targets.values():
+        pruned = copy.deepcopy(model)
+        result = cofiprune.prune(pruned, toy.rows(16), target_sparsity=target, units=units, teacher="self", **BRIEF)
+        check_laws(toy, result, target, model)
+        allowed = {group.name for group in structure.select(units)}
+        for name, group in structure.items():
+            block_is_gone = name.startswith("layers.") and not result.plan.keep[name]
+            assert name in allowed or len(result.plan.keep[name]) == group.size or block_is_gone
+
+
+def widest_gap(levels):
+    """The middle between the two neighbouring levels that lie furthest apart."""
+    low, high = max(itertools.pairwise(levels), key=lambda pair: pair[1] - pair[0])
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("kind", ["deeper", "wider", "self", "none", "compacted"])
+@pytest.mark.parametrize("match", ["nearest", "ordered", "same-index"])
+def test_teachers(toy, kind, match):
+    if kind in ("none", "self") and match != "ordered":
+        pytest.skip("the match is no different here")
+    student = toy.student()
+    teacher = {
+        "deeper": lambda: toy.bert(seed=3, num_hidden_layers=5),
+        "wider": lambda: toy.bert(seed=3, hidden_size=24),
+        "self": lambda: "self",
+        "none": lambda: None,
+        "compacted": lambda: cofiprune.compact(toy.teacher, half_of(toy.teacher)),
+    }[kind]()
+    before = toy.snapshot(teacher) if isinstance(teacher, torch.nn.Module) else None
+    result = cofiprune.prune(
+        student,
+        toy.rows(32, seed=1),
+        target_sparsity=0.5,
+        teacher=teacher,
+        distill_layers=3,
+        distill_layer_match=match,
+        **BRIEF,
+    )
+    check_laws(toy, result, 0.5, toy.teacher)
+    logged = [entry for entry in result.history if "loss" in entry]
+    assert all(("layers_loss" in entry) == (kind != "none") for entry in logged)
+    if before is not None:
+        assert toy.is_unchanged(teacher, before)
+
+
+def half_of(model):
+    """A plan with fewer hidden dimensions, heads and feed-forward dimensions, and a layer less."""
+    structure = cofiprune.structure(model)
+    values = {name: torch.ones(group.size) for name, group in structure.items()}
+    values["hidden"][::3] = 0
+    for name, value in values.items():
+        if name.endswith((".heads", ".intermediate")):
+            value[::2] = 0
+        if name in ("layers.0.attention", "layers.0.ffn"):
+            value.zero_()
+    return cofiprune.Plan.from_values(structure, values)
+
+
+def test_the_teacher_is_handed_back_in_the_mode_it_came_in(toy):
+    teacher = copy.deepcopy(toy.teacher).train()
+    teacher.bert.encoder.layer[0].eval()
+    modes = [module.training for module in teacher.modules()]
+    cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, teacher=teacher, **BRIEF)
+    assert [module.training for module in teacher.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_modes_and_flags_of_the_model_are_handed_back(toy):
+    student = toy.student().train()
+    student.bert.embeddings.eval()
+    student.classifier.bias.requires_grad_(False)
+    modes = [module.training for module in student.modules()]
+    flags = [parameter.requires_grad for parameter in student.parameters()]
+    for run in (cofiprune.prune, cofiprune.finetune):
+        goal = {"target_sparsity": 0.5} if run is cofiprune.prune else {}
+        run(student, toy.rows(32), teacher="self", eval_dataset=toy.rows(8), **goal, **BRIEF)
+        assert [module.training for module in student.modules()] == modes
+        assert [parameter.requires_grad for parameter in student.parameters()] == flags
+
+
+def test_what_the_user_froze_does_not_learn(toy):
+    student = toy.student()
+    frozen = dict(student.bert.encoder.layer[0].named_parameters(prefix="bert.encoder.layer.0"))
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    before = toy.snapshot(student)
+    cofiprune.finetune(student, toy.rows(32), epochs=1, learning_rate=1e-2, progress=False)
+    after = toy.snapshot(student)
+    assert all(torch.equal(after[name], before[name]) for name in frozen)
+    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+    result = cofiprune.prune(student, toy.rows(32), target_sparsity=0.5, units="intermediate", **BRIEF)
+    check_laws(toy, result, 0.5, toy.teacher) if reaches(student, 0.5, "intermediate") else None
+    assert not any(parameter.requires_grad for parameter in frozen.values())
+
+
+def reaches(model, target, units):
+    structure = cofiprune.structure(model)
+    return reachable(structure, layer_parameters(structure), units).highest >= target
+
+
+def test_a_wholly_frozen_model_still_learns_its_structure(toy):
+    student = toy.student()
+    student.requires_grad_(False)
+    result = cofiprune.prune(student, toy.rows(32), target_sparsity=0.5, finetune_epochs=0, freeze_epochs=0, epochs=2)
+    check_laws(toy, result, 0.5, toy.teacher)
+    assert toy.is_unchanged(student, toy.snapshot(toy.teacher))
+
+
+@pytest.mark.parametrize("train", [True, False, None])
+def test_embeddings_learn_only_when_asked(toy, train):
+    student = toy.student()
+    rows = toy.rows(32)
+    cofiprune.finetune(student, rows, epochs=1, learning_rate=1e-2, train_embeddings=train, progress=False)
+    table = "bert.embeddings.word_embeddings.weight"
+    learned = not torch.equal(student.state_dict()[table], toy.teacher.state_dict()[table])
+    assert learned == (train is not False)  # None: in `finetune` of a whole model
+    if train is None:
+        student = toy.student()
+        cofiprune.prune(student, rows, target_sparsity=0.25, units=("head", "intermediate"), **BRIEF)
+        assert torch.equal(student.state_dict()[table], toy.teacher.state_dict()[table])
+
+
+def without_dropout(toy, cls=BertForSequenceClassification, **changes):
+    return toy.bert(cls, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes)
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(toy):
+    rows = [{name: torch.tensor(value) for name, value in row.items()} for row in toy.rows(32)]
+    for row in rows:
+        row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, 12 - len(row["input_ids"])))
+        row["attention_mask"] = (row["input_ids"] != 0).long()
+    finals = []
+    for size, steps in ((4, 2), (8, 1)):
+        model = without_dropout(toy).double()
+        loader = DataLoader(rows, batch_size=size)
+        cofiprune.finetune(
+            model, loader, epochs=2, gradient_accumulation_steps=steps, learning_rate=1e-3, progress=False
+        )
+        finals.append(toy.snapshot(model))
+    assert max((finals[0][name] - finals[1][name]).abs().max() for name in finals[0]) < 1e-9
+
+
+def test_accumulation_over_the_end_of_an_epoch_counts_its_steps(toy):
+    result = cofiprune.prune(
+        toy.student(),
+        toy.rows(40),
+        target_sparsity=0.5,
+        epochs=2,
+        finetune_epochs=1,
+        batch_size=8,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        progress=False,
+    )
+    # 5 batches an epoch are 3 steps: 2 of two batches, 1 of one.
+    assert [entry["step"] for entry in result.history] == list(range(1, 10))
+    assert result.history[-1]["epoch"] == 3
+
+
+@pytest.mark.parametrize("teacher", [None, "self"])
+def test_bf16(toy, teacher):
+    student = toy.student()
+    result = cofiprune.prune(
+        student,
+        toy.rows(48),
+        target_sparsity=0.5,
+        teacher=teacher,
+        mixed_precision="bf16",
+        eval_dataset=toy.rows(8),
+        **BRIEF,
+    )
+    check_laws(toy, result, 0.5, toy.teacher)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert "forward" not in vars(student)  # nothing of the precision's own is left on the model
+
+
+class Listed(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def collate(rows):
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}
+
+
+@pytest.mark.parametrize("form", ["list", "torch", "datasets", "loader", "collator"])
+def test_every_form_of_data_set(toy, form):
+    rows = toy.rows(32)
+    data, settings = rows, {}
+    if form == "torch":
+        data = Listed(rows)
+    elif form == "datasets":
+        datasets = pytest.importorskip("datasets")
+        data = datasets.Dataset.from_list([{**row, "text": "ignored"} for row in rows])
+    elif form == "loader":
+        data = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
+    elif form == "collator":
+        settings = {"data_collator": collate}
+    teacher = toy.teacher
+    result = cofiprune.prune(toy.student(), data, target_sparsity=0.5, teacher=teacher, **settings, **BRIEF)
+    check_laws(toy, result, 0.5, toy.teacher)
+    assert result.history[-1]["step"] == 6
+
+
+def test_history_and_callbacks(toy):
+    seen = []
+    result = cofiprune.prune(
+        toy.student(),
+        toy.rows(64),
+        target_sparsity=0.5,
+        teacher="self",
+        eval_dataset=toy.rows(16, seed=2),
+        epochs=3,
+        finetune_epochs=1,
+        freeze_epochs=1,
+        batch_size=16,
+        logging_steps=3,
+        eval_steps=4,
+        callbacks=[seen.append],
+        progress=False,
+    )
+    assert seen == result.history
+    seen[0]["phase"] = "changed"
+    assert result.history[0]["phase"] == "prune"
+    losses = [entry for entry in result.history if "loss" in entry]
+    evaluated = [entry for entry in result.history if "eval_accuracy" in entry]
+    assert [entry["step"] for entry in losses] == [3, 6, 8, 9, 12, 15, 16]
+    assert [entry["step"] for entry in evaluated] == [4, 8, 12, 16]
+    assert [entry["phase"] for entry in losses] == ["prune"] * 3 + ["recover"] * 4
+    assert all({"expected_sparsity", "target_sparsity", "constraint"} <= entry.keys() for entry in losses[:3])
+    assert losses[2]["target_sparsity"] == 0.5
+    assert all("expected_sparsity" not in entry for entry in losses[3:])
+    assert all("sparsity" in entry for entry in evaluated[:2])
+    assert [entry["epoch"] for entry in evaluated] == [1, 2, 3, 4]
+    assert result.metrics == {name: value for name, value in evaluated[-1].items() if name.startswith("eval_")}
+    assert result.seconds > 0
+
+
+class Scripted:
+    """Metrics that say which evaluation is the best, and the predictions that each was made from."""
+
+    def __init__(self, values):
+        self.values = iter(values)
+        self.predictions = []
+
+    def __call__(self, prediction):
+        self.predictions.append(torch.from_numpy(prediction.predictions).clone())
+        return {"score": next(self.values)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater", "best"),
+    [("score", None, 4), ("eval_score", None, 4), ("score", False, 3), ("loss", None, None)],
+)
+def test_the_weights_of_the_best_evaluation_are_kept(toy, metric, greater, best):
+    held_out = toy.rows(16, seed=2)
+    # The first looks whether there is such a metric, then two of the pruning phase and four of the recovery.
+    script = Scripted([0.0, 9.0, 9.0, 0.1, 0.3, math.nan, 0.2])
+    student = toy.student()
+    result = cofiprune.prune(
+        student,
+        toy.rows(32),
+        target_sparsity=0.5,
+        eval_dataset=held_out,
+        compute_metrics=script,
+        metric_for_best_model=metric,
+        greater_is_better=greater,
+        epochs=2,
+        freeze_epochs=0,
+        finetune_epochs=4,
+        finetune_learning_rate=1e-2,
+        batch_size=16,
+        progress=False,
+    )
+    evaluated = [entry for entry in result.history if "eval_score" in entry]
+    assert len(evaluated) == 6
+    if best is None:
+        best = min(range(2, 6), key=lambda index: evaluated[index]["eval_loss"]) + 1
+    assert result.best_step == evaluated[best - 1]["step"]
+    assert f"of step {result.best_step}" in repr(result)
+    again = Scripted([0.0])
+    evaluate(student, held_out, compute_metrics=again, batch_size=128)
+    assert (again.predictions[0] - script.predictions[best]).abs().max() < 1e-5
+    assert result.metrics["eval_loss"] == evaluated[best - 1]["eval_loss"]
+
+
+def test_without_recovery_the_metrics_are_those_of_the_final_plan(toy):
+    held_out = toy.rows(32, seed=2)
+    result = cofiprune.prune(
+        toy.student(),
+        toy.rows(32),
+        target_sparsity=0.7,
+        teacher="self",
+        eval_dataset=held_out,
+        epochs=2,
+        finetune_epochs=0,
+        freeze_epochs=0,
+        progress=False,
+    )
+    small = check_laws(toy, result, 0.7, toy.teacher)
+    assert result.plan.scale  # gates that have not settled stay in the masks, and are folded in by compact
+    assert evaluate(small, held_out)["loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
+    # The masks were read while nothing was recorded; training under them goes on all the same.
+    result.model.train()
+    result.model(**INPUTS, labels=torch.tensor([0, 1])).loss.backward()
+
+
+@pytest.mark.parametrize("state", ["dense", "masked", "fractional", "compacted"])
+def test_finetune(toy, state):
+    student = toy.student()
+    if state == "compacted":
+        student = cofiprune.compact(student, half_of(student))
+    masks = None
+    if state in ("masked", "fractional"):
+        masks = cofiprune.attach(student)
+        masks.set_plan(half_of(student))
+        if state == "fractional":
+            masks["layers.1.heads"] = [0, 0.5, 0, 1]
+            masks["hidden"] = masks["hidden"] * 0.75
+    kept = None if masks is None else {name: value > 0 for name, value in masks.items()}
+    before = outputs(student)
+    held_out = toy.rows(64, seed=2)
+    result = cofiprune.finetune(
+        student,
+        toy.rows(96, seed=1),
+        teacher=toy.teacher,
+        eval_dataset=held_out,
+        epochs=3,
+        batch_size=16,
+        learning_rate=2e-3,
+        progress=False,
+    )
+    assert masks_of(student) is masks
+    assert result.metrics["eval_accuracy"] > 0.9
+    assert evaluate(student, held_out)["accuracy"] == pytest.approx(result.metrics["eval_accuracy"])
+    assert not torch.equal(outputs(student)[0], before[0])
+    assert result.sparsity == (masks.sparsity() if masks is not None else 0.0)
+    if masks is not None:
+        assert all(torch.equal(masks[name] > 0, kept[name]) for name in kept)
+        for masked, compacted in zip(outputs(student), outputs(result.compact()), strict=True):
+            assert (masked - compacted).abs().max() < 1e-5
+
+
+def test_finetune_takes_the_plain_names_of_its_settings(toy):
+    result = cofiprune.finetune(
+        toy.student(),
+        toy.rows(32),
+        epochs=2,
+        learning_rate=4e-3,
+        lr_scheduler_type="constant",
+        batch_size=16,
+        logging_steps=1,
+    )
+    assert [entry["learning_rate"] for entry in result.history] == [4e-3] * 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 0, "finetune_epochs": 2},
+        {"epochs": 0, "finetune_epochs": 0},
+        {"epochs": 1, "freeze_epochs": 5},
+        {"epochs": 0.1, "sparsity_warmup_epochs": 7},
+        {"epochs": 1, "pre_finetune_epochs": 1, "warmup_ratio": 0.5},
+        {"epochs": 2, "gradient_accumulation_steps": 50},
+        {"epochs": 2, "batch_size": 500, "eval_batch_size": 1},
+        {"epochs": 2, "max_grad_norm": 0, "weight_decay": 0.1},
+        {"epochs": 2, "warm_start": True, "lr_scheduler_type": "cosine"},
+        {"epochs": 2, "units": ["hidden", "layer", "head", "layer"]},
+    ],
+    ids=str,
+)
+def test_unusual_settings(toy, settings):
+    student = toy.student()
+    rows, held_out = toy.rows(20), toy.rows(3, seed=2)
+    settings = {"finetune_epochs": 1, "logging_steps": 1, **settings}
+    result = cofiprune.prune(student, rows, target_sparsity=0.7, eval_dataset=held_out, progress=False, **settings)
+    check_laws(toy, result, 0.7, toy.teacher)
+    assert "eval_accuracy" in result.metrics
+
+
+def test_one_unit_kind_may_be_given_as_a_word(toy):
+    result = cofiprune.prune(toy.student(), toy.rows(16), target_sparsity=0.2, units="intermediate", **BRIEF)
+    check_laws(toy, result, 0.2, toy.teacher)
+
+
+def test_a_target_at_the_very_end_of_what_can_be_reached(toy):
+    student = toy.student()
+    structure = cofiprune.structure(student)
+    highest = reachable(structure, layer_parameters(structure), ("head",)).highest
+    result = cofiprune.prune(student, toy.rows(16), target_sparsity=highest + 0.0049, units="head", **BRIEF)
+    check_laws(toy, result, highest, toy.teacher)
+    assert all(not result.plan.keep[f"layers.{layer}.attention"] for layer in range(2))
+
+
+def test_a_model_may_lose_all_its_layers(toy):
+    student = toy.student()
+    result = cofiprune.prune(student, toy.rows(16), target_sparsity=0.998, units="layer", teacher="self", **BRIEF)
+    small = check_laws(toy, result, 1.0, toy.teacher)
+    assert toy.parameters_of_layers(small, cofiprune.structure(small)) == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(toy, reentrant):
+    finals = []
+    for on in (False, True):
+        student = toy.student()
+        if on:
+            # Renamed in transformers 5.23, where the old name warns.
+            name = "activation_checkpointing_enable"
+            enable = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": reentrant})
+        result = cofiprune.prune(student, toy.rows(32), target_sparsity=0.5, train_embeddings=True, **BRIEF)
+        check_laws(toy, result, 0.5, toy.teacher)
+        finals.append(toy.snapshot(student))
+    assert max((finals[0][name] - finals[1][name]).abs().max() for name in finals[0]) < 1e-4
+
+
+def test_a_model_in_bfloat16(toy):
+    for settings in ({}, {"num_labels": 1}):
+        student = toy.bert(**settings).bfloat16()
+        dense = copy.deepcopy(student)
+        rows = toy.rows(32, labels=lambda ids: {"labels": len(ids) % 2})
+        result = cofiprune.prune(student, rows, target_sparsity=0.5, teacher="self", eval_dataset=rows[:8], **BRIEF)
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+        assert abs(result.sparsity - 0.5) <= 0.005
+        masked, compacted = outputs(student)[0], outputs(result.compact())[0]
+        assert masked.dtype == torch.bfloat16
+        assert (masked - compacted).abs().max() < 0.02
+        assert dense.dtype == result.compact().dtype
+
+
+def test_a_compacted_model_is_pruned_further(toy):
+    small = cofiprune.compact(toy.student(), half_of(toy.teacher))
+    dense = copy.deepcopy(small)
+    result = cofiprune.prune(small, toy.rows(32), target_sparsity=0.4, teacher=toy.teacher, distill_layers=2, **BRIEF)
+    smaller = check_laws(toy, result, 0.4, dense)  # of what it is now
+    again = cofiprune.prune(smaller, toy.rows(32), target_sparsity=0.3, **BRIEF)
+    check_laws(toy, again, 0.3, copy.deepcopy(result.compact()))
+
+
+def test_pruning_twice_takes_the_masks_off_first(toy):
+    student = toy.student()
+    cofiprune.prune(student, toy.rows(16), target_sparsity=0.3, **BRIEF)
+    with pytest.raises(cofiprune.CofipruneError, match="compact"):
+        cofiprune.prune(student, toy.rows(16), target_sparsity=0.5, **BRIEF)
+    masks_of(student).detach()
+    result = cofiprune.prune(student, toy.rows(16), target_sparsity=0.5, **BRIEF)
+    check_laws(toy, result, 0.5, toy.teacher)
+
+
+def test_a_batch_without_a_label_that_counts_is_no_loss_that_is_no_number(toy):
+    tasks = {
+        BertForMaskedLM: lambda ids: {"labels": [-100] * len(ids)},
+        BertForTokenClassification: lambda ids: {"labels": [-100] * len(ids)},
+        BertForQuestionAnswering: lambda ids: {"start_positions": 99, "end_positions": 99},
+        BertForSequenceClassification: lambda ids: {"labels": -100},
+    }
+    for cls, label in tasks.items():
+        model = toy.bert(cls)
+        before = toy.snapshot(model)
+        rows = toy.rows(8, labels=label)
+        result = cofiprune.finetune(model, rows, epochs=2, batch_size=4, logging_steps=1, progress=False)
+        assert [entry["label_loss"] for entry in result.history] == [0.0] * 4
+        assert toy.is_unchanged(model, before)
+
+
+def test_a_teacher_that_reads_less_than_the_student(toy):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DistilBertConfig(
+        vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=16, max_position_embeddings=16
+    )
+    teacher = transformers.DistilBertForSequenceClassification(config)
+    rows = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in toy.rows(16)]
+    result = cofiprune.prune(toy.student(), rows, target_sparsity=0.5, teacher=teacher, **BRIEF)
+    check_laws(toy, result, 0.5, toy.teacher)
+
+
+def test_the_same_seed_gives_the_same_run(toy):
+    finals = []
+    for _ in range(2):
+        student = toy.student()
+        cofiprune.prune(student, toy.rows(32), target_sparsity=0.5, teacher="self", **BRIEF)
+        finals.append(toy.snapshot(student))
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])

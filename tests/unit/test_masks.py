@@ -1,0 +1,294 @@
+"""Masks on a stock model: what they take, what they refuse, and that nothing of the model changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cofiprune
+from cofiprune import MaskRegistry, Plan
+from cofiprune.conformance.specimens import outputs
+from cofiprune.errors import MaskError, PlanError, StructureError
+from cofiprune.masking import masks_of
+
+Batch = dict[str, Tensor]
+
+
+@pytest.fixture
+def model(build: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return build("BertForSequenceClassification")
+
+
+@pytest.fixture
+def batch(model: PreTrainedModel, batch_of: Callable[..., Batch]) -> Batch:
+    return batch_of(model)
+
+
+def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return outputs(model, batch)["logits"]
+
+
+def test_masks_start_as_ones_and_change_nothing(model: PreTrainedModel, batch: Batch) -> None:
+    before = logits(model, batch)
+    masks = cofiprune.attach(model)
+    assert all(bool((value == 1).all()) for value in masks.values())
+    assert masks.sparsity() == 0
+    assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize("value", [[1, 0, 0.5, 1], (1, 0, 0.5, 1), torch.tensor([1, 0, 0.5, 1])])
+def test_masks_take_numbers_of_any_form(model: PreTrainedModel, batch: Batch, value: list[float]) -> None:
+    before = logits(model, batch)
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"] = value
+    assert masks["layers.0.heads"].tolist() == [1, 0, 0.5, 1]
+    assert not torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.0.heads", [1, 1, 1], r"'layers.0.heads' takes 4 values, one per unit; got shape \(3,\)"),
+        ("layers.0.heads", [[1, 1, 1, 1]], r"got shape \(1, 4\)"),
+        ("layers.0.heads", 1, r"got shape \(\)"),
+        ("layers.0.heads", [1, float("nan"), 1, 1], "not numbers"),
+        ("layers.0.heads", [1, float("inf"), 1, 1], "not numbers"),
+        ("layers.0.heads", [1, 1.5, 1, 1], r"must lie in \[0, 1\]; found 1 to 1.5"),
+        ("layers.0.heads", [1, -0.1, 1, 1], r"must lie in \[0, 1\]; found -0.1 to 1"),
+        ("layers.0.heads", ["a", 1, 1, 1], r"takes 4 numbers in \[0, 1\]"),
+        ("layers.0.heads", None, r"takes 4 numbers in \[0, 1\]"),
+        ("hidden", [0] * 24, "would remove every hidden dimension"),
+    ],
+)
+def test_wrong_values_are_refused_and_leave_the_mask(
+    model: PreTrainedModel, name: str, value: object, message: str
+) -> None:
+    masks = cofiprune.attach(model)
+    with pytest.raises(MaskError, match=message) as caught:
+        masks[name] = value  # type: ignore[assignment]
+    assert isinstance(caught.value, ValueError)
+    assert bool((masks[name] == 1).all())
+
+
+def test_unknown_names_get_near_misses(model: PreTrainedModel) -> None:
+    masks = cofiprune.attach(model, "head")
+    with pytest.raises(StructureError, match="Did you mean 'layers.0.heads'"):
+        masks["layers.0.head"] = [1, 1, 1, 1]
+    with pytest.raises(StructureError, match="no mask is attached for 'hidden'; attach with units that include 'hidden'"):
+        _ = masks["hidden"]
+    with pytest.raises(MaskError, match="cannot be deleted"):
+        del masks["layers.0.heads"]
+
+
+def test_units_choose_the_masks(model: PreTrainedModel) -> None:
+    with cofiprune.attach(model, ("head", "hidden")) as masks:
+        assert list(masks) == ["hidden", "layers.0.heads", "layers.1.heads"]
+    with pytest.raises(StructureError, match="Did you mean 'intermediate'"):
+        cofiprune.attach(model, "intermediates")
+    assert masks_of(model) is None
+
+
+def test_edits_of_a_mask_tensor_take_effect(model: PreTrainedModel, batch: Batch) -> None:
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"] = [0, 1, 1, 1]
+    expected = logits(model, batch)
+    masks["layers.0.heads"] = [1, 1, 1, 1]
+    logits(model, batch)
+    masks["layers.0.heads"][0] = 0
+    assert torch.equal(logits(model, batch), expected)
+    assert masks.plan().keep["layers.0.heads"] == (1, 2, 3)
+    masks["layers.0.heads"].fill_(2)
+    with pytest.raises(MaskError, match=r"must lie in \[0, 1\]"):
+        logits(model, batch)
+
+
+def test_a_second_registry_is_refused_until_the_first_is_detached(model: PreTrainedModel) -> None:
+    masks = cofiprune.attach(model)
+    with pytest.raises(MaskError, match=r"attached to this model already; call masks.detach\(\) first"):
+        cofiprune.attach(model)
+    masks.detach()
+    masks.detach()
+    cofiprune.attach(model).detach()
+
+
+def test_leaving_the_context_gives_the_stock_model_back(
+    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
+) -> None:
+    before = logits(model, batch)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    with pytest.raises(RuntimeError, match="mine"), cofiprune.attach(model) as masks:  # noqa: PT012
+        randomise(masks, fractional=True)
+        assert not torch.equal(logits(model, batch), before)
+        raise RuntimeError("mine")
+    assert masks_of(model) is None
+    assert torch.equal(logits(model, batch), before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+
+
+def test_names_and_state_dict_are_those_of_the_stock_model(
+    model: PreTrainedModel, randomise: Callable[..., None]
+) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    modules = [name for name, _ in model.named_modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with cofiprune.attach(model) as masks:
+        randomise(masks)
+        assert [name for name, _ in model.named_parameters()] == names
+        assert [name for name, _ in model.named_modules()] == modules
+        assert list(model.state_dict()) == list(weights)
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_block_without_units_is_a_block_without_its_gate(model: PreTrainedModel, batch: Batch) -> None:
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.attention"] = [0]
+        masks["layers.1.ffn"] = [0]
+        by_gate = logits(model, batch)
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.heads"] = [0] * 4
+        masks["layers.1.intermediate"] = [0] * 34
+        assert torch.equal(logits(model, batch), by_gate)
+        assert masks.plan().keep["layers.0.attention"] == ()
+
+
+def test_the_state_of_a_model_without_blocks_is_its_embedding(
+    build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch]
+) -> None:
+    model = build("BertModel")
+    batch = batch_of(model)
+    with torch.no_grad():
+        embedded = model.embeddings(input_ids=batch["input_ids"])
+    with cofiprune.attach(model, "layer") as masks:
+        for name in masks:
+            masks[name] = [0]
+        assert torch.equal(outputs(model, batch)["last_hidden_state"], embedded)
+
+
+def test_fractional_masks_scale(build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch]) -> None:
+    """A head, a feed-forward dimension and a block are scaled before the residual is added."""
+    model = build("BertModel", num_hidden_layers=1)
+    batch = batch_of(model)
+    layer = model.encoder.layer[0]
+    found: dict[str, Tensor] = {}
+    hook = layer.output.dense.register_forward_hook(lambda module, args, output: found.update(ffn=output))
+    with torch.no_grad(), cofiprune.attach(model) as masks:
+        model(**batch)
+        whole = found["ffn"]
+        masks["layers.0.ffn"] = [0.25]
+        model(**batch)
+        torch.testing.assert_close(found["ffn"], 0.25 * whole, rtol=1e-12, atol=1e-12)
+        masks["layers.0.ffn"] = [1]
+        masks["layers.0.intermediate"] = [0.25] * 34
+        model(**batch)
+        bias = layer.output.dense.bias
+        torch.testing.assert_close(found["ffn"] - bias, 0.25 * (whole - bias), rtol=1e-12, atol=1e-12)
+    hook.remove()
+
+
+def test_differentiable_masks_give_the_outputs_of_set_ones(
+    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
+) -> None:
+    masks = cofiprune.attach(model)
+    randomise(masks, fractional=True)
+    expected = logits(model, batch)
+    values = {name: value.clone().requires_grad_() for name, value in masks.items()}
+    randomise(masks, seed=1)
+    masks.bind(values)
+    found = model(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    gradients = torch.autograd.grad(found.square().sum(), list(values.values()))
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    assert all(bool(gradient.any()) for name, gradient in zip(values, gradients, strict=True) if name != "hidden")
+    masks.unbind()
+    assert not torch.allclose(logits(model, batch), expected)
+
+
+def test_the_gradient_of_a_mask_is_that_of_finite_differences(
+    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
+) -> None:
+    masks = cofiprune.attach(model)
+    randomise(masks, fractional=True)
+    name, step = "layers.0.heads", 1e-6
+    values = {key: value.clone() for key, value in masks.items()}
+    values[name] = torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
+    masks.bind(values)
+    (gradient,) = torch.autograd.grad(model(**batch).logits.sum(), values[name])
+    for unit in range(4):
+        sums = []
+        for sign in (1, -1):
+            moved = values[name].detach().clone()
+            moved[unit] += sign * step
+            masks.bind({**values, name: moved})
+            sums.append(logits(model, batch).sum())
+        assert gradient[unit].item() == pytest.approx(((sums[0] - sums[1]) / (2 * step)).item(), rel=1e-5, abs=1e-8)
+
+
+def test_a_plan_can_be_set(model: PreTrainedModel, randomise: Callable[..., None]) -> None:
+    masks = cofiprune.attach(model)
+    randomise(masks, fractional=True)
+    plan = masks.plan()
+    before = {name: value.clone() for name, value in masks.items()}
+    randomise(masks, seed=1)
+    masks.set_plan(plan)
+    assert all(torch.equal(value, before[name]) for name, value in masks.items())
+    masks.detach()
+    with (
+        cofiprune.attach(model, "head") as heads,
+        pytest.raises(StructureError, match="whose masks are not attached; attach all units"),
+    ):
+        heads.set_plan(plan)
+    other = Plan("roberta", plan.sizes, plan.keep)
+    with cofiprune.attach(model) as masks, pytest.raises(PlanError, match="is for a 'roberta' model"):
+        masks.set_plan(other)
+
+
+def test_a_copy_of_a_model_has_masks_of_its_own(model: PreTrainedModel, batch: Batch) -> None:
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"] = [0, 1, 1, 1]
+    expected = logits(model, batch)
+    twin = copy.deepcopy(model)
+    copied = masks_of(twin)
+    assert isinstance(copied, MaskRegistry)
+    assert copied is not masks
+    assert torch.equal(logits(twin, batch), expected)
+    masks["layers.0.heads"] = [1, 1, 1, 1]
+    assert torch.equal(logits(twin, batch), expected)
+    copied.detach()
+    assert masks_of(twin) is None
+    assert torch.equal(logits(twin, batch), logits(model, batch))
+    assert masks_of(model) is masks
+    masks["layers.0.heads"] = [0, 1, 1, 1]
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_registry_prints_what_it_keeps(model: PreTrainedModel) -> None:
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"] = [0, 1, 0, 1]
+    text = repr(masks)
+    assert "MaskRegistry of a bert model, sparsity 0." in text
+    assert "layers.0.heads           2 of 4 kept" in text
+
+
+def test_hidden_states_come_out_masked(model: PreTrainedModel, batch: Batch) -> None:
+    with torch.no_grad(), cofiprune.attach(model) as masks:
+        row = torch.ones(24)
+        row[[3, 7]] = 0
+        masks["hidden"] = row
+        states = model(**batch, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    assert all(bool((state[..., [3, 7]] == 0).all()) for state in states)
+
+
+def test_moving_a_model_moves_what_its_masks_multiply(model: PreTrainedModel, batch: Batch) -> None:
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"] = [0.5, 1, 0, 1]
+    expected = logits(model, batch)
+    model.to(torch.float32)
+    torch.testing.assert_close(logits(model, batch).double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,430 @@
+"""Pruning without data: an exact size, removed weights as they were, and a repair that never makes answers worse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+from cofiprune import accounting, attach, compact
+from cofiprune.adapter import structure as structure_of
+from cofiprune.conformance.specimens import specimen, tiny_config, unit_choices
+from cofiprune.errors import DataError, MaskError, SettingsError, TargetError, TeacherError
+from cofiprune.oneshot import prune_without_data
+from cofiprune.oneshot.activations import LayerWalk, counted, projections, valid_rows
+from cofiprune.oneshot.allocation import scores
+from cofiprune.oneshot.divergence import answers, divergence
+from cofiprune.oneshot.importance import activation_importance, weight_importance
+from cofiprune.oneshot.repair import LeastSquares, Repair
+from cofiprune.plan import Plan
+from cofiprune.selection import check_target
+from cofiprune.structure import Group
+from cofiprune.synthetic import synthetic_inputs
+
+SAMPLES = 600
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def bert(cls=BertForSequenceClassification, *, seed=0, **sizes):
+    config = {
+        "vocab_size": 40,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 32,
+        "num_labels": 3,
+        **sizes,
+    }
+    return specimen(cls(BertConfig(**config)), rng(seed))
+
+
+def cost_of(model):
+    structure = structure_of(model)
+    return structure, accounting.layer_parameters(structure)
+
+
+def batches_of(model, count=3, seed=9):
+    generator = rng(seed)
+    return [synthetic_inputs(model, batch_size=8, seq_len=20, generator=generator, padding=True) for _ in range(count)]
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("units", unit_choices(), ids="+".join)
+def test_the_sparsity_is_exact_for_every_choice_of_units(units):
+    model = bert(num_hidden_layers=3)
+    structure, cost = cost_of(model)
+    tried = 0
+    for target in (0.05, 0.2, 0.35, 0.5, 0.66, 0.8, 0.9, 0.97):
+        try:
+            check_target(structure, cost, target, units)
+        except TargetError:
+            continue
+        plan = prune_without_data(model, target_sparsity=target, units=units).plan
+        assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(target, abs=0.005)
+        chosen = {group.name for group in structure.select(units)}
+        cut = {name for name, size in structure.sizes.items() if len(plan.keep[name]) < size}
+        gone = {name for block in structure.blocks if not plan.keep[block.gate] for name in (block.gate, block.inner)}
+        assert cut <= chosen | gone
+        tried += 1
+    assert tried or units == ("layer",)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.9])
+def test_the_sparsity_is_exact_with_a_teacher(target):
+    model = bert()
+    structure, cost = cost_of(model)
+    report = prune_without_data(model, target_sparsity=target, teacher="self", samples=SAMPLES)
+    assert accounting.sparsity(cost, structure, report.plan.kept) == pytest.approx(target, abs=0.005)
+    assert not report.plan.scale
+
+
+def test_no_block_goes_while_others_have_units_to_spare():
+    model = bert(num_hidden_layers=3)
+    plan = prune_without_data(model, target_sparsity=0.7).plan
+    assert all(plan.kept[block.gate] == 1 for block in structure_of(model).blocks)
+    shares = [plan.kept[name] / size for name, size in plan.sizes.items() if name.endswith("intermediate")]
+    assert max(shares) - min(shares) < 0.25
+    assert plan.kept["hidden"] == 24
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "deberta-v2"])
+def test_repair_brings_answers_nearer_on_inputs_that_it_has_not_seen(family):
+    from transformers import AutoModel
+
+    config = tiny_config(family)
+    config.intermediate_size = 64
+    dense = specimen(AutoModel.from_config(config), rng())
+    model = copy.deepcopy(dense)
+    report = prune_without_data(model, target_sparsity=0.4, teacher=dense, samples=SAMPLES)
+    assert report.repaired
+    assert report.divergence_after < report.divergence_before
+    unseen = batches_of(dense, seed=77)
+    theirs = answers(dense, unseen)
+    hidden = report.plan.keep["hidden"]
+    unrepaired = divergence(compact(dense, report.plan), theirs, unseen, hidden=hidden)
+    assert divergence(compact(model, report.plan), theirs, unseen, hidden=hidden) < unrepaired
+
+
+def test_only_kept_weights_of_the_last_projections_change():
+    model = bert()
+    before = state(model)
+    report = prune_without_data(model, target_sparsity=0.6, teacher="self", samples=SAMPLES)
+    assert report.repaired
+    structure = structure_of(model)
+    paths = {projection.module for projection in projections(model, structure).values()}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert {name.rpartition(".")[0] for name in changed} <= paths
+    for spec in structure.parameters:
+        if spec.name in changed and len(spec.shape) == 2:
+            kept = torch.zeros(spec.shape, dtype=torch.bool)
+            rows, columns = (
+                [unit * side.block + item for unit in report.plan.keep[side.group] for item in range(side.block)]
+                for side in spec.sides
+            )
+            kept[torch.tensor(rows).unsqueeze(1), torch.tensor(columns)] = True
+            difference = model.get_parameter(spec.name) != before[spec.name]
+            assert not bool(difference[~kept].any())
+
+
+def test_the_masked_model_and_the_compacted_one_agree_afterwards():
+    model = bert()
+    report = prune_without_data(model, target_sparsity=0.6, teacher="self", samples=SAMPLES)
+    unseen = batches_of(model)
+    small = answers(compact(model, report.plan), unseen)
+    with attach(model) as masks:
+        masks.set_plan(report.plan)
+        for (ours,), (theirs,) in zip(answers(model, unseen), small, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_without_a_teacher_no_weight_changes():
+    model = bert()
+    before = state(model)
+    report = prune_without_data(model, target_sparsity=0.6)
+    assert report.divergence_before is report.divergence_after is None
+    assert not report.repaired
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_seed_decides():
+    runs = []
+    for seed in (1, 1, 2):
+        model = bert()
+        torch.manual_seed(len(runs))
+        report = prune_without_data(model, target_sparsity=0.5, teacher="self", seed=seed, samples=SAMPLES)
+        runs.append((report, state(model)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+    assert runs[0][0].divergence_before != runs[2][0].divergence_before
+
+
+def test_the_mode_of_every_module_and_the_global_generator_stay():
+    model = bert().train()
+    model.bert.encoder.layer[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    noise = torch.get_rng_state()
+    prune_without_data(model, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_repair_that_does_harm_is_rolled_back(monkeypatch):
+    def harm(self, on_progress=None):
+        with torch.no_grad():
+            for parameter in self.small.parameters():
+                parameter.add_(1.0)
+
+    monkeypatch.setattr(Repair, "run", harm)
+    model = bert()
+    before = state(model)
+    report = prune_without_data(model, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    assert report.divergence_after == report.divergence_before
+    assert not report.repaired
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_removed_blocks_are_passed_by():
+    model = bert(num_hidden_layers=3)
+    structure = structure_of(model)
+    values = {name: torch.ones(size) for name, size in structure.sizes.items()}
+    values["layers.0.attention"][:] = 0
+    values["layers.1.heads"][:] = 0
+    values["layers.1.intermediate"][:] = 0
+    values["layers.2.intermediate"][::2] = 0
+    plan = Plan.from_values(structure, values)
+    small = compact(model, plan)
+    seen: list[float] = []
+    theirs = answers(model, batches_of(model, seed=5))
+    before = divergence(small, theirs, batches_of(model, seed=5))
+    Repair(model, structure, small, structure_of(small), plan, batches_of(model, count=6)).run(seen.append)
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1])
+    assert divergence(small, theirs, batches_of(model, seed=5)) < before
+
+
+def test_heads_alone_up_to_the_last_one():
+    model = bert()
+    structure, cost = cost_of(model)
+    target = 1 - cost.exact({**structure.sizes, "layers.0.attention": 0, "layers.1.attention": 0}) / cost.exact(
+        structure.sizes
+    )
+    plan = prune_without_data(model, target_sparsity=target, units="head", teacher="self", samples=SAMPLES).plan
+    assert plan.keep["layers.0.heads"] == plan.keep["layers.1.heads"] == ()
+    assert plan.kept["layers.0.intermediate"] == 48
+
+
+def padded(batch, width, fill):
+    ids = torch.full((len(batch["input_ids"]), width), fill)
+    mask = torch.zeros_like(ids)
+    ids[:, : batch["input_ids"].shape[1]] = batch["input_ids"]
+    mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+    return {"input_ids": torch.where(mask == 0, fill, ids), "attention_mask": mask}
+
+
+def test_padding_does_not_enter_the_statistics():
+    model = bert()
+    structure = structure_of(model)
+    plan = prune_without_data(model, target_sparsity=0.5).plan
+    batches = batches_of(model)
+    longer = [padded(batch, 30, fill=7) for batch in batches]
+    assert [counted(model, structure, batch) for batch in batches] == [
+        counted(model, structure, batch) for batch in longer
+    ]
+    found, weights = [], []
+    for given in (batches, longer):
+        small = compact(model, plan)
+        found.append(activation_importance(model, structure, given))
+        Repair(model, structure, small, structure_of(small), plan, given).run()
+        weights.append(state(small))
+    for name, importance in found[0].items():
+        torch.testing.assert_close(importance, found[1][name])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-9, atol=1e-9)
+
+
+def test_rows_line_up_with_the_mask_in_every_layout():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    states = torch.arange(12.0).view(2, 3, 2)
+    wanted = states[mask == 1]
+    assert torch.equal(valid_rows(states, {"attention_mask": mask}), wanted)
+    assert torch.equal(valid_rows(states.view(6, 2), {"attention_mask": mask}), wanted)
+    extended = torch.cat([states, torch.full((2, 2, 2), 9.0)], dim=1)
+    assert torch.equal(valid_rows(extended, {"attention_mask": mask}), wanted)
+    assert torch.equal(valid_rows(wanted, {"attention_mask": mask}), wanted)
+    assert len(valid_rows(states, {})) == 6
+    assert valid_rows(states.half(), {}).dtype == torch.float32
+
+
+def test_positions_are_counted_without_a_mask():
+    model = bert()
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+    assert counted(model, structure_of(model), batch) == 10
+
+
+def test_a_walk_sees_what_a_forward_pass_computes():
+    model = bert()
+    structure = structure_of(model)
+    batches = batches_of(model)
+    inputs = {}
+    wanted = projections(model, structure)
+    handles = [
+        model.get_submodule(found.module).register_forward_hook(
+            lambda module, args, output, gate=gate: inputs.setdefault(gate, []).append(args[0])
+        )
+        for gate, found in wanted.items()
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    walk = LayerWalk(model, structure, batches)
+    for layer in range(2):
+        here = [found for gate, found in wanted.items() if structure[gate].layer == layer]
+        for index in range(len(batches)):
+            for gate, passage in walk.look(index, here, settle=True).items():
+                torch.testing.assert_close(passage.inputs, inputs[gate][index], rtol=0, atol=0)
+        walk.advance()
+
+
+class TestLeastSquares:
+    def test_recovers_a_linear_map(self):
+        inputs = torch.randn(200, 5, generator=rng(), dtype=torch.float64)
+        weight, bias = torch.randn(3, 5, generator=rng(1), dtype=torch.float64), torch.tensor([1.0, -2.0, 0.5])
+        fit = LeastSquares(5, 3)
+        for part in inputs.split(64):
+            fit.add(part, part @ weight.T + bias)
+        found = fit.solve(1e-12)
+        torch.testing.assert_close(found[0], weight, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[1], bias.double(), rtol=1e-6, atol=1e-6)
+
+    def test_dead_and_constant_inputs_are_harmless(self):
+        inputs = torch.randn(50, 4, generator=rng())
+        inputs[:, 1] = 0
+        inputs[:, 2] = 3
+        fit = LeastSquares(4, 2)
+        fit.add(inputs, torch.ones(50, 2))
+        weight, bias = fit.solve(0.1)
+        assert torch.equal(weight[:, 1], torch.zeros(2, dtype=torch.float64))
+        assert weight.abs().max() < 0.01
+        torch.testing.assert_close(bias, torch.ones(2, dtype=torch.float64), rtol=0, atol=0.05)
+
+    def test_nothing_but_zeros(self):
+        fit = LeastSquares(3, 2)
+        fit.add(torch.zeros(10, 3), torch.ones(10, 2))
+        weight, bias = fit.solve(0.1)
+        assert not weight.any()
+        torch.testing.assert_close(bias, torch.ones(2, dtype=torch.float64))
+
+    def test_without_a_bias(self):
+        fit = LeastSquares(3, 2)
+        fit.add(torch.eye(3), torch.ones(3, 2))
+        weight, bias = fit.solve(1e-12, bias=False)
+        torch.testing.assert_close(weight, torch.ones(2, 3, dtype=torch.float64))
+        assert not bias.any()
+
+    def test_statistics_that_are_not_numbers_are_refused(self):
+        fit = LeastSquares(3, 2)
+        fit.add(torch.full((4, 3), torch.inf), torch.ones(4, 2))
+        assert fit.solve(0.1) is None
+
+
+def test_dead_units_go_first():
+    model = bert(num_hidden_layers=1)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, :10] = 0
+        model.bert.encoder.layer[0].attention.self.value.weight[6:12] = 0
+        model.bert.encoder.layer[0].attention.self.value.bias[6:12] = 0
+    structure = structure_of(model)
+    found = activation_importance(model, structure, batches_of(model))
+    assert found["layers.0.heads"].argmin() == 1
+    for importance in (found, weight_importance(model, structure)):
+        assert set(importance["layers.0.intermediate"].argsort()[:10].tolist()) == set(range(10))
+        for group in structure.groups:
+            if group.size > 1:
+                assert float(importance[group.name].sum()) == pytest.approx(1)
+
+
+def test_scores_compare_across_groups():
+    structure = structure_of(bert(num_hidden_layers=3))
+    importance = weight_importance(bert(num_hidden_layers=3), structure)
+    found = scores(structure, importance)
+    assert list(found) != []
+    assert set(found) == set(structure)
+    for name, values in found.items():
+        assert values.shape == (structure[name].size,)
+        assert 0 < float(values.min()) <= float(values.max()) == 1
+    # Whole blocks rank only where their units cannot go one by one.
+    assert all(float(found[block.gate]) == 1 for block in structure.blocks)
+    alone = scores(structure, importance, "layer")
+    assert len({float(alone[f"layers.{layer}.ffn"]) for layer in range(3)}) == 3
+
+
+def test_a_teacher_of_another_structure_is_asked_for_its_answers_only():
+    teacher = bert(hidden_size=32, num_attention_heads=2, seed=4)
+    model = bert()
+    report = prune_without_data(model, target_sparsity=0.4, teacher=teacher, samples=SAMPLES)
+    assert report.divergence_after <= report.divergence_before
+    encoder = bert(BertModel)
+    report = prune_without_data(encoder, target_sparsity=0.4, teacher=bert(BertModel, hidden_size=32), samples=SAMPLES)
+    assert report.divergence_after < report.divergence_before
+
+
+def test_a_compacted_model_is_pruned_again():
+    model = bert()
+    first = prune_without_data(model, target_sparsity=0.3, teacher="self", samples=SAMPLES)
+    small = compact(model, first.plan)
+    structure, cost = cost_of(small)
+    second = prune_without_data(small, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    assert accounting.sparsity(cost, structure, second.plan.kept) == pytest.approx(0.5, abs=0.005)
+
+
+def test_a_model_in_half_precision():
+    model = bert(BertForMaskedLM).bfloat16()
+    report = prune_without_data(model, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    assert report.divergence_after <= report.divergence_before
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_progress_is_told():
+    told: list[tuple[str, float]] = []
+    prune_without_data(
+        bert(), target_sparsity=0.5, teacher="self", samples=SAMPLES, on_progress=lambda *news: told.append(news)
+    )
+    assert told[0] == ("importance", 0.0)
+    assert told[-1] == ("repair", 1.0)
+
+
+def test_wrong_use_is_refused_before_anything_changes():
+    model = bert()
+    before = state(model)
+    with pytest.raises(TargetError, match="target_sparsity=0.9"):
+        prune_without_data(model, target_sparsity=90)
+    with pytest.raises(TargetError, match="cannot be reached"):
+        prune_without_data(model, target_sparsity=0.9, units=("head",))
+    with pytest.raises(SettingsError, match="samples is 0"):
+        prune_without_data(model, target_sparsity=0.5, samples=0)
+    with pytest.raises(TeacherError, match="'selve'"):
+        prune_without_data(model, target_sparsity=0.5, teacher="selve")
+    with attach(model), pytest.raises(MaskError, match="attached"):
+        prune_without_data(model, target_sparsity=0.5)
+    model.main_input_name = "bytes"
+    with pytest.raises(DataError, match="'bytes'"):
+        prune_without_data(model, target_sparsity=0.5, teacher="self")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_groups_of_one_kind_and_size_are_compared():
+    assert Group("hidden", 3, "hidden").unit == "hidden"
