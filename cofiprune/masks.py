@@ -173,10 +173,12 @@ class MaskRegistry(MutableMapping[str, Tensor]):
 
     @staticmethod
     def _measure(name: str, value: Tensor) -> Reading:
-        row = value.detach().cpu()
-        _check_values(name, row)
-        kept = row > 0
-        index = None if bool(kept.all()) else kept.nonzero().flatten().to(value.device)
+        # What is measured under inference_mode must serve the training that comes after it.
+        with torch.inference_mode(False):
+            row = value.detach().cpu()
+            _check_values(name, row)
+            kept = row > 0
+            index = None if bool(kept.all()) else kept.nonzero().flatten().to(value.device)
         return Reading(value, bool((row == 1).all()), index, not bool(kept.any()), False)
 
 

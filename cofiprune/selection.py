@@ -330,8 +330,9 @@ def _by_blocks(
         option = table[int(choice[position])]
         position -= option.step
         if option.group == block.gate:
-            for name in {block.gate, block.inner} & kept.keys():
-                kept[name][:] = False
+            for name in (block.gate, block.inner):
+                if name is not None and name in kept:
+                    kept[name][:] = False
         elif option.group is not None:
             score = scores[option.group]
             kept[option.group][score.argsort()[: len(score) - option.size]] = False

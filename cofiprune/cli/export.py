@@ -14,7 +14,7 @@ from cofiprune.cli.parser import UsageError, at_least, one_of, writable_director
 from cofiprune.errors import CofipruneError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 _FORMATS = ("onnx",)
@@ -81,20 +81,10 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     with torch.no_grad():
         names = list(_tensors(model(**inputs)))
 
-    class Plain(torch.nn.Module):
-        """The model with tensors by position, which is what a graph has."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-            return tuple(_tensors(self.model(**dict(zip(inputs, values, strict=True)))).values())
-
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     try:
         torch.onnx.export(
-            Plain().eval(),
+            _by_position(model, list(inputs)),
             tuple(inputs.values()),
             file,
             input_names=list(inputs),
@@ -146,6 +136,21 @@ def largest_difference(model: PreTrainedModel, file: Path) -> float:
         for one, other in zip(expected.values(), computed, strict=True):
             found = max(found, float((one - torch.from_numpy(other)).abs().max()))
     return found
+
+
+def _by_position(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:
+    """The model with tensors in order, which is what a graph takes and gives."""
+    from torch import nn
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(_tensors(self.model(**dict(zip(names, values, strict=True)))).values())
+
+    return Plain().eval()
 
 
 def _tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:

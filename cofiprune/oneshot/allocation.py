@@ -1,10 +1,10 @@
 """From importances to scores that compare across groups, so that one threshold gives a balanced plan.
 
 One-shot pruning has no training to make up for a bottleneck, and a block that is gone altogether cannot be
-repaired. So every group gives up about the same share of its units, and the coarse kinds, which all blocks share
-(hidden dimensions) or which are whole blocks, hold out longest: at a threshold t they give up t ** COARSE. Within a
-kind, units are compared inside their group and, as a second opinion, with the units of all groups of the same
-shape (Isomorphic Pruning, Fang et al., 2024, arXiv:2407.04616).
+repaired. So every group gives up about the same share of its units, those that matter least inside the group, and
+the coarse kinds, hidden dimensions and whole blocks, hold out longest: at a threshold t they give up t ** COARSE.
+Between units of the same rank, the one goes first that matters less among the groups of the same kind and size
+(ranking structurally identical groups only: Isomorphic Pruning, Fang et al., 2024, arXiv:2407.04616).
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from cofiprune.structure import Group, Kind, Structure, UnitKind
 
 COARSE = 16
 """How much longer hidden dimensions and whole blocks hold out: at half of the heads gone, none; at 90 %, 18 %."""
-SECOND_OPINION = 0.25
-"""Weight of the comparison across groups against the one inside the group."""
 
 
 def scores(
@@ -40,27 +38,33 @@ def scores(
     inner = {block.gate: block.inner for block in structure.blocks if block.inner in names}
     found = {name: torch.ones(1, dtype=torch.float64) for name in inner if name in names}
     for alike in _alike(group for group in chosen if group.name not in found).values():
-        everywhere = _ranks(torch.cat([importance[group.name] for group in alike]))
-        parts = torch.split(everywhere, [group.size for group in alike])
-        for group, across in zip(alike, parts, strict=True):
-            found[group.name] = _score(group, importance[group.name], across, largest=float(everywhere.max()))
+        across = torch.split(
+            _rank(torch.cat([importance[group.name] for group in alike])), [group.size for group in alike]
+        )
+        for group, rank in zip(alike, across, strict=True):
+            found[group.name] = _score(group, _order(importance[group.name]) + rank)
     return found
 
 
-def _score(group: Group, importance: Tensor, across: Tensor, *, largest: float) -> Tensor:
-    if group.size == 1 and group.kind in ("attention", "ffn"):
-        score = torch.where(across == largest, torch.ones_like(across), across)
-    else:
-        score = (1 - SECOND_OPINION) * _ranks(importance) + SECOND_OPINION * across
-        score[importance.argmax()] = 1
-    return score if group.kind in ("heads", "intermediate") else score ** (1 / COARSE)
+def _score(group: Group, order: Tensor) -> Tensor:
+    """Return scores in (0, 1], the best 1.
+
+    :param order: [n], the position of each unit in its group from 0, and a fraction between units of other groups.
+    """
+    share = (order / group.size).masked_fill(order == order.max(), 1.0)
+    return share if group.kind in ("heads", "intermediate") else share ** (1 / COARSE)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """The share of values below each, in (0, 1)."""
+def _order(values: Tensor) -> Tensor:
+    """How many values are below each, [n]; of equal ones the first is below the others."""
     order = torch.empty_like(values)
     order[values.argsort(stable=True)] = torch.arange(len(values), dtype=values.dtype)
-    return (order + 0.5) / len(values)
+    return order
+
+
+def _rank(values: Tensor) -> Tensor:
+    """The share of values below each, in (0, 1)."""
+    return (_order(values) + 0.5) / len(values)
 
 
 def _alike(groups: Iterable[Group]) -> dict[tuple[Kind, int], list[Group]]:

@@ -55,12 +55,17 @@ def check_trainable(model: nn.Module, *, gated: bool) -> None:
     """Make sure that something can be trained.
 
     :param gated: gates learn too, so that the weights need not.
-    :raises TrainingError: when all weights are frozen, or one is trained in float16.
+    :raises TrainingError: when all weights are frozen, one is trained in float16, or gates could not learn.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained and not gated:
         raise TrainingError(
             "every parameter of the model is frozen (requires_grad is False): there is nothing to train"
+        )
+    if gated and any(_is_reentrant(module) for module in model.modules()):
+        raise TrainingError(
+            "gates cannot learn through gradient checkpointing with use_reentrant=True, which runs backward through "
+            'them once per layer; switch it on with {"use_reentrant": False}, the default of transformers'
         )
     half = next((name for name, parameter in trained.items() if parameter.dtype == torch.float16), None)
     if half is not None:
@@ -68,6 +73,12 @@ def check_trainable(model: nn.Module, *, gated: bool) -> None:
             f"{half!r} is float16, in which Adam's steps overflow; call model.float() and pass mixed_precision='fp16' "
             "on a GPU, or load the model with dtype=torch.bfloat16"
         )
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    keywords = getattr(function, "keywords", None) or {}
+    return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callable[[dict[str, Any]], None], ...]:

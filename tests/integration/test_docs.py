@@ -41,7 +41,9 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 WITH_LINKS = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "adapters/README.md"))]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>(?:not )?run[^>]*?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>(?:not )?run[^>]*?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 LOCAL_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|Users|mnt)/")
@@ -82,8 +84,9 @@ def ids(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a an the film story plot is and of with good warm great bad dull poor . ,".split()
-GOOD = {"good", "warm", "great"}
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+GOOD = ["good", "warm", "great"]
+WORDS = [*SPECIAL, "a", "an", "the", "film", "story", "plot", "is", "and", "of", "with", *GOOD, "bad", "dull", "poor"]
 
 
 def small_model(**sizes: Any) -> transformers.PreTrainedModel:
@@ -110,7 +113,7 @@ def small_rows(count: int, seed: int, tokenizer: Any) -> list[dict[str, Any]]:
     for _ in range(count):
         length = int(torch.randint(4, 12, (), generator=generator))
         words = [WORDS[int(index)] for index in torch.randint(5, len(WORDS), (length,), generator=generator)]
-        rows.append({**tokenizer(" ".join(words)), "labels": int(bool(GOOD & set(words)))})
+        rows.append({**tokenizer(" ".join(words)), "labels": int(not set(words).isdisjoint(GOOD))})
     return rows
 
 

@@ -101,5 +101,5 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"]["format_version"] = 99
     path.write_text(json.dumps(config))
-    with pytest.raises(cofiprune.CofipruneError, match="format 99.*Upgrade"):
+    with pytest.raises(cofiprune.CofipruneError, match=r"format 99.*Upgrade"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
