@@ -245,23 +245,6 @@ class Gates(nn.Module):
                 by_group[name].add_(part)
         self.clamp_()
 
-    @torch.no_grad()
-    def start_from(self, scores: Mapping[str, Tensor], *, lowest: float) -> None:
-        """Set every gate between `lowest` and its limit, in proportion to its score.
-
-        Adam moves all gates under the same pressure at about the same speed, so that they close in the order of
-        their scores, across groups too, unless the task holds them open.
-
-        :param scores: [n] in [0, 1] by group name; groups that are missing start fully open.
-        :param lowest: log_alpha at a score of 0, below the limits.
-        """
-        self._check(scores)
-        self.log_alpha.copy_(self._limit)
-        for name, part in self._by_group(self.log_alpha).items():
-            if name in scores:
-                score = scores[name].to(part.device, part.dtype)
-                part.copy_(lowest + (part - lowest) * score)
-
     def _check(self, importance: Mapping[str, Tensor]) -> None:
         sizes = {group.name: group.size for group in self.groups}
         for name, scores in importance.items():

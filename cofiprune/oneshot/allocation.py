@@ -28,7 +28,8 @@ def scores(
 ) -> dict[str, Tensor]:
     """Return scores in (0, 1] of the units that may be removed, [n] by group name; those with the highest stay.
 
-    The best unit of every group scores 1, so that a threshold removes no block before it has gone through all others.
+    The best unit of every group scores 1, of whole blocks the best of each kind, so that a threshold removes no block
+    before it has gone through all other units.
 
     :param importance: by group name, [n] of any scale per kind; for a block's gate, its importance among the blocks.
     :param units: unit kinds that may be removed; None for all that the structure has.
@@ -38,21 +39,14 @@ def scores(
     inner = {block.gate: block.inner for block in structure.blocks if block.inner in names}
     found = {name: torch.ones(1, dtype=torch.float64) for name in inner if name in names}
     for alike in _alike(group for group in chosen if group.name not in found).values():
-        across = torch.split(
-            _rank(torch.cat([importance[group.name] for group in alike])), [group.size for group in alike]
-        )
-        for group, rank in zip(alike, across, strict=True):
-            found[group.name] = _score(group, _order(importance[group.name]) + rank)
+        ranks = _rank(torch.cat([importance[group.name] for group in alike]))
+        for group, rank in zip(alike, torch.split(ranks, [group.size for group in alike]), strict=True):
+            best = importance[group.name].argmax()
+            share = (_order(importance[group.name]) + rank) / group.size
+            if group.kind not in ("attention", "ffn") or rank[best] == ranks.max():
+                share[best] = 1
+            found[group.name] = share if group.kind in ("heads", "intermediate") else share ** (1 / COARSE)
     return found
-
-
-def _score(group: Group, order: Tensor) -> Tensor:
-    """Return scores in (0, 1], the best 1.
-
-    :param order: [n], the position of each unit in its group from 0, and a fraction between units of other groups.
-    """
-    share = (order / group.size).masked_fill(order == order.max(), 1.0)
-    return share if group.kind in ("heads", "intermediate") else share ** (1 / COARSE)
 
 
 def _order(values: Tensor) -> Tensor:

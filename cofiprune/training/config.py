@@ -65,8 +65,9 @@ class PruneConfig(BaseModel):
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
     warm_start: bool = True
     """Order the initial gates by the importance of their units, measured on a few batches."""
-    warm_start_lowest: float = 1.0
-    """log_alpha of the least important unit at the start; the most important ones start fully open."""
+    warm_start_spread: NonNegative = 3.0
+    """How much lower, in log_alpha, the least important unit of a group starts than the most important one. Without
+    it all gates start saturated, nothing moves until the pressure is high, and then whole blocks go at once."""
 
     distill_temperature: Positive = 2.0
     distill_logits_weight: Weight = 1.0

@@ -25,7 +25,6 @@ from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
-from cofiprune.oneshot.allocation import scores
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.summary import dense_structure
@@ -204,9 +203,7 @@ class Run:
         if config.warm_start:
             self.batches.set_epoch(0)
             importance = measured_importance(self.model, masks, chosen, self.batches, seed=config.seed)
-            on_cpu = {name: value.double().cpu() for name, value in importance.items()}
-            balanced = scores(masks.structure, on_cpu, config.units)
-            gating.gates.start_from(balanced, lowest=config.warm_start_lowest)
+            gating.gates.initialise_from(importance, spread=config.warm_start_spread)
         projection = self._projection(self.model, None)
         gate_lr = gate_rate(config, schedule.gated)
         learning_rate = pruning_rate(config, target)

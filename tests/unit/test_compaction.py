@@ -242,7 +242,7 @@ def test_restore_is_the_inverse_of_slicing(
     gone = "bert.encoder.layer.1.intermediate.dense.weight"
     assert torch.equal(model.state_dict()[gone], weights[gone])
     masks.detach()
-    with pytest.raises(PlanError, match="made for another model"):
+    with pytest.raises(PlanError, match="units in the plan and 15 in the model"):
         restore(small, small, plan)
 
 
@@ -290,7 +290,9 @@ def test_gradient_checkpointing_runs_under_masks(
         return list(found)
 
     stock = gradients()
-    model.gradient_checkpointing_enable()
+    # The older name warns in newer releases of transformers, which call it activation checkpointing.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
     for with_it, without in zip(gradients(), stock, strict=True):
         torch.testing.assert_close(with_it, without, rtol=1e-8, atol=1e-8)
     small = cofiprune.compact(model)

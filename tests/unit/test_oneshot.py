@@ -20,7 +20,6 @@ from cofiprune.oneshot.importance import activation_importance, weight_importanc
 from cofiprune.oneshot.repair import LeastSquares, Repair
 from cofiprune.plan import Plan
 from cofiprune.selection import check_target
-from cofiprune.structure import Group
 from cofiprune.synthetic import synthetic_inputs
 
 SAMPLES = 600
@@ -89,7 +88,7 @@ def test_the_sparsity_is_exact_with_a_teacher(target):
 
 def test_no_block_goes_while_others_have_units_to_spare():
     model = bert(num_hidden_layers=3)
-    plan = prune_without_data(model, target_sparsity=0.7).plan
+    plan = prune_without_data(model, target_sparsity=0.6).plan
     assert all(plan.kept[block.gate] == 1 for block in structure_of(model).blocks)
     shares = [plan.kept[name] / size for name, size in plan.sizes.items() if name.endswith("intermediate")]
     assert max(shares) - min(shares) < 0.25
@@ -410,7 +409,7 @@ def test_progress_is_told():
 def test_wrong_use_is_refused_before_anything_changes():
     model = bert()
     before = state(model)
-    with pytest.raises(TargetError, match="target_sparsity=0.9"):
+    with pytest.raises(TargetError, match=r"target_sparsity=0\.9"):
         prune_without_data(model, target_sparsity=90)
     with pytest.raises(TargetError, match="cannot be reached"):
         prune_without_data(model, target_sparsity=0.9, units=("head",))
@@ -424,7 +423,3 @@ def test_wrong_use_is_refused_before_anything_changes():
     with pytest.raises(DataError, match="'bytes'"):
         prune_without_data(model, target_sparsity=0.5, teacher="self")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_groups_of_one_kind_and_size_are_compared():
-    assert Group("hidden", 3, "hidden").unit == "hidden"

@@ -78,8 +78,8 @@ def test_fractions_survive_a_file_exactly(model: PreTrainedModel, tmp_path: Path
     [
         ("", "is not a readable plan"),
         ("{", "is not a readable plan"),
-        ("[]", "is not a readable plan"),
-        ("{}", "is not a readable plan"),
+        ("[]", "is not a plan: it states no format_version"),
+        ("{}", "is not a plan: it states no format_version"),
         ('{"format_version": 2}', "is a plan in format 2; this version reads formats up to 1"),
         ('{"format_version": 1, "family": "bert"}', "lacks a part of a plan: KeyError"),
         ('{"format_version": 1, "family": "bert", "sizes": {}, "keep": 3, "scale": {}}', "lacks a part of a plan"),

@@ -1,0 +1,397 @@
+"""Wrong use ends in an error that says what was asked, what was found and what is possible, and changes nothing."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+)
+
+import cofiprune
+from cofiprune.errors import (
+    AdapterError,
+    CheckpointError,
+    CofipruneError,
+    DataError,
+    MaskError,
+    PlanError,
+    SettingsError,
+    TargetError,
+    TeacherError,
+    TrainingError,
+)
+from cofiprune.masking import masks_of
+
+QUICK = {"epochs": 1, "finetune_epochs": 1, "batch_size": 16, "progress": False}
+
+
+def state_of(model):
+    """Everything about a model that a run could change."""
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "modes": [module.training for module in model.modules()],
+        "flags": [parameter.requires_grad for parameter in model.parameters()],
+        "grads": [parameter.grad is None for parameter in model.parameters()],
+        "own": sorted(name for module in model.modules() for name in vars(module)),
+        "config": model.config.to_dict(),
+    }
+
+
+def assert_unchanged(model, before):
+    after = state_of(model)
+    tensors, others = after.pop("tensors"), {name: value for name, value in before.items() if name != "tensors"}
+    assert after == others
+    assert list(tensors) == list(before["tensors"])
+    for name, value in before["tensors"].items():
+        assert torch.equal(tensors[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
+    assert masks_of(model) is None
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield {"input_ids": [2, 5], "labels": 1}
+
+
+def change(**new):
+    """Replace columns of the last row."""
+    return lambda rows: [*rows[:-1], {**rows[-1], **new}]
+
+
+def without(*names):
+    return lambda rows: [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+# name: (arguments on top of a run that works, the error, words of the message)
+PRUNE = {
+    "a percentage": ({"target_sparsity": 95}, TargetError, ["95", "(0, 1)", "target_sparsity=0.95"]),
+    "all of it": ({"target_sparsity": 1}, TargetError, ["(0, 1)", "got 1"]),
+    "none of it": ({"target_sparsity": 0}, TargetError, ["(0, 1)", "got 0"]),
+    "less than none": ({"target_sparsity": -0.5}, TargetError, ["(0, 1)", "-0.5"]),
+    "no number": ({"target_sparsity": float("nan")}, TargetError, ["(0, 1)", "nan"]),
+    "a word": ({"target_sparsity": "0.9"}, TargetError, ["number", "'0.9'"]),
+    "a truth value": ({"target_sparsity": True}, TargetError, ["number", "True"]),
+    "out of reach": ({"target_sparsity": 0.9, "units": "head"}, TargetError, ["0.9", "head", "removing all"]),
+    "between two steps": (
+        {"target_sparsity": 0.3, "units": "layer"},
+        TargetError,
+        ["0.3", "reachable next to it", "0.5"],
+    ),
+}
+COMMON = {
+    "an unknown setting": ({"epoch": 3}, SettingsError, ["'epoch'", "'epochs'"]),
+    "a setting of the Trainer": (
+        {"per_device_train_batch_size": 3},
+        SettingsError,
+        ["per_device_train_batch_size", "batch_size"],
+    ),
+    "an unknown unit": ({"units": ("heads",)}, SettingsError, ["'heads'", "'head'", "intermediate"]),
+    "no unit": ({"units": ()}, SettingsError, ["units", "choose among"]),
+    "units that are a number": ({"units": 3}, SettingsError, ["units=3", "layer, head, intermediate, hidden"]),
+    "a negative number of epochs": ({"epochs": -1}, SettingsError, ["epochs=-1", "greater than or equal to 0"]),
+    "endless epochs": ({"epochs": float("inf")}, SettingsError, ["epochs", "finite"]),
+    "an empty batch": ({"batch_size": 0}, SettingsError, ["batch_size=0"]),
+    "a rate that is no number": ({"learning_rate": float("nan")}, SettingsError, ["learning_rate"]),
+    "an unknown precision": ({"mixed_precision": "fp8"}, SettingsError, ["mixed_precision", "'fp8'", "bf16"]),
+    "an unknown match": ({"distill_layer_match": "last"}, SettingsError, ["distill_layer_match", "nearest"]),
+    "a config of another kind": ({"config": {"epochs": 3}}, SettingsError, ["PruneConfig", "dict"]),
+    "a teacher by name": ({"teacher": "bert-base"}, TeacherError, ["'bert-base'", '"self"']),
+    "a teacher that is none": ({"teacher": 3}, TeacherError, ["int", '"self"']),
+    "no labels and no teacher": ({"train_dataset": without("labels")}, DataError, ["labels", "teacher", "'input_ids'"]),
+    "labels of weight 0 and no teacher": ({"label_weight": 0}, SettingsError, ["label_weight=0", "teacher"]),
+    "nothing to learn from": (
+        {"teacher": "self", "label_weight": 0, "distill_logits_weight": 0, "distill_layers_weight": 0},
+        SettingsError,
+        ["nothing to learn from", "distill_logits_weight"],
+    ),
+    "labels asked for": (
+        {"teacher": "self", "label_weight": 1, "train_dataset": without("labels")},
+        DataError,
+        ["label_weight=1", "none"],
+    ),
+    "no rows": ({"train_dataset": []}, DataError, ["train_dataset", "no rows"]),
+    "a dict of columns": ({"train_dataset": {"input_ids": [[1]]}}, DataError, ["train_dataset", "dict", "rows"]),
+    "a stream": ({"train_dataset": Stream()}, DataError, ["train_dataset", "length"]),
+    "a loader of a stream": ({"train_dataset": DataLoader(Stream())}, DataError, ["train_dataset", "length"]),
+    "rows of text": ({"train_dataset": [{"text": "a"}]}, DataError, ["input_ids", "Tokenise", "'text'"]),
+    "rows that are tuples": ({"train_dataset": [([1], 1)]}, DataError, ["tuple", "dicts"]),
+    "a token out of range": (
+        {"train_dataset": change(input_ids=[2, 99])},
+        DataError,
+        ["row 47", "99", "vocabulary of 40"],
+    ),
+    "a negative token": ({"train_dataset": change(input_ids=[2, -1])}, DataError, ["row 47", "-1"]),
+    "a label out of range": ({"train_dataset": change(labels=2)}, DataError, ["row 47", "label 2", "0 to 1"]),
+    "a label that is a fraction": ({"train_dataset": change(labels=0.5)}, DataError, ["row 47", "0.5", "num_labels=1"]),
+    "a row that is too long": (
+        {"train_dataset": change(input_ids=[2] * 17)},
+        DataError,
+        ["row 47", "17", "at most 16"],
+    ),
+    "a row without tokens": ({"train_dataset": change(input_ids=[])}, DataError, ["row 47", "no tokens"]),
+    "an evaluation label out of range": (
+        {"eval_dataset": change(labels=5)},
+        DataError,
+        ["eval_dataset", "row 47", "label 5"],
+    ),
+    "an evaluation of nothing": (
+        {"eval_dataset": without("labels"), "teacher": "self"},
+        DataError,
+        ["eval_dataset", "nothing to measure", "compute_metrics"],
+    ),
+    "a metric without a set": (
+        {"metric_for_best_model": "accuracy"},
+        SettingsError,
+        ["metric_for_best_model", "eval_dataset"],
+    ),
+    "an unknown metric": (
+        {"metric_for_best_model": "acuracy", "eval_dataset": lambda rows: rows},
+        SettingsError,
+        ["'acuracy'", "'accuracy'", "loss"],
+    ),
+    "resume from nowhere": ({"resume": True}, SettingsError, ["resume=True", "output_dir"]),
+    "callbacks that cannot be called": ({"callbacks": ["print"]}, SettingsError, ["callbacks", "'print'"]),
+}
+CASES = [("prune", name) for name in (*PRUNE, *COMMON)] + [("finetune", name) for name in COMMON]
+
+
+@pytest.mark.parametrize(("run", "name"), CASES, ids=lambda value: value)
+def test_wrong_arguments(toy, run, name):
+    arguments, error, words = {**PRUNE, **COMMON}[name]
+    rows = toy.rows(48)
+    arguments = {"train_dataset": rows, **QUICK, **arguments}
+    for key in ("train_dataset", "eval_dataset"):
+        if callable(arguments.get(key)):
+            arguments[key] = arguments[key](rows)
+    if run == "prune":
+        arguments = {"target_sparsity": 0.5, **arguments}
+    student = toy.student().train()
+    student.bert.embeddings.eval()
+    before = state_of(student)
+    with pytest.raises(CofipruneError) as caught:
+        getattr(cofiprune, run)(student, **arguments)
+    assert type(caught.value) is error, caught.value
+    for word in words:
+        assert word in str(caught.value)
+    assert_unchanged(student, before)
+
+
+def refused(model, rows, error, *words, run="prune", **arguments):
+    """Run, and check the error and that the model is as it was."""
+    before = state_of(model)
+    goal = {"target_sparsity": 0.5} if run == "prune" else {}
+    with pytest.raises(error) as caught:
+        getattr(cofiprune, run)(model, rows, **{**QUICK, **goal, **arguments})
+    assert isinstance(caught.value, CofipruneError)
+    for word in words:
+        assert word in str(caught.value), caught.value
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("run", ["prune", "finetune"])
+def test_things_that_are_no_encoder_with_an_adapter(toy, run):
+    def tried(model, *words):
+        goal = {"target_sparsity": 0.5} if run == "prune" else {}
+        with pytest.raises(AdapterError) as caught:
+            getattr(cofiprune, run)(model, toy.rows(8), **goal)
+        assert all(word in str(caught.value) for word in words)
+
+    tried("bert-base-uncased", "transformers model", "str")
+    tried(None, "transformers model", "NoneType")
+    tried(torch.nn.Linear(2, 2), "transformers model", "Linear")
+    tried(torch.nn.DataParallel(toy.student()), "transformers model", "DataParallel")
+    tried(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), "'gpt2'", "bert", "register_adapter")
+    tried(BertModel(toy.config(is_decoder=True)), "decoder", "is_decoder=False")
+
+
+@pytest.mark.parametrize("run", ["prune", "finetune"])
+def test_teachers_that_cannot_teach(toy, run):
+    rows = toy.rows(48)
+
+    def tried(teacher, *words, model=None, rows=rows, **arguments):
+        before = state_of(teacher)
+        refused(model or toy.student(), rows, TeacherError, *words, run=run, teacher=teacher, **arguments)
+        assert_unchanged(teacher, before)
+
+    tried(toy.bert(vocab_size=41), "vocabulary", "41", "40")
+    tried(toy.bert(num_labels=3), "labels", "3", "2")
+    tried(toy.bert(BertForTokenClassification), "BertForTokenClassification", "BertForSequenceClassification")
+    tried(toy.bert(BertForQuestionAnswering), "BertForQuestionAnswering")
+    tried(toy.bert(max_position_embeddings=8).train(), "train_dataset", "reads at most 8")
+    typed = [{**row, "token_type_ids": [1] * len(row["input_ids"])} for row in rows]
+    tried(toy.bert(type_vocab_size=1), "train_dataset", "token type 1", rows=typed)
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    tried(toy.bert(BertModel), "no head", rows=unlabelled)
+    broken = toy.bert()
+    with torch.no_grad():
+        broken.classifier.bias[0] = float("nan")
+    tried(broken, "the teacher", "classifier.bias")
+
+    student = toy.student()
+    refused(student, rows, TeacherError, "student itself", '"self"', run=run, teacher=student)
+    shared = toy.bert()
+    shared.bert = student.bert
+    refused(student, rows, TeacherError, "shares", "embeddings", run=run, teacher=shared)
+
+
+def test_an_encoder_that_could_not_be_compared_after_pruning(toy):
+    rows = [{"input_ids": row["input_ids"]} for row in toy.rows(16)]
+    model = toy.bert(BertModel)
+    refused(model, rows, SettingsError, "distill_layers_weight", "hidden", teacher="self", distill_layers_weight=0)
+    refused(model, rows, DataError, "no head", "teacher")
+    result = cofiprune.prune(
+        model,
+        rows,
+        target_sparsity=0.5,
+        teacher="self",
+        distill_layers_weight=0,
+        units=("layer", "head", "intermediate"),
+        **QUICK,
+    )
+    assert abs(result.sparsity - 0.5) <= 0.005
+
+
+@pytest.mark.parametrize("run", ["prune", "finetune"])
+def test_weights_that_cannot_be_trained(toy, run):
+    rows = toy.rows(16)
+    broken = toy.student()
+    with torch.no_grad():
+        broken.bert.pooler.dense.bias[3] = float("inf")
+    refused(broken, rows, TrainingError, "bert.pooler.dense.bias", "finite", run=run)
+    refused(toy.student().half(), rows, TrainingError, "float16", "float()", "mixed_precision", run=run)
+    with torch.device("meta"):
+        empty = BertForSequenceClassification(toy.config())
+    goal = {"target_sparsity": 0.5} if run == "prune" else {}
+    with pytest.raises(TrainingError, match="meta device"):
+        getattr(cofiprune, run)(empty, rows, **goal)
+    if run == "finetune":
+        frozen = toy.student()
+        frozen.requires_grad_(False)
+        refused(frozen, rows, TrainingError, "frozen", run=run)
+        refused(toy.student(), rows, SettingsError, "epochs=0", run=run, epochs=0)
+
+
+def test_precision_that_this_machine_does_not_have(toy):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(toy.student(), toy.rows(16), SettingsError, "fp16", "GPU", "bf16", mixed_precision="fp16")
+
+
+def test_output_folders_that_cannot_be_used(toy, tmp_path):
+    rows = toy.rows(16)
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(toy.student(), rows, SettingsError, "file", "folder", output_dir=file)
+    refused(toy.student(), rows, CheckpointError, "nothing to resume", output_dir=tmp_path / "new", resume=True)
+    folder = tmp_path / "a" / "b"
+    cofiprune.prune(toy.student(), rows, target_sparsity=0.5, output_dir=folder, **QUICK)
+    assert (folder / "plan.json").exists()
+    refused(toy.student(), rows, CheckpointError, "earlier run", "resume=True", output_dir=folder)
+    for run in ("prune", "finetune"):
+        student = toy.student()
+        other = {"output_dir": folder, "resume": True, "run": run}
+        if run == "prune":
+            refused(student, rows, CheckpointError, "target_sparsity", "0.5", "0.6", target_sparsity=0.6, **other)
+            refused(student, rows, CheckpointError, "learning_rate", "0.25", learning_rate=0.25, **other)
+            refused(
+                student, rows, CheckpointError, "units", units="head", target_sparsity=0.5 - 1e-9, **other
+            ) if False else None
+            refused(student, rows, CheckpointError, "teacher", "'self'", teacher="self", **other)
+            refused(student, toy.rows(64), CheckpointError, "batches", **other)
+            refused(toy.bert(num_hidden_layers=3), rows, CheckpointError, "sizes", **other)
+        else:
+            refused(student, rows, CheckpointError, "method", "prune", **other)
+
+
+def test_checkpoints_of_another_model_or_version(toy, tmp_path):
+    rows = toy.rows(16)
+    cofiprune.prune(toy.student(), rows, target_sparsity=0.5, output_dir=tmp_path, **QUICK)
+    again = {"output_dir": tmp_path, "resume": True}
+    # The same structure, but another head.
+    refused(
+        toy.bert(BertForTokenClassification),
+        toy.rows(16, labels=lambda ids: {"labels": [0] * len(ids)}),
+        CheckpointError,
+        "model",
+        **again,
+    )
+    newest = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    meta = json.loads((newest / "meta.json").read_text())
+    (newest / "meta.json").write_text(json.dumps({"format_version": 99}))
+    refused(toy.student(), rows, CheckpointError, "format 99", "newer", **again)
+    (newest / "meta.json").write_text(json.dumps(meta))
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:1000])
+    refused(toy.student(), rows, CheckpointError, "damaged", "state.pt", **again)
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM])
+def test_masks_and_plans_of_another_shape(toy, cls):
+    model = toy.bert(cls)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = cofiprune.attach(model)
+    for value in ([1, 1], [1, 0, 2, 1], [1, 0, float("nan"), 1], [1, 0, -0.1, 1], "abcd", [[1, 1, 1, 1]]):
+        with pytest.raises(MaskError, match="heads"):
+            masks["layers.0.heads"] = value
+    with pytest.raises(CofipruneError, match="hidden"):
+        masks["hidden"] = torch.zeros(16)
+    with pytest.raises(CofipruneError, match=r"layers\.9\.heads"):
+        masks["layers.9.heads"] = [1, 1, 1, 1]
+    plan = cofiprune.Plan.from_masks(masks)
+    other = toy.bert(hidden_size=24)
+    with pytest.raises(PlanError, match="hidden"):
+        cofiprune.compact(other, plan)
+    with pytest.raises(MaskError, match="attached"):
+        cofiprune.attach(model)
+    rows = toy.rows(8, labels=lambda ids: {"labels": [1] * len(ids)} if cls is BertForMaskedLM else {"labels": 1})
+    with pytest.raises(MaskError, match=r"compact\(model\)"):
+        cofiprune.prune(model, rows, target_sparsity=0.5, **QUICK)
+    assert masks_of(model) is masks
+    masks.detach()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_errors_in_the_middle_of_a_run_take_the_masks_off(toy):
+    def broken(entry):
+        raise ZeroDivisionError
+
+    for phase in ("prune", "recover"):
+        student = toy.student().train()
+        called = broken if phase == "prune" else lambda entry: entry["phase"] == "recover" and broken(entry)
+        with pytest.raises(ZeroDivisionError):
+            cofiprune.prune(student, toy.rows(16), target_sparsity=0.5, callbacks=[called], logging_steps=1, **QUICK)
+        assert masks_of(student) is None
+        assert student.training
+        assert not any("forward" in vars(module) for module in student.modules())
+        assert all(parameter.requires_grad for parameter in student.parameters())
+        student(torch.tensor([[2, 5, 7]]))
+
+
+def test_targets_from_numpy_are_numbers(toy):
+    result = cofiprune.prune(toy.student(), toy.rows(16), target_sparsity=np.float32(0.5), **QUICK)
+    assert abs(result.sparsity - 0.5) <= 0.005
+
+
+def test_a_configuration_is_checked_when_it_is_made():
+    with pytest.raises(SettingsError, match="Did you mean 'epochs'"):
+        cofiprune.PruneConfig(epoch=3)
+    with pytest.raises(SettingsError, match="batch_size"):
+        cofiprune.PruneConfig(batch_size=-1)
+
+
+def test_a_structure_without_the_units_asked_for(toy):
+    student = copy.deepcopy(toy.teacher)
+    gone = {name: torch.zeros(group.size) for name, group in cofiprune.structure(student).items() if name != "hidden"}
+    empty = cofiprune.compact(student, cofiprune.Plan.from_values(cofiprune.structure(student), gone))
+    refused(empty, toy.rows(16), CofipruneError, "head", "left", units="head")
+    refused(empty, toy.rows(16), CofipruneError)
+    assert BertConfig is type(empty.config)
