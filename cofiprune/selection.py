@@ -86,6 +86,8 @@ def check_target(
 
     :raises TargetError: saying what is reachable.
     """
+    if not cost.exact(structure.sizes):
+        raise TargetError(f"nothing is left in the layers of this {structure.family} model that could be removed")
     found = reachable(structure, cost, units)
     kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in structure.select(_listed(units)))]
     chosen = f"units {', '.join(kinds)}"

@@ -37,18 +37,20 @@ def check_no_masks(model: nn.Module) -> None:
         )
 
 
-def check_weights(model: nn.Module, who: str = "the model") -> None:
+def check_weights(
+    model: nn.Module, who: str = "the model", *, error: type[TrainingError | TeacherError] = TrainingError
+) -> None:
     """Make sure that all weights are there and are numbers.
 
-    :raises TrainingError: naming the first parameter with a value that is not.
+    :raises TrainingError: or `error`, naming the first parameter with a value that is not.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise TrainingError(
+            raise error(
                 f"{who} has no values in {name!r}, which is on the meta device; load its weights with from_pretrained"
             )
         if not bool(torch.isfinite(parameter.detach()).all()):
-            raise TrainingError(f"{who} has values that are not finite numbers in {name!r}")
+            raise error(f"{who} has values that are not finite numbers in {name!r}")
 
 
 def check_trainable(model: nn.Module, *, gated: bool) -> None:
@@ -209,7 +211,7 @@ def resolve_teacher(
             f"the teacher, a {type(teacher).__name__}, predicts something else than the student, a "
             f"{type(student).__name__}"
         )
-    check_weights(teacher, "the teacher")
+    check_weights(teacher, "the teacher", error=TeacherError)
     return teacher
 
 

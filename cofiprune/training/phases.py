@@ -21,7 +21,7 @@ from cofiprune.batches import ROWS, RowBatches
 from cofiprune.compaction import compact, restore
 from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
-from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.errors import CheckpointError, SettingsError, TrainingError
 from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
@@ -267,18 +267,24 @@ class Run:
             loop.run()
             if state.best is not None:
                 small.load_state_dict(state.best["model"])
-        finally:
+        except TrainingError:
+            self._set_masks(plan)  # the model stays as it was before the recovery, scales included
+            raise
+        except BaseException:
             self._write_back(small, plan)
+            raise
+        self._write_back(small, plan)
         return _Finished(state, projection)
 
     def _write_back(self, small: PreTrainedModel, plan: Plan) -> None:
-        """Bring what was trained into the full model; what was left of it before, if that is no numbers."""
+        """Bring what was trained into the full model."""
+        restore(self.model, small, plan)
+        self._set_masks(plan.hard)
+
+    def _set_masks(self, plan: Plan) -> None:
         masks = masks_of(self.model)
-        usable = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in small.parameters())
-        if usable:
-            restore(self.model, small, plan)
         if masks is not None:
-            masks.set_plan(plan.hard if usable else plan)
+            masks.set_plan(plan)
 
     def _modules(self, model: nn.Module, projection: nn.Linear | None, **more: nn.Module) -> dict[str, nn.Module]:
         """What a checkpoint holds the tensors of."""

@@ -1,6 +1,5 @@
 """Wrong use ends in an error that says what was asked, what was found and what is possible, and changes nothing."""
 
-import copy
 import json
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -44,7 +42,8 @@ def state_of(model):
         "flags": [parameter.requires_grad for parameter in model.parameters()],
         "grads": [parameter.grad is None for parameter in model.parameters()],
         "own": sorted(name for module in model.modules() for name in vars(module)),
-        "config": model.config.to_dict(),
+        # A loss on labels makes transformers note which one it took.
+        "config": {name: value for name, value in model.config.to_dict().items() if name != "problem_type"},
     }
 
 
@@ -83,9 +82,9 @@ PRUNE = {
     "a truth value": ({"target_sparsity": True}, TargetError, ["number", "True"]),
     "out of reach": ({"target_sparsity": 0.9, "units": "head"}, TargetError, ["0.9", "head", "removing all"]),
     "between two steps": (
-        {"target_sparsity": 0.3, "units": "layer"},
+        {"target_sparsity": 0.25, "units": "layer"},
         TargetError,
-        ["0.3", "reachable next to it", "0.5"],
+        ["0.25", "reachable next to it", "0.2035", "0.2965"],
     ),
 }
 COMMON = {
@@ -297,20 +296,14 @@ def test_output_folders_that_cannot_be_used(toy, tmp_path):
     cofiprune.prune(toy.student(), rows, target_sparsity=0.5, output_dir=folder, **QUICK)
     assert (folder / "plan.json").exists()
     refused(toy.student(), rows, CheckpointError, "earlier run", "resume=True", output_dir=folder)
-    for run in ("prune", "finetune"):
-        student = toy.student()
-        other = {"output_dir": folder, "resume": True, "run": run}
-        if run == "prune":
-            refused(student, rows, CheckpointError, "target_sparsity", "0.5", "0.6", target_sparsity=0.6, **other)
-            refused(student, rows, CheckpointError, "learning_rate", "0.25", learning_rate=0.25, **other)
-            refused(
-                student, rows, CheckpointError, "units", units="head", target_sparsity=0.5 - 1e-9, **other
-            ) if False else None
-            refused(student, rows, CheckpointError, "teacher", "'self'", teacher="self", **other)
-            refused(student, toy.rows(64), CheckpointError, "batches", **other)
-            refused(toy.bert(num_hidden_layers=3), rows, CheckpointError, "sizes", **other)
-        else:
-            refused(student, rows, CheckpointError, "method", "prune", **other)
+    again = {"output_dir": folder, "resume": True}
+    refused(toy.student(), rows, CheckpointError, "target_sparsity", "0.5", "0.6", target_sparsity=0.6, **again)
+    refused(toy.student(), rows, CheckpointError, "learning_rate", "0.25", learning_rate=0.25, **again)
+    refused(toy.student(), rows, CheckpointError, "units", "intermediate", units="intermediate", **again)
+    refused(toy.student(), rows, CheckpointError, "teacher", "'self'", teacher="self", **again)
+    refused(toy.student(), toy.rows(64), CheckpointError, "batches", **again)
+    refused(toy.bert(num_hidden_layers=3), rows, CheckpointError, "sizes", **again)
+    refused(toy.student(), rows, CheckpointError, "method", "prune", run="finetune", **again)
 
 
 def test_checkpoints_of_another_model_or_version(toy, tmp_path):
@@ -388,10 +381,11 @@ def test_a_configuration_is_checked_when_it_is_made():
         cofiprune.PruneConfig(batch_size=-1)
 
 
-def test_a_structure_without_the_units_asked_for(toy):
-    student = copy.deepcopy(toy.teacher)
-    gone = {name: torch.zeros(group.size) for name, group in cofiprune.structure(student).items() if name != "hidden"}
-    empty = cofiprune.compact(student, cofiprune.Plan.from_values(cofiprune.structure(student), gone))
-    refused(empty, toy.rows(16), CofipruneError, "head", "left", units="head")
-    refused(empty, toy.rows(16), CofipruneError)
-    assert BertConfig is type(empty.config)
+def test_units_that_are_not_there_any_more(toy):
+    def left(*kinds):
+        structure = cofiprune.structure(toy.teacher)
+        gone = {name: torch.zeros(group.size) for name, group in structure.items() if group.kind in kinds}
+        return cofiprune.compact(toy.student(), cofiprune.Plan.from_values(structure, gone))
+
+    refused(left("attention"), toy.rows(16), CofipruneError, "'head'", "no such units are left", units="head")
+    refused(left("attention", "ffn"), toy.rows(16), TargetError, "nothing is left")

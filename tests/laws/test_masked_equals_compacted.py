@@ -95,9 +95,7 @@ def test_masked_bound_and_compacted_models_agree(
 
 @LAW
 @given(st.data(), models())
-def test_compacting_in_two_steps_is_compacting_in_one(
-    data: st.DataObject, model: transformers.PreTrainedModel
-) -> None:
+def test_compacting_in_two_steps_is_compacting_in_one(data: st.DataObject, model: transformers.PreTrainedModel) -> None:
     batch = specimens.inputs(model, torch.Generator().manual_seed(0))
     structure = cofiprune.structure(model)
     every = ("layer", "head", "intermediate", "hidden")

@@ -111,9 +111,7 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
     ),
     "three projections after one another, not head by head": (
         deberta,
-        attention(
-            "attention.self.in_proj", linear("attention.self.in_proj", reads=HIDDEN, writes=HEADS.times(3))
-        ),
+        attention("attention.self.in_proj", linear("attention.self.in_proj", reads=HIDDEN, writes=HEADS.times(3))),
         f"at fault is 'deberta.{SELF}.in_proj.weight'",
     ),
     "a forgotten bias": (
@@ -134,9 +132,7 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
     "a forgotten reader": (bert, stem("pooler.dense"), "'bert.pooler.dense.weight'"),
     "a forgotten table": (
         bert,
-        stem(
-            "embeddings.{word,position,token_type}_embeddings", embedding("embeddings.{word,position}_embeddings")
-        ),
+        stem("embeddings.{word,position,token_type}_embeddings", embedding("embeddings.{word,position}_embeddings")),
         "'bert.embeddings.token_type_embeddings.weight'",
     ),
     "swapped axes": (

@@ -50,9 +50,7 @@ def test_an_unpruned_model_gives_an_equal_copy(model: PreTrainedModel, batch: Ba
     assert not hasattr(small.config, "quantization_config")
 
 
-def test_the_original_is_left_as_it_was(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_the_original_is_left_as_it_was(model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
     masks = cofiprune.attach(model)
@@ -170,7 +168,9 @@ def test_modules_agree_with_their_new_shapes(build: Callable[..., PreTrainedMode
     }
 
 
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "DebertaForTokenClassification", "DebertaV2ForTokenClassification"])
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "DebertaForTokenClassification", "DebertaV2ForTokenClassification"]
+)
 def test_a_compacted_model_can_be_pruned_again_and_reloaded(
     build: Callable[..., PreTrainedModel],
     batch_of: Callable[..., Batch],

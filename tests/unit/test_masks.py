@@ -79,7 +79,9 @@ def test_unknown_names_get_near_misses(model: PreTrainedModel) -> None:
     masks = cofiprune.attach(model, "head")
     with pytest.raises(StructureError, match="Did you mean 'layers.0.heads'"):
         masks["layers.0.head"] = [1, 1, 1, 1]
-    with pytest.raises(StructureError, match="no mask is attached for 'hidden'; attach with units that include 'hidden'"):
+    with pytest.raises(
+        StructureError, match="no mask is attached for 'hidden'; attach with units that include 'hidden'"
+    ):
         _ = masks["hidden"]
     with pytest.raises(MaskError, match="cannot be deleted"):
         del masks["layers.0.heads"]

@@ -183,8 +183,8 @@ def test_the_mode_of_every_module_and_the_global_generator_stay():
 def test_a_repair_that_does_harm_is_rolled_back(monkeypatch):
     def harm(self, on_progress=None):
         with torch.no_grad():
-            for parameter in self.small.parameters():
-                parameter.add_(1.0)
+            self.small.bert.encoder.layer[0].output.dense.weight.add_(1.0)
+            self.small.classifier.weight.mul_(-100.0)
 
     monkeypatch.setattr(Repair, "run", harm)
     model = bert()

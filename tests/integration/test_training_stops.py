@@ -1,0 +1,394 @@
+"""A run that is stopped, killed or fails goes on where its last checkpoint is, and ends as if nothing had happened."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import cofiprune
+from cofiprune.errors import CheckpointError, TrainingError
+from cofiprune.evaluation import evaluate
+from cofiprune.masking import masks_of
+
+ROWS = 48  # 3 batches an epoch
+PRUNING, RECOVERY = 6, 9  # optimiser steps: a quarter of 3 epochs, and 2 epochs more
+
+
+def settings_of(toy, **changes):
+    return {
+        "target_sparsity": 0.6,
+        "teacher": toy.teacher,
+        "eval_dataset": toy.rows(16, seed=2),
+        "epochs": 3,
+        "freeze_epochs": 1,
+        "finetune_epochs": 2,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "logging_steps": 4,
+        "checkpoint_steps": 2,
+        "progress": False,
+        **changes,
+    }
+
+
+def signals_at(step, number=signal.SIGINT, times=1):
+    """A callback that sends this process a signal after a step."""
+    left = [times]
+
+    def called(entry):
+        if entry["step"] >= step and left[0]:
+            left[0] -= 1
+            os.kill(os.getpid(), number)
+
+    return called
+
+
+def without_times(history):
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
+
+
+def assert_same_run(one, other):
+    assert one.plan == other.plan
+    assert without_times(one.history) == without_times(other.history)
+    assert one.best_step == other.best_step
+    pairs = zip(one.model.state_dict().items(), other.model.state_dict().items(), strict=True)
+    assert all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs)
+
+
+@pytest.fixture(scope="module")
+def whole(toy):
+    """The run without a stop."""
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings_of(toy, logging_steps=1))
+    assert [entry["step"] for entry in result.history if "loss" in entry] == list(range(1, PRUNING + RECOVERY + 1))
+    return result
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6, 7, 12, 15])
+def test_a_resumed_run_ends_in_the_same_weights_to_the_bit(toy, whole, stop, tmp_path):
+    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
+    stopped = toy.student()
+    with pytest.raises(KeyboardInterrupt, match=f"after step {stop};"):
+        cofiprune.prune(stopped, toy.rows(ROWS), callbacks=[signals_at(stop)], **settings)
+    torch.manual_seed(99)
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
+    assert_same_run(result, whole)
+
+
+VARIANTS = {
+    "sums between two log entries": {},
+    "bf16": {"mixed_precision": "bf16"},
+    "its own teacher": {"teacher": "self"},
+    "no memory of the teacher": {"teacher_memory_mb": 0},
+    "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 8},
+    "the best by a metric": {"metric_for_best_model": "loss", "eval_steps": 1, "finetune_learning_rate": 3e-2},
+    "warm start": {"warm_start": True, "pre_finetune_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stop", [5, 11])
+def test_a_resumed_run_ends_in_the_same_weights_whatever_its_settings(toy, variant, stop, tmp_path):
+    settings = settings_of(toy, **VARIANTS[variant])
+    undisturbed = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
+    calls = {"callbacks": [signals_at(stop)], "output_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(toy.student(), toy.rows(ROWS), **settings, **calls)
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings, output_dir=tmp_path, resume=True)
+    assert_same_run(result, undisturbed)
+
+
+def collate(rows):
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}
+
+
+def test_a_run_over_a_shuffling_loader_is_resumed_in_the_middle_of_an_epoch(toy, tmp_path):
+    def loader():
+        return DataLoader(toy.rows(ROWS), batch_size=16, shuffle=True, collate_fn=collate)
+
+    settings = settings_of(toy)
+    undisturbed = cofiprune.prune(toy.student(), loader(), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(toy.student(), loader(), **settings, output_dir=tmp_path, callbacks=[signals_at(4)])
+    result = cofiprune.prune(toy.student(), loader(), **settings, output_dir=tmp_path, resume=True)
+    assert_same_run(result, undisturbed)
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_stopped_model_may_itself_be_handed_in_to_go_on(toy, stop, tmp_path):
+    settings = settings_of(toy, teacher="self")
+    undisturbed = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
+    student = toy.student()
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(student, toy.rows(ROWS), **settings, output_dir=tmp_path, callbacks=[signals_at(stop)])
+    assert masks_of(student) is not None
+    result = cofiprune.prune(student, toy.rows(ROWS), **settings, output_dir=tmp_path, resume=True)
+    assert result.model is student
+    assert_same_run(result, undisturbed)
+
+
+@pytest.mark.parametrize("state", ["dense", "masked", "compacted"])
+def test_finetuning_is_resumed_too(toy, state, tmp_path):
+    def student():
+        model = toy.student()
+        structure = cofiprune.structure(model)
+        values = {name: torch.ones(group.size) for name, group in structure.items()}
+        values["hidden"][:5] = 0
+        values["layers.0.heads"][1] = 0.5
+        plan = cofiprune.Plan.from_values(structure, values)
+        if state == "masked":
+            cofiprune.attach(model).set_plan(plan)
+        return cofiprune.compact(model, plan) if state == "compacted" else model
+
+    settings = {"teacher": toy.teacher, "epochs": 3, "batch_size": 16, "checkpoint_steps": 2, "progress": False}
+    undisturbed = cofiprune.finetune(student(), toy.rows(ROWS), logging_steps=4, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.finetune(
+            student(), toy.rows(ROWS), logging_steps=4, output_dir=tmp_path, callbacks=[signals_at(4)], **settings
+        )
+    resumed = {"output_dir": tmp_path, "resume": True, "logging_steps": 4}
+    if state == "masked":
+        with pytest.raises(CheckpointError, match="other masks"):
+            cofiprune.finetune(toy.student(), toy.rows(ROWS), **resumed, **settings)
+    assert_same_run(cofiprune.finetune(student(), toy.rows(ROWS), **resumed, **settings), undisturbed)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("stop", [3, 9])
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_signal_saves_says_how_to_go_on_and_leaves_the_model_usable(toy, number, error, stop, folder, tmp_path):
+    student = toy.student().train()
+    handlers = [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)]
+    settings = settings_of(toy, logging_steps=1, **({"output_dir": tmp_path / "new"} if folder else {}))
+    with pytest.raises(error) as caught:
+        cofiprune.prune(student, toy.rows(ROWS), callbacks=[signals_at(stop, number)], **settings)
+    message = str(caught.value)
+    assert f"step {stop}" in message
+    assert ("resume=True" in message and str(tmp_path / "new") in message) if folder else "nothing was saved" in message
+    assert [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert (tmp_path / "new" / f"checkpoint-{stop}" / "meta.json").exists() == folder
+    assert student.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    # What was reached so far is in the model: it runs, can be evaluated, compacted and trained on.
+    student.eval()
+    inputs = {"input_ids": torch.tensor([[2, 5, 9, 11], [2, 8, 6, 7]])}
+    with torch.no_grad():
+        masked, compacted = student(**inputs).logits, cofiprune.compact(student)(**inputs).logits
+    assert (masked - compacted).abs().max() < 1e-5
+    assert evaluate(student, toy.rows(16))["loss"] > 0
+    cofiprune.finetune(student, toy.rows(16), epochs=1, progress=False)
+
+
+def test_a_second_signal_stops_at_once(toy, tmp_path):
+    student = toy.student()
+    calls = {"callbacks": [signals_at(3, times=2)], "output_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(student, toy.rows(ROWS), **settings_of(toy, logging_steps=1, eval_steps=1), **calls)
+    assert not (tmp_path / "checkpoint-3").exists()
+    assert (tmp_path / "checkpoint-2" / "meta.json").exists()
+    student(torch.tensor([[2, 5]])).logits.sum().backward()  # no random gates are left in it
+
+
+def test_a_signal_after_the_last_step_is_not_lost(toy):
+    student = toy.student()
+
+    def compute_metrics(prediction):
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # while the final plan is evaluated
+        return {"count": float(len(seen))}
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(
+            student,
+            toy.rows(16),
+            **settings_of(toy, epochs=2, freeze_epochs=0, finetune_epochs=0, eval_steps=1),
+            compute_metrics=compute_metrics,
+            callbacks=[lambda entry: seen.append(entry) if "eval_loss" in entry else None],
+        )
+    assert masks_of(student).sparsity() == pytest.approx(0.6, abs=0.005)
+
+
+def test_a_finished_run_can_be_resumed_and_is_only_read(toy, whole, tmp_path):
+    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
+    cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")}
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
+    assert_same_run(result, whole)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")} == files
+    assert len({path.parent for path in files}) == 2  # older ones are dropped
+    assert not list(tmp_path.glob("checkpoint-*/*.partial"))
+
+
+def test_an_incomplete_checkpoint_is_passed_over(toy, whole, tmp_path):
+    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(toy.student(), toy.rows(ROWS), callbacks=[signals_at(5)], **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    (tmp_path / "checkpoint-5" / "meta.json").unlink()  # it is written last
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
+    assert_same_run(result, whole)
+
+
+def test_how_often_it_saves_and_logs_may_change_when_it_goes_on(toy, whole, tmp_path):
+    settings = settings_of(toy, output_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(toy.student(), toy.rows(ROWS), callbacks=[signals_at(4)], **settings)
+    changed = {**settings, "logging_steps": 7, "checkpoint_steps": None, "eval_steps": 3, "progress": True}
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **changed)
+    assert result.plan == whole.plan
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_lost(toy, whole, tmp_path):
+    student = toy.student()
+
+    def poison(entry):
+        if entry["step"] == 4:
+            with torch.no_grad():
+                student.classifier.bias.fill_(float("nan"))
+
+    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
+    with pytest.raises(TrainingError) as caught:
+        cofiprune.prune(student, toy.rows(ROWS), callbacks=[poison], **settings)
+    assert masks_of(student) is None
+    # The fourth step's own checkpoint would hold what the callback did, and is not written.
+    assert all(word in str(caught.value) for word in ("step 4", "classifier.bias"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
+    assert_same_run(result, whole)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_rate_that_is_far_too_high_is_an_error_and_not_a_ruined_model(toy, saved, tmp_path):
+    student = toy.student()
+    before = toy.snapshot(student)
+    calls = {"output_dir": tmp_path} if saved else {}
+    with pytest.raises(TrainingError) as caught:
+        cofiprune.finetune(
+            student, toy.rows(ROWS), learning_rate=1e38, checkpoint_steps=1, batch_size=8, epochs=4, **calls
+        )
+    assert all(word in str(caught.value) for word in ("step", "'recover'", "learning_rate"))
+    assert ("last good checkpoint" in str(caught.value)) == saved
+    assert toy.is_unchanged(student, before)
+
+
+def test_a_run_that_crashed_goes_on(toy, whole, tmp_path):
+    def crash(entry):
+        if entry["step"] == 13:
+            raise OSError("disk full")
+
+    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        cofiprune.prune(toy.student(), toy.rows(ROWS), callbacks=[crash], **settings)
+    assert_same_run(cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings), whole)
+
+
+PROGRAM = """
+import json, os, signal, sys
+import torch
+sys.path.insert(0, {here!r})
+import conftest as toy
+import cofiprune
+
+def report(entry):
+    if entry["step"] == KILL:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+student = toy.bert(seed=1)
+result = cofiprune.prune(
+    student, toy.rows(48), target_sparsity=0.6, teacher=toy.bert(seed=2, num_hidden_layers=3), epochs=3, freeze_epochs=1,
+    finetune_epochs=1, batch_size=8, learning_rate=2e-3, logging_steps=1, checkpoint_steps=2, output_dir=OUT,
+    resume=RESUME, callbacks=[report], progress=False, eval_dataset=toy.rows(8, seed=2), warm_start=True,
+)
+rank = os.environ.get("RANK", "0")
+torch.save({{"weights": student.state_dict(), "plan": result.plan.to_dict(), "sparsity": result.sparsity,
+            "history": [{{**entry, "seconds": 0}} for entry in result.history]}}, f"{{OUT}}/final-{{rank}}.pt")
+"""
+
+
+def program(out: Path, *, kill: int = 0, resume: bool = False) -> list[str]:
+    head = f"OUT, KILL, RESUME = {str(out)!r}, {kill}, {resume}"
+    text = head + textwrap.dedent(PROGRAM.format(here=str(Path(__file__).parent)))
+    return [sys.executable, "-W", "error", "-c", text]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_a_kill(tmp_path):
+    finals = {}
+    for name, kills in {"whole": [], "killed": [7, 17]}.items():
+        out = tmp_path / name
+        out.mkdir()
+        for number, kill in enumerate(kills):
+            killed = subprocess.run(program(out, kill=kill, resume=number > 0), capture_output=True, text=True)
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+        finished = subprocess.run(program(out, resume=bool(kills)), capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        finals[name] = torch.load(out / "final-0.pt", weights_only=True)
+    assert finals["whole"]["history"] == finals["killed"]["history"]
+    assert finals["whole"]["plan"] == finals["killed"]["plan"]
+    for name, value in finals["whole"]["weights"].items():
+        assert torch.equal(finals["killed"]["weights"][name], value), name
+
+
+def launch(out: Path, **arguments) -> list[subprocess.Popen]:
+    """Start two processes of one run, as `accelerate launch --cpu --num_processes 2` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            program(out, **arguments),
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def finals_of(out: Path, processes: list[subprocess.Popen]) -> list[dict]:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return [torch.load(out / f"final-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_one_model(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    first, second = finals_of(whole, launch(whole))
+    assert abs(first["sparsity"] - 0.6) <= 0.005
+    assert first["plan"] == second["plan"]
+    for name, value in first["weights"].items():
+        assert torch.equal(second["weights"][name], value), name
+    # The same gates on both: expected sparsity and the constraint are the same numbers at every step.
+    shared = ("step", "expected_sparsity", "target_sparsity", "constraint", "eval_loss", "sparsity")
+    histories = [
+        [{name: entry[name] for name in shared if name in entry} for entry in f["history"]] for f in (first, second)
+    ]
+    assert histories[0] == histories[1]
+    assert [entry["loss"] for entry in first["history"] if "loss" in entry] != [
+        entry["loss"] for entry in second["history"] if "loss" in entry
+    ]  # each has its own rows
+
+    killed = launch(stopped, kill=8)
+    for process in killed:
+        process.communicate(timeout=300)
+    assert json.loads((stopped / "checkpoint-6" / "meta.json").read_text())["fingerprint"]["processes"] == 2
+    resumed = finals_of(stopped, launch(stopped, resume=True))
+    for final in resumed:
+        for name, value in first["weights"].items():
+            assert torch.equal(final["weights"][name], value), name
