@@ -36,6 +36,7 @@ def layerwise_loss(students, teachers, projection, *, layers=None, **settings):
     some = {layer: teachers[layer] for layer in chosen}
     return loss_of_states(students, some, projection, teacher_depth=len(teachers), **settings)
 
+
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
 SHAPES: dict[PredictionKind, tuple[tuple[int, ...], ...]] = {
     "classification": ((B, C),),

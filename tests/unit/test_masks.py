@@ -77,7 +77,7 @@ def test_wrong_values_are_refused_and_leave_the_mask(
 
 def test_unknown_names_get_near_misses(model: PreTrainedModel) -> None:
     masks = cofiprune.attach(model, "head")
-    with pytest.raises(StructureError, match="Did you mean 'layers.0.heads'"):
+    with pytest.raises(StructureError, match=r"Did you mean 'layers\.0\.heads'"):
         masks["layers.0.head"] = [1, 1, 1, 1]
     with pytest.raises(
         StructureError, match="no mask is attached for 'hidden'; attach with units that include 'hidden'"
