@@ -307,7 +307,8 @@ student = toy.bert(seed=1)
 result = cofiprune.prune(
     student, toy.rows(48), target_sparsity=0.6, teacher=toy.bert(seed=2, num_hidden_layers=3), epochs=3,
     freeze_epochs=1, finetune_epochs=1, batch_size=8, learning_rate=2e-3, logging_steps=1, checkpoint_steps=2,
-    output_dir=OUT, resume=RESUME, callbacks=[report], progress=False, eval_dataset=toy.rows(8, seed=2), warm_start=True,
+    output_dir=OUT, resume=RESUME, callbacks=[report], progress=False,
+    eval_dataset=toy.rows(8, seed=2), warm_start=True,
 )
 rank = os.environ.get("RANK", "0")
 torch.save({{"weights": student.state_dict(), "plan": result.plan.to_dict(), "sparsity": result.sparsity,
