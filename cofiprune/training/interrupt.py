@@ -21,7 +21,8 @@ class Interrupt:
         # Signal handlers can be set in the main thread only; elsewhere signals act as they always do.
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                self._previous[number] = signal.signal(number, self._request)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and scripts leave it for background jobs
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(

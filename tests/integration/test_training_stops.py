@@ -22,6 +22,17 @@ ROWS = 48  # 3 batches an epoch
 PRUNING, RECOVERY = 6, 9  # optimiser steps: a quarter of 3 epochs, and 2 epochs more
 
 
+@pytest.fixture(autouse=True)
+def handled():
+    """Signals act as in a program that was started by hand, whatever started the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def settings_of(toy, **changes):
     return {
         "target_sparsity": 0.6,
@@ -274,7 +285,7 @@ def test_a_rate_that_is_far_too_high_is_an_error_and_not_a_ruined_model(toy, sav
     calls = {"output_dir": tmp_path} if saved else {}
     with pytest.raises(TrainingError) as caught:
         cofiprune.finetune(
-            student, toy.rows(ROWS), learning_rate=1e38, checkpoint_steps=1, batch_size=8, epochs=4, **calls
+            student, toy.rows(ROWS), learning_rate=1e30, checkpoint_steps=1, batch_size=8, epochs=4, **calls
         )
     assert all(word in str(caught.value) for word in ("step", "'recover'", "learning_rate"))
     assert ("last good checkpoint" in str(caught.value)) == saved
