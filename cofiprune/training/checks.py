@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ from torch import nn
 
 from cofiprune.batches import Batches, RowBatches
 from cofiprune.data_checks import check
-from cofiprune.errors import CheckpointError, DataError, MaskError, SettingsError, TeacherError, TrainingError
+from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError
 from cofiprune.masking import masks_of
 from cofiprune.table import Table
 from cofiprune.tasks import label_names, task_of
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_no_masks(model: nn.Module) -> None:
-    """Make sure that no masks are attached, because a run attaches its own.
-
-    :raises MaskError: when there are.
-    """
-    if masks_of(model) is not None:
-        raise MaskError(
-            "masks are attached to this model already: call cofiprune.compact(model) and prune the result, "
-            "cofiprune.finetune(model, ...) to train what is left, or masks.detach() to start from all of it"
+def take_masks_off(model: nn.Module) -> None:
+    """Detach the masks that an earlier run left on a model, and say so."""
+    masks = masks_of(model)
+    if masks is not None:
+        masks.detach()
+        warnings.warn(
+            "the masks that were attached to this model are taken off, and pruning starts from all of it. To go on from "
+            "what they keep, prune cofiprune.compact(model); to train it, call cofiprune.finetune(model, ...)",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -15,7 +15,7 @@ from cofiprune.evaluation import evaluating
 from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.selection import check_fraction, check_target
-from cofiprune.training.checks import check_no_masks, check_trainable, check_weights, resolve_teacher
+from cofiprune.training.checks import check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
 from cofiprune.training.phases import Run
@@ -49,6 +49,9 @@ def prune(
     teacher; the structure is then fixed at exactly the target, and the weights that are left recover. Without data
     it is a one-shot prune from the weights, repaired against the teacher's answers on synthetic inputs.
 
+    Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
+    an earlier run left, prune `cofiprune.compact(model)`.
+
     :param model: any transformers encoder with an adapter, with any head.
     :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one-shot.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
@@ -65,8 +68,6 @@ def prune(
     config = PruneConfig.create(config, **settings)
     target = check_fraction(target_sparsity)
     structure = structure_of(model)
-    if not resume:
-        check_no_masks(model)
     check_target(structure, accounting.layer_parameters(structure), target, config.units)
     check_weights(model)
     check_trainable(model, gated=True)
@@ -75,6 +76,7 @@ def prune(
     if copied is not None:
         copied.detach()  # of the run that is resumed; its checkpoint has the teacher's weights
     if train_dataset is None:
+        take_masks_off(model)
         return _prune_without_data(model, target, taught, config)
     run = Run(
         model,
@@ -89,6 +91,8 @@ def prune(
         resume=resume,
         teaches_itself=teacher == "self",
     )
+    if not resume:
+        take_masks_off(model)
     return run.prune(target)
 
 
