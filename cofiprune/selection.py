@@ -124,7 +124,7 @@ def select(
     """
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
     total = cost.exact(structure.sizes)
-    wanted = total * (1 - target)
+    wanted = round(total * (1 - target))
     kept = _threshold(structure, flat, cost, wanted)
     _trim(structure, flat, cost, wanted, kept)
     found = cost.exact(_counts(structure, kept))
@@ -149,7 +149,7 @@ def _counts(structure: Structure, kept: Mapping[str, Tensor]) -> dict[str, int]:
     return counts
 
 
-def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float) -> dict[str, Tensor]:
+def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: int) -> dict[str, Tensor]:
     """Keep the units above the lowest threshold whose plan costs no less than what is wanted."""
     levels = torch.unique(torch.cat(list(scores.values())))
     low, high = 0, len(levels) - 1
@@ -169,9 +169,7 @@ def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, w
     return keep(low)
 
 
-def _trim(
-    structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float, kept: dict[str, Tensor]
-) -> None:
+def _trim(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: int, kept: dict[str, Tensor]) -> None:
     """Give up single units, never whole blocks, lowest score first, until nothing smaller would come nearer.
 
     A first pass takes what fits into the surplus, a second one may end below the target, if that is nearer.
@@ -231,7 +229,7 @@ def _listed(units: str | Sequence[UnitKind] | None) -> str | tuple[UnitKind, ...
 
 def _slack(structure: Structure) -> float:
     """The tolerance in steps of the search, less what rounding every block to whole steps can add up to."""
-    return TOLERANCE * _RESOLUTION - (len(structure.blocks) + 1) / 2
+    return TOLERANCE * _RESOLUTION - len(structure.blocks) - 1
 
 
 def _hidden_sizes(structure: Structure, chosen: Iterable[str]) -> list[int]:
@@ -270,7 +268,7 @@ def _reached(structure: Structure, chosen: Iterable[str], cost: Cost, hidden: in
 
 
 def _steps(saved: int, total: int) -> int:
-    return round(saved / total * _RESOLUTION)
+    return saved * _RESOLUTION // total  # rounded down, so that all blocks together do not exceed the whole
 
 
 def _cuts(block: Block, chosen: set[str], cost: Cost, full: Mapping[str, int]) -> list[tuple[str, int, int]]:
@@ -299,7 +297,7 @@ class _Option:
 
 
 def _by_blocks(
-    structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: float, *, start: int
+    structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: int, *, start: int
 ) -> dict[str, Tensor]:
     """Choose a level for each block by dynamic programming over the discretised cost.
 

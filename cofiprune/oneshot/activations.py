@@ -129,7 +129,7 @@ class LayerWalk:
         self.batches = [placed(batch, model) for batch in batches]
         self.layers = [model.get_submodule(path) for path in structure.layers]
         self.depth = 0
-        """Index of the layer that `passages` looks at; the ones below are not run any more."""
+        """Index of the current layer; the ones below are not run any more."""
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
@@ -184,11 +184,12 @@ class _Passing:
         parts = self.parts.setdefault(block.gate, {})
 
         def passed(module: nn.Module, args: Any, output: Tensor) -> None:
-            parts["inputs"], parts["outputs"] = args[0], output
+            # Copies: what is run afterwards may add the residual in place.
+            parts["inputs"], parts["outputs"] = args[0].clone(), output.clone()
             self._arrived(block.gate, "projection")
 
         def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            parts["entry"] = entry_of(block.exit, args, kwargs)
+            parts["entry"] = entry_of(block.exit, args, kwargs).clone()
             self._arrived(block.gate, "exit")
 
         self._pending.add((block.gate, "projection"))

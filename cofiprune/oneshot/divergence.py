@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -64,4 +65,4 @@ def divergence(
         mask = mask if mask is not None and mask.dim() == 2 else None
         total += float(logit_loss(ours, theirs, temperature=1.0, kind=kind, mask=mask))
     mean = total / max(len(batches), 1)
-    return mean if mean == mean else float("inf")
+    return max(mean, 0.0) if math.isfinite(mean) else math.inf  # a KL of next to nothing can round to less

@@ -130,7 +130,7 @@ class _Reader:
             gram = gram - self.total.unsqueeze(2) * self.total.unsqueeze(1) / self.rows
         weight = model.get_parameter(f"{self.module}.weight")
         columns = _by_unit(weight.detach().cpu().double(), 1, self.side)  # [n, b, outputs]
-        return ((gram @ columns) * columns).sum(dim=(1, 2)).clamp(min=0)
+        return (gram * (columns @ columns.transpose(1, 2))).sum(dim=(1, 2)).clamp(min=0)
 
 
 def _readers(model: nn.Module, structure: Structure) -> Iterator[_Reader]:

@@ -32,8 +32,8 @@ def take_masks_off(model: nn.Module) -> None:
     if masks is not None:
         masks.detach()
         warnings.warn(
-            "the masks that were attached to this model are taken off, and pruning starts from all of it. To go on from "
-            "what they keep, prune cofiprune.compact(model); to train it, call cofiprune.finetune(model, ...)",
+            "the masks that were attached to this model are taken off, and pruning starts from all of it. To go on "
+            "from what they keep, prune cofiprune.compact(model); to train it, call cofiprune.finetune(model, ...)",
             UserWarning,
             stacklevel=3,
         )

@@ -18,6 +18,17 @@ Count = Annotated[int, Field(ge=1)]
 Scheduler = Literal["linear", "cosine", "constant"]
 
 
+_OTHER_NAMES = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "bf16": "mixed_precision",
+    "fp16": "mixed_precision",
+    "lr": "learning_rate",
+    "save_steps": "checkpoint_steps",
+    "load_best_model_at_end": "metric_for_best_model",
+}
+"""What the Trainer, or habit, calls a setting."""
 _LESS_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
 
 
@@ -109,7 +120,8 @@ class PruneConfig(BaseModel):
         for name in settings:
             if name not in known:
                 listed = ", ".join(sorted(known))
-                raise SettingsError(f"unknown setting {name!r}.{suggest(name, known)} Settings: {listed}")
+                near = f" Did you mean {_OTHER_NAMES[name]!r}?" if name in _OTHER_NAMES else suggest(name, known)
+                raise SettingsError(f"unknown setting {name!r}.{near} Settings: {listed}")
         try:
             super().__init__(**settings)
         except ValidationError as error:

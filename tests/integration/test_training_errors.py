@@ -92,7 +92,7 @@ COMMON = {
     "a setting of the Trainer": (
         {"per_device_train_batch_size": 3},
         SettingsError,
-        ["per_device_train_batch_size", "batch_size"],
+        ["Did you mean 'batch_size'?"],
     ),
     "an unknown unit": ({"units": ("heads",)}, SettingsError, ["'heads'", "'head'", "intermediate"]),
     "no unit": ({"units": ()}, SettingsError, ["units", "choose among"]),

@@ -311,8 +311,8 @@ import conftest as toy
 import cofiprune
 
 def report(entry):
-    if entry["step"] == KILL:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if entry["step"] == KILL and os.environ.get("RANK", "0") in RANKS:
+        os.kill(os.getpid(), SIGNAL)
 
 student = toy.bert(seed=1)
 result = cofiprune.prune(
@@ -327,8 +327,11 @@ torch.save({{"weights": student.state_dict(), "plan": result.plan.to_dict(), "sp
 """
 
 
-def program(out: Path, *, kill: int = 0, resume: bool = False) -> list[str]:
-    head = f"OUT, KILL, RESUME = {str(out)!r}, {kill}, {resume}"
+def program(
+    out: Path, *, kill: int = 0, resume: bool = False, number: int = signal.SIGKILL, ranks: str = "01"
+) -> list[str]:
+    """A run that sends itself a signal after a step, in the processes named."""
+    head = f"OUT, KILL, RESUME, SIGNAL, RANKS = {str(out)!r}, {kill}, {resume}, {int(number)}, {ranks!r}"
     text = head + textwrap.dedent(PROGRAM.format(here=str(Path(__file__).parent)))
     return [sys.executable, "-W", "error", "-c", text]
 
@@ -404,3 +407,17 @@ def test_two_processes_end_with_one_model(tmp_path):
     for final in resumed:
         for name, value in first["weights"].items():
             assert torch.equal(final["weights"][name], value), name
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(tmp_path):
+    processes = launch(tmp_path, kill=8, number=signal.SIGTERM, ranks="1")
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("stopped by SIGTERM. Stopped after step 9" in output for output in outputs), outputs
+    assert {path.name for path in (tmp_path / "checkpoint-9").iterdir()} == {
+        "state.pt",
+        "meta.json",
+        "rng-0.pt",
+        "rng-1.pt",
+    }
