@@ -56,10 +56,21 @@ class CompactedLoader(HfQuantizer):
             raise CheckpointError("the configuration names the method 'cofiprune' but records no sizes")
         structure = adapter_for(model).structure(model, dense=True)
         reshape_skeleton(model, structure, sizes)
+        self.shapes = _shapes(model)
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Leave an ordinary model behind: nothing about it is quantised."""
+        """Leave an ordinary model behind: nothing about it is quantised.
+
+        :raises CheckpointError: when weights have other shapes than the recorded sizes say. Older releases of
+            transformers do not look, where there is a quantisation method.
+        """
+        for name, shape in _shapes(model).items():
+            if shape != self.shapes.get(name, shape):
+                raise CheckpointError(
+                    f"weight {name!r} has shape {shape}; the recorded sizes and the configuration say "
+                    f"{self.shapes[name]}"
+                )
         model.config.quantization_config = self.quantization_config.to_dict()
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
@@ -72,6 +83,10 @@ class CompactedLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
