@@ -26,11 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def take_masks_off(model: nn.Module) -> None:
-    """Detach the masks that an earlier run left on a model, and say so."""
+def take_masks_off(model: nn.Module, *, quietly: bool = False) -> None:
+    """Detach the masks that an earlier run left on a model.
+
+    :param quietly: do not say so, because they are those of the run that is resumed.
+    """
     masks = masks_of(model)
-    if masks is not None:
-        masks.detach()
+    if masks is None:
+        return
+    masks.detach()
+    if not quietly:
         warnings.warn(
             "the masks that were attached to this model are taken off, and pruning starts from all of it. To go on "
             "from what they keep, prune cofiprune.compact(model); to train it, call cofiprune.finetune(model, ...)",

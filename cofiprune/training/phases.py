@@ -30,7 +30,13 @@ from cofiprune.record import recorded_sizes
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.tasks import label_names
-from cofiprune.training.checks import check_callbacks, check_learnable, check_measurable, check_output_dir
+from cofiprune.training.checks import (
+    check_callbacks,
+    check_learnable,
+    check_measurable,
+    check_output_dir,
+    take_masks_off,
+)
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.importance import measured_importance
@@ -145,9 +151,7 @@ class Run:
             )
         saved = self._saved(method="prune", target_sparsity=target)
         with self._running():
-            before = masks_of(self.model)
-            if before is not None:
-                before.detach()  # of the run that is resumed
+            take_masks_off(self.model, quietly=self.resume)
             masks = attach(self.model)
             try:
                 plan, state = self._phases(masks, target, schedule, recovery, saved)

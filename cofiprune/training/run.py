@@ -91,8 +91,6 @@ def prune(
         resume=resume,
         teaches_itself=teacher == "self",
     )
-    if not resume:
-        take_masks_off(model)
     return run.prune(target)
 
 
