@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
+_WORK = 260_000_000_000
+_FEWEST, _MOST = 2048, 6144
+"""Samples times parameters of the layers, and bounds on the samples: less than a minute for BERT-base on one core of a
+server, seconds for smaller models."""
 _BATCH = 8
 _LENGTH = 64
 """Tokens of the longest synthetic sequences."""
@@ -69,7 +73,7 @@ def prune_without_data(
     teacher: PreTrainedModel | Literal["self"] | None = None,
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
-    samples: int = 4096,
+    samples: int | None = None,
     on_progress: Progress | None = None,
 ) -> OneShotReport:
     """Choose what to remove without data, and repair what is left.
@@ -83,7 +87,8 @@ def prune_without_data(
     :param teacher: whose answers the pruned model should give; "self" for the model as it is. A teacher of the same
         structure is also what the repair reproduces, block by block; otherwise that is the model as it is.
     :param units: unit kinds that may be removed; None for all that the model has.
-    :param samples: positions (tokens, patches or frames) that statistics are taken over, at least 1.
+    :param samples: positions (tokens, patches or frames) that statistics are taken over, at least 1; more are slower
+        and better. None takes 2048 to 6144, fewer for larger models.
     :param on_progress: called with the name of the phase and its share done, in [0, 1].
     :raises TargetError: when the target cannot be reached.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
@@ -92,6 +97,7 @@ def prune_without_data(
     cost = accounting.layer_parameters(structure)
     target = check_fraction(target_sparsity)
     check_target(structure, cost, target, units)
+    samples = _samples(cost.exact(structure.sizes)) if samples is None else samples
     _check(model, teacher, samples)
     report = on_progress or (lambda phase, share: None)
     report("importance", 0.0)
@@ -160,8 +166,16 @@ def _repaired(pruned: _Pruned, batches: Sequence[Batch], held_out: Sequence[Batc
 
 def _answers(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> list[Answers]:
     """The teacher's answers, or the model's own where the teacher's have another shape (an encoder's states)."""
-    shapes = [[part.shape for part in answers(one, batches[:1])[0]] for one in (teacher, model)]
-    return answers(teacher if shapes[0] == shapes[1] else model, batches)
+    theirs = answers(teacher, batches)
+    if teacher is model:
+        return theirs
+    ours = answers(model, batches[:1])[0]
+    same = [part.shape for part in ours] == [part.shape for part in theirs[0]]
+    return theirs if same else answers(model, batches)
+
+
+def _samples(parameters: int) -> int:
+    return min(max(_WORK // max(parameters, 1), _FEWEST), _MOST)
 
 
 def _check(model: PreTrainedModel, teacher: PreTrainedModel | str | None, samples: int) -> None:

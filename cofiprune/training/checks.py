@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def take_masks_off(model: nn.Module, *, quietly: bool = False) -> None:
+def take_masks_off(model: nn.Module, *, quietly: bool = False, stacklevel: int = 4) -> None:
     """Detach the masks that an earlier run left on a model.
 
     :param quietly: do not say so, because they are those of the run that is resumed.
@@ -40,7 +40,7 @@ def take_masks_off(model: nn.Module, *, quietly: bool = False) -> None:
             "the masks that were attached to this model are taken off, and pruning starts from all of it. To go on "
             "from what they keep, prune cofiprune.compact(model); to train it, call cofiprune.finetune(model, ...)",
             UserWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -251,7 +251,7 @@ class Loop:
         accelerator, interrupt = self.session.accelerator, self.session.interrupt
         if accelerator.num_processes == 1:
             return interrupt.requested is not None
-        if self.state.step % _ASK_OTHERS and self.state.step < self.total:
+        if self.state.total_steps % _ASK_OTHERS and self.state.step < self.total:
             return False
         asked = accelerator.gather(torch.tensor([interrupt.requested or 0], device=accelerator.device))
         interrupt.requested = int(asked.max()) or None

@@ -100,18 +100,8 @@ class Run:
             need_labels=teacher is None,
             name="train_dataset",
         )
-        held_out = None
-        if eval_dataset is not None:
-            held_out = prepare(
-                eval_dataset,
-                model,
-                batch_size=config.eval_batch_size,
-                collator=collator,
-                need_labels=False,
-                name="eval_dataset",
-            )
-            check_measurable(held_out, model, computed=compute_metrics is not None)
-        elif config.metric_for_best_model is not None:
+        evaluate = held_out(eval_dataset, model, config, collator, compute_metrics)
+        if evaluate is None and config.metric_for_best_model is not None:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
         called = check_callbacks(callbacks)
         folder = check_output_dir(output_dir, resume=resume)
@@ -125,12 +115,9 @@ class Run:
             Display(enabled=config.progress and accelerator.is_main_process),
             Interrupt(),
             called,
-            output_dir=folder,
+            evaluate,
+            folder,
         )
-        if held_out is not None:
-            self.session.evaluate = lambda trained: _prefixed(
-                evaluate_batches(trained, held_out, compute_metrics=compute_metrics)  # type: ignore[arg-type]
-            )
         self.trains_embeddings = bool(config.train_embeddings)
 
     @property
@@ -313,6 +300,7 @@ class Run:
         objective = Objective(
             model, self._asked(projection), projection, self.batches.task, self.config, labelled=self.batches.labelled
         )
+        state.scaler = self.session.accelerator.scaler
         if saved is not None:
             state.restore(saved.captured)
             self._remember(state)
@@ -442,6 +430,30 @@ def _kept_share(model: PreTrainedModel) -> float:
     """Parameters of a model's layers by those of the dense model that it comes from."""
     ours, whole = structure_of(model), dense_structure(model)
     return layer_parameters(ours).exact(ours.sizes) / layer_parameters(whole).exact(whole.sizes)
+
+
+def held_out(
+    eval_dataset: Any,
+    model: PreTrainedModel,
+    config: PruneConfig,
+    collator: Callable[[list[Any]], Any] | None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None,
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """Return what evaluates a model on a checked evaluation set; None without one."""
+    if eval_dataset is None:
+        return None
+    batches = prepare(
+        eval_dataset,
+        model,
+        batch_size=config.eval_batch_size,
+        collator=collator,
+        need_labels=False,
+        name="eval_dataset",
+    )
+    check_measurable(batches, model, computed=compute_metrics is not None)
+    return lambda trained: _prefixed(
+        evaluate_batches(trained, batches, compute_metrics=compute_metrics)  # type: ignore[arg-type]
+    )
 
 
 def _accelerator(config: PruneConfig) -> Accelerator:

@@ -14,7 +14,6 @@ _SHOWN = (
     ("loss", "loss {:.2f}"),
     ("expected_sparsity", " sparsity {:.2f}"),
     ("target_sparsity", "/{:.2f}"),
-    ("eval_accuracy", " accuracy {:.3f}"),
 )
 
 
@@ -35,6 +34,7 @@ class Display:
             disable=not shown,
         )
         self.latest: dict[str, float] = {}
+        self.metric = ""
         self.task: Any = None
 
     def __enter__(self) -> Self:
@@ -56,9 +56,12 @@ class Display:
 
     def show(self, entry: Mapping[str, Any]) -> None:
         """Show the figures of a history entry."""
+        metric = next((name for name in entry if name.startswith("eval_") and name != "eval_loss"), None)
+        if metric is not None:
+            self.metric = f" {metric.removeprefix('eval_')} {entry[metric]:.3f}"
         self.latest.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
         if "expected_sparsity" not in entry and "loss" in entry:
             self.latest.pop("expected_sparsity", None)
             self.latest.pop("target_sparsity", None)
         info = "".join(text.format(self.latest[name]) for name, text in _SHOWN if name in self.latest)
-        self.progress.update(self.task, info=info)
+        self.progress.update(self.task, info=info + self.metric)

@@ -15,10 +15,10 @@ from cofiprune.evaluation import evaluating
 from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.selection import check_fraction, check_target
-from cofiprune.training.checks import check_trainable, check_weights, resolve_teacher, take_masks_off
+from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
-from cofiprune.training.phases import Run
+from cofiprune.training.phases import Run, held_out
 from cofiprune.training.result import PruneResult
 
 if TYPE_CHECKING:
@@ -70,14 +70,24 @@ def prune(
     structure = structure_of(model)
     check_target(structure, accounting.layer_parameters(structure), target, config.units)
     check_weights(model)
-    check_trainable(model, gated=True)
     taught = resolve_teacher(teacher, model)
     copied = None if taught is None or teacher is taught else masks_of(taught)
     if copied is not None:
         copied.detach()  # of the run that is resumed; its checkpoint has the teacher's weights
     if train_dataset is None:
-        take_masks_off(model)
-        return _prune_without_data(model, target, taught, config)
+        if resume:
+            raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
+        folder = check_output_dir(output_dir, resume=False)
+        measured = held_out(eval_dataset, model, config, data_collator, compute_metrics)
+        take_masks_off(model, stacklevel=3)
+        result = _prune_without_data(model, target, taught, config)
+        if measured is not None:
+            result.metrics = measured(model)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            result.plan.save(folder / "plan.json")
+        return result
+    check_trainable(model, gated=True)
     run = Run(
         model,
         taught,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from cofiprune.errors import CheckpointError
@@ -49,6 +50,8 @@ class RunState:
     summed: int = 0
     best: dict[str, Any] | None = None
     """The best evaluation so far: `value`, `step` and the model's tensors under `model`."""
+    scaler: GradScaler | None = None
+    """Of the loss, in float16."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain values that a phase needs to be set up again, such as its plan."""
 
@@ -66,6 +69,7 @@ class RunState:
             "sums": self.sums,
             "summed": self.summed,
             "best": self.best,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def restore(self, captured: dict[str, Any]) -> None:
@@ -86,6 +90,8 @@ class RunState:
         self.sums = {name: value.to(device) for name, value in captured["sums"].items()}
         self.summed = captured["summed"]
         self.best = captured["best"]
+        if self.scaler is not None and captured["scaler"] is not None:
+            self.scaler.load_state_dict(captured["scaler"])
 
     def _check(self, captured: dict[str, Any]) -> None:
         expected = self.capture()

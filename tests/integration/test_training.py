@@ -412,6 +412,34 @@ def test_history_and_callbacks(toy):
     assert result.seconds > 0
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(toy, terminal, monkeypatch, capfd):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "100")
+    settings = {**BRIEF, "progress": True, "logging_steps": 1}
+    cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, eval_dataset=toy.rows(8), **settings)
+    out, shown = capfd.readouterr()
+    assert out == ""
+    assert all((word in shown) == terminal for word in ("prune", "recover", "loss", "sparsity", "/0.50", "accuracy")), (
+        shown
+    )
+
+
+def test_without_data_the_rest_of_the_arguments_still_counts(toy, tmp_path):
+    held_out = toy.rows(32, seed=2)
+    student = toy.student()
+    with pytest.warns(UserWarning, match="without data"):
+        result = cofiprune.prune(
+            student, target_sparsity=0.3, teacher="self", eval_dataset=held_out, output_dir=tmp_path / "new"
+        )
+    check_laws(toy, result, 0.3, toy.teacher)
+    assert result.metrics["eval_accuracy"] == evaluate(student, held_out)["accuracy"]
+    assert cofiprune.Plan.load(tmp_path / "new" / "plan.json") == result.plan
+
+
 class Scripted:
     """Metrics that say which evaluation is the best, and the predictions that each was made from."""
 

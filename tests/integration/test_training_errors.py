@@ -372,6 +372,13 @@ def test_errors_in_the_middle_of_a_run_take_the_masks_off(toy):
         student(torch.tensor([[2, 5, 7]]))
 
 
+def test_without_data(toy):
+    rows = toy.rows(8)
+    refused(toy.student(), None, SettingsError, "resume=True", "train_dataset", resume=True, output_dir="missing")
+    refused(toy.student(), None, DataError, "eval_dataset", "row 7", eval_dataset=change(labels=9)(rows))
+    refused(toy.student(), None, SettingsError, "train_dataset", run="finetune")
+
+
 def test_targets_from_numpy_are_numbers(toy):
     result = cofiprune.prune(toy.student(), toy.rows(16), target_sparsity=np.float32(0.5), **QUICK)
     assert abs(result.sparsity - 0.5) <= 0.005

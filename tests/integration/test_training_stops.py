@@ -414,8 +414,8 @@ def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(tmp_path):
     processes = launch(tmp_path, kill=8, number=signal.SIGTERM, ranks="1")
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
-    assert all("stopped by SIGTERM. Stopped after step 9" in output for output in outputs), outputs
-    assert {path.name for path in (tmp_path / "checkpoint-9").iterdir()} == {
+    assert all("stopped by SIGTERM. Stopped after step 10" in output for output in outputs), outputs
+    assert {path.name for path in (tmp_path / "checkpoint-10").iterdir()} == {
         "state.pt",
         "meta.json",
         "rng-0.pt",

@@ -31,6 +31,7 @@ def state(*, phase="prune", width=3, projection=True, seed=0, steps=2):
     found.history = [{"step": 1, "loss": 0.25, "phase": phase}]
     found.sums, found.summed = {"loss": torch.tensor(3.0)}, 2
     found.best = {"value": 0.5, "step": 1, "model": {"weight": torch.ones(2, 3)}}
+    found.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**seed)
     found.extra = {"plan": {"keep": [1, 2]}}
     return found
 
