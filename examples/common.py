@@ -130,10 +130,15 @@ def load_model(source: str, kind: str, head: Head | None = None) -> PreTrainedMo
     :param head: the classes that a new head tells apart; a model that has a head of this kind keeps its own.
     :raises CofipruneError: when it cannot be loaded.
     """
-    folder = Path(source).expanduser()
-    if (folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").is_file():
-        return cofiprune.load_cofi_checkpoint(folder, task_head=TASKS[kind] or None)
+    if is_original(source):
+        return cofiprune.load_cofi_checkpoint(Path(source).expanduser(), task_head=TASKS[kind] or None)
     config = load_config(source)
     if head is not None and task_by_architecture(config) != kind:
         head.apply(config)
     return load_by_task(source, kind, config=config, new_head=True)
+
+
+def is_original(source: str) -> bool:
+    """Whether a source is a folder that may be the original CoFi's: its weights are in `pytorch_model.bin`."""
+    folder = Path(source).expanduser()
+    return (folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").is_file()

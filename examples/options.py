@@ -18,7 +18,9 @@ from cofiprune.selection import check_fraction
 
 TINY = {"epochs": 1, "finetune_epochs": 1, "batch_size": 16, "logging_steps": 1}
 """Settings that `--tiny` has where they are not given."""
-TINY_TRAIN_ROWS, TINY_EVAL_ROWS = 96, 32
+OPTIONS = {"teacher_epochs": 2.0, "teacher_learning_rate": 5e-5}
+TINY_OPTIONS = {"teacher_epochs": 3.0, "teacher_learning_rate": 3e-3, "train_rows": 96, "eval_rows": 32}
+"""Other options where they are not given, without and with `--tiny`."""
 TINY_SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -51,14 +53,13 @@ def parse(
     if options.resume and not options.output_dir.is_dir():
         raise CheckpointError(f"nothing to resume: there is no folder {options.output_dir}")
     options.target_sparsity = target_sparsity(options.target_sparsity)
+    for setting, value in {"seed": 57, **(TINY if options.tiny else {})}.items():
+        vars(options).setdefault(setting, value)
+    for option, value in (TINY_OPTIONS if options.tiny else OPTIONS).items():
+        if getattr(options, option) is None:
+            setattr(options, option, value)
     if options.teacher_epochs <= 0 or options.teacher_learning_rate <= 0:
         raise SettingsError("--teacher-epochs and --teacher-learning-rate take numbers above 0")
-    vars(options).setdefault("seed", 57)
-    if options.tiny:
-        for setting, value in TINY.items():
-            vars(options).setdefault(setting, value)
-        options.train_rows = options.train_rows or TINY_TRAIN_ROWS
-        options.eval_rows = options.eval_rows or TINY_EVAL_ROWS
     settings_of(options, PRESETS[0])  # complains of a wrong value before anything is loaded
     if options.model is None:
         options.model = tiny_model(options) if options.tiny else str(bundled_model())
@@ -75,8 +76,8 @@ def add_common_options(parser: Parser, name: str) -> None:
         help="folder or hub name; self: a copy of the model as it comes; train: fine-tune the model first, keep it in "
         "OUTPUT_DIR/teacher and prune a copy of it; none: learn from labels alone (default: train when pruning, else "
         "the folder teacher in the pruned model's, or none)")  # fmt: skip
-    add("--teacher-epochs", type=number, default=2.0, metavar="X", help="epochs of training a teacher (default: 2)")
-    add("--teacher-learning-rate", type=number, default=5e-5, metavar="X", help="its learning rate (default: 5e-5)")
+    add("--teacher-epochs", type=number, metavar="X", help="epochs of training a teacher (default: 2)")
+    add("--teacher-learning-rate", type=number, metavar="X", help="its learning rate (default: 5e-5)")
     add("--pretrained-pruned-model", metavar="DIR",
         help="skip pruning and fine-tune this: a compacted model, or a folder of the original CoFi")  # fmt: skip
     presets = (*PRESETS, "auto")

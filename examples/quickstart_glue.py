@@ -45,8 +45,8 @@ def read_task(name: str, folder: Path) -> TextTask:
     """A task from the files `train.*` and `validation.*` (or `dev.*`) of a folder."""
     if not folder.is_dir():
         raise DataError(f"the data folder {folder} does not exist")
-    splits = (_find_files(folder, ("train",)), _find_files(folder, ("validation", "dev")))
-    train, validation = ([row for file in files for row in _read(file)] for files in splits)
+    splits = (find_files(folder, ("train",)), find_files(folder, ("validation", "dev")))
+    train, validation = ([row for file in files for row in read_file(file)] for files in splits)
     return _text_task(name, train, validation)
 
 
@@ -55,18 +55,23 @@ def hub_task(name: str) -> TextTask:
     if name not in LABEL_NAMES:
         known = ", ".join(LABEL_NAMES)
         raise DataError(f"the hub's GLUE has no task {name!r} that this script knows ({known})")
-    try:
-        import datasets
-
-        glue = datasets.load_dataset("nyu-mll/glue", name)
-    except Exception as error:  # whatever is between here and the hub, the remedy is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot load {name} from the hub ({reason})") from error
+    glue = load_hub(name)
     validation = "validation_matched" if name == "mnli" else "validation"
     return _text_task(name, glue["train"], glue[validation])
 
 
-def _find_files(folder: Path, stems: Sequence[str]) -> list[Path]:
+def load_hub(name: str) -> Any:
+    """The data sets of a task of GLUE by the names of their splits, downloaded from the hub."""
+    try:
+        import datasets
+
+        return datasets.load_dataset("nyu-mll/glue", name)
+    except Exception as error:  # whatever is between here and the hub, the remedy is the same
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"cannot load {name} from the hub ({reason})") from error
+
+
+def find_files(folder: Path, stems: Sequence[str]) -> list[Path]:
     """The file of a split: of that very name, else the first that starts so, with its shards."""
     files = sorted(file for file in folder.iterdir() if file.suffix in READERS)
     exact = [file for stem in stems for file in files if file.stem == stem]
@@ -80,7 +85,8 @@ def _find_files(folder: Path, stems: Sequence[str]) -> list[Path]:
     return [file for file, kind in zip(near, series, strict=True) if kind == series[0]]
 
 
-def _read(file: Path) -> list[Row]:
+def read_file(file: Path) -> list[Row]:
+    """The rows of a data file, as they stand there."""
     try:
         return READERS[file.suffix](file)
     except (OSError, ValueError, csv.Error) as error:
