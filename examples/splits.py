@@ -46,7 +46,10 @@ def read_split(
     if required and not files:
         wanted = " or ".join(f"{name}.*" for name in names)
         raise DataError(f"no {wanted} ({', '.join(ENDINGS)}) in {folder}")
-    return [(f"{file}, row {number} (from 0)", row) for file in files for number, row in enumerate(reader(file))]
+    rows = [entry for file in files for entry in numbered(reader(file), str(file))]
+    if files and not rows:
+        raise DataError(f"{files[0]} has no rows")
+    return rows
 
 
 def hub_splits(name: str) -> Mapping[str, Any]:
@@ -65,7 +68,7 @@ def hub_splits(name: str) -> Mapping[str, Any]:
 
 
 def numbered(rows: Any, where: str) -> list[tuple[str, Row]]:
-    """Rows that are in memory, each with where it is from, for messages."""
+    """Rows, each with where it is from, for messages."""
     return [(f"{where}, row {number} (from 0)", dict(row)) for number, row in enumerate(rows)]
 
 
