@@ -33,25 +33,21 @@ def run_grid(options: argparse.Namespace, task: "Task", config: cofiprune.PruneC
             tuning = cofiprune.PruneConfig.create(config, **weights, finetune_learning_rate=rate)
             cells.append(run_once(options, task, tuning, folder / f"lr{rate:g}", dense, str(folder / "pruned")))
     cells.sort(key=lambda cell: cell["metrics"][task.headline], reverse=True)
-    say(grid_table(cells, task))
+    say(grid_table(cells, task, output))
     return cells[0]
 
 
-def grid_table(cells: list[Result], task: "Task") -> Table:
+def grid_table(cells: list[Result], task: "Task", output: Path) -> Table:
     """All cells, the best one first."""
-    table = Table(
-        "layers", "logits", "learning rate", *cells[0]["metrics"], "sparsity", "minutes", "folder",
-        title=f"{task.name}, sorted by {task.headline}",
-    )  # fmt: skip
+    table = Table(title=f"{task.name}, sorted by {task.headline}")
+    table.add_column(f"folder in {output}", overflow="fold")
+    for name in (*cells[0]["metrics"], "sparsity", "minutes"):
+        table.add_column(name, justify="right")
     for cell in cells:
-        settings = cell["identity"]
         table.add_row(
-            f"{settings['distill_layers_weight']:g}",
-            f"{settings['distill_logits_weight']:g}",
-            f"{settings['finetune_learning_rate']:g}",
+            Path(cell["folder"]).relative_to(output).as_posix(),
             *(f"{value:.4f}" for value in cell["metrics"].values()),
             f"{cell['sparsity']:.4f}",
             f"{cell['seconds'] / 60:.1f}",
-            cell["folder"],
         )
     return table

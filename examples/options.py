@@ -16,10 +16,17 @@ from cofiprune.cli.settings import PRESETS, add_prune_settings, prune_config
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.selection import check_fraction
 
-TINY = {"epochs": 1, "finetune_epochs": 1, "batch_size": 16, "logging_steps": 1}
+TINY = {
+    "epochs": 1,
+    "finetune_epochs": 1,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "finetune_learning_rate": 3e-3,
+    "logging_steps": 1,
+}
 """Settings that `--tiny` has where they are not given."""
 OPTIONS = {"teacher_epochs": 2.0, "teacher_learning_rate": 5e-5}
-TINY_OPTIONS = {"teacher_epochs": 3.0, "teacher_learning_rate": 3e-3, "train_rows": 96, "eval_rows": 32}
+TINY_OPTIONS = {"teacher_epochs": 3.0, "teacher_learning_rate": 5e-3, "train_rows": 96, "eval_rows": 32}
 """Other options where they are not given, without and with `--tiny`."""
 TINY_SIZES = {
     "hidden_size": 32,
@@ -27,6 +34,7 @@ TINY_SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "max_position_embeddings": 512,
+    "initializer_range": 0.1,  # with the usual 0.02 so small a model takes long to learn anything
 }
 GRID_WEIGHTS = ((0.9, 0.1), (0.7, 0.3), (0.5, 0.5))
 GRID_LEARNING_RATES = (1e-5, 2e-5, 3e-5)

@@ -18,10 +18,10 @@ Result = dict[str, Any]
 console = Console()
 
 
-def say(*parts: Any) -> None:
-    """Print, in the main process only."""
+def say(what: str | Table) -> None:
+    """Print a line or a table, in the main process only."""
     if PartialState().is_main_process:
-        console.print(*parts, highlight=False)
+        console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
 
 
 def finished(folder: Path, identity: Mapping[str, Any] | None = None) -> Result | None:
@@ -44,7 +44,7 @@ def finished(folder: Path, identity: Mapping[str, Any] | None = None) -> Result 
                 f"{folder} holds the result of another run: its {name} is {found.get(name)!r}, asked for {asked!r}; "
                 "choose another --output-dir, or delete the folder"
             )
-    return result
+    return {**result, "folder": str(folder)}  # it may have been moved
 
 
 def resumable(folder: Path) -> bool:

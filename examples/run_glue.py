@@ -150,7 +150,8 @@ def agreed_names(options: argparse.Namespace, names: tuple[str, ...], task: str)
     """
     teacher = None if options.teacher in ("self", "train", "none") else options.teacher
     found: dict[str, tuple[str, ...]] = {}
-    for source in (options.pretrained_pruned_model, teacher, options.model):
+    student = options.pretrained_pruned_model or options.model
+    for source in (student, teacher, options.model if options.teacher == "train" else None):
         own = None if source is None else names_of(source)
         if own is None or source in found:
             continue
