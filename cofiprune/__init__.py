@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cofiprune.constraint import Constraint
     from cofiprune.evaluation import evaluate
     from cofiprune.gates import Gates
+    from cofiprune.training.callback import PruningCallback
     from cofiprune.training.config import PruneConfig
     from cofiprune.training.result import PruneResult
     from cofiprune.training.run import finetune, prune
@@ -36,6 +37,7 @@ _LAZY = {
     "load_cofi_checkpoint": "cofiprune.cofi_checkpoint",
     "PruneConfig": "cofiprune.training.config",
     "PruneResult": "cofiprune.training.result",
+    "PruningCallback": "cofiprune.training.callback",
     "finetune": "cofiprune.training.run",
     "prune": "cofiprune.training.run",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "Plan",
     "PruneConfig",
     "PruneResult",
+    "PruningCallback",
     "Summary",
     "adapter_for",
     "attach",

@@ -84,10 +84,14 @@ class Objective:
         hidden_from_model = {ROWS} if self.label_weight else {ROWS, *self.labels}
         inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
         output = model(**inputs, output_hidden_states=self.distils_layers, return_dict=True)
+        return self.of(output, batch, alive)
+
+    def of(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
+        """Return the same for what the student has answered, with `hidden_states` when `distils_layers`."""
         parts: dict[str, Tensor] = {}
         if self.label_weight:
             # The mean over no labels at all, such as those of a batch where nothing is masked, is not a number.
-            counted = counts_labels(self.task, inputs)
+            counted = counts_labels(self.task, batch)
             parts["label_loss"] = output.loss if counted is None else torch.where(counted, output.loss, 0.0)
         if self.teacher is not None:
             parts.update(self._teacher_parts(output, batch, alive))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cofiprune.errors import SettingsError
 from cofiprune.training.config import PruneConfig, Scheduler
 
 
@@ -38,6 +39,36 @@ class Schedule:
         gated = max(round((epochs - frozen) * per_epoch), 1)
         ramp = min(round(warmup * per_epoch), gated)
         return cls(per_epoch, round(config.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
+
+    @classmethod
+    def for_steps(cls, config: PruneConfig, total: int, per_epoch: int | None) -> Schedule:
+        """Lay out pruning inside a run of `total` optimiser steps that somebody else has laid out.
+
+        Without settings that say otherwise the target rises over the first 0.4 of the steps, and the last quarter
+        trains under the decided structure.
+
+        :param per_epoch: optimiser steps of an epoch; None where the data have no length.
+        :raises SettingsError: when no step is left for the gates, or epochs are meant where there are none.
+        """
+
+        def steps(name: str, share: float) -> int:
+            epochs: float | None = getattr(config, name)
+            if not epochs:
+                return round(share) if epochs is None else 0
+            if per_epoch is None:
+                raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
+            return round(epochs * per_epoch)
+
+        before = steps("pre_finetune_epochs", 0)
+        after = steps("freeze_epochs", 0.25 * (total - before))
+        gated = total - before - after
+        if gated < 1:
+            raise SettingsError(
+                f"of {total} training steps, pre_finetune_epochs takes {before}, freeze_epochs {after}: none is left "
+                "in which gates could learn"
+            )
+        ramp = min(steps("sparsity_warmup_epochs", 0.4 * (total - before)), gated)
+        return cls(per_epoch or total, before, ramp, gated, after)
 
     @classmethod
     def for_training(cls, epochs: float, config: PruneConfig, batches: int) -> Schedule:

@@ -212,7 +212,7 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{newest} is damaged: its meta.json cannot be read ({error!r})") from error
-    difference = _difference(fingerprint, saved)
+    difference = first_difference(fingerprint, saved)
     if difference is not None:
         name, asked, was = difference
         raise CheckpointError(
@@ -233,12 +233,12 @@ def has_checkpoints(folder: Path) -> bool:
     return folder.is_dir() and any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _difference(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def first_difference(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first name under which two fingerprints differ, down to single settings, and both values."""
     for name, value in asked.items():
         other = saved.get(name)
         if isinstance(value, Mapping) and isinstance(other, Mapping):
-            inner = _difference({**dict.fromkeys(other), **value}, other)
+            inner = first_difference({**dict.fromkeys(other), **value}, other)
             if inner is not None:
                 return inner
         elif value != other:

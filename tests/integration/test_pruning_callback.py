@@ -1,0 +1,640 @@
+"""`PruningCallback` inside a stock Trainer, on the toy task: what must hold after `train()`, and on the way."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+import cofiprune
+from cofiprune import PruneConfig, PruningCallback
+from cofiprune.errors import (
+    AdapterError,
+    CheckpointError,
+    DataError,
+    SettingsError,
+    TargetError,
+    TeacherError,
+    TrainingError,
+)
+from cofiprune.evaluation import evaluate
+from cofiprune.masking import masks_of
+
+INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
+INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
+
+CHECKPOINTING = "activation_checkpointing"
+"""What recent transformers call it."""
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
+
+
+def collate(rows):
+    """Token rows as one padded batch."""
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
+    labels = {"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **labels}
+
+
+def trainer_for(model, rows, folder, callback, *, kind=Trainer, more=(), eval_rows=None, loss=None, **changes):
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 96,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
+    return kind(
+        model,
+        TrainingArguments(str(folder), **{**settings, **changes}),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=collate,
+        callbacks=[callback, *more],
+        compute_loss_func=loss,
+    )
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(**INPUTS).logits
+
+
+def check_outcome(toy, callback, model, dense, target):
+    """What must hold after every run."""
+    structure = cofiprune.structure(model)
+    small = cofiprune.compact(model)
+    whole, left = (toy.parameters_of_layers(one, structure) for one in (dense, small))
+    assert abs(1 - left / whole - target) <= 0.005
+    assert callback.result.sparsity == pytest.approx(1 - left / whole, abs=1e-12)
+    masks = masks_of(model)
+    assert all(bool(((value == 0) | (value == 1)).all()) for value in masks.values())
+    assert masks.plan() == callback.plan == callback.result.plan
+    assert torch.allclose(logits(model), logits(small), atol=1e-5)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert list(model.state_dict()) == list(dense.state_dict())
+    return small
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [(0.3, {}), (0.6, {"units": ("head", "intermediate")}), (0.9, {"warm_start": False, "freeze_epochs": 0})],
+)
+def test_the_model_ends_with_hard_masks_of_exactly_the_target(toy, tmp_path, target, settings):
+    model = toy.student()
+    callback = PruningCallback(target, **settings)
+    trainer = trainer_for(model, toy.rows(), tmp_path, callback)
+    trainer.train()
+    small = check_outcome(toy, callback, model, toy.teacher, target)
+    small.save_pretrained(tmp_path / "small")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert torch.equal(logits(again), logits(small))
+
+
+def test_the_outcome_is_that_of_prune(toy, tmp_path):
+    rows, held_out, target = toy.rows(96, seed=1), toy.rows(96, seed=2), 0.6
+    student = toy.student()
+    other = cofiprune.prune(
+        student,
+        rows,
+        target_sparsity=target,
+        teacher=toy.teacher,
+        epochs=6,
+        freeze_epochs=0,
+        finetune_epochs=3,
+        batch_size=16,
+        learning_rate=1e-3,
+        finetune_learning_rate=1e-3,
+        progress=False,
+    )
+    model = toy.student()
+    callback = PruningCallback(target, toy.teacher, freeze_epochs=3)
+    trainer_for(model, rows, tmp_path, callback, num_train_epochs=9).train()
+    small = check_outcome(toy, callback, model, toy.teacher, target)
+    ours, theirs = (evaluate(one, held_out)["accuracy"] for one in (small, other.compact()))
+    assert min(ours, theirs) > 0.9
+    assert abs(ours - theirs) < 0.05
+    assert abs(callback.result.sparsity - other.sparsity) < 0.005
+
+
+class Watch(TrainerCallback):
+    """At every evaluation: the loss that the Trainer found, and that of a plain copy under the masks of the moment."""
+
+    def __init__(self, rows):
+        self.batch = collate(rows)
+        self.seen = []
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        plain = cofiprune.compact(model).eval()
+        with torch.no_grad():
+            loss = float(plain(**self.batch).loss)
+        self.seen.append((state.global_step, metrics["eval_loss"], loss, masks_of(model).sparsity()))
+
+
+def test_evaluation_within_training_is_of_the_plain_loss_under_deterministic_gates(toy, tmp_path):
+    held_out = toy.rows(48, seed=2)
+    watch = Watch(held_out)
+    callback = PruningCallback(0.7, toy.teacher, gate_learning_rate=0.3)
+    trainer = trainer_for(
+        toy.student(),
+        toy.rows(96, seed=1),
+        tmp_path,
+        callback,
+        more=[watch],
+        eval_rows=held_out,
+        num_train_epochs=6,
+        eval_strategy="steps",
+        eval_steps=4,
+    )
+    trainer.train()
+    for _, found, plain, _ in watch.seen:
+        assert found == pytest.approx(plain, abs=1e-5)
+    sparsities = [sparsity for *_, sparsity in watch.seen]
+    assert sparsities[0] < 0.1
+    assert any(0.1 < sparsity < 0.6 for sparsity in sparsities)  # on the way
+    assert sparsities[-1] == callback.result.sparsity
+    # And training went on under samples: its logged loss holds the teacher's part.
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logged:
+        parts = 0.5 * entry["label_loss"] + entry["logits_loss"] + 2 * entry["layers_loss"]
+        assert entry["loss"] == pytest.approx(parts, abs=1e-4)
+
+
+def test_the_log_says_how_far_pruning_is(toy, tmp_path):
+    callback = PruningCallback(0.5)
+    trainer = trainer_for(toy.student(), toy.rows(96, seed=1), tmp_path, callback, num_train_epochs=4)
+    trainer.train()
+    steps = trainer.state.max_steps
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    targets = [logged[step]["target_sparsity"] for step in range(1, round(0.75 * steps))]
+    assert targets[0] == 0
+    assert targets == sorted(targets)
+    assert targets[round(0.4 * steps)] == 0.5
+    assert all(0 <= logged[step]["expected_sparsity"] <= 1 for step in range(1, round(0.75 * steps)))
+    assert logged[steps]["sparsity"] == callback.result.sparsity
+    assert [entry["step"] for entry in callback.history if "loss" in entry] == list(range(1, steps + 1))
+    assert {entry["phase"] for entry in callback.history} == {"prune", "recover"}
+
+
+def without_dropout(toy):
+    model = toy.student()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_gradient_accumulation_is_one_step_of_the_gates(toy, tmp_path, taught):
+    found = {}
+    for size, accumulated in ((16, 1), (8, 2)):
+        model = without_dropout(toy)
+        callback = PruningCallback(0.5, toy.teacher if taught else None, warm_start=False)
+        trainer = trainer_for(
+            model,
+            toy.rows(40, seed=1),  # the last step of an epoch has half a batch
+            tmp_path,
+            callback,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+        )
+        trainer.train()
+        check_outcome(toy, callback, model, toy.teacher, 0.5)
+        found[size] = [entry for entry in callback.history if "loss" in entry]
+    ours, theirs = found[8], found[16]
+    assert len(ours) == len(theirs) == 6
+    # The constraint sees the same steps; the loss is a mean over the step's rows where the teacher is heard.
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        assert one["expected_sparsity"] == pytest.approx(other["expected_sparsity"], abs=0.02)
+        assert one["target_sparsity"] == other["target_sparsity"]
+    if taught:
+        assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.2)
+        assert ours[2]["loss"] == pytest.approx(theirs[2]["loss"], rel=0.3)
+
+
+@pytest.mark.parametrize(("stopped_at", "teacher"), [(6, None), (12, "self"), (22, "self")])
+def test_a_resumed_run_is_the_uninterrupted_one(toy, tmp_path, stopped_at, teacher):
+    def start():
+        model = toy.student()
+        callback = PruningCallback(0.6, teacher)
+        trainer = trainer_for(
+            model,
+            toy.rows(96, seed=1),
+            tmp_path,
+            callback,
+            num_train_epochs=4,
+            logging_steps=5,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        return model, callback, trainer
+
+    model, callback, trainer = start()
+    trainer.train()
+    resumed, again, other = start()
+    other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stopped_at}"))
+    assert again.plan == callback.plan
+    assert toy.is_unchanged(resumed, toy.snapshot(model))
+
+    def timeless(entry):
+        # The Trainer's own mean begins anew where it resumes; the parts that the callback adds do not.
+        return {name: value for name, value in entry.items() if name not in ("loss", "seconds")}
+
+    trained = [[timeless(entry) for entry in one.history if "loss" in entry] for one in (callback, again)]
+    assert trained[0] == trained[1]
+    assert again.result.seconds > 0
+
+
+def test_checkpoints_of_the_trainer_load_as_the_stock_model(toy, tmp_path):
+    model = toy.student()
+    callback = PruningCallback(0.6, toy.teacher)
+    trainer_for(model, toy.rows(), tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(folders) == 3
+    for folder in folders:
+        loaded, report = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        shapes = {name: value.shape for name, value in loaded.state_dict().items()}
+        assert shapes == {name: value.shape for name, value in toy.teacher.state_dict().items()}
+        assert masks_of(loaded) is None
+        assert (folder / "cofiprune.pt").exists()
+
+
+def test_a_teacher_is_followed_where_labels_are_noise(toy, tmp_path):
+    rows = toy.rows(96, seed=1)
+    noise = torch.randint(2, (96,), generator=torch.Generator().manual_seed(3)).tolist()
+    rows = [{**row, "labels": label} for row, label in zip(rows, noise, strict=True)]
+    batch = collate(toy.rows(96, seed=2))
+    with torch.no_grad():
+        wanted = toy.teacher(**batch).logits.log_softmax(-1)
+    divergence = {}
+    for name, teacher, settings in (("alone", None, {}), ("taught", toy.teacher, {"label_weight": 0})):
+        model = toy.student()
+        callback = PruningCallback(0.5, teacher, **settings)
+        trainer_for(model, rows, tmp_path, callback, num_train_epochs=6).train()
+        model.eval()
+        with torch.no_grad():
+            ours = model(**batch).logits.log_softmax(-1)
+        divergence[name] = float(torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean"))
+    assert divergence["taught"] < 0.3 * divergence["alone"]
+
+
+def test_a_teacher_of_another_size_can_teach(toy, tmp_path):
+    model = toy.bert(num_hidden_layers=1, hidden_size=24)
+    callback = PruningCallback(0.5, toy.teacher)
+    trainer_for(model, toy.rows(), tmp_path, callback).train()
+    check_outcome(toy, callback, model, toy.bert(num_hidden_layers=1, hidden_size=24), 0.5)
+
+
+def test_bf16_and_gradient_checkpointing_work(toy, tmp_path):
+    model = toy.student()
+    callback = PruningCallback(0.5, toy.teacher)
+    trainer_for(model, toy.rows(), tmp_path, callback, bf16=True, **{CHECKPOINTING: True}).train()
+    small = cofiprune.compact(model)
+    assert torch.allclose(logits(model), logits(small), atol=0.05)  # both still under the Trainer's autocast
+    assert masks_of(model).sparsity() == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-4])
+def test_the_trainers_clipping_does_not_stop_the_gates(toy, tmp_path, max_grad_norm):
+    callback = PruningCallback(0.5)
+    rows = toy.rows(96, seed=1)
+    trainer_for(
+        toy.student(), rows, tmp_path, callback, num_train_epochs=6, learning_rate=1e-4, max_grad_norm=max_grad_norm
+    ).train()
+    expected = [entry["expected_sparsity"] for entry in callback.history if "expected_sparsity" in entry]
+    assert expected[-1] > expected[0] + 0.1
+
+
+def smoothed(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("how", [{"loss": smoothed}, {"label_smoothing_factor": 0.1}])
+def test_without_a_teacher_any_loss_will_do(toy, tmp_path, how):
+    model = toy.student()
+    callback = PruningCallback(0.5)
+    trainer_for(model, toy.rows(), tmp_path, callback, **how).train()
+    check_outcome(toy, callback, model, toy.teacher, 0.5)
+
+
+def test_the_best_model_is_one_with_the_final_structure(toy, tmp_path):
+    class Score:
+        """Worse and worse, so that the first evaluation would always be the best."""
+
+        calls = 0
+
+        def __call__(self, prediction):
+            self.calls += 1
+            return {"score": -self.calls}
+
+    model = toy.student()
+    callback = PruningCallback(0.6)
+    trainer = trainer_for(
+        model,
+        toy.rows(96, seed=1),
+        tmp_path,
+        callback,
+        eval_rows=toy.rows(16, seed=2),
+        num_train_epochs=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = Score()
+    trainer.train()
+    assert trainer.state.best_global_step == 18  # the first one with the structure of the end
+    assert callback.result.best_step == 18
+    assert callback.result.metrics["eval_score"] == -9
+    check_outcome(toy, callback, model, toy.teacher, 0.6)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_run_that_stops_early_is_cut_to_the_target_with_a_warning(toy, tmp_path):
+    model = toy.student()
+    callback = PruningCallback(0.5)
+    with pytest.warns(UserWarning, match="stopped after 2 of 6 steps, before the structure was decided"):
+        trainer_for(model, toy.rows(), tmp_path, callback, more=[Stop()]).train()
+    check_outcome(toy, callback, model, toy.teacher, 0.5)
+
+
+def test_masks_of_an_earlier_run_are_taken_off_with_a_warning(toy, tmp_path):
+    model = toy.student()
+    cofiprune.attach(model)["layers.0.ffn"] = [0]
+    with pytest.warns(UserWarning, match="masks that were attached"):
+        trainer_for(model, toy.rows(), tmp_path, PruningCallback(0.5)).train()
+
+
+class Break(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_after_an_interruption_the_model_can_be_used_and_trained_again(toy, tmp_path):
+    model = toy.student()
+    callback = PruningCallback(0.5)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, toy.rows(), tmp_path, callback, more=[Break()]).train()
+    assert torch.isfinite(logits(model)).all()
+    trainer_for(model, toy.rows(), tmp_path, callback).train()
+    check_outcome(toy, callback, model, toy.teacher, 0.5)
+
+
+def test_a_copy_made_in_training_is_a_model_of_its_own(toy, tmp_path):
+    copies = []
+
+    class Copy(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            copies.append(copy.deepcopy(model))
+
+    trainer_for(toy.student(), toy.rows(), tmp_path, PruningCallback(0.5, toy.teacher), more=[Copy()]).train()
+    plain = BertForSequenceClassification(toy.config())
+    plain.load_state_dict(copies[0].state_dict())
+    masks_of(copies[0]).detach()
+    assert torch.equal(logits(copies[0]), logits(plain))
+    batch = collate(toy.rows(4))
+    copies[0].train()
+    assert copies[0](**batch).loss.requires_grad
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"target_sparsity": 1.5}, TargetError, "1.5"),
+        ({"gate_learning_rat": 1}, SettingsError, "gate_learning_rate"),
+        ({"batch_size": 8}, SettingsError, r"TrainingArguments\(per_device_train_batch_size=...\)"),
+        ({"finetune_epochs": 1}, SettingsError, "cofiprune.finetune"),
+        ({"config": {"units": "head"}}, SettingsError, "PruneConfig"),
+    ],
+)
+def test_wrong_arguments_are_refused_when_the_callback_is_made(arguments, error, says):
+    with pytest.raises(error, match=says):
+        PruningCallback(**arguments)
+
+
+def test_settings_of_a_config_that_the_trainer_decides_are_named():
+    with pytest.warns(UserWarning, match="batch_size, epochs"):
+        callback = PruningCallback(config=PruneConfig(epochs=3, batch_size=4, units="head"))
+    assert callback.config.units == ("head",)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield {"input_ids": [2, 5, 9], "labels": 1}
+
+
+def own_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    return model(**inputs).logits.square().mean()
+
+
+class OwnLoss(Trainer):
+    compute_loss = own_loss
+
+
+class Around(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("labels")
+        return model.bert(**inputs).last_hidden_state.square().mean()
+
+
+def broken(toy):
+    model = toy.student()
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = float("nan")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "says"),
+    [
+        ({"target_sparsity": 0.6, "units": "head"}, {}, TargetError, "0.6"),
+        ({"teacher": "other"}, {}, TeacherError, "self"),
+        ({"freeze_epochs": 2}, {}, SettingsError, "none is left in which gates could learn"),
+        ({"label_weight": 0, "teacher": "self", "distill_logits_weight": 0, "distill_layers_weight": 0}, {},
+         SettingsError, "nothing to learn from"),
+        ({}, {"torch_compile": True}, SettingsError, "torch_compile"),
+        ({"teacher": "self"}, {"label_smoothing_factor": 0.1}, SettingsError, "label_smoothing_factor"),
+        ({}, {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
+         TrainingError, "use_reentrant"),
+        ({"teacher": "self"}, {"kind": OwnLoss}, TrainingError, "another loss than the one that the model returns"),
+        ({"teacher": "self"}, {"loss": smoothed}, TrainingError, "compute_loss_func"),
+        ({}, {"kind": Around}, TrainingError, "no gradient reached the gates"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_and_nothing_is_changed(toy, tmp_path, arguments, settings, error, says):
+    model = toy.student()
+    before = toy.snapshot(model)
+    trainer = trainer_for(
+        model, toy.rows(), tmp_path, PruningCallback(**{"target_sparsity": 0.5, **arguments}), **settings
+    )
+    with pytest.raises(error, match=says):
+        trainer.train()
+    assert toy.is_unchanged(model, before)
+
+
+def test_wrong_models_and_data_are_refused(toy, tmp_path):
+    with pytest.raises(TrainingError, match="classifier.weight"):
+        trainer_for(broken(toy), toy.rows(), tmp_path, PruningCallback(0.5)).train()
+    model = toy.student()
+    with pytest.raises(TeacherError, match="the student itself"):
+        trainer_for(model, toy.rows(), tmp_path, PruningCallback(0.5, model)).train()
+    rows = [{"input_ids": [2, 99], "labels": 1}] * 4
+    with pytest.raises(DataError, match="vocabulary of 40"):
+        trainer_for(toy.student(), rows, tmp_path, PruningCallback(0.5)).train()
+    with pytest.raises(SettingsError, match="warm_start"):
+        trainer_for(toy.student(), Endless(), tmp_path, PruningCallback(0.5), max_steps=2).train()
+
+    class NotAModel(torch.nn.Linear):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return {"loss": super().forward(input_ids.float()[:, :4]).mean()}
+
+    with pytest.raises(AdapterError):
+        trainer_for(NotAModel(4, 2), toy.rows(), tmp_path, PruningCallback(0.5)).train()
+
+
+def test_an_endless_data_set_works_without_a_look_at_it(toy, tmp_path):
+    model = toy.student()
+    callback = PruningCallback(0.5, warm_start=False)
+    trainer_for(model, Endless(), tmp_path, callback, max_steps=8).train()
+    check_outcome(toy, callback, model, toy.teacher, 0.5)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(toy, tmp_path):
+    def explode(outputs, labels, num_items_in_batch=None):
+        return outputs["logits"].mean() * float("nan")
+
+    with pytest.raises(TrainingError, match="not a number at step 1"):
+        trainer_for(toy.student(), toy.rows(), tmp_path, PruningCallback(0.5), loss=explode).train()
+
+
+def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
+    def trainer(target=0.6, **settings):
+        return trainer_for(
+            toy.student(),
+            toy.rows(),
+            tmp_path,
+            PruningCallback(target, **settings),
+            save_strategy="steps",
+            save_steps=2,
+        )
+
+    def refused(says, run):
+        with pytest.raises(CheckpointError, match=says):
+            run.train(resume_from_checkpoint=True)
+
+    trainer().train()
+    last = tmp_path / "checkpoint-6"
+    refused("target_sparsity is 0.6, asked for 0.5", trainer(0.5))
+    refused("gate_learning_rate", trainer(gate_learning_rate=0.1))
+    good = (last / "cofiprune.pt").read_bytes()
+    (last / "cofiprune.pt").write_bytes((tmp_path / "checkpoint-4" / "cofiprune.pt").read_bytes())
+    refused("other weights", trainer())
+    (last / "cofiprune.pt").write_bytes(good[:100])
+    refused("damaged", trainer())
+    (last / "cofiprune.pt").unlink()
+    refused("the gates of that step are missing", trainer())
+
+
+WORKER = """
+import json, os, sys
+import torch
+from transformers import TrainerCallback
+sys.path.insert(0, sys.argv[1])
+import conftest as toy
+from test_pruning_callback import trainer_for
+import cofiprune
+
+class Look(TrainerCallback):
+    seen = []
+    def on_step_begin(self, args, state, control, **kwargs):
+        gates = callback._run.gating.gates
+        drawn = gates.sample(0, state.global_step)
+        self.seen.append([gates.log_alpha.double().sum().item(), sum(v.double().sum().item() for v in drawn.values())])
+
+callback = cofiprune.PruningCallback(0.6, "self" if sys.argv[3] == "taught" else None)
+model = toy.bert()
+trainer = trainer_for(
+    model, toy.rows(48), sys.argv[2], callback, more=[Look()], per_device_train_batch_size=8,
+    gradient_accumulation_steps=2, num_train_epochs=3, **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
+)
+trainer.train()
+report = {
+    "processes": trainer.args.world_size,
+    "gates": Look.seen,
+    "weights": sum(value.double().abs().sum().item() for value in model.state_dict().values()),
+    "plan": callback.plan.to_dict(),
+    "sparsity": cofiprune.masking.masks_of(model).sparsity(),
+    "loss": [entry["loss"] for entry in callback.history if "loss" in entry],
+}
+print("REPORT" + json.dumps(report))
+"""
+
+
+def in_processes(count, folder, *arguments):
+    """Run the worker in some processes that train together; their reports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = folder / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = []
+    for rank in range(count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **several} if count > 1 else {}
+        command = [sys.executable, str(script), str(Path(__file__).parent), str(folder / "out"), *arguments]
+        running.append(
+            subprocess.Popen(
+                command,
+                env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    texts = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * count, "\n".join(texts)
+    lines = [next(line for line in text.splitlines() if line.startswith("REPORT")) for text in texts]
+    return [json.loads(line.removeprefix("REPORT")) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taught", ["taught", "alone"])
+def test_two_processes_keep_the_same_gates(tmp_path, taught):
+    first, second = in_processes(2, tmp_path, taught)
+    assert first["processes"] == second["processes"] == 2
+    for name in ("gates", "weights", "plan"):
+        assert first[name] == second[name]
+    assert first["gates"][0] != first["gates"][-1]
+    assert first["sparsity"] == pytest.approx(0.6, abs=0.005)
+    if taught == "taught":
+        (alone,) = in_processes(1, tmp_path, taught)  # half as many rows per step, the same mean
+        assert first["loss"][0] == pytest.approx(alone["loss"][0], rel=0.4)
