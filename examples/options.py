@@ -95,7 +95,8 @@ def add_common_options(parser: Parser, name: str) -> None:
     add("--resume", action="store_true", help="go on with the run in the output folder, from its newest checkpoint")
     add("--train-rows", type=at_least(1), metavar="N", help="training rows to use, chosen at random, always the same")
     add("--eval-rows", type=at_least(1), metavar="N", help="validation rows to use, the first ones (default: all)")
-    add("--max-length", type=at_least(8), default=128, metavar="N", help="tokens after which a text is cut")
+    add("--max-length", type=at_least(8), default=128, metavar="N",
+        help="tokens after which a text is cut (default: %(default)s)")  # fmt: skip
     add("--tiny", action="store_true", help="a small random model and few rows: see in seconds that all steps run")
     add("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure the speed-up at the end")
     add("--grid", action="store_true",
