@@ -114,13 +114,32 @@ def subset(rows: Sequence[Any], options: argparse.Namespace, *, training: bool) 
 def load_tokenizer(options: argparse.Namespace) -> Any:
     """The tokenizer of the pruned model that is fine-tuned where it brings its own, else of the model.
 
-    :raises CofipruneError: when there is none.
+    :raises CofipruneError: when there is none, or that of the model is another family's.
     """
-    for source in (options.pretrained_pruned_model, options.model):
-        found = None if source is None else tokenizer_of(source)
-        if found is not None:
-            return found
-    raise CheckpointError(f"{options.model} has no tokenizer")
+    pruned = options.pretrained_pruned_model
+    found = None if pruned is None else tokenizer_of(pruned)
+    if found is not None:
+        return found
+    families = [family(source) for source in (pruned, options.model) if source is not None]
+    if len({*families} - {None}) > 1:
+        raise CheckpointError(
+            f"{pruned} brings no tokenizer, and --model is a {families[1]}, not a {families[0]}: name the model that "
+            "it was made from by --model"
+        )
+    found = tokenizer_of(options.model)
+    if found is None:
+        raise CheckpointError(f"{options.model} has no tokenizer")
+    return found
+
+
+def family(source: str) -> str | None:
+    """What kind of model a folder or hub name holds, such as "bert"; None when that cannot be seen."""
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):  # that loading the model explains
+        return None
+    found: str | None = config.get("model_type")
+    return found
 
 
 def load_model(source: str, kind: str, head: Head | None = None) -> PreTrainedModel:

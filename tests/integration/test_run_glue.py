@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification
 
 import cofiprune
+from cofiprune.cli.parser import Parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -311,6 +314,45 @@ def test_the_data_sets_are_read(example: Callable[[str], ModuleType], name: str,
     assert [len(side) for side in splits.validation.values()] == rows
 
 
+COFI = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "cofi"
+
+
+@pytest.mark.skipif(not COFI.is_dir(), reason="the original's directories are not here")
+@pytest.mark.parametrize("form", ["bert4-binary-released", "bert4-soft_binhidden-full_zs"])
+def test_a_folder_of_the_original_is_fine_tuned(
+    run: Run, code: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    source = tmp_path / "original"
+    shutil.copytree(COFI / form, source)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "thing", "red", "green", "blue", "a", "that", "is"]
+    transformers.BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(source)
+    result = run(tmp_path / "out", "--task", "mnli", "--pretrained-pruned-model", source, "--max-length", "32")
+    assert result["layer_parameters"] == cofiprune.summary(cofiprune.load_cofi_checkpoint(source)).layer_parameters
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
+
+    other = COFI / "roberta4-binary-released"
+    assert code("--task", "mnli", "--pretrained-pruned-model", other, "--output-dir", tmp_path / "other") == 2
+    assert "--model is a bert, not a roberta" in one_line(capsys)
+
+
+def test_the_page_for_those_who_come_from_the_original_names_our_options(
+    example: Callable[[str], ModuleType], glue: ModuleType
+) -> None:
+    page = (EXAMPLES.parent / "docs" / "how-to" / "coming-from-cofi.md").read_text(encoding="utf-8")
+    parser = Parser(prog="run_glue", description="")
+    options = example("options")
+    options.add_common_options(parser, "run_glue")
+    glue.add_options(parser)
+    options.add_prune_settings(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    rows = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")]
+    shell = re.findall(r"examples/run_glue\.py(.*?)\n(?!    )", page, re.DOTALL)
+    named = {option for text in (*rows, *shell) for option in re.findall(r"--[a-z-]+", text)}
+    assert len(named) > 25
+    assert named - known == set()
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     """What was said on stderr, which must be one line."""
     error = capsys.readouterr().err
@@ -334,6 +376,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--task", "sst2", "--epoch", "3"], "Did you mean '--epochs'"),
         (["--task", "sst2", "--preset", "glue"], "unknown preset"),
         (["--task", "sst2", "--units", "heads"], "Did you mean 'head'?"),
+        (["--task", "sst2", "--units", "layer", "--target-sparsity", "0.99"], "0.99"),
         (["--task", "sst2", "--grid", "--target-sparsity", "none"], "--grid prunes"),
         (["--task", "sst2", "--grid", "--grid-alphas", "0.9"], "two numbers"),
         (["--task", "sst2", "--resume", "--output-dir", "no-such-run"], "nothing to resume"),
