@@ -85,4 +85,6 @@ def result_table(result: Result) -> Table:
         table.add_row(f"batch of {row['batch_size']} x {row['seq_len']}", *times, f"{row['speedup']:.2f}x faster")
     spent = (dense["seconds"], result["seconds"])
     table.add_row("training", *("" if seconds is None else f"{seconds / 60:.1f} min" for seconds in spent), "")
+    if result["best_step"] is not None:
+        table.add_row("weights", "", f"of step {result['best_step']}", "chosen on these rows")
     return table
