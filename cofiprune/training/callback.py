@@ -85,6 +85,7 @@ class PruningCallback(TrainerCallback):
         :raises CofipruneError: for what `cofiprune.prune` refuses, and for what a callback cannot follow.
         """
         if self._run is not None:  # an earlier run that was cut off
+            self._run.finish()
             self._run.masks.detach()
         self._run, self.result = None, None
         model: PreTrainedModel = kwargs["model"]
@@ -177,7 +178,7 @@ class PruningCallback(TrainerCallback):
             )
             run.decide()
         assert run.plan is not None
-        run.hooks.remove()
+        run.finish()
         best = state.best_global_step if args.load_best_model_at_end else None
         evaluated = [entry for entry in run.history if entry["phase"] == "recover" and _is_evaluation(entry)]
         last: dict[str, Any] = next((entry for entry in reversed(evaluated) if best in (None, entry["step"])), {})

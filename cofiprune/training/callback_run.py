@@ -64,6 +64,7 @@ class CallbackRun:
         self.masks = masks
         self.schedule = schedule
         self.args = args
+        self._modes: list[tuple[nn.Module, bool]] = []
         self.plan: Plan | None = None
         self.sparsity: Tensor | None = None
         """Expected, at the last step."""
@@ -81,6 +82,7 @@ class CallbackRun:
         objective = None
         if teacher is not None:
             assert batches is not None
+            self._modes = [(module, module.training) for module in teacher.modules()]
             teacher.to(device).eval()  # type: ignore[arg-type]
             layers: tuple[int, ...] = ()
             if config.distill_layers_weight:
@@ -167,6 +169,12 @@ class CallbackRun:
         self.plan = plan.hard
         self.masks.set_plan(self.plan)
         self.hooks.gated = False
+
+    def finish(self) -> None:
+        """Leave the model under its masks alone, and the teacher as it came."""
+        self.hooks.remove()
+        for module, mode in self._modes:
+            module.training = mode
 
     def progress(self, step: int, *, trained: bool) -> dict[str, float]:
         """What a log says about pruning.

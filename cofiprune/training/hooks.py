@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,8 @@ class ForwardHooks:
         self.sums: dict[str, Tensor] = {}
         """Parts of the objective, each summed over `summed` forwards."""
         self.summed = 0
-        self._draws = 0
+        self.draws = 0
+        """Samples that were drawn in this step."""
         self._settled = False
         self._counted = False
         self._wants_states = False
@@ -82,7 +84,7 @@ class ForwardHooks:
         """Say which optimiser step the next forwards belong to."""
         self.step, self.gated, self.share = step, gated, share
         self.heard = False
-        self._draws = 0
+        self.draws = 0
 
     def end(self) -> None:
         """Drop the samples of the step, whose graph is of no use any more."""
@@ -100,8 +102,8 @@ class ForwardHooks:
                 self._settled = True
             return None
         if self.gated:
-            self.gating.bind(self.step * _DRAWS + self._draws)
-            self._draws += 1
+            self.gating.bind(self.step * _DRAWS + self.draws)
+            self.draws += 1
             self._settled = False
         if self.objective is None:
             return None
@@ -134,7 +136,8 @@ class ForwardHooks:
         found = {**output, "loss": loss}
         if not self._wants_states:
             found.pop("hidden_states", None)
-        return type(output)(**found)
+        # The outputs of an encoder without a head have no such field, and rebuilding them elsewhere would miss it.
+        return type(output)(**found) if "loss" in {field.name for field in fields(output)} else found
 
     def _hear(self) -> None:
         self.heard = True
