@@ -4,9 +4,14 @@
     python examples/distill_embeddings.py --data-dir DIR --split-sentences --target-sparsity 0.7
     python examples/distill_embeddings.py --model FOLDER --train-file texts.txt --sts-file sts-dev.tsv
 
-The teacher is the model as it comes. The pruned model learns to give each token the state that the teacher gives it,
-from which follow the vectors of sentences, which are means of them (or the first of them). The width of the vectors
-stays as it is, so that an index which is filled already can still be searched; --no-keep-hidden prunes it too.
+The teacher is the model as it comes. What is distilled is the last state of each token that is no padding, by squared
+error; the vector of a sentence is the mean of these (or the first of them), and follows. The width of the vectors stays
+as it is, so that an index which is filled already can still be searched; --no-keep-hidden prunes it too.
+
+Larger learning rates pay here than for a task: 5e-4 in pruning and 1e-3 in recovery by default. MiniLM-L6 at a
+sparsity of 0.5, after 2 and 1 epochs over 2,000 texts, one run each: with these rates the mean cosine to the teacher's
+vectors was 0.84 and the Spearman correlation of all similarities 0.76; with 4e-5 and 8e-5 they were 0.65 and 0.57.
+Larger models may need smaller rates.
 """
 
 import argparse
@@ -24,7 +29,7 @@ import torch
 import transformers
 from embedding_modules import Modules
 from embedding_quality import POOLING, Encoder, agreement, similarity_score
-from embedding_texts import encode, read_scored_pairs, read_texts
+from embedding_texts import ScoredPairs, encode, read_scored_pairs, read_texts
 from options import target_sparsity, tiny_model
 from quickstart_model import ModelError, bundled_model
 from rich.console import Console
@@ -38,7 +43,7 @@ from cofiprune.cli.settings import add_prune_settings, prune_config
 from cofiprune.errors import SettingsError
 
 NAME = "distill_embeddings"
-DEFAULTS = {"epochs": 6, "finetune_epochs": 4}
+DEFAULTS = {"learning_rate": 5e-4, "finetune_learning_rate": 1e-3}
 TINY = {"epochs": 1, "finetune_epochs": 1, "batch_size": 16}
 TINY_ROWS, TINY_HELD_OUT, TINY_LENGTH = 96, 40, 24
 WITHOUT_HIDDEN = ("layer", "head", "intermediate")
@@ -52,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (cofiprune.CofipruneError, ModelError, OSError) as error:
         print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{NAME}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -91,11 +99,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         small = result.compact()
         small.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        kept = list(result.plan.keep.get("hidden", range(teacher.config.hidden_size)))
-        copied = modules.copy(folder, len(kept))
         reloaded = AutoModel.from_pretrained(folder)
     with step("Measuring both"):
-        figures = measure(options, teacher, reloaded, tokenizer, pooling, texts.held_out, kept, pairs)
+        figures = measure(
+            options, teacher, reloaded, tokenizer, pooling, texts.held_out, result.plan.keep.get("hidden"), pairs
+        )
+        copied = modules.copy(folder, figures["dimensions"]["student"])
         report = None
         if options.benchmark:
             seconds = 0.2 if options.tiny else 5.0
@@ -120,10 +129,13 @@ def measure(
     tokenizer: Any,
     pooling: str,
     texts: Sequence[str],
-    kept: Sequence[int],
-    pairs: Any,
+    kept: Sequence[int] | None,
+    pairs: ScoredPairs | None,
 ) -> dict[str, Any]:
-    """Size of both models and how well the student's vectors agree with the teacher's on held-out texts."""
+    """Size of both models and how well the student's vectors agree with the teacher's on held-out texts.
+
+    :param kept: dimensions of the teacher's vectors that the student has; None for all.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = [Encoder(model.to(device), tokenizer, pooling, options.max_length) for model in (teacher, student)]
     before, after = (cofiprune.summary(model) for model in (teacher, student))
@@ -133,7 +145,7 @@ def measure(
         "size": {"teacher": before.layer_parameters, "student": after.layer_parameters},
         "parameters": {"teacher": before.parameters, "student": after.parameters},
         "dimensions": {"teacher": vectors[0].shape[1], "student": vectors[1].shape[1]},
-        **asdict(agreement(*vectors, kept)),
+        **asdict(agreement(vectors[0], vectors[1], range(vectors[0].shape[1]) if kept is None else kept)),
     }
     if pairs is not None:
         scores = [similarity_score(encoder, pairs) for encoder in encoders]
@@ -201,7 +213,7 @@ def step(title: str) -> Iterator[None]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
+    """Read the command line, and fill in what follows from it.
 
     :raises CofipruneError: for whatever cannot be understood.
     """

@@ -5,6 +5,7 @@ Shapes: N texts, H and h dimensions of the teacher's and of the student's vector
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class Encoder:
     """A model and how its vectors are made."""
 
     model: PreTrainedModel
-    tokenizer: object
+    tokenizer: Any
     pooling: str
     """mean: over the tokens that are no padding; cls: the first token."""
     max_length: int

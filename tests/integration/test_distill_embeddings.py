@@ -179,6 +179,18 @@ def test_sentence_transformers_loads_the_result(
     torch.testing.assert_close(torch.tensor(vectors), ours, rtol=0, atol=1e-5)
 
 
+def test_a_model_that_is_smaller_already_is_pruned_further(
+    example: Callable[[str], ModuleType], encoder: Path, texts: Path, tmp_path: Path
+) -> None:
+    script = example("distill_embeddings")
+    more = ["--train-file", texts, "--no-keep-hidden", "--output-dir"]
+    first = run(script, "--model", encoder, "--target-sparsity", "0.7", *more, tmp_path / "first")
+    second = run(script, "--model", tmp_path / "first", "--target-sparsity", "0.3", *more, tmp_path / "second")
+    assert second["dimensions"]["teacher"] == first["dimensions"]["student"] < WIDTH
+    assert second["size"]["teacher"] == first["size"]["student"]
+    assert second["sparsity"] > first["sparsity"]
+
+
 def options_for(**given: Any) -> Namespace:
     defaults = {
         "train_file": None, "validation_file": None, "data_dir": None, "text_column": None, "split_sentences": False,
