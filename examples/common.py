@@ -77,13 +77,21 @@ def main(
         options = parse(name, description, add_options, sys.argv[1:] if argv is None else argv)
         run(options, make_task(options))
     except (cofiprune.CofipruneError, DataError, ModelError, OSError) as error:
-        message = " ".join(str(error).split()).replace("resume=True", "--resume").replace("output_dir", "--output-dir")
-        print(f"{name}: error: {message}", file=sys.stderr)
-        return 2
+        return say_why(name, f"error: {error}", 2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; with --resume it goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return say_why(name, "interrupted; with --resume it goes on from the last checkpoint", 130)
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of --help
+            raise
+        return say_why(name, stop.code, 143)
     return 0
+
+
+def say_why(name: str, reason: str, code: int) -> int:
+    """Print one line on stderr, where arguments are named as they are on the command line."""
+    message = " ".join(reason.split()).replace("resume=True", "--resume").replace("output_dir", "--output-dir")
+    print(f"{name}: {message}", file=sys.stderr)
+    return code
 
 
 def run(options: argparse.Namespace, task: Task) -> dict[str, Any]:

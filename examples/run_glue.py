@@ -165,7 +165,10 @@ def agreed_names(options: argparse.Namespace, names: tuple[str, ...], task: str)
     orders = {tuple(map(plain, own)): source for source, own in reversed(found.items())}
     if len(orders) > 1:
         said = "; ".join(f"{source}: {', '.join(found[source])}" for source in orders.values())
-        raise CheckpointError(f"the models have their classes in different orders ({said}); one cannot teach the other")
+        raise CheckpointError(
+            f"the models have their classes in different orders ({said}), so that one cannot teach the other; classes "
+            "without names in config.json (id2label) are taken to be in the order of the data"
+        )
     own = next(iter(found.values()), names)
     by_name = {plain(name): name for name in names}
     return tuple(by_name.get(plain(name), name) for name in own)
