@@ -185,6 +185,34 @@ def assert_refused(
     assert error.count("\n") == 1
 
 
+def test_questions_come_from_the_hub(
+    data: ModuleType, example: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": [*ROWS, UNANSWERED], "validation": ROWS}
+    loaded = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or loaded)
+    train, validation = data.load_questions(None, version_2=True)
+    assert [question.answers for question in train] == [("dog", "“dog”"), ("the cat",), ()]
+    assert len(validation) == 2
+    with pytest.raises(ValueError, match="rajpurkar/squad, train, row 2 .* the question has no answer"):
+        data.load_questions(None, version_2=False)
+    assert asked == ["rajpurkar/squad_v2", "rajpurkar/squad"]
+
+    def offline(name: str) -> None:
+        raise ConnectionError("no way to the hub\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    assert example("run_squad").main(["--output-dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "run_squad: error: cannot load rajpurkar/squad from the hub (no way to the hub); "
+        "--data-dir reads files of your own\n"
+    )
+
+
 def test_a_damaged_file_and_two_files_of_a_split_end_in_an_error(data: ModuleType, tmp_path: Path) -> None:
     write(tmp_path / "dev.json", ROWS)
     (tmp_path / "train.json").write_text('{"data": [{"paragraphs": [{"qas": [{"id": "1"}]}]}]}')

@@ -66,6 +66,7 @@ def ask(squad: ModuleType) -> Callable[..., Any]:
         ("x", "y", 0, 0),
         ("", "y", 0, 0),
         ("the", "a", 1, 0),  # nothing is left of either, so that they are equal and have no word in common
+        ("10–a–20", "10– –20", 1, 1),  # an article gives way to a space
         ("10–20", "10 20", 0, 0),  # a dash beyond ASCII is no punctuation
     ],
 )
@@ -155,6 +156,18 @@ def test_positions_are_those_of_the_answer_where_a_window_holds_all_of_it(
             else:
                 assert (first, last) == (0, 0)
     assert {0, 1} == set(held)  # six tokens are more than windows share: some answers are cut by all of them
+
+
+def test_many_questions_are_tokenised_in_parts(
+    squad: ModuleType, tokenizer: Any, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [ask(CONTEXT[: 200 + 40 * index], "town 3") for index in range(7)]
+    rows, windows = squad.encode(questions, tokenizer, max_length=64, stride=16)
+    monkeypatch.setattr(squad, "AT_ONCE", 3)
+    again, same = squad.encode(questions, tokenizer, max_length=64, stride=16)
+    assert [window.question for window in same] == [window.question for window in windows]
+    assert {window.question for window in windows} == set(range(7))
+    assert [list(row["input_ids"]) for row in again] == [list(row["input_ids"]) for row in rows]
 
 
 def test_an_answer_that_is_a_part_of_a_word_is_the_tokens_that_hold_it(
