@@ -10,9 +10,10 @@ An example describes its task by a `Task` and hands over to `main`:
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class Task:
     """What `--preset auto` chooses."""
     seq_len: int | None = None
     """Tokens at which speed is measured; by default `--max-length`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the results depend on; a run goes on with the same values only."""
 
 
 def main(
@@ -72,6 +75,7 @@ def main(
 ) -> int:
     """Run an example and return its exit code; a user's mistake ends in one line and 2."""
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a name that is nowhere is said once
     transformers.logging.disable_progress_bar()
     try:
         options = parse(name, description, add_options, sys.argv[1:] if argv is None else argv)

@@ -219,6 +219,7 @@ def identity_of(
         "train_rows": len(task.train),
         "eval_rows": len(task.validation),
         "max_length": options.max_length,
+        **task.settings,
         **config.model_dump(mode="json", exclude=NO_MATTER),
     }
 

@@ -97,6 +97,7 @@ def make_task(options: argparse.Namespace) -> Task:
         (metrics or default_metrics(head))[0],
         compute_metrics=compute,
         preset=preset or ("glue-small" if len(train) < SMALL else "glue-large"),
+        settings={"classes": head.names},
     )
 
 
@@ -164,7 +165,7 @@ def agreed_names(options: argparse.Namespace, names: tuple[str, ...], task: str)
         found[source] = names if is_generic(own, names) else own
     orders = {tuple(map(plain, own)): source for source, own in reversed(found.items())}
     if len(orders) > 1:
-        said = "; ".join(f"{source}: {', '.join(found[source])}" for source in orders.values())
+        said = "; ".join(f"{place}: {', '.join(found[place])}" for place in orders.values())
         raise CheckpointError(
             f"the models have their classes in different orders ({said}), so that one cannot teach the other; classes "
             "without names in config.json (id2label) are taken to be in the order of the data"
