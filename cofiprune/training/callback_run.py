@@ -72,7 +72,7 @@ class CallbackRun:
         self.begun = time.monotonic()
         """Less the seconds of the parts before it was resumed."""
         device = next(model.parameters()).device
-        chosen = [group.name for group in masks.structure.select(config.units)]
+        chosen = [group.name for group in masks.structure.select(config.units) if group.size]
         self.gating = Gating(masks, chosen, target, config, schedule)
         if config.warm_start and fresh:
             assert batches is not None
