@@ -67,6 +67,7 @@ def make_task(options: argparse.Namespace) -> Task:
         tokenizer=tokenizer,
         headline="f1",
         compute_metrics=validation.scores,
+        settings={"label_names": data.label_names},
     )
 
 

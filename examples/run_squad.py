@@ -8,6 +8,7 @@ The questions come from the files train.* and validation.* (or dev.*) of a folde
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def make_task(options: argparse.Namespace) -> Task:
         headline="f1",
         compute_metrics=compute_metrics,
         preset="squad",
+        settings={"doc_stride": options.doc_stride, **dataclasses.asdict(spans)},
     )
 
 

@@ -289,3 +289,8 @@ def test_tiny_run_on_files_chooses_the_best_by_f1_and_fine_tunes_what_it_left(
     assert all("eval_f1" in result["evaluations"] for result in results)
     assert results[1]["best_step"] is not None
     assert "exact_match" in capsys.readouterr().out
+
+    again = [*common, "--pretrained-pruned-model", first, "--metric-for-best-model", "f1", "--output-dir", second]
+    assert run([*again, "--resume", "--doc-stride", "64"]) == 2
+    assert "its doc_stride is 128, asked for 64" in capsys.readouterr().err
+    assert run([*again, "--resume"]) == 0
