@@ -117,6 +117,18 @@ class Plan:
         """The same plan without scales: every kept unit as it is."""
         return Plan(self.family, self.sizes, self.keep)
 
+    def then(self, later: Plan) -> Plan:
+        """Return the plan that carries out this one, and then one for the model that it leaves.
+
+        :param later: its scales are kept, this one's were folded in.
+        :raises PlanError: when it is for another model.
+        """
+        left = {name: size for name, size in self.kept.items() if size}  # a removed block has no groups any more
+        if later.family != self.family or later.sizes != left:
+            raise PlanError("the second plan is not for what the first one leaves")
+        keep = {name: tuple(self.keep[name][index] for index in later.keep.get(name, ())) for name in self.keep}
+        return Plan(self.family, self.sizes, keep, later.scale)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")

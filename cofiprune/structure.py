@@ -10,7 +10,7 @@ this one table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -204,6 +204,14 @@ class Structure(Mapping[str, Group]):
         near = suggest(name, self._by_name)
         shown = ", ".join(list(self._by_name)[:6])
         return f"no group {name!r} in this {self.family} model.{near} Its {len(self)} groups start with {shown}."
+
+    def present(self, units: str | Sequence[UnitKind] | None = None) -> tuple[Group, ...]:
+        """Return the groups of the unit kinds named, as far as there are any; a smaller model may have lost some.
+
+        :param units: see `select`.
+        """
+        chosen = UNIT_KINDS if units is None else (units,) if isinstance(units, str) else tuple(units)
+        return tuple(group for group in self.groups if group.unit in chosen)
 
     def select(self, units: str | tuple[str, ...] | list[str] | None = None) -> tuple[Group, ...]:
         """Return the groups of the unit kinds named.

@@ -152,6 +152,11 @@ class LayerWalk:
             self._above[index] = passing.end
         return {gate: Passage(**parts) for gate, parts in passing.parts.items()}
 
+    def follow(self, model: nn.Module, structure: Structure) -> None:
+        """Go on in a copy of the model whose lower layers give the same, and in which the current one was changed."""
+        self.model = model
+        self.layers = [model.get_submodule(path) for path in structure.layers]
+
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""
         self._below, self._above = self._above, [None] * len(self.batches)

@@ -12,7 +12,7 @@ Shapes: n inputs of a projection, K kept hidden dimensions, N positions of a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,16 @@ class LeastSquares:
         if int(failed) or not bool(torch.isfinite(solution).all()):
             return None
         return solution[:size].T, solution[size] if bias else solution.new_zeros(solution.shape[1])
+
+    def correct(self, module: nn.Linear, ridge: float) -> None:
+        """Add the solution to a projection whose missing output was the target; nothing where there is none."""
+        found = self.solve(ridge, bias=module.bias is not None)
+        if found is None:
+            return
+        with torch.no_grad():
+            for value, change in zip((module.weight, module.bias), found, strict=True):
+                if value is not None:
+                    value.copy_(value.cpu().double() + change)
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,4 @@ class Repair:
             passage: Passage = walk.look(index, [projection])[projection.block.gate]
             sums = valid_rows(passage.sum, batch)
             fit.add(valid_rows(passage.inputs, batch), target.to(sums) - sums)
-        found = fit.solve(self.ridge, bias=module.bias is not None)
-        if found is None:
-            return
-        changes: Mapping[str, Tensor] = dict(zip(("weight", "bias"), found, strict=True))
-        with torch.no_grad():
-            for name, change in changes.items():
-                value = module._parameters[name]
-                if value is not None:
-                    value.copy_(value.cpu().double() + change)
+        fit.correct(module, self.ridge)

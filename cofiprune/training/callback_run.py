@@ -27,7 +27,7 @@ from cofiprune.plan import Plan
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.hooks import ForwardHooks
-from cofiprune.training.importance import measured_importance
+from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.projection import fitted_projection, hidden_width
 from cofiprune.training.schedule import Schedule, gate_rate

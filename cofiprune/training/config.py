@@ -74,6 +74,9 @@ class PruneConfig(BaseModel):
     """Kinds of units to prune; None for all that the model has."""
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
+    one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """How much of the way to the target is gone in one shot before the gates start, as a share of the logarithm of
+    what is kept: with 0.5 and a target of 0.96, down to 0.8. The original has none of it: 0."""
     warm_start: bool = True
     """Order the initial gates by the importance of their units, measured on a few batches."""
     warm_start_spread: NonNegative = 3.0
@@ -191,6 +194,7 @@ _ORIGINAL: dict[str, Any] = {
     "label_weight": 0.0,
     "train_embeddings": False,
     "warm_start": False,
+    "one_shot_share": 0.0,
 }
 _PRESETS: dict[str, dict[str, Any]] = {
     "glue-small": {

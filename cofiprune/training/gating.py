@@ -23,11 +23,24 @@ class Gating:
     """Binds samples of the gates to a model's masks and adds the constraint to its loss."""
 
     def __init__(
-        self, masks: MaskRegistry, chosen: Sequence[str], target: float, config: PruneConfig, schedule: Schedule
+        self,
+        masks: MaskRegistry,
+        chosen: Sequence[str],
+        target: float,
+        config: PruneConfig,
+        schedule: Schedule,
+        *,
+        share: float = 1.0,
     ) -> None:
-        """Set up gates for the chosen groups, on the device of the masks."""
+        """Set up gates for the chosen groups, on the device of the masks.
+
+        :param target: sparsity to reach, in (0, 1), relative to the dense model.
+        :param share: parameters in the layers of the masks' model by those of the dense model, in (1 - target, 1].
+        """
         self.masks = masks
-        self.target = target
+        self.share = share
+        self.target = 1 - (1 - target) / share
+        """What is left to remove, relative to the masks' model."""
         self.config = config
         self.schedule = schedule
         structure = masks.structure
@@ -50,18 +63,25 @@ class Gating:
         self.masks.bind(self.gates.sample(self.config.seed, draw))
 
     def target_at(self, step: int) -> float:
-        """The sparsity asked for at a step."""
+        """The sparsity asked for at a step, relative to the dense model."""
+        return 1 - self.share * (1 - self._target_at(step))
+
+    def _target_at(self, step: int) -> float:
         return target_at(step, target=self.target, warmup_steps=self.schedule.ramp, start_step=self.schedule.before)
 
-    def expected_sparsity(self) -> Tensor:
-        """Expected removed share of the layers' parameters, a differentiable scalar."""
+    def sparsity(self) -> float:
+        """The sparsity that the masks have as they are set, relative to the dense model."""
+        return 1 - self.share * (1 - self.masks.sparsity())
+
+    def _expected_sparsity(self) -> Tensor:
+        """Expected removed share of the layers' parameters of the masks' model, a differentiable scalar."""
         sizes = self.sizes.index_copy(0, self.positions, self.gates.expected_sizes())
         return 1 - self.cost.expected(sizes) / self.dense
 
     def penalty(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the Lagrangian term of a step and the expected sparsity."""
-        sparsity = self.expected_sparsity()
-        return self.constraint(sparsity, self.target_at(step)), sparsity.detach()
+        """Return the Lagrangian term of a step, and the expected sparsity relative to the dense model."""
+        sparsity = self._expected_sparsity()
+        return self.constraint(sparsity, self._target_at(step)), 1 - self.share * (1 - sparsity.detach())
 
     def alive_layers(self) -> Tensor:
         """[layers] bool: whether the attention or the feed-forward block of a layer is there."""

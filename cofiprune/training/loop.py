@@ -210,7 +210,7 @@ class Loop:
         values: dict[str, float] = {}
         if self.gating is not None and self.gating.is_active(self.state.step - 1):
             self.gating.settle()
-            values["sparsity"] = self.gating.masks.sparsity()
+            values["sparsity"] = self.gating.sparsity()
         values.update(self.session.evaluate(self.state.modules["model"]))
         log(self.session, self.state, values)
         self._keep_best(values)
@@ -296,7 +296,7 @@ class Loop:
         self.session.accelerator.free_memory()
 
 
-def log(session: Session, state: RunState, values: Mapping[str, float]) -> None:
+def log(session: Session, state: RunState, values: Mapping[str, Any]) -> None:
     """Add an entry to the history, show it and hand it to the callbacks."""
     entry = {
         "phase": state.phase,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from cofiprune.errors import CheckpointError, SettingsError, TrainingError
 from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.summary import dense_structure
@@ -39,7 +41,6 @@ from cofiprune.training.checks import (
 )
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
-from cofiprune.training.importance import measured_importance
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.loop import Callback, Loop, Session, decay_groups, log, metric_name
 from cofiprune.training.objective import TOKEN_AXIS, Objective
@@ -47,6 +48,7 @@ from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
+from cofiprune.training.start import Start, one_shot
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
 from cofiprune.training.teacher import Teacher
 
@@ -89,6 +91,7 @@ class Run:
         self.resume = resume
         self.teaches_itself = teaches_itself
         self.asked: Teacher | None = None
+        self.seconds_of_start = 0.0
         self.config = config
         batches = prepare(
             train_dataset,
@@ -107,6 +110,7 @@ class Run:
         folder = check_output_dir(output_dir, resume=resume)
         accelerator = _accelerator(config)
         set_seed(config.seed, device_specific=True)
+        self.calibrated = batches.shard(0, 1)
         self.batches = batches.shard(accelerator.process_index, accelerator.num_processes)
         self.session = Session(
             accelerator,
@@ -188,18 +192,62 @@ class Run:
         self, masks: MaskRegistry, target: float, schedule: Schedule, saved: SavedRun | None
     ) -> tuple[Plan, _Finished]:
         """The pruning phase: gates and weights learn together; then the plan is decided."""
+        start = self._start(target, saved)
+        if start is None:
+            return self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
+        with attach(start.small) as inner:
+            try:
+                decided, done = self._learn_on(start.small, inner, start.share, target, schedule, saved, start)
+            except TrainingError:
+                raise  # the whole model has its own weights still
+            except BaseException:
+                start.write_back(masks, Plan.from_masks(inner))
+                raise
+        return start.write_back(masks, decided), done
+
+    def _start(self, target: float, saved: SavedRun | None) -> Start | None:
+        """What the gates start on: what one shot leaves, or what it left when the run was saved."""
+        if saved is not None:
+            if "start" not in saved.extra:
+                return None
+            plan = Plan.from_dict(saved.extra["start"])
+            return Start(self.model, compact(self.model, plan), plan)
+        session = self.session
+        session.display.begin("one-shot", total=100, done=0)
+
+        def progress(share: float) -> None:
+            session.display.reach(round(100 * share))
+            if session.interrupt.requested is not None and session.accelerator.num_processes == 1:
+                session.interrupt.stop("Stopped in the one-shot start, before any training: the model is as it was.")
+
+        started = time.perf_counter()
+        found = one_shot(self.model, self.calibrated, self.config, target, session.accelerator, progress)
+        self.seconds_of_start = time.perf_counter() - started
+        return found
+
+    def _learn_on(
+        self,
+        model: PreTrainedModel,
+        masks: MaskRegistry,
+        share: float,
+        target: float,
+        schedule: Schedule,
+        saved: SavedRun | None,
+        start: Start | None,
+    ) -> tuple[Plan, _Finished]:
+        """Learn gates and weights on the model, or on what the start has left of it."""
         config = self.config
-        chosen = [group.name for group in masks.structure.select(config.units)]
-        gating = Gating(masks, chosen, target, config, schedule)
-        if config.warm_start:
+        chosen = [group.name for group in masks.structure.present(config.units)]
+        gating = Gating(masks, chosen, target, config, schedule, share=share)
+        if config.warm_start and saved is None:
             self.batches.set_epoch(0)
-            importance = measured_importance(self.model, masks, chosen, self.batches, seed=config.seed)
+            importance = measured_importance(model, masks, chosen, self.batches, seed=config.seed)
             gating.gates.initialise_from(importance, spread=config.warm_start_spread)
-        projection = self._projection(self.model, None)
+        projection = self._projection(model, None)
         gate_lr = gate_rate(config, schedule.gated)
         learning_rate = pruning_rate(config, target)
         groups = [
-            *decay_groups(self.model.named_parameters(), config.weight_decay),
+            *decay_groups(model.named_parameters(), config.weight_decay),
             *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
         ]
         trained = len(groups)
@@ -207,8 +255,12 @@ class Run:
             {"params": list(gating.gates.parameters()), "weight_decay": 0.0},
             gating.constraint.ascent_group(gate_lr),
         ]
-        modules = self._modules(self.model, projection, gates=gating.gates, constraint=gating.constraint)
+        modules = self._modules(model, projection, gates=gating.gates, constraint=gating.constraint)
         state = RunState("prune", modules, torch.optim.AdamW(groups, lr=learning_rate))
+        if start is not None:
+            state.extra = {"start": start.plan.to_dict()}
+            if saved is None:
+                self._log_start(state, start)
         steps = schedule.before + schedule.gated
 
         def rates(step: int) -> list[float]:
@@ -218,10 +270,16 @@ class Run:
             factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
             return [learning_rate * factor] * trained + [gate_lr] * 2
 
-        self._loop(state, self.model, projection, rates, steps, gating, saved).run()
+        self._loop(state, model, projection, rates, steps, gating, saved).run()
         plan = gating.decide()
         gating.masks.unbind()
         return plan, _Finished(state, projection)
+
+    def _log_start(self, state: RunState, start: Start) -> None:
+        """Begin the history with what one shot came to."""
+        state.seconds = self.seconds_of_start
+        measured = {} if self.session.evaluate is None else self.session.evaluate(start.small)
+        log(self.session, state, {"phase": "one-shot", "sparsity": 1 - start.share, **measured})
 
     def _recover(
         self, plan: Plan, steps: int, before: _Finished | None, saved: SavedRun | None, *, pruned: bool = False

@@ -25,7 +25,7 @@ class Display:
         shown = enabled and (self.console.is_terminal or self.console.is_jupyter or "ipykernel" in sys.modules)
         self.progress = Progress(
             # Fits into 80 columns.
-            TextColumn("{task.description:<7}"),
+            TextColumn("{task.description:<8}"),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
@@ -53,6 +53,10 @@ class Display:
     def advance(self) -> None:
         """One optimiser step done."""
         self.progress.advance(self.task)
+
+    def reach(self, done: int) -> None:
+        """So many steps of the phase are done."""
+        self.progress.update(self.task, completed=done)
 
     def show(self, entry: Mapping[str, Any]) -> None:
         """Show the figures of a history entry."""

@@ -321,7 +321,7 @@ def test_accumulation_over_the_end_of_an_epoch_counts_its_steps(toy):
         progress=False,
     )
     # 5 batches an epoch are 3 steps: 2 of two batches, 1 of one.
-    assert [entry["step"] for entry in result.history] == list(range(1, 10))
+    assert [entry["step"] for entry in result.history] == list(range(10))  # 0 is the one-shot start
     assert result.history[-1]["epoch"] == 3
 
 
@@ -397,17 +397,18 @@ def test_history_and_callbacks(toy):
     )
     assert seen == result.history
     seen[0]["phase"] = "changed"
-    assert result.history[0]["phase"] == "prune"
+    assert result.history[0]["phase"] == "one-shot"
     losses = [entry for entry in result.history if "loss" in entry]
     evaluated = [entry for entry in result.history if "eval_accuracy" in entry]
     assert [entry["step"] for entry in losses] == [3, 6, 8, 9, 12, 15, 16]
-    assert [entry["step"] for entry in evaluated] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in evaluated] == [0, 4, 8, 12, 16]
+    assert 0 < evaluated[0]["sparsity"] < 0.5
     assert [entry["phase"] for entry in losses] == ["prune"] * 3 + ["recover"] * 4
     assert all({"expected_sparsity", "target_sparsity", "constraint"} <= entry.keys() for entry in losses[:3])
     assert losses[2]["target_sparsity"] == 0.5
     assert all("expected_sparsity" not in entry for entry in losses[3:])
-    assert all("sparsity" in entry for entry in evaluated[:2])
-    assert [entry["epoch"] for entry in evaluated] == [1, 2, 3, 4]
+    assert all("sparsity" in entry for entry in evaluated[:3])
+    assert [entry["epoch"] for entry in evaluated] == [0, 1, 2, 3, 4]
     assert result.metrics == {name: value for name, value in evaluated[-1].items() if name.startswith("eval_")}
     assert result.seconds > 0
 
@@ -454,12 +455,13 @@ class Scripted:
 
 @pytest.mark.parametrize(
     ("metric", "greater", "best"),
-    [("score", None, 4), ("eval_score", None, 4), ("score", False, 3), ("loss", None, None)],
+    [("score", None, 5), ("eval_score", None, 5), ("score", False, 4), ("loss", None, None)],
 )
 def test_the_weights_of_the_best_evaluation_are_kept(toy, metric, greater, best):
     held_out = toy.rows(16, seed=2)
-    # The first looks whether there is such a metric, then two of the pruning phase and four of the recovery.
-    script = Scripted([0.0, 9.0, 9.0, 0.1, 0.3, math.nan, 0.2])
+    # The first looks whether there is such a metric, then one of the one-shot start, two of the pruning phase and four
+    # of the recovery.
+    script = Scripted([0.0, 9.0, 9.0, 9.0, 0.1, 0.3, math.nan, 0.2])
     student = toy.student()
     result = cofiprune.prune(
         student,
@@ -477,9 +479,9 @@ def test_the_weights_of_the_best_evaluation_are_kept(toy, metric, greater, best)
         progress=False,
     )
     evaluated = [entry for entry in result.history if "eval_score" in entry]
-    assert len(evaluated) == 6
+    assert len(evaluated) == 7
     if best is None:
-        best = min(range(2, 6), key=lambda index: evaluated[index]["eval_loss"]) + 1
+        best = min(range(3, 7), key=lambda index: evaluated[index]["eval_loss"]) + 1
     assert result.best_step == evaluated[best - 1]["step"]
     assert f"of step {result.best_step}" in repr(result)
     again = Scripted([0.0])

@@ -10,13 +10,13 @@ E[(d(r . f)/dm)^2] is the sum over examples and outputs of (df/dm)^2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cofiprune.batches import ROWS, Batch
+from cofiprune.batches import ROWS
 from cofiprune.distillation import predictions
 from cofiprune.masks import MaskRegistry
 from cofiprune.tasks import label_names
@@ -28,12 +28,18 @@ BATCHES = 32
 
 
 def measured_importance(
-    model: PreTrainedModel, masks: MaskRegistry, names: Sequence[str], batches: Iterable[Batch], *, seed: int
+    model: PreTrainedModel,
+    masks: MaskRegistry,
+    names: Sequence[str],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int,
+    limit: int = BATCHES,
 ) -> dict[str, Tensor]:
     """Return the importance of every unit of some groups, [units] by group name.
 
     :param masks: attached to the model, all ones.
-    :param batches: a few are used; labels in them are not.
+    :param batches: `limit` of them are used; labels in them are not.
     """
     training = model.training
     model.train(False)
@@ -43,7 +49,7 @@ def measured_importance(
     values = {name: torch.ones_like(masks[name], requires_grad=True) for name in names}
     squares = {name: torch.zeros_like(masks[name]) for name in names}
     try:
-        for batch in itertools.islice(batches, BATCHES):
+        for batch in itertools.islice(batches, limit):
             inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}
             masks.bind(values)
             outputs = predictions(model(**inputs, return_dict=True))

@@ -1,0 +1,131 @@
+"""Where the gates start: on what one shot leaves of the model, so that they decide only what is hard to decide.
+
+Up to some sparsity, pruning block by block with repair costs next to nothing; that part is done in one shot.
+The gates then learn on the smaller model, whose steps are cheaper, and take it the rest of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+
+from cofiprune import accounting
+from cofiprune.adapter import structure as structure_of
+from cofiprune.batches import Batches
+from cofiprune.compaction import compact, restore
+from cofiprune.errors import TargetError
+from cofiprune.evaluation import evaluating
+from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
+from cofiprune.plan import Plan
+from cofiprune.selection import check_target
+from cofiprune.training.config import PruneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one shot has left of a model."""
+
+    whole: PreTrainedModel
+    """The model itself, with its own weights until `write_back`."""
+    small: PreTrainedModel
+    """What is left, repaired; this is what learns."""
+    plan: Plan
+    """What is kept, in terms of the whole model."""
+
+    @property
+    def share(self) -> float:
+        """Parameters left in the layers, by those of the whole model's."""
+        return _share(self.whole, self.plan)
+
+    def write_back(self, masks: MaskRegistry, decided: Plan) -> Plan:
+        """Bring the small model's weights into the whole one, and return a plan for the small one in its terms.
+
+        :param masks: of the whole model; set to that plan.
+        """
+        restore(self.whole, self.small, self.plan)
+        plan = self.plan.then(decided)
+        masks.set_plan(plan)
+        return plan
+
+
+def wanted_share(config: PruneConfig, target: float) -> float:
+    """The share of the layers that one shot is to leave: part of the way to the target, on a logarithmic scale."""
+    share: float = (1 - target) ** config.one_shot_share
+    return share
+
+
+def one_shot(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: PruneConfig,
+    target: float,
+    accelerator: Accelerator,
+    on_progress: Callable[[float], None],
+) -> Start | None:
+    """Prune part of the way in one shot; the first process does, the others get the outcome.
+
+    :param batches: of the whole data set, the same for every process.
+    :param target: the sparsity that the gates are to reach in the end.
+    :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
+        `one_shot_share` 0.
+    """
+    structure = structure_of(model)
+    if not config.one_shot_share or not can_start(structure, config.units):
+        return None
+    found: list[dict[str, object] | None] = [None]
+    small: PreTrainedModel | None = None
+    if accelerator.is_main_process:
+        cost = accounting.layer_parameters(structure)
+        with evaluating(model):
+            batches.set_epoch(0)
+            batches.skip(0)
+            run = SequentialPruning(
+                model,
+                calibration(model, batches),
+                cost,
+                target=1 - wanted_share(config, target),
+                units=config.units,
+                seed=config.seed,
+            )
+            plan, small = run.run(on_progress)
+        if _can_go_on(small, target, _share(model, plan), config):
+            found = [plan.to_dict()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[0] is None:
+        return None
+    plan = Plan.from_dict(found[0])
+    if small is None:
+        small = compact(model, plan)
+    if accelerator.num_processes > 1:
+        for parameter in small.parameters():
+            broadcast(parameter.data)
+    return Start(model, small, plan)
+
+
+def _share(model: PreTrainedModel, plan: Plan) -> float:
+    structure = structure_of(model)
+    cost = accounting.layer_parameters(structure)
+    return cost.exact(plan.kept) / cost.exact(structure.sizes)
+
+
+def _can_go_on(small: PreTrainedModel, target: float, share: float, config: PruneConfig) -> bool:
+    """Whether the target can be reached from what is left; where units go in large steps it need not be."""
+    structure = structure_of(small)
+    units = tuple({group.unit for group in structure.present(config.units)})
+    left = 1 - (1 - target) / share
+    if not units or left <= 0:
+        return False
+    try:
+        check_target(structure, accounting.layer_parameters(structure), left, units)
+    except TargetError:
+        return False
+    return True
