@@ -44,10 +44,11 @@ class PruneConfig(BaseModel):
     pre_finetune_epochs: NonNegative = 0
     """Epochs of plain training before the gates start."""
     sparsity_warmup_epochs: NonNegative | None = None
-    """Epochs over which the target sparsity ramps up from 0; None for 0.4 of the pruning epochs."""
+    """Epochs over which the target sparsity rises to what was asked for; None for 0.25 of the pruning epochs, 0.4
+    with `one_shot_share=0`."""
     freeze_epochs: NonNegative | None = None
     """Last part of the pruning epochs, in which the structure is decided and the weights alone learn on;
-    None for 0.25 of them. The original has none of it: 0."""
+    None for 0.6 of them, 0.25 with `one_shot_share=0`. The original has none of it: 0."""
 
     batch_size: Count = 32
     """Examples per step and process."""
@@ -74,9 +75,10 @@ class PruneConfig(BaseModel):
     """Kinds of units to prune; None for all that the model has."""
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
-    one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """How much of the way to the target is gone in one shot before the gates start, as a share of the logarithm of
-    what is kept: with 0.5 and a target of 0.96, down to 0.8. The original has none of it: 0."""
+    what is kept: with 0.75, sparsity 0.89 for a target of 0.95, 0.50 for 0.60. 0, or any `pre_finetune_epochs`, for none of it, as in
+    the original."""
     warm_start: bool = True
     """Order the initial gates by the importance of their units, measured on a few batches."""
     warm_start_spread: NonNegative = 3.0
@@ -153,6 +155,12 @@ class PruneConfig(BaseModel):
         if not (value[0] < 0 and value[1] > 1):
             raise ValueError("stretch limits must lie on either side of [0, 1], such as (-0.1, 1.1)")
         return value
+
+    @property
+    def starts_from_one_shot(self) -> bool:
+        """Whether part of the model goes before the gates start. A model that is yet to learn its task has nothing
+        by which that could be chosen."""
+        return self.one_shot_share > 0 and self.pre_finetune_epochs == 0
 
     def prefers_greater(self) -> bool:
         """Whether a greater value of `metric_for_best_model` is a better one."""

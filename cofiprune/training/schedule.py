@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import PruneConfig, Scheduler
 
+FROM_ONE_SHOT = (0.25, 0.6)
+FROM_WHOLE = (0.4, 0.25)
+"""Shares of the pruning epochs in which the target rises, and in which the structure is decided: gates that start
+on what one shot leaves have less to find out."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -33,8 +38,9 @@ class Schedule:
         """Lay out the pruning phase over an epoch of `batches` batches per process."""
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         epochs = config.epochs
-        frozen = 0.25 * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
-        warmup = 0.4 * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
+        rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
+        frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
+        warmup = rising * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
         total = max(round(epochs * per_epoch), 1)
         gated = max(round((epochs - frozen) * per_epoch), 1)
         ramp = min(round(warmup * per_epoch), gated)
@@ -60,14 +66,14 @@ class Schedule:
             return round(epochs * per_epoch)
 
         before = steps("pre_finetune_epochs", 0)
-        after = steps("freeze_epochs", 0.25 * (total - before))
+        after = steps("freeze_epochs", FROM_WHOLE[1] * (total - before))
         gated = total - before - after
         if gated < 1:
             raise SettingsError(
                 f"of {total} training steps, pre_finetune_epochs takes {before}, freeze_epochs {after}: none is left "
                 "in which gates could learn"
             )
-        ramp = min(steps("sparsity_warmup_epochs", 0.4 * (total - before)), gated)
+        ramp = min(steps("sparsity_warmup_epochs", FROM_WHOLE[0] * (total - before)), gated)
         return cls(per_epoch or total, before, ramp, gated, after)
 
     @classmethod

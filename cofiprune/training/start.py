@@ -75,10 +75,10 @@ def one_shot(
     :param batches: of the whole data set, the same for every process.
     :param target: the sparsity that the gates are to reach in the end.
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
-        `one_shot_share` 0.
+        a configuration that leaves it out.
     """
     structure = structure_of(model)
-    if not config.one_shot_share or not can_start(structure, config.units):
+    if not config.starts_from_one_shot or not can_start(structure, config.units):
         return None
     found: list[dict[str, object] | None] = [None]
     small: PreTrainedModel | None = None
