@@ -1,0 +1,289 @@
+"""One shot on data: the budget is kept, a repaired model is nearer to the whole one, and what is passed in stays."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+from cofiprune import accounting, compact
+from cofiprune.adapter import structure as structure_of
+from cofiprune.conformance.specimens import specimen
+from cofiprune.masking import masks_of
+from cofiprune.oneshot import sequential
+from cofiprune.oneshot.activations import valid_rows
+from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
+from cofiprune.plan import Plan
+from cofiprune.synthetic import synthetic_inputs
+
+INNER = ("head", "intermediate")
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bert(cls=BertForSequenceClassification, *, seed=0, **sizes):
+    config = {
+        "vocab_size": 40,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 32,
+        "num_labels": 3,
+        **sizes,
+    }
+    return specimen(cls(BertConfig(**config)), rng(seed)).eval()
+
+
+def batches_of(model, count=4, seed=9, *, length=20):
+    generator = rng(seed)
+    return [
+        synthetic_inputs(model, batch_size=8, seq_len=length, generator=generator, padding=True) for _ in range(count)
+    ]
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def cost_of(model):
+    structure = structure_of(model)
+    return structure, accounting.layer_parameters(structure)
+
+
+def pruned(model, target=0.5, *, units=None, batches=None, seed=0):
+    cost = cost_of(model)[1]
+    batches = batches_of(model) if batches is None else batches
+    return SequentialPruning(model, batches, cost, target=target, units=units, seed=seed).run()
+
+
+def largest_unit(structure, cost):
+    """What the most expensive unit that the method cuts costs."""
+    sizes = dict(structure.sizes)
+    names = [block.inner for block in structure.blocks]
+    return max(cost.exact(sizes) - cost.exact({**sizes, name: sizes[name] - 1}) for name in names)
+
+
+@pytest.mark.parametrize("units", [None, INNER, ("layer", *INNER)], ids=str)
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8])
+def test_what_is_kept_is_the_budget_less_than_a_unit_of_it(units, target):
+    model = bert(num_hidden_layers=3)
+    structure, cost = cost_of(model)
+    plan, small = pruned(model, target, units=units)
+    wanted = (1 - target) * cost.exact(structure.sizes)
+    kept = cost.exact(plan.kept)
+    assert wanted - largest_unit(structure, cost) < kept <= wanted
+    inside = tuple(f"{path}." for path in structure.layers)
+    assert kept == sum(value.numel() for name, value in small.named_parameters() if name.startswith(inside))
+
+
+def test_the_small_model_has_the_plans_shapes_and_the_hidden_size_stays():
+    model = bert()
+    plan, small = pruned(model, 0.6)
+    assert plan.kept["hidden"] == 24
+    assert {name: size for name, size in plan.kept.items() if size} == structure_of(small).sizes
+    shapes = {name: value.shape for name, value in compact(model, plan).state_dict().items()}
+    assert {name: value.shape for name, value in small.state_dict().items()} == shapes
+    assert not plan.scale
+
+
+def without_effect(model, layer):
+    """Let a feed-forward block put out nothing, so that none of its units matters."""
+    with torch.no_grad():
+        model.bert.encoder.layer[layer].output.dense.weight.zero_()
+    return model
+
+
+def test_a_block_goes_only_when_blocks_may_go():
+    model = without_effect(bert(num_hidden_layers=3), 1)
+    emptied = {units: pruned(model, 0.4, units=units)[0].keep["layers.1.ffn"] for units in (None, ("layer", *INNER))}
+    assert set(emptied.values()) == {()}
+    plan, small = pruned(model, 0.4, units=INNER)
+    assert plan.keep["layers.1.ffn"] == (0,)
+    assert plan.kept["layers.1.intermediate"] == 1
+    assert structure_of(small)["layers.1.intermediate"].size == 1
+    assert all(plan.keep[block.gate] for block in structure_of(model).blocks)
+
+
+def test_units_without_effect_go_first():
+    model = bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, :10] = 0
+        model.bert.encoder.layer[1].attention.self.value.weight[6:12] = 0
+        model.bert.encoder.layer[1].attention.self.value.bias[6:12] = 0
+    plan, _ = pruned(model, 0.2)
+    assert not set(plan.keep["layers.0.intermediate"]) & set(range(10))
+    assert 1 not in plan.keep["layers.1.heads"]
+
+
+@pytest.mark.parametrize(("units", "other"), [("head", "intermediate"), ("intermediate", "head")])
+def test_one_kind_alone_leaves_the_other_whole(units, other):
+    model = bert()
+    structure, cost = cost_of(model)
+    plan, _ = pruned(model, 0.2, units=units)
+    for group in structure.groups:
+        if group.unit in (other, "layer", "hidden"):
+            assert plan.kept[group.name] == group.size
+    wanted = 0.8 * cost.exact(structure.sizes)
+    assert wanted - largest_unit(structure, cost) < cost.exact(plan.kept) <= wanted
+
+
+def test_there_is_something_to_do_where_there_are_heads_or_feed_forward_dimensions():
+    structure = structure_of(bert())
+    for units in (None, "head", ("intermediate",), ("layer", "head")):
+        assert can_start(structure, units)
+    for units in ("hidden", ("layer",), ("layer", "hidden")):
+        assert not can_start(structure, units)
+    gone = Plan.from_values(structure, {block.gate: torch.zeros(1) for block in structure.blocks})
+    assert not can_start(structure_of(compact(bert(), gone)), None)
+
+
+def residual_distances(model, small, batches):
+    """Mean squared distance of the states after every layer, over tokens that are no padding."""
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            states = [each(**batch, output_hidden_states=True).hidden_states[1:] for each in (model, small)]
+            rows = [(valid_rows(a, batch) - valid_rows(b, batch)).square().mean() for a, b in zip(*states, strict=True)]
+            found.append(torch.stack(rows))
+    return torch.stack(found).mean(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_repair_brings_the_residual_stream_nearer_to_the_whole_models(dtype, target):
+    model = bert(num_hidden_layers=3).to(dtype)
+    plan, small = pruned(model, target, units=INNER, batches=batches_of(model, 16))
+    cut = compact(model, plan)
+    seen, unseen = batches_of(model, 16), batches_of(model, 4, seed=77)
+    assert {value.dtype for value in small.parameters()} == {dtype}
+    for batches in (seen, unseen):
+        repaired, unrepaired = (residual_distances(model, each, batches) for each in (small, cut))
+        assert (repaired < unrepaired).all()
+        assert repaired[-1] < 0.9 * unrepaired[-1]
+
+
+def test_only_the_last_projections_learn():
+    model = bert()
+    plan, small = pruned(model, 0.5)
+    before, after = state(compact(model, plan)), state(small)
+    changed = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    endings = ("attention.output.dense", "layer.0.output.dense", "layer.1.output.dense")
+    assert changed
+    assert all(name.endswith(endings) for name in changed)
+
+
+def test_frozen_projections_stay_as_they_are():
+    model = bert()
+    frozen = "bert.encoder.layer.0.output.dense"
+    model.get_submodule(frozen).requires_grad_(False)
+    plan, small = pruned(model, 0.5, units=INNER)
+    cut = compact(model, plan)
+    for name in ("weight", "bias"):
+        assert torch.equal(small.get_parameter(f"{frozen}.{name}"), cut.get_parameter(f"{frozen}.{name}"))
+        assert not small.get_parameter(f"{frozen}.{name}").requires_grad
+    other = "bert.encoder.layer.1.output.dense.weight"
+    assert not torch.equal(small.get_parameter(other), cut.get_parameter(other))
+
+
+def padded(batch, width, fill):
+    ids = torch.full((len(batch["input_ids"]), width), fill)
+    mask = torch.zeros_like(ids)
+    ids[:, : batch["input_ids"].shape[1]] = batch["input_ids"]
+    mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+    return {"input_ids": torch.where(mask == 0, fill, ids), "attention_mask": mask}
+
+
+def test_padding_does_not_matter():
+    model = bert().double()
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches_of(model)]
+    longer = [padded(batch, 30, fill=7) for batch in batches]
+    (plan, small), (again, other) = (pruned(model, 0.5, batches=given) for given in (batches, longer))
+    assert plan == again
+    after = state(other)
+    for name, value in state(small).items():
+        torch.testing.assert_close(value, after[name], rtol=1e-9, atol=1e-9)
+
+
+def test_the_model_that_is_passed_in_stays_as_it_is():
+    model = bert()
+    model.classifier.bias.requires_grad_(False)
+    before = state(model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    noise = torch.random.get_rng_state()
+    pruned(model, 0.5)
+    assert torch.equal(torch.random.get_rng_state(), noise)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert list(model.state_dict()) == list(before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert masks_of(model) is None
+    for module in model.modules():
+        assert not module.training
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in module.__dict__
+
+
+def test_a_compacted_model_is_pruned_further():
+    whole = bert(num_hidden_layers=3)
+    structure = structure_of(whole)
+    values = {name: torch.ones(group.size) for name, group in structure.items()}
+    values["hidden"][::4] = 0
+    values["layers.0.heads"][1:3] = 0
+    values["layers.1.attention"][0] = 0
+    values["layers.2.ffn"][0] = 0
+    model = compact(whole, Plan.from_values(structure, values))
+    structure, cost = cost_of(model)
+    plan, small = pruned(model, 0.4)
+    plan.check(structure)
+    wanted = 0.6 * cost.exact(structure.sizes)
+    assert wanted - largest_unit(structure, cost) < cost.exact(plan.kept) <= wanted
+    assert structure_of(small)["hidden"].size == 18
+    repaired, cut = (residual_distances(model, each, batches_of(model)) for each in (small, compact(model, plan)))
+    assert repaired[-1] < cut[-1]
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM, BertModel])
+def test_a_model_with_one_layer_and_any_head(cls):
+    model = bert(cls, num_hidden_layers=1)
+    structure, cost = cost_of(model)
+    plan, small = pruned(model, 0.5, units=INNER)
+    wanted = 0.5 * cost.exact(structure.sizes)
+    assert wanted - largest_unit(structure, cost) < cost.exact(plan.kept) <= wanted
+    with torch.no_grad():
+        assert all(torch.isfinite(part).all() for part in small(**batches_of(model, 1)[0]).to_tuple())
+
+
+def test_the_seed_decides():
+    model = bert()
+    (plan, small), (again, same) = (pruned(copy.deepcopy(model), 0.5, seed=3) for _ in range(2))
+    assert plan == again
+    other = state(same)
+    assert all(torch.equal(value, other[name]) for name, value in state(small).items())
+
+
+def test_progress_rises_to_one():
+    model = bert(num_hidden_layers=3)
+    told = []
+    SequentialPruning(model, batches_of(model), cost_of(model)[1], target=0.5).run(told.append)
+    assert told == sorted(set(told))
+    assert len(told) == 6
+    assert told[-1] == 1
+
+
+def test_calibration_takes_as_much_as_is_needed_and_no_labels(monkeypatch):
+    model = bert()
+    rows = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches_of(model, 6)]
+    taken = calibration(model, rows)
+    assert len(taken) == 6
+    for batch, row in zip(taken, rows, strict=True):
+        assert batch.keys() == row.keys() - {"labels"}
+        assert all(torch.equal(value, row[name]) for name, value in batch.items())
+    positions = [int(row["attention_mask"].sum()) for row in rows]
+    monkeypatch.setattr(sequential, "FIT_POSITIONS", sum(positions[:2]) + 1)
+    assert len(calibration(model, iter(rows))) == 3
