@@ -148,7 +148,9 @@ class BlockTable:
 
     rows: tuple[Row, ...]
     exit: Exit
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[str | Exit, ...] = ()
+    """Modules that do not run when the block is gone: a path for one that hands its first argument on; an `Exit` with
+    `residual=False` for one that gives zeros because the exit above adds the residual to them."""
     attributes: tuple[tuple[str, str, Axis], ...] = ()
     """(module, attribute, axis): integers that the module keeps about its own size. The axis's block is
     the number per unit; None means that it counts elements, derived like a parameter's."""
@@ -280,6 +282,11 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def _placed(exit: Exit, path: str) -> Exit:
+    """An exit whose module is named from the model instead of from the layer."""
+    return replace(exit, module=_join(path, exit.module))
+
+
 class _Resolver:
     """Walks a family's rows over one model and collects the entries of its structure."""
 
@@ -382,8 +389,8 @@ class _Resolver:
         block = Block(
             gate=gate_name,
             inner=None if self._refuses(inner) else inner_name,
-            exit=replace(table.exit, module=_join(path, table.exit.module)),
-            skipped=tuple(_join(path, module) for module in table.skipped),
+            exit=_placed(table.exit, path),
+            skipped=tuple(_placed(Exit(each) if isinstance(each, str) else each, path) for each in table.skipped),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements,
             per_token=table.per_token * elements,
         )

@@ -162,16 +162,27 @@ class Passthrough(nn.Module):
 
 
 def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
-    prefix = f"{block.exit.module}."
-    for spec in structure.parameters:
-        if spec.gate == block.gate and spec.name.startswith(prefix) and len(spec.shape) > 1:
-            like = model.get_parameter(spec.name)
-            model.set_submodule(block.exit.module, Passthrough(block.exit, spec.name.removeprefix(prefix), like))
-            break
-    else:
-        model.set_submodule(block.exit.module, Passthrough(block.exit))
-    for path in block.skipped:
-        model.set_submodule(path, Passthrough(Exit(path)))
+    marked = False
+    for exit in (block.exit, *block.skipped):
+        marker = None if marked else _matrix_inside(exit.module, structure, block)
+        if marker is None:
+            model.set_submodule(exit.module, Passthrough(exit))
+        else:
+            name = marker.removeprefix(f"{exit.module}.")
+            model.set_submodule(exit.module, Passthrough(exit, name, model.get_parameter(marker)))
+            marked = True
+
+
+def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
+    """Name of the first matrix of a block that lies in a module."""
+    return next(
+        (
+            spec.name
+            for spec in structure.parameters
+            if spec.gate == block.gate and spec.name.startswith(f"{path}.") and len(spec.shape) > 1
+        ),
+        None,
+    )
 
 
 def _follow_shape(module: nn.Module) -> None:

@@ -222,23 +222,19 @@ class _Exit(_Site):
         if alive is False:
             return leave(self.exit, args, kwargs)
         output = self.stock(*args, **kwargs)
-        if not self.exit.residual:
-            return output  # the gate in its last projection has zeroed it already
-        entry = entry_of(self.exit, args, kwargs)
-        if isinstance(output, tuple):
-            return (torch.where(alive, output[0], entry), *output[1:])
-        return torch.where(alive, output, entry)
+        first = output[0] if isinstance(output, tuple) else output
+        # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
+        entry = entry_of(self.exit, args, kwargs) if self.exit.residual else torch.zeros_like(first)
+        first = torch.where(alive, first, entry)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
-class _Skip(_Site):
+class _Skip(_Exit):
     """A module inside a block that is not run when the block is gone."""
 
-    def __init__(self, module: nn.Module, masks: MaskRegistry, gate: str) -> None:
-        super().__init__(module, masks)
-        self.gate = gate
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if self.masks.alive(self.gate) is False else self.stock(*args, **kwargs)
+        alive = self.masks.alive(self.gate)
+        return leave(self.exit, args, kwargs) if alive is False else self.stock(*args, **kwargs)
 
 
 def entry_of(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -296,6 +292,7 @@ def _norm(module: nn.Module, masks: MaskRegistry, norm: Norm) -> _Site:
 
 
 def _block_sites(modules: dict[str, nn.Module], masks: MaskRegistry, block: Block) -> Iterator[_Site]:
-    for path in block.skipped:
-        yield _Skip(modules[path], masks, block.gate)
+    for exit in block.skipped:
+        site = _Skip if exit.residual else _Exit
+        yield site(modules[exit.module], masks, block.gate, exit)
     yield _Exit(modules[block.exit.module], masks, block.gate, block.exit)

@@ -134,8 +134,9 @@ class Block:
     gate: str
     inner: str | None
     exit: Exit
-    skipped: tuple[str, ...] = ()
-    """Modules inside the block that hand their first argument on when the block is gone."""
+    skipped: tuple[Exit, ...] = ()
+    """Modules inside the block that do not run when it is gone; they hand their first argument on, or give zeros
+    where a residual is added outside of them."""
     pairwise: int = 0
     """Multiply-accumulates per inner unit and pair of tokens, beyond the parameters' own."""
     per_token: int = 0
