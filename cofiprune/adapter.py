@@ -151,6 +151,9 @@ class BlockTable:
     skipped: tuple[str | Exit, ...] = ()
     """Modules that do not run when the block is gone: a path for one that hands its first argument on; an `Exit` with
     `residual=False` for one that gives zeros because the exit above adds the residual to them."""
+    dropped: tuple[str, ...] = ()
+    """What the layer itself holds for this block, where it has it: a parameter, in whose place a single 0 stays when
+    the block is gone, or a module that the layer can do without, in whose place None stays."""
     attributes: tuple[tuple[str, str, Axis], ...] = ()
     """(module, attribute, axis): integers that the module keeps about its own size. The axis's block is
     the number per unit; None means that it counts elements, derived like a parameter's."""
@@ -361,10 +364,11 @@ class _Resolver:
             for ending, rows in self.family.heads.items():
                 if cls.__name__.endswith(ending):
                     return rows
-        self.refused["hidden"] = (
+        reason = (
             f"its head {type(self.model).__name__} is not described by the adapter, so that what reads the hidden "
             f"dimensions is unknown; described heads end in {', '.join(self.family.heads)}"
         )
+        self.refused.setdefault("hidden", reason)
         return ()
 
     def _block(
@@ -391,6 +395,7 @@ class _Resolver:
             inner=None if self._refuses(inner) else inner_name,
             exit=_placed(table.exit, path),
             skipped=tuple(_placed(Exit(each) if isinstance(each, str) else each, path) for each in table.skipped),
+            dropped=tuple(_join(path, name) for name in table.dropped),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements,
             per_token=table.per_token * elements,
         )
@@ -421,6 +426,8 @@ class _Resolver:
                     f"{self._who()}: row {row.modules!r} names the module {path!r}, which the model does not have."
                     f"{near} Mark the row optional=True if some models lack it."
                 )
+            if row.norm is not None and isinstance(module, nn.Identity):
+                continue  # a norm that this layer does without
             if row.norm is not None and "hidden" not in self.refused:
                 self.norms.append(Norm(path, row.norm))
             for name, axes in row.tensors.items():

@@ -171,6 +171,23 @@ def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
             name = marker.removeprefix(f"{exit.module}.")
             model.set_submodule(exit.module, Passthrough(exit, name, model.get_parameter(marker)))
             marked = True
+    for path in block.dropped:
+        _drop(model, path)
+
+
+def _drop(model: nn.Module, path: str) -> None:
+    """Put a single 0 in the place of a parameter that a layer holds, and None in that of a module.
+
+    The 0 is a tensor, and saved: transformers initialises a layer's parameters by name when it loads a model.
+    """
+    owner, _, name = path.rpartition(".")
+    holder = model.get_submodule(owner)
+    value = holder._parameters.get(name)
+    if value is not None:
+        del holder._parameters[name]
+        holder.register_buffer(name, torch.zeros(1, dtype=value.dtype, device=value.device))
+    elif name in holder._modules:
+        holder._modules[name] = None
 
 
 def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
@@ -196,7 +213,7 @@ def _follow_shape(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.Conv1d):
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
 

@@ -137,6 +137,8 @@ class Block:
     skipped: tuple[Exit, ...] = ()
     """Modules inside the block that do not run when it is gone; they hand their first argument on, or give zeros
     where a residual is added outside of them."""
+    dropped: tuple[str, ...] = ()
+    """Parameters and modules that the layer itself holds for the block; a single 0 and None take their places."""
     pairwise: int = 0
     """Multiply-accumulates per inner unit and pair of tokens, beyond the parameters' own."""
     per_token: int = 0

@@ -87,7 +87,7 @@ def exit_hint(structure: Structure, crash: Crash | None) -> str:
 def uncovered(structure: Structure) -> str:
     """Name a parameter of a block that would outlive its block; "" when there is none."""
     for block in structure.blocks:
-        roots = (block.exit.module, *(exit.module for exit in block.skipped))
+        roots = (block.exit.module, *(exit.module for exit in block.skipped), *block.dropped)
         for spec in structure.parameters:
             if spec.gate == block.gate and not any(inside(spec.name, root) for root in roots):
                 return (

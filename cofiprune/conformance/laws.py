@@ -249,11 +249,16 @@ def compared(full: Mapping[str, Tensor], small: Mapping[str, Tensor], plan: Plan
     """
     difference = 0.0
     for name, value in full.items():
+        shapes = list(zip(value.shape, small[name].shape, strict=True)) if value.dim() == small[name].dim() else []
         kept = list(plan.keep.get("hidden", ()))
-        if kept and value.shape != small[name].shape and value.shape[-1] == plan.sizes["hidden"]:
-            removed = sorted(set(range(value.shape[-1])) - set(kept))
-            difference = max(difference, float(value[..., removed].abs().max()))
-            value = value[..., kept]
+        # The last dimension of the states, the second of an image's feature maps.
+        hidden = (plan.sizes.get("hidden"), len(kept))
+        dims = [dim for dim, pair in enumerate(shapes) if pair == hidden and pair[0] != pair[1]]
+        if kept and dims:
+            wide = value.movedim(dims[0], -1)
+            removed = sorted(set(range(wide.shape[-1])) - set(kept))
+            difference = max(difference, float(wide[..., removed].abs().max()))
+            value = wide[..., kept].movedim(-1, dims[0])
         difference = max(difference, largest({name: value}, small))
     return difference
 

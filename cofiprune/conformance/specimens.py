@@ -6,6 +6,7 @@ Biases and norms are random too: with the zeros and ones of a fresh model, laws 
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,10 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
-    """Return the bare encoder and every head class that transformers' Auto classes have for a configuration."""
+    """Return the bare encoder and every head class that transformers' Auto classes have for a configuration.
+
+    Where they have none, as for the parts of some pairs of encoders: the classes beside it that are built from it.
+    """
     found: dict[str, type[PreTrainedModel]] = {}
     for name, mapping in vars(auto).items():
         if isinstance(mapping, _LazyAutoMapping) and not any(word in name for word in _OTHER_TASKS):
@@ -76,6 +80,11 @@ def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
             entry = mapping.get(type(config), None)
             classes = entry if isinstance(entry, tuple | list) else (entry,)
             found.update({cls.__name__: cls for cls in classes if cls is not None})
+    if not found:
+        modeling = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+        for name, cls in vars(modeling).items():
+            if getattr(cls, "config_class", None) is type(config) and not name.endswith("PreTrainedModel"):
+                found[name] = cls
     return tuple(found[name] for name in sorted(found))
 
 
@@ -145,8 +154,11 @@ def outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def tensors(output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of floating-point numbers among a model's outputs by name."""
-    found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    """Return the tensors of floating-point numbers among a model's outputs by name, `name.i` for those in a tuple."""
+    found = {}
+    for name, value in output.items():
+        each = {f"{name}.{i}": item for i, item in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        found.update({key: item for key, item in each.items() if isinstance(item, Tensor)})
     return {name: value for name, value in found.items() if value.is_floating_point()}
 
 
