@@ -1,0 +1,93 @@
+"""ViT (Dosovitskiy et al., 2021, arXiv:2010.11929) and DeiT (Touvron et al., 2021, arXiv:2012.12877): pre-norm blocks.
+
+An image is cut into patches, each of which a convolution turns into one row of the residual stream; learned class and
+position vectors are parameters of the embeddings themselves. Each block's norm stands before it and goes with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    Row,
+    linear,
+    norm,
+    projection,
+    tensor,
+)
+from cofiprune.structure import Exit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = BlockTable(
+    rows=(
+        norm("layernorm_before"),
+        linear("attention.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
+        projection("attention.o_proj", reads=HEADS),
+    ),
+    exit=Exit("attention", keyword="hidden_states", outputs=2, residual=False),
+    skipped=("layernorm_before",),
+    attributes=(("attention", "num_attention_heads", HEADS.of(1)),),
+)
+FFN = BlockTable(
+    rows=(
+        norm("layernorm_after"),
+        linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
+        projection("mlp.fc2", reads=INTERMEDIATE),
+    ),
+    exit=Exit("mlp", residual=False),
+    skipped=("layernorm_after",),
+)
+MASKED_IMAGE = (linear("decoder.0", reads=HIDDEN),)
+
+
+def embeddings(*vectors: str, others: int = 1) -> tuple[Row, ...]:
+    """The rows of the image embeddings: the patches' convolution, and the vectors by name, each [1, length, hidden].
+
+    :param others: rows of the residual stream that are no patches, such as the class token's.
+    """
+    return (
+        linear("embeddings.patch_embeddings.projection", writes=HIDDEN.scaled, rows=(1, -others)),
+        *(tensor("embeddings", name, None, None, HIDDEN.scaled) for name in vectors),
+    )
+
+
+class ViTAdapter(Adapter):
+    """ViT and DeiT with every head that transformers has for them."""
+
+    model_types = ("vit", "deit")
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        others = 2 if config.model_type == "deit" else 1
+        return Family(
+            sizes={
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "intermediate": config.intermediate_size,
+            },
+            layers="layers",
+            stem=(
+                *embeddings("cls_token", "distillation_token", "mask_token", "position_embeddings", others=others),
+                norm("layernorm"),
+                linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True),
+            ),
+            attention=ATTENTION,
+            ffn=FFN,
+            heads={
+                "ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),),
+                "ForImageClassificationWithTeacher": (
+                    linear("{cls,distillation}_classifier", reads=HIDDEN, rows=(0, 1)),
+                ),
+                "ForMaskedImageModeling": MASKED_IMAGE,
+            },
+        )
+
+
+adapter = ViTAdapter()

@@ -1,0 +1,175 @@
+"""The law for the families that read images or sound, and for the text encoders that come in a pair with one.
+
+Like the tests of the text families, with fewer masks: a masked model is its compacted self, in memory and from a file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cofiprune
+from cofiprune.conformance import specimens
+from cofiprune.errors import StructureError
+
+# Their eager attention rounds to float32; the default does not.
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 34,
+}
+IMAGE = {**SIZES, "image_size": 8, "patch_size": 4}
+TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 32, "bos_token_id": 2, "eos_token_id": 3}
+
+# Name of the case: configuration class, settings, classes, and the unit kinds that it refuses.
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = {
+    "vit": (
+        "ViTConfig",
+        {**IMAGE, "encoder_stride": 4},
+        "ViT{Model,ForImageClassification,ForMaskedImageModeling}",
+        (),
+    ),
+    "deit": (
+        "DeiTConfig",
+        {**IMAGE, "encoder_stride": 4},
+        "DeiT{Model,ForImageClassification,ForImageClassificationWithTeacher,ForMaskedImageModeling}",
+        (),
+    ),
+    "dinov2": ("Dinov2Config", {**IMAGE, "mlp_ratio": 2}, "Dinov2{Model,ForImageClassification,Backbone}", ()),
+    "dinov2-gated": ("Dinov2Config", {**IMAGE, "use_swiglu_ffn": True}, "Dinov2{Model,ForImageClassification}", ()),
+    "dinov2-with-registers": (
+        "Dinov2WithRegistersConfig",
+        {**IMAGE, "num_register_tokens": 3},
+        "Dinov2WithRegisters{Model,ForImageClassification,Backbone}",
+        (),
+    ),
+    "beit": ("BeitConfig", {**IMAGE, "use_mask_token": True}, "Beit{Model,ForImageClassification}", ()),
+    "beit-biased": (
+        "BeitConfig",
+        {**IMAGE, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
+        "Beit{Model,ForImageClassification}",
+        (),
+    ),
+    "beit-class-token": (
+        "BeitConfig",
+        {**IMAGE, "use_mean_pooling": False, "layer_scale_init_value": 0.0, "vocab_size": 40},
+        "Beit{Model,ForMaskedImageModeling}",
+        (),
+    ),
+    "beit-shared": ("BeitConfig", {**IMAGE, "use_shared_relative_position_bias": True}, "BeitModel", ("head",)),
+    "beit-backbone": ("BeitConfig", IMAGE, "BeitBackbone", ("hidden",)),
+    "clip-vision": ("CLIPVisionConfig", {**IMAGE, "projection_dim": 10}, "CLIPVisionModel{,WithProjection}", ()),
+    "clip-text": ("CLIPTextConfig", {**TEXT, "projection_dim": 10}, "CLIPTextModel{,WithProjection}", ()),
+    "siglip-vision": ("SiglipVisionConfig", IMAGE, "SiglipVisionModel", ("hidden",)),
+    "siglip-vision-plain": ("SiglipVisionConfig", {**IMAGE, "vision_use_head": False}, "SiglipVisionModel", ()),
+    "siglip-text": ("SiglipTextConfig", {**TEXT, "projection_size": 10}, "SiglipTextModel", ()),
+    "ast": (
+        "ASTConfig",
+        {**SIZES, "num_mel_bins": 8, "max_length": 16, "patch_size": 4, "frequency_stride": 3, "time_stride": 3},
+        "AST{Model,ForAudioClassification}",
+        (),
+    ),
+}
+
+
+@functools.cache
+def specimen(family: str, name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A random model and its inputs."""
+    config, settings, *_ = FAMILIES[family]
+    generator = torch.Generator().manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings))
+    twin = specimens.specimen(model, generator)
+    return twin, specimens.inputs(twin, generator)
+
+
+def models() -> Iterator[Any]:
+    """Every family with every of its classes."""
+    for family, (_, _, classes, _) in FAMILIES.items():
+        for name in cofiprune.adapter.expand(classes):
+            yield pytest.param(family, name, id=f"{family}-{name}")
+
+
+def difference(masked: Mapping[str, Tensor], cut: Mapping[str, Tensor], hidden: tuple[int, ...]) -> float:
+    """Largest difference of two models' outputs, on the kept dimensions where hidden dimensions come out."""
+    assert masked.keys() == cut.keys()
+    gaps = []
+    for name, value in masked.items():
+        for dim, (long, short) in enumerate(zip(value.shape, cut[name].shape, strict=True)):
+            if long != short:
+                assert (long, short) == (SIZES["hidden_size"], len(hidden))
+                value = value.index_select(dim, torch.tensor(hidden))
+        gaps.append((value - cut[name]).abs().max().item())
+    return max(gaps)
+
+
+@pytest.mark.parametrize(("family", "name"), list(models()))
+def test_masked_model_is_its_compacted_self(family: str, name: str, tmp_path: Path) -> None:
+    model, batch = specimen(family, name)
+    refused = FAMILIES[family][3]
+    structure = cofiprune.structure(model)
+    assert tuple(structure.refused) == refused
+    kinds = [unit for unit in ("layer", "head", "intermediate", "hidden") if unit not in refused]
+    generator = torch.Generator().manual_seed(1)
+    stock = specimens.outputs(model, batch)
+    for choice in (*((kind,) for kind in kinds), tuple(kinds)):
+        for fractional in (False, True):
+            with cofiprune.attach(model, choice) as masks:
+                for group in masks:
+                    masks[group] = specimens.random_values(len(masks[group]), generator, fractional=fractional)
+                masked = specimens.outputs(model, batch)
+                small = cofiprune.compact(model)
+                sparsity, plan = masks.sparsity(), masks.plan()
+            cut = specimens.outputs(small, batch)
+            assert difference(masked, cut, plan.keep.get("hidden", ())) <= 1e-10
+            layers = tuple(structure.layers)
+            before, after = (
+                sum(value.numel() for key, value in each.named_parameters() if key.startswith(layers))
+                for each in (model, small)
+            )
+            assert sparsity == 1 - after / before
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert difference(cut, specimens.outputs(loaded, batch), ()) <= 1e-10
+    again = specimens.outputs(model, batch)
+    assert all(torch.equal(again[key], value) for key, value in stock.items())
+
+
+@pytest.mark.parametrize(("family", "name"), [each for each in models() if FAMILIES[each.values[0]][3]])
+def test_refused_units_say_why(family: str, name: str) -> None:
+    model, _ = specimen(family, name)
+    for unit in FAMILIES[family][3]:
+        with pytest.raises(StructureError, match=f"cannot prune '{unit}' units: .{{20}}"):
+            cofiprune.attach(model, unit)
+
+
+def test_parts_of_a_pair_are_pruned_one_by_one() -> None:
+    config = transformers.CLIPConfig(
+        text_config={**TEXT, "projection_dim": 10}, vision_config={**IMAGE, "projection_dim": 10}, projection_dim=10
+    )
+    model = specimens.specimen(transformers.CLIPModel(config), torch.Generator().manual_seed(0))
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 3], [7, 3, 1]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64),
+    }
+    with torch.no_grad():
+        with (
+            cofiprune.attach(model.vision_model, ("layer", "head")) as vision,
+            cofiprune.attach(model.text_model, ("head", "intermediate")) as text,
+        ):
+            vision["layers.1.attention"] = [0]
+            vision["layers.0.heads"] = [1, 0, 0.5, 1]
+            text["layers.1.intermediate"] = torch.arange(34) % 2
+            masked = model(**batch).logits_per_image
+            parts = cofiprune.compact(model.vision_model), cofiprune.compact(model.text_model)
+        model.vision_model, model.text_model = parts
+        assert torch.allclose(model(**batch).logits_per_image, masked, atol=1e-10)
