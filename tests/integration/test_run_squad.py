@@ -294,3 +294,14 @@ def test_tiny_run_on_files_chooses_the_best_by_f1_and_fine_tunes_what_it_left(
     assert run([*again, "--resume", "--doc-stride", "64"]) == 2
     assert "its doc_stride is 128, asked for 64" in capsys.readouterr().err
     assert run([*again, "--resume"]) == 0
+
+
+def test_lengths_are_those_of_the_original(example: Callable[[str], ModuleType]) -> None:
+    options = example("options")
+    for name, length in (("run_glue", 128), ("run_squad", 384)):
+        parser = options.Parser(prog=name, description="")
+        options.add_common_options(parser, name)
+        example(name).add_options(parser)
+        found = parser.parse_args([])
+        assert found.max_length == length
+        assert getattr(found, "doc_stride", 128) == 128

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import cofiprune
@@ -129,3 +130,40 @@ def test_a_plan_prints_its_layers(plan: Plan) -> None:
     assert "hidden        20 of 24" in text
     assert "layers.0.heads               3 of 4" in text
     assert "layers.0.intermediate    block removed" in text
+
+
+def test_two_plans_in_a_row_are_one(
+    model: PreTrainedModel, plan: Plan, batch_of: Callable[..., dict[str, Tensor]]
+) -> None:
+    first = plan.hard
+    small = cofiprune.compact(model, first)
+    with cofiprune.attach(small) as masks:
+        masks["hidden"] = [0, 1] * 10
+        masks["layers.0.heads"] = [0.5, 0, 1]
+        masks["layers.1.attention"] = [0]
+        second = masks.plan()
+    both = first.then(second)
+    both.check(cofiprune.structure(model))
+    assert both.keep["hidden"] == tuple(range(5, 24, 2))
+    assert both.keep["layers.0.heads"] == (0, 3)
+    assert both.values("layers.0.heads") == [0.5, 0.0, 0.0, 1.0]
+    assert both.keep["layers.1.attention"] == both.keep["layers.1.heads"] == ()
+    assert both.keep["layers.0.ffn"] == both.keep["layers.0.intermediate"] == ()
+    assert both.sizes == first.sizes
+    batch = batch_of(model)
+    once, twice = (cofiprune.compact(*each)(**batch) for each in ((model, both), (small, second)))
+    assert torch.equal(once.last_hidden_state, twice.last_hidden_state)
+
+
+def test_scales_of_the_first_of_two_plans_are_in_the_weights_already(model: PreTrainedModel, plan: Plan) -> None:
+    whole = Plan.from_values(cofiprune.structure(cofiprune.compact(model, plan)), {})
+    assert plan.scale
+    assert plan.then(whole) == plan.hard
+
+
+def test_the_second_plan_must_be_for_what_the_first_one_leaves(model: PreTrainedModel, plan: Plan) -> None:
+    with pytest.raises(PlanError, match="not for what the first one leaves"):
+        plan.then(plan)
+    left = Plan.from_values(cofiprune.structure(cofiprune.compact(model, plan)), {})
+    with pytest.raises(PlanError, match="not for what the first one leaves"):
+        plan.then(replace(left, family="roberta"))

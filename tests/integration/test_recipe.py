@@ -1,0 +1,208 @@
+"""The course of a run: what learns when, at which rate, on which model and from what."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import cofiprune
+from cofiprune import PruneConfig
+from cofiprune.training import phases
+from cofiprune.training.schedule import Schedule
+
+BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """The phases of the runs of a test, as they were when they ended."""
+    found = []
+
+    class Kept(phases.Loop):
+        def run(self):
+            super().run()
+            found.append(self)
+
+    monkeypatch.setattr(phases, "Loop", Kept)
+    return found
+
+
+def of_phase(result, phase, key="loss"):
+    return [entry for entry in result.history if entry["phase"] == phase and key in entry]
+
+
+def test_gates_start_on_what_one_shot_leaves_and_from_nothing_in_the_original(toy, loops):
+    student, rows = toy.student(), toy.rows(32)
+    sizes = dict(cofiprune.structure(student).sizes)
+    settings = {**BRIEF, "epochs": 2, "freeze_epochs": 0, "finetune_epochs": 0}
+    result = cofiprune.prune(student, rows, target_sparsity=0.7, one_shot_share=0.5, **settings)
+    (first,) = of_phase(result, "one-shot", "sparsity")
+    assert result.history[0] == first
+    one_unit = 0.05  # a head of the toy
+    assert first["sparsity"] == pytest.approx(1 - 0.3**0.5, abs=one_unit)
+    asked = [entry["target_sparsity"] for entry in of_phase(result, "prune", "target_sparsity")]
+    assert asked == sorted(asked)
+    assert asked[0] == pytest.approx(first["sparsity"])
+    assert asked[-1] == pytest.approx(0.7)
+    inner = cofiprune.structure(loops[0].state.modules["model"]).sizes
+    assert sum(inner.values()) < sum(sizes.values())
+    assert abs(result.sparsity - 0.7) <= 0.005
+
+    result = cofiprune.prune(toy.student(), rows, target_sparsity=0.7, one_shot_share=0, **settings)
+    assert not of_phase(result, "one-shot", "sparsity")
+    assert of_phase(result, "prune", "target_sparsity")[0]["target_sparsity"] == 0
+    assert dict(cofiprune.structure(loops[-1].state.modules["model"]).sizes) == sizes
+
+
+def test_presets_begin_with_the_whole_model():
+    for name in ("glue-small", "glue-large", "squad"):
+        assert not PruneConfig.preset(name).starts_from_one_shot
+        assert PruneConfig.preset(name).one_shot_share == 0
+    assert PruneConfig().starts_from_one_shot
+
+
+@pytest.mark.parametrize(
+    ("settings", "ramp", "after"),
+    [
+        ({}, 250, 600),
+        ({"one_shot_share": 0}, 400, 250),
+        ({"freeze_epochs": 0, "sparsity_warmup_epochs": 2}, 200, 0),
+        ({"freeze_epochs": 3, "sparsity_warmup_epochs": 0}, 0, 300),
+    ],
+)
+def test_the_last_part_of_the_epochs_trains_the_decided_structure(settings, ramp, after):
+    schedule = Schedule.for_pruning(PruneConfig(epochs=10, **settings), 100)
+    assert (schedule.ramp, schedule.gated, schedule.after) == (ramp, 1000 - after, after)
+
+
+def test_plain_epochs_come_first_then_the_rate_starts_again_and_adam_goes_on(toy, loops):
+    dense = sum(parameter.numel() for parameter in toy.teacher.parameters())
+    result = cofiprune.prune(
+        toy.student(),
+        toy.rows(64),
+        target_sparsity=0.5,
+        pre_finetune_epochs=1,
+        epochs=2,
+        freeze_epochs=0,
+        finetune_epochs=1,
+        learning_rate=1e-3,
+        **BRIEF,
+    )
+    steps = of_phase(result, "prune")
+    assert ["target_sparsity" in step for step in steps] == [False] * 4 + [True] * 8
+    assert ["constraint" in step for step in steps] == [False] * 4 + [True] * 8
+    rates = [step["learning_rate"] for step in steps]
+    assert rates[:4] == pytest.approx([1e-3 * (1 - step / 4) for step in range(4)])
+    assert rates[4:] == pytest.approx([1e-3 * (1 - step / 8) for step in range(8)])
+    pruning, recovery = loops
+    for loop, count in ((pruning, 12), (recovery, 4)):
+        weight = loop.state.modules["model"].classifier.weight
+        assert int(loop.state.optimizer.state[weight]["step"]) == count
+    assert sum(parameter.numel() for parameter in pruning.state.modules["model"].parameters()) == dense
+    left = sum(parameter.numel() for parameter in recovery.state.modules["model"].parameters())
+    assert left == sum(parameter.numel() for parameter in result.compact().parameters()) < dense
+
+
+def test_gates_are_clipped_on_their_own(toy, loops, monkeypatch):
+    clipped = []
+    stock = Accelerator.clip_grad_norm_
+
+    def clip(self, parameters, max_norm, *rest, **more):
+        listed = list(parameters)
+        clipped.append(({id(parameter) for parameter in listed}, max_norm))
+        return stock(self, listed, max_norm, *rest, **more)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0, "one_shot_share": 0}
+    cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, **settings)
+    (loop,) = loops
+    weights = {id(parameter) for parameter in loop.state.modules["model"].parameters()}
+    gates = {id(parameter) for parameter in loop.gating.gates.parameters()}
+    assert clipped == [(weights, 1.0), (gates, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "taught", "weights"),
+    [
+        ({}, True, {"label_loss": 0.5, "logits_loss": 1, "layers_loss": 2}),
+        ({"label_weight": 0}, True, {"logits_loss": 1, "layers_loss": 2}),
+        ({"label_weight": 3, "distill_layers_weight": 0}, True, {"label_loss": 3, "logits_loss": 1}),
+        ({}, False, {"label_loss": 1}),
+    ],
+)
+def test_the_loss_is_the_weighted_sum_of_its_parts(toy, settings, taught, weights):
+    teacher = toy.bert(seed=4) if taught else None
+    result = cofiprune.finetune(toy.student(), toy.rows(32), teacher=teacher, epochs=1, **BRIEF, **settings)
+    for entry in result.history:
+        assert {name for name in entry if name.endswith("_loss")} == weights.keys()
+        assert entry["loss"] == pytest.approx(sum(weight * entry[name] for name, weight in weights.items()), rel=1e-5)
+
+
+@pytest.mark.parametrize("match", ["nearest", "ordered", "same-index"])
+def test_a_teacher_with_fewer_layers(toy, match):
+    result = cofiprune.prune(
+        toy.student(),
+        toy.rows(32),
+        target_sparsity=0.5,
+        teacher=toy.bert(seed=3, num_hidden_layers=1),
+        distill_layers=4,
+        distill_layer_match=match,
+        epochs=1,
+        finetune_epochs=1,
+        **BRIEF,
+    )
+    assert abs(result.sparsity - 0.5) <= 0.005
+    losses = [entry["layers_loss"] for phase in ("prune", "recover") for entry in of_phase(result, phase)]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_embeddings_learn_while_pruning_only_when_asked(toy, train):
+    student = toy.student()
+    settings = {**BRIEF, "units": "intermediate", "one_shot_share": 0, "learning_rate": 1e-3}
+    cofiprune.prune(student, toy.rows(32), target_sparsity=0.2, train_embeddings=train, **settings)
+    table = "bert.embeddings.word_embeddings.weight"
+    same = torch.equal(student.state_dict()[table], toy.teacher.state_dict()[table])
+    assert same != train
+
+
+def test_the_last_weights_are_kept_unless_a_metric_is_to_choose(toy):
+    student, seen = toy.student(), []
+
+    def worse_and_worse(prediction):
+        seen.append(torch.from_numpy(prediction.predictions).clone())
+        return {"score": -len(seen)}
+
+    rows = toy.rows(16, seed=2)
+    result = cofiprune.finetune(
+        student, toy.rows(32), eval_dataset=rows, compute_metrics=worse_and_worse, epochs=3, **BRIEF
+    )
+    assert result.best_step is None
+    assert result.metrics["eval_score"] == -len(seen)
+    cofiprune.evaluate(student, rows, compute_metrics=worse_and_worse)
+    assert (seen[-1] - seen[-2]).abs().max() < 1e-5
+    assert not torch.equal(seen[-1], seen[0])
+
+
+def test_the_map_to_the_teachers_states_starts_as_the_identity_or_fitted(toy, monkeypatch):
+    made = []
+
+    def noting(make):
+        def noted(*args, **settings):
+            found = make(*args, **settings)
+            made.append((make.__name__, found.weight.detach().clone()))
+            return found
+
+        return noted
+
+    for name in ("hidden_projection", "fitted_projection"):
+        monkeypatch.setattr(phases, name, noting(getattr(phases, name)))
+    for teacher in (toy.teacher, toy.bert(seed=3, hidden_size=24)):
+        settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0}
+        cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, teacher=teacher, **settings)
+    (same, weight), (other, fitted) = made
+    assert (same, other) == ("hidden_projection", "fitted_projection")
+    assert torch.equal(weight, torch.eye(16))
+    assert fitted.shape == (24, 16)

@@ -1,0 +1,134 @@
+"""What binds the gates to a model: the target relative to the dense model, evaluation, and no look at the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel
+
+from cofiprune import PruneConfig, accounting, attach
+from cofiprune.adapter import structure as structure_of
+from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
+from cofiprune.structure import Group
+from cofiprune.training.gating import Gating
+from cofiprune.training.schedule import Schedule
+
+SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
+
+
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertModel(BertConfig(vocab_size=40, max_position_embeddings=32, **sizes)).eval()
+
+
+def gating(model: BertModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
+    masks = attach(model)
+    return Gating(masks, list(masks.structure), target, PruneConfig(), SCHEDULE, share=share)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_targets_and_sparsities_count_from_the_dense_model(share: float) -> None:
+    found = gating(bert(), 0.9, share=share)
+    asked = [found.target_at(step) for step in (0, 5, 10, 15, 24)]
+    assert asked == pytest.approx([1 - share, 1 - share, (1 - share + 0.9) / 2, 0.9, 0.9])
+    assert found.sparsity() == pytest.approx(1 - share)
+    open_gates = found.penalty(24)[1]
+    assert float(open_gates) == pytest.approx(1 - share, abs=0.01)
+    plan = found.decide()
+    kept = found.cost.exact(plan.kept) / found.cost.exact(found.masks.structure.sizes)
+    assert 1 - share * kept == pytest.approx(0.9, abs=0.005)
+
+
+def test_the_pressure_vanishes_where_the_target_is_met() -> None:
+    found = gating(bert(), 0.9, share=0.4)
+    with torch.no_grad():
+        found.constraint.lambda_1.fill_(1.0)
+    penalty, sparsity = found.penalty(24)
+    # What is left to remove of the smaller model: 0.75 of its 0.4 is 0.3 of the dense one.
+    gap = 1 - (1 - float(sparsity)) / 0.4 - 0.75
+    assert float(penalty.detach()) == pytest.approx(gap, abs=1e-6)
+
+
+def test_gates_learn_between_plain_training_and_the_decided_structure() -> None:
+    found = gating(bert())
+    assert [step for step in range(40) if found.is_active(step)] == list(range(5, 25))
+
+
+def test_evaluation_runs_under_deterministic_gates() -> None:
+    found = gating(bert())
+    with torch.no_grad():
+        found.gates.log_alpha.normal_(generator=torch.Generator().manual_seed(0))
+    found.bind(3)
+    for _ in range(2):  # whatever was drawn before
+        found.settle()
+        for name, value in found.gates.deterministic().items():
+            assert torch.equal(found.masks[name], value)
+            assert bool((value > 0).any()) or name != "hidden"
+        found.bind(4)
+    with torch.no_grad():
+        found.gates.log_alpha.fill_(-50.0)
+    found.settle()
+    assert int((found.masks["hidden"] > 0).sum()) == 1  # a model without hidden dimensions computes nothing
+
+
+def test_a_layer_exists_while_one_of_its_blocks_does() -> None:
+    found = gating(bert())
+    found.masks["layers.0.attention"] = [0]
+    assert found.alive_layers().tolist() == [True, True]
+    found.masks["layers.0.intermediate"] = [0] * 48
+    assert found.alive_layers().tolist() == [False, True]
+    found.masks["layers.1.ffn"] = [0]
+    assert found.alive_layers().tolist() == [False, True]
+
+
+def test_without_importance_nothing_is_closed_at_the_start_and_in_the_original_a_ninth_was() -> None:
+    with torch.device("meta"):
+        structure = structure_of(BertModel(BertConfig()))  # BERT-base
+    cost = accounting.layer_parameters(structure)
+    dense = cost.exact(structure.sizes)
+
+    def start(gates: Gates) -> tuple[float, dict[str, int]]:
+        expected = 1 - float(cost.expected(gates.expected_sizes()).detach()) / dense
+        return expected, {name: int((value > 0).sum()) for name, value in gates.deterministic().items()}
+
+    groups: list[Group] = list(structure.groups)
+    here, kept = start(Gates(groups))
+    assert here < 0.01
+    assert kept == structure.sizes
+    original, kept = start(Gates(groups, initial=COFI_INITIAL, limit=COFI_LIMIT))
+    assert original == pytest.approx(0.11, abs=0.01)
+    assert kept["hidden"] == 766
+
+
+class _Reads(TorchDispatchMode):
+    """Counts how often a value of a tensor is read on the host, which makes a GPU wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_under_gates_reads_no_value_on_the_host() -> None:
+    inputs = {"input_ids": torch.tensor([[2, 5, 9, 11]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    model = bert()
+    with _Reads() as stock:
+        model(**inputs).last_hidden_state.sum().backward()
+    found = gating(model)
+    with _Reads() as gated:
+        found.bind(0)
+        loss = model(**inputs).last_hidden_state.sum() + found.penalty(20)[0] + 0.0 * found.alive_layers().sum()
+        loss.backward()
+        found.gates.clamp_()
+    assert gated.count == stock.count
+    assert found.gates.log_alpha.grad is not None
+    with _Reads() as reading:
+        float(loss)
+    assert reading.count == 1
