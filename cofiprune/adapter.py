@@ -28,6 +28,7 @@ from cofiprune.structure import (
     Norm,
     Parameter,
     Role,
+    Shared,
     Side,
     SizeAttribute,
     Structure,
@@ -154,6 +155,8 @@ class BlockTable:
     dropped: tuple[str, ...] = ()
     """What the layer itself holds for this block, where it has it: a parameter, in whose place a single 0 stays when
     the block is gone, or a module that the layer can do without, in whose place None stays."""
+    shared: tuple[Shared, ...] = ()
+    """What modules of the block get from outside the layer for all inner units of the dense model."""
     attributes: tuple[tuple[str, str, Axis], ...] = ()
     """(module, attribute, axis): integers that the module keeps about its own size. The axis's block is
     the number per unit; None means that it counts elements, derived like a parameter's."""
@@ -170,13 +173,15 @@ class Family:
     sizes: Mapping[Kind, int]
     """Units of `hidden`, and per layer of `heads` and `intermediate`, as the configuration says."""
     layers: str
-    """Path of the list of layers, relative to the encoder."""
+    """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way."""
     stem: tuple[Row, ...]
     """Everything outside the layers that every model of the family may have, relative to the encoder."""
     attention: BlockTable
     ffn: BlockTable
     heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
+    applications: tuple[int, ...] | None = None
+    """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,
     with the reason. A block can always be removed."""
@@ -250,6 +255,11 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             f"{type(model).__name__} is configured as a decoder; cofiprune prunes encoders. "
             "Load it with is_decoder=False."
         )
+    if has_decoder(model):
+        raise AdapterError(
+            f"{type(model).__name__} is an encoder with a decoder; cofiprune prunes encoders. "
+            "Load the encoder alone, by a class such as T5EncoderModel."
+        )
     if model_type not in _registered:
         points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
         if not points:
@@ -260,6 +270,12 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             )
         _registered[model_type] = next(iter(points)).load()
     return _registered[model_type]
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a model, or the model under its head, has a decoder beside its encoder."""
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
+    return all(isinstance(getattr(base, part, None), nn.Module) for part in ("encoder", "decoder"))
 
 
 def structure(model: PreTrainedModel) -> Structure:
@@ -311,10 +327,10 @@ class _Resolver:
             )
 
     def structure(self) -> Structure:
-        layers = _join(self.base, self.family.layers)
-        if layers not in self.modules:
-            raise AdapterError(f"{self._who()}: no list of layers at {layers!r}")
-        paths = tuple(f"{layers}.{i}" for i in range(len(list(self.modules[layers].children()))))
+        paths = tuple(self._members(_join(self.base, self.family.layers)))
+        self.applications = self.family.applications or (1,) * len(paths)
+        if len(self.applications) != len(paths):
+            raise AdapterError(f"{self._who()}: {len(self.applications)} applications for {len(paths)} layers")
         head_rows = self._head_rows()
         groups = [] if "hidden" in self.refused else [Group("hidden", self._size("hidden"), "hidden")]
         blocks: list[Block] = []
@@ -347,6 +363,15 @@ class _Resolver:
             embeddings=tuple(self.tables),
             refused=self.refused,
         )
+
+    def _members(self, path: str) -> list[str]:
+        """Paths of the modules in a list, or in every list that a path with `*` stands for."""
+        before, star, after = path.partition(".*")
+        if star:
+            return [found for each in self._members(before) for found in self._members(each + after)]
+        if path not in self.modules:
+            raise AdapterError(f"{self._who()}: no list of layers at {path!r}")
+        return [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
 
     def _who(self) -> str:
         return f"adapter of {self.model.config.model_type!r} on {type(self.model).__name__}"
@@ -382,8 +407,9 @@ class _Resolver:
         if not self._refuses(inner):
             groups.append(Group(inner_name, self._size(inner, inner_name), inner, index))
         self.sizes.update({group.name: group.size for group in groups})
+        times = self.applications[index]
         for row in table.rows:
-            self._row(row, path, prefix, gate_name)
+            self._row(replace(row, rows=(times * row.rows[0], times * row.rows[1])), path, prefix, gate_name)
         elements = self._elements(gate_name, inner)
         attributes = [
             SizeAttribute(_join(path, module), name, prefix + axis.kind, axis.block or elements)
@@ -396,8 +422,9 @@ class _Resolver:
             exit=_placed(table.exit, path),
             skipped=tuple(_placed(Exit(each) if isinstance(each, str) else each, path) for each in table.skipped),
             dropped=tuple(_join(path, name) for name in table.dropped),
-            pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements,
-            per_token=table.per_token * elements,
+            shared=tuple(replace(each, module=_join(path, each.module)) for each in table.shared),
+            pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements * times,
+            per_token=table.per_token * elements * times,
         )
         return groups, block, attributes
 

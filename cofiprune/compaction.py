@@ -19,7 +19,7 @@ from cofiprune.errors import PlanError
 from cofiprune.masking import leave, masks_of
 from cofiprune.plan import Plan
 from cofiprune.record import record, recorded_sizes
-from cofiprune.structure import Block, Exit, Parameter, Side, Structure
+from cofiprune.structure import Block, Exit, Parameter, Shared, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ def compact(model: PreTrainedModel, plan: Plan | None = None) -> PreTrainedModel
     copied = masks_of(small)
     if copied is not None:
         copied.detach()
-    finish(small, structure, plan.kept)
+    finish(small, structure, plan.kept, plan.keep)
     return small
 
 
@@ -122,8 +122,17 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
     finish(model, structure, kept)
 
 
-def finish(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
-    """Make the modules agree with their new parameters: removed blocks, size attributes, the record."""
+def finish(
+    model: PreTrainedModel,
+    structure: Structure,
+    kept: Mapping[str, int],
+    keep: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Make the modules agree with their new parameters: removed blocks, size attributes, the record.
+
+    :param kept: sizes of the groups afterwards.
+    :param keep: the indices kept; None when they are loaded from a file later.
+    """
     for block in structure.blocks:
         if not kept[block.gate]:
             _remove_block(model, structure, block)
@@ -133,6 +142,11 @@ def finish(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]
     for attribute in structure.attributes:
         if attribute.module in modules:
             setattr(modules[attribute.module], attribute.name, kept[attribute.group] * attribute.per_unit)
+    for block in structure.blocks:
+        if kept[block.gate] and block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
+            for shared in block.shared:
+                index = torch.arange(kept[block.inner]) if keep is None else torch.tensor(keep[block.inner])
+                _pick(modules[shared.module], shared, index)
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(recorded_sizes(model.config) or {}), **kept}
         model.config.quantization_config = record(sizes)
@@ -161,16 +175,52 @@ class Passthrough(nn.Module):
         return leave(self.exit, args, kwargs)
 
 
+class Pick:
+    """Hook of a compacted module: of a tensor shared by all layers it takes the entries of the units kept.
+
+    Which ones these are is a buffer of the module, [units kept], so that it is saved and moved with the model.
+    """
+
+    BUFFER = "kept_units"
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place, name = self.shared.argument, self.shared.keyword
+        if name in kwargs:
+            return args, {**kwargs, name: self._picked(module, kwargs[name])}
+        return (*args[:place], self._picked(module, args[place]), *args[place + 1 :]), kwargs
+
+    def _picked(self, module: nn.Module, value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.index_select(self.shared.dim, module.get_buffer(self.BUFFER))
+
+
+def _pick(module: nn.Module, shared: Shared, index: Tensor) -> None:
+    """Make a module pick entries of a shared tensor; `index` counts in the units that it has now."""
+    index = index.to(next(module.parameters()).device)
+    before = module._buffers.get(Pick.BUFFER)
+    if before is None:
+        module.register_forward_pre_hook(Pick(shared), with_kwargs=True)
+        module.register_buffer(Pick.BUFFER, index)
+    else:
+        module._buffers[Pick.BUFFER] = before[index]
+
+
 def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
     marked = False
     for exit in (block.exit, *block.skipped):
         marker = None if marked else _matrix_inside(exit.module, structure, block)
         if marker is None:
-            model.set_submodule(exit.module, Passthrough(exit))
+            stand_in = Passthrough(exit)
         else:
-            name = marker.removeprefix(f"{exit.module}.")
-            model.set_submodule(exit.module, Passthrough(exit, name, model.get_parameter(marker)))
+            stand_in = Passthrough(exit, marker.removeprefix(f"{exit.module}."), model.get_parameter(marker))
             marked = True
+        for name, child in _children(model, exit.module):
+            if isinstance(child, nn.ModuleDict) and not hasattr(stand_in, name):
+                # Its keys may be asked for (as the names of languages, say) where the layer itself is not run.
+                stand_in.add_module(name, nn.ModuleDict({key: nn.Module() for key in child}))
+        model.set_submodule(exit.module, stand_in)
     for path in block.dropped:
         _drop(model, path)
 
@@ -190,16 +240,25 @@ def _drop(model: nn.Module, path: str) -> None:
         holder._modules[name] = None
 
 
+def _children(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules directly inside another; none of one that has gone with what was around it."""
+    try:
+        return list(model.get_submodule(path).named_children())
+    except AttributeError:
+        return []
+
+
 def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
-    """Name of the first matrix of a block that lies in a module."""
-    return next(
-        (
-            spec.name
-            for spec in structure.parameters
-            if spec.gate == block.gate and spec.name.startswith(f"{path}.") and len(spec.shape) > 1
-        ),
-        None,
-    )
+    """Name of a matrix of a block that lies in a module: its last projection if that does.
+
+    Others may be stored joined into one (query, key and value, say), which a single element does not survive.
+    """
+    names = [
+        (not spec.gated, spec.name)
+        for spec in structure.parameters
+        if spec.gate == block.gate and spec.name.startswith(f"{path}.") and len(spec.shape) > 1
+    ]
+    return min(names)[1] if names else None
 
 
 def _follow_shape(module: nn.Module) -> None:

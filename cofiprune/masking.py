@@ -208,12 +208,13 @@ _EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 
 class _Exit(_Site):
-    """Where a block's output leaves it: its input instead, when the block is gone."""
+    """Where a block's output leaves it, or a module inside it: its input or zeros instead, when the block is gone."""
 
-    def __init__(self, module: nn.Module, masks: MaskRegistry, gate: str, exit: Exit) -> None:
+    def __init__(self, module: nn.Module, masks: MaskRegistry, gate: str, exit: Exit, *, inside: bool) -> None:
         super().__init__(module, masks)
         self.gate = gate
         self.exit = exit
+        self.inside = inside
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         alive = self.masks.alive(self.gate)
@@ -225,16 +226,10 @@ class _Exit(_Site):
         first = output[0] if isinstance(output, tuple) else output
         # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
         entry = entry_of(self.exit, args, kwargs) if self.exit.residual else torch.zeros_like(first)
+        if self.inside and first.shape != entry.shape:
+            return output  # nothing of it gets past the exit
         first = torch.where(alive, first, entry)
         return (first, *output[1:]) if isinstance(output, tuple) else first
-
-
-class _Skip(_Exit):
-    """A module inside a block that is not run when the block is gone."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        alive = self.masks.alive(self.gate)
-        return leave(self.exit, args, kwargs) if alive is False else self.stock(*args, **kwargs)
 
 
 def entry_of(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -292,7 +287,5 @@ def _norm(module: nn.Module, masks: MaskRegistry, norm: Norm) -> _Site:
 
 
 def _block_sites(modules: dict[str, nn.Module], masks: MaskRegistry, block: Block) -> Iterator[_Site]:
-    for exit in block.skipped:
-        site = _Skip if exit.residual else _Exit
-        yield site(modules[exit.module], masks, block.gate, exit)
-    yield _Exit(modules[block.exit.module], masks, block.gate, block.exit)
+    for exit in (*block.skipped, block.exit):
+        yield _Exit(modules[exit.module], masks, block.gate, exit, inside=exit is not block.exit)

@@ -128,6 +128,24 @@ class Exit:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """A tensor that a block gets from outside its layer, with an entry for every inner unit of the dense model.
+
+    A bias of the attention scores that all layers share, for instance. Masks leave it as it is; a compacted
+    module picks the entries of the units that it has kept.
+    """
+
+    module: str
+    """The module that is called with it."""
+    argument: int
+    """Its position among the module's positional arguments."""
+    keyword: str
+    """Its name, when the caller passes it by name."""
+    dim: int
+    """The dimension along which the units lie."""
+
+
+@dataclass(frozen=True)
 class Block:
     """An attention or feed-forward block: a gate over its inner units."""
 
@@ -139,6 +157,8 @@ class Block:
     where a residual is added outside of them."""
     dropped: tuple[str, ...] = ()
     """Parameters and modules that the layer itself holds for the block; a single 0 and None take their places."""
+    shared: tuple[Shared, ...] = ()
+    """What modules of the block are given for all inner units of the dense model."""
     pairwise: int = 0
     """Multiply-accumulates per inner unit and pair of tokens, beyond the parameters' own."""
     per_token: int = 0

@@ -7,13 +7,14 @@ in float64 and with biases and norms that are not trivial, beside a few laws tha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from cofiprune.adapter import Adapter, temporarily
+from cofiprune.adapter import Adapter, has_decoder, temporarily
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.laws import (
     ROUNDED,
@@ -151,7 +152,10 @@ class _Battery:
     def build(self, cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
         """Build a model and run it once; what transformers itself cannot build or run is skipped."""
         try:
-            model: PreTrainedModel = cls(config)
+            model: PreTrainedModel = cls(copy.deepcopy(config))  # some classes change their configuration
+            if has_decoder(model):
+                self.skipped[cls.__name__] = "it has a decoder; cofiprune prunes encoders"
+                return None
             model.train(False)
             outputs(model, self._inputs(model))
         except AdapterError:

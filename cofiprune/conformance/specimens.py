@@ -33,6 +33,8 @@ _SIZES: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 34,
     "hidden_dim": 34,
+    "d_ff": 34,
+    "d_kv": 6,
     "embedding_size": 24,
     "max_position_embeddings": 32,
     "type_vocab_size": 2,
@@ -60,6 +62,8 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     stock = AutoConfig.for_model(model_type)
     names = {name: stock.attribute_map.get(name, name) for name in _SIZES}
     sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(stock, name)}
+    if getattr(stock, "pad_token_id", 0) is None:
+        sizes["pad_token_id"] = 0
     ids = [name for name in vars(stock) if name.endswith("_token_id")]
     for place, name in enumerate(ids, start=1):
         value = getattr(stock, name)
