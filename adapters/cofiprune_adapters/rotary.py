@@ -1,0 +1,130 @@
+"""Encoders of rotary attention (`q_proj` to `o_proj`) and a gated feed-forward block (`gate_proj` to `down_proj`).
+
+Nomic-BERT (Nussbaum et al., 2024, arXiv:2402.01613) and GTE v1.5 (Zhang et al., 2024, arXiv:2407.19669) are post-norm:
+the layer adds the residual and hands the sum to the norm. EuroBERT (Boizard et al., 2025, arXiv:2503.05500) is pre-norm
+with RMSNorm and shares keys and values among several query heads: one unit of `heads` is such a group of query heads
+with the keys and values that it reads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    Row,
+    embedding,
+    linear,
+    norm,
+    projection,
+)
+from cofiprune.structure import Exit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = (
+    linear("self_attn.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
+    projection("self_attn.o_proj", reads=HEADS),
+)
+FFN = (
+    linear("mlp.{gate,up}_proj", reads=HIDDEN, writes=INTERMEDIATE),
+    projection("mlp.down_proj", reads=INTERMEDIATE),
+)
+TOKENS = (linear("classifier", reads=HIDDEN),)
+PREDICTIONS = {
+    "nomic_bert": ("cls.predictions.transform", "cls.predictions.decoder"),
+    "gte": ("lm_head", "lm_head.decoder"),
+}
+"""Where the masked language modelling head has its transform and its decoder."""
+
+
+class PostNormAdapter(Adapter):
+    """Nomic-BERT and GTE with every head that transformers has for them."""
+
+    model_types = ("nomic_bert", "gte")
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        return Family(
+            sizes={
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "intermediate": config.intermediate_size,
+            },
+            layers="layers",
+            stem=(
+                embedding("embeddings.word_embeddings"),
+                embedding("embeddings.token_type_embeddings", optional=True),
+                norm("embeddings.LayerNorm"),
+                linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True),
+            ),
+            attention=BlockTable(
+                rows=(*ATTENTION, norm("post_attention_layernorm")),
+                exit=Exit("post_attention_layernorm"),
+                skipped=(Exit("self_attn", outputs=2, residual=False),),
+            ),
+            ffn=BlockTable(
+                rows=(*FFN, norm("post_mlp_layernorm")),
+                exit=Exit("post_mlp_layernorm"),
+                skipped=(Exit("mlp", residual=False),),
+            ),
+            heads={
+                "ForSequenceClassification": (),
+                "ForTokenClassification": TOKENS,
+                "ForMaskedLM": masked_lm(*PREDICTIONS[config.model_type]),
+            },
+        )
+
+
+def masked_lm(transform: str, decoder: str) -> tuple[Row, ...]:
+    """The rows of a masked language modelling head: a dense transform with a norm, and a decoder."""
+    return (
+        linear(f"{transform}.dense", reads=HIDDEN, writes=HIDDEN),
+        norm(f"{transform}.layer_norm", read_by=f"{decoder}.weight"),
+        linear(decoder, reads=HIDDEN),
+    )
+
+
+class EuroBertAdapter(Adapter):
+    """EuroBERT with every head that transformers has for it."""
+
+    model_types = ("eurobert",)
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        rows = (1, 0) if config.classifier_pooling == "late" else (0, 1)
+        return Family(
+            sizes={
+                "hidden": config.hidden_size,
+                "heads": config.num_key_value_heads,
+                "intermediate": config.intermediate_size,
+            },
+            layers="layers",
+            stem=(embedding("embed_tokens"), norm("norm", kind="rms", read_by="lm_head.weight")),
+            attention=BlockTable(
+                rows=(norm("input_layernorm", kind="rms"), *ATTENTION),
+                exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+                skipped=("input_layernorm",),
+            ),
+            ffn=BlockTable(
+                rows=(norm("post_attention_layernorm", kind="rms"), *FFN),
+                exit=Exit("mlp", residual=False),
+                skipped=("post_attention_layernorm",),
+            ),
+            heads={
+                "ForSequenceClassification": (
+                    linear("dense", reads=HIDDEN, rows=rows),
+                    linear("classifier", rows=rows),
+                ),
+                "ForTokenClassification": TOKENS,
+                "ForMaskedLM": (linear("lm_head", reads=HIDDEN),),
+            },
+        )
+
+
+post_norm = PostNormAdapter()
+eurobert = EuroBertAdapter()
