@@ -21,6 +21,7 @@ from cofiprune.conformance.laws import (
     Case,
     Choice,
     Subject,
+    changed_weights,
     check_blocks,
     check_case,
     check_gradients,
@@ -193,11 +194,13 @@ class _Battery:
     def _has_files(self, subject: Subject) -> bool:
         """Whether transformers can save and load the model as it is; what it cannot is not the adapter's fault."""
         try:
-            reloaded(subject.model)
+            changed = changed_weights(subject.model, reloaded(subject.model))
+            problem = f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
         except Exception as error:  # of whatever kind
-            self.skipped[f"{type(subject.model).__name__} from a file"] = f"{type(error).__name__}: {error}"
-            return False
-        return True
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            self.skipped[f"{type(subject.model).__name__} from a file"] = problem
+        return not problem
 
     def report(self) -> Report:
         """Return what was covered.

@@ -181,7 +181,7 @@ def check_reload(subject: Subject, small: PreTrainedModel, cut: Mapping[str, Ten
     """
     again = reloaded(small)
     stored, loaded = small.state_dict(), again.state_dict()
-    changed = [name for name, value in stored.items() if name not in loaded or not _same(value, loaded[name])]
+    changed = changed_weights(small, again)
     if any(value.dtype != loaded[name].dtype for name, value in stored.items() if name in loaded):
         limit = max(limit, ROUNDED * size(cut))
     difference = largest(cut, outputs(again, subject.batch))
@@ -197,6 +197,13 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
         again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
     again.train(False)
     return again
+
+
+def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]:
+    """Names of the weights of a model that came back from a file changed, or not at all."""
+    loaded = again.state_dict()
+    stored = model.state_dict().items()
+    return [name for name, value in stored if name not in loaded or not _same(value, loaded[name])]
 
 
 def _same(stored: Tensor, loaded: Tensor) -> bool:

@@ -52,7 +52,12 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = {
         "Dinov2WithRegisters{Model,ForImageClassification,Backbone}",
         (),
     ),
-    "beit": ("BeitConfig", {**IMAGE, "use_mask_token": True}, "Beit{Model,ForImageClassification}", ()),
+    "beit": (
+        "BeitConfig",
+        {**IMAGE, "use_mask_token": True, "vocab_size": 40},
+        "Beit{Model,ForImageClassification,ForMaskedImageModeling}",
+        (),
+    ),
     "beit-biased": (
         "BeitConfig",
         {**IMAGE, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
@@ -61,8 +66,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = {
     ),
     "beit-class-token": (
         "BeitConfig",
-        {**IMAGE, "use_mean_pooling": False, "layer_scale_init_value": 0.0, "vocab_size": 40},
-        "Beit{Model,ForMaskedImageModeling}",
+        {**IMAGE, "use_mean_pooling": False, "layer_scale_init_value": 0.0},
+        "Beit{Model,ForImageClassification}",
         (),
     ),
     "beit-shared": ("BeitConfig", {**IMAGE, "use_shared_relative_position_bias": True}, "BeitModel", ("head",)),
