@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al., 2019, arXiv:1907.11692), XLM-RoBERTa and CamemBERT: BERT's blocks, heads of their own."""
+"""RoBERTa (Liu et al., 2019, arXiv:1907.11692), XLM-RoBERTa, CamemBERT and Data2Vec for text: BERT's blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class RobertaAdapter(Adapter):
     """RoBERTa and the families that share its modelling code, with every head that transformers has for them."""
 
-    model_types = ("roberta", "xlm-roberta", "camembert")
+    model_types: tuple[str, ...] = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
 
     def describe(self, config: PretrainedConfig) -> Family:
         return Family(

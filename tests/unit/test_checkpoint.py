@@ -174,6 +174,8 @@ def test_without_cofiprune_loading_fails(pruned: Callable[..., PreTrainedModel],
         "deberta-attention": ("DebertaForSequenceClassification", {"layers.1.attention": [0.0]}, RELATIVE),
         "deberta-v2-ffn": ("DebertaV2ForSequenceClassification", {"layers.2.ffn": [0.0]}, RELATIVE),
         "bert-units": ("BertForSequenceClassification", {"layers.2.intermediate": [0.0] * 34}, {}),
+        "distilbert-attention": ("DistilBertForSequenceClassification", {"layers.0.attention": [0.0]}, {}),
+        "distilbert-ffn": ("DistilBertForSequenceClassification", {"layers.1.ffn": [0.0]}, {}),
         "bert-scale": ("BertForSequenceClassification", {"layers.2.heads": [0.5, 1.0, 1.0, 1.0]}, {}),
     }
     for place, (name, masks, settings) in cases.items():

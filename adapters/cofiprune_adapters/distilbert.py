@@ -1,0 +1,76 @@
+"""DistilBERT (Sanh et al., 2019, arXiv:1910.01108): BERT's blocks under other names, without token types.
+
+The layer itself adds the residual and runs the norm behind it, so that a block leaves through its norm, and its
+attention or feed-forward module gives zeros when it is gone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    embedding,
+    linear,
+    norm,
+    projection,
+)
+from cofiprune.structure import Exit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = BlockTable(
+    rows=(
+        linear("attention.{q,k,v}_lin", reads=HIDDEN, writes=HEADS),
+        projection("attention.out_lin", reads=HEADS),
+        norm("sa_layer_norm"),
+    ),
+    exit=Exit("sa_layer_norm"),
+    skipped=(Exit("attention", keyword="hidden_states", outputs=2, residual=False),),
+    attributes=(("attention", "n_heads", HEADS.of(1)), ("attention", "dim", HEADS)),
+)
+FFN = BlockTable(
+    rows=(
+        linear("ffn.lin1", reads=HIDDEN, writes=INTERMEDIATE),
+        projection("ffn.lin2", reads=INTERMEDIATE),
+        norm("output_layer_norm"),
+    ),
+    exit=Exit("output_layer_norm"),
+    skipped=(Exit("ffn", residual=False),),
+)
+POOLED = (linear("pre_classifier", reads=HIDDEN, rows=(0, 1)),)
+
+
+class DistilBertAdapter(Adapter):
+    """DistilBERT with every head that transformers has for it."""
+
+    model_types = ("distilbert",)
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        return Family(
+            sizes={"hidden": config.dim, "heads": config.n_heads, "intermediate": config.hidden_dim},
+            layers="transformer.layer",
+            stem=(embedding("embeddings.{word,position}_embeddings"), norm("embeddings.LayerNorm")),
+            attention=ATTENTION,
+            ffn=FFN,
+            heads={
+                "ForSequenceClassification": POOLED,
+                "ForMultipleChoice": POOLED,
+                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
+                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
+                "ForMaskedLM": (
+                    linear("vocab_transform", reads=HIDDEN, writes=HIDDEN),
+                    norm("vocab_layer_norm", read_by="vocab_projector.weight"),
+                    linear("vocab_projector", reads=HIDDEN),
+                ),
+            },
+        )
+
+
+adapter = DistilBertAdapter()
