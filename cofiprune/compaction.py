@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import PlanError
-from cofiprune.masking import leave, masks_of
+from cofiprune.masking import given, leave, masks_of
 from cofiprune.plan import Plan
 from cofiprune.record import record, recorded_sizes
 from cofiprune.structure import Block, Exit, Parameter, Shared, Side, Structure
@@ -160,9 +160,24 @@ class Passthrough(nn.Module):
     of a matrix that was there: without cofiprune that name has the wrong shape, and loading fails.
     """
 
-    def __init__(self, exit: Exit, marker: str | None = None, like: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        exit: Exit,
+        marker: str | None = None,
+        like: Tensor | None = None,
+        shared: tuple[Shared, ...] = (),
+        was: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.exit = exit
+        self.shared = shared
+        # In a tuple, so that what was there is no submodule; of it, only the tables of what it shares stay.
+        self.was = (was,) if any(each.table and hasattr(was, each.table) for each in shared) else ()
+        for name, child in list(was.named_children()) if was is not None and self.was else ():
+            if any(name == each.table for each in shared):
+                self.add_module(name, child)
+            else:
+                delattr(was, name)
         if marker is not None and like is not None:
             *path, name = marker.split(".")
             owner: nn.Module = self
@@ -172,11 +187,13 @@ class Passthrough(nn.Module):
             owner.register_buffer(name, torch.zeros(1, dtype=like.dtype, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return leave(self.exit, args, kwargs)
+        return leave(self.exit, args, kwargs, self.shared, *self.was)
 
 
 class Pick:
-    """Hook of a compacted module: of a tensor shared by all layers it takes the entries of the units kept.
+    """Hooks of a compacted module: of a tensor shared by all layers it takes the entries of the units kept.
+
+    What the module hands on to the next layer is the whole of it.
 
     Which ones these are is a buffer of the module, [units kept], so that it is saved and moved with the model.
     """
@@ -185,15 +202,23 @@ class Pick:
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
+        self.whole: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace the tensor among the arguments."""
         place, name = self.shared.argument, self.shared.keyword
-        if name in kwargs:
-            return args, {**kwargs, name: self._picked(module, kwargs[name])}
-        return (*args[:place], self._picked(module, args[place]), *args[place + 1 :]), kwargs
+        self.whole = given(self.shared, args, kwargs, module)
+        if self.whole is None:
+            return args, kwargs
+        picked = self.whole.index_select(self.shared.dim, module.get_buffer(self.BUFFER))
+        if len(args) > place:
+            return (*args[:place], picked, *args[place + 1 :]), kwargs
+        return args, {**kwargs, name: picked}
 
-    def _picked(self, module: nn.Module, value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.index_select(self.shared.dim, module.get_buffer(self.BUFFER))
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replace it among the outputs."""
+        whole, self.whole, place = self.whole, None, self.shared.output
+        return output if place is None else (*output[:place], whole, *output[place + 1 :])
 
 
 def _pick(module: nn.Module, shared: Shared, index: Tensor) -> None:
@@ -201,7 +226,9 @@ def _pick(module: nn.Module, shared: Shared, index: Tensor) -> None:
     index = index.to(next(module.parameters()).device)
     before = module._buffers.get(Pick.BUFFER)
     if before is None:
-        module.register_forward_pre_hook(Pick(shared), with_kwargs=True)
+        pick = Pick(shared)
+        module.register_forward_pre_hook(pick.before, with_kwargs=True)
+        module.register_forward_hook(pick.after)
         module.register_buffer(Pick.BUFFER, index)
     else:
         module._buffers[Pick.BUFFER] = before[index]
@@ -211,10 +238,13 @@ def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
     marked = False
     for exit in (block.exit, *block.skipped):
         marker = None if marked else _matrix_inside(exit.module, structure, block)
+        shared = tuple(each for each in block.shared if each.module == exit.module)
+        was = model.get_submodule(exit.module) if shared else None
         if marker is None:
-            stand_in = Passthrough(exit)
+            stand_in = Passthrough(exit, shared=shared, was=was)
         else:
-            stand_in = Passthrough(exit, marker.removeprefix(f"{exit.module}."), model.get_parameter(marker))
+            name, like = marker.removeprefix(f"{exit.module}."), model.get_parameter(marker)
+            stand_in = Passthrough(exit, name, like, shared, was)
             marked = True
         for name, child in _children(model, exit.module):
             if isinstance(child, nn.ModuleDict) and not hasattr(stand_in, name):

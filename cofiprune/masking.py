@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import MaskError
 from cofiprune.masks import MaskRegistry
-from cofiprune.structure import Block, Exit, Norm, Parameter, Side, Structure
+from cofiprune.structure import Block, Exit, Norm, Parameter, Shared, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,18 +210,19 @@ _EPSILONS = ("eps", "variance_epsilon", "epsilon")
 class _Exit(_Site):
     """Where a block's output leaves it, or a module inside it: its input or zeros instead, when the block is gone."""
 
-    def __init__(self, module: nn.Module, masks: MaskRegistry, gate: str, exit: Exit, *, inside: bool) -> None:
+    def __init__(self, module: nn.Module, masks: MaskRegistry, block: Block, exit: Exit) -> None:
         super().__init__(module, masks)
-        self.gate = gate
+        self.gate = block.gate
         self.exit = exit
-        self.inside = inside
+        self.inside = exit is not block.exit
+        self.shared = tuple(shared for shared in block.shared if shared.module == exit.module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         alive = self.masks.alive(self.gate)
         if alive is True:
             return self.stock(*args, **kwargs)
         if alive is False:
-            return leave(self.exit, args, kwargs)
+            return leave(self.exit, args, kwargs, self.shared, self.module)
         output = self.stock(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
@@ -239,11 +240,35 @@ def entry_of(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[exit.argument]
 
 
-def leave(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a removed block's exit returns."""
+def leave(
+    exit: Exit,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shared: tuple[Shared, ...] = (),
+    maker: nn.Module | None = None,
+) -> Any:
+    """What a removed block's exit returns.
+
+    :param shared: tensors that all layers share and this module hands on.
+    :param maker: the module, where it may have to make them.
+    """
     entry = entry_of(exit, args, kwargs)
     value = entry if exit.residual else torch.zeros_like(entry)
-    return value if exit.outputs == 1 else (value, *[None] * (exit.outputs - 1))
+    if exit.outputs == 1:
+        return value
+    found = {each.output: given(each, args, kwargs, maker) for each in shared}
+    return (value, *(found.get(place) for place in range(1, exit.outputs)))
+
+
+def given(shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], maker: nn.Module | None) -> Tensor | None:
+    """A shared tensor among the arguments of a module, or as the module makes it when it is given none."""
+    value: Tensor | None = kwargs.get(shared.keyword)
+    if len(args) > shared.argument:
+        value = args[shared.argument]
+    if value is None and shared.method and shared.table and hasattr(maker, shared.table):
+        states = args[0] if args else next(iter(kwargs.values()))
+        value = getattr(maker, shared.method)(states.shape[1], states.shape[1])
+    return value
 
 
 @contextmanager
@@ -288,4 +313,4 @@ def _norm(module: nn.Module, masks: MaskRegistry, norm: Norm) -> _Site:
 
 def _block_sites(modules: dict[str, nn.Module], masks: MaskRegistry, block: Block) -> Iterator[_Site]:
     for exit in (*block.skipped, block.exit):
-        yield _Exit(modules[exit.module], masks, block.gate, exit, inside=exit is not block.exit)
+        yield _Exit(modules[exit.module], masks, block, exit)

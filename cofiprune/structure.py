@@ -143,6 +143,12 @@ class Shared:
     """Its name, when the caller passes it by name."""
     dim: int
     """The dimension along which the units lie."""
+    output: int | None = None
+    """Its position among the module's outputs, where the module hands it on to the next layer."""
+    method: str | None = None
+    """The method by which a module makes it from the numbers of queries and keys, when it is given none."""
+    table: str | None = None
+    """The submodule that `method` reads. The layer that has it makes the tensor, and keeps it without its block."""
 
 
 @dataclass(frozen=True)

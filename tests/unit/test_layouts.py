@@ -1,17 +1,19 @@
-"""Where families differ from BERT: shared layers, norms that are not there, decoders, bounds that reach zero."""
+"""Where families differ from BERT: shared layers and biases, norms that are not there, decoders, pre-norm blocks."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5EncoderModel
 
 import cofiprune
 from cofiprune import accounting
-from cofiprune.conformance.specimens import inputs, outputs, tiny_config
+from cofiprune.conformance.specimens import inputs, outputs, specimen, tiny_config
 from cofiprune.errors import AdapterError
 
 
@@ -65,3 +67,37 @@ def test_differentiable_masks_without_units_leave_no_bias() -> None:
         masks.bind({name: value.clone() for name, value in masks.items()})
         found = outputs(model, batch)["last_hidden_state"]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def states(model: PreTrainedModel) -> torch.Tensor:
+    return outputs(model, inputs(model, torch.Generator().manual_seed(0)))["last_hidden_state"]
+
+
+def test_a_table_in_the_first_layer_serves_the_others_without_its_block(tmp_path: Path) -> None:
+    """Against the stock model with zeros in its last projections, which no mask and no slice has touched."""
+    model = specimen(model_of("t5", "T5EncoderModel", num_layers=3), torch.Generator().manual_seed(0))
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        zeroed.encoder.block[0].layer[0].SelfAttention.o.weight.zero_()
+        zeroed.encoder.block[1].layer[0].SelfAttention.o.weight[:, 6:12] = 0
+        zeroed.encoder.block[2].layer[0].SelfAttention.o.weight[:, :6] = 0
+    expected = states(zeroed)
+    with cofiprune.attach(model, ("layer", "head")) as masks:
+        masks["layers.0.attention"] = [0]
+        masks["layers.1.heads"] = [1, 0, 1, 1]
+        assert not torch.allclose(states(model), expected, atol=1e-3)
+        masks["layers.2.heads"] = [0, 1, 1, 1]
+        assert torch.allclose(states(model), expected, atol=1e-6)
+        small = cofiprune.compact(model)
+    for _ in range(2):
+        assert torch.allclose(states(small), expected, atol=1e-6)
+        first = small.encoder.block[0].layer[0].SelfAttention
+        assert [name for name, _ in first.named_parameters()] == ["relative_attention_bias.weight"]
+        assert first.relative_attention_bias.weight.shape == (32, 4)
+        small.save_pretrained(tmp_path)
+        small = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    with cofiprune.attach(small) as masks:
+        masks["layers.1.heads"] = [1, 1, 0]
+        expected = states(small)
+        smaller = cofiprune.compact(small)
+    assert torch.allclose(states(smaller), expected, atol=1e-6)
