@@ -44,6 +44,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...] | None]] = 
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "classifier_pooling": "mean"},
         ("ForMaskedLM", "ForSequenceClassification"),
     ),
+    # As t5-small; three layers, so that the first layer's table serves two others.
+    "t5": ("t5", {"num_layers": 3}, ("EncoderModel", "ForTokenClassification")),
+    # As t5-v1_1-small.
+    "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu"}, ("EncoderModel",)),
+    "umt5": ("umt5", {}, ("EncoderModel", "ForTokenClassification")),
 }
 
 
