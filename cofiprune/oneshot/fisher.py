@@ -52,7 +52,7 @@ def measured_importance(
         for batch in itertools.islice(batches, limit):
             inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}
             masks.bind(values)
-            outputs = predictions(model(**inputs, return_dict=True))
+            outputs = [_counted(part, inputs) for part in predictions(model(**inputs, return_dict=True))]
             noise = [torch.randn(part.shape, generator=generator, device=device, dtype=part.dtype) for part in outputs]
             projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
             gradients = torch.autograd.grad(projected, list(values.values()))
@@ -62,3 +62,11 @@ def measured_importance(
         masks.unbind()
         model.train(training)
     return squares
+
+
+def _counted(predicted: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Predictions [B, T, ...] with zeros at padding; others as they are."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or predicted.dim() < 2 or predicted.shape[:2] != mask.shape:
+        return predicted
+    return torch.where(mask.reshape(*mask.shape, *[1] * (predicted.dim() - 2)) != 0, predicted, 0.0)

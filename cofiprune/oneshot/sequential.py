@@ -21,11 +21,13 @@ from cofiprune.accounting import Cost
 from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS
 from cofiprune.compaction import compact
+from cofiprune.errors import DataError, TargetError
 from cofiprune.masking import attach
 from cofiprune.oneshot.activations import Batch, LayerWalk, Projection, counted, projections, valid_rows
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.oneshot.repair import LeastSquares
 from cofiprune.plan import Plan
+from cofiprune.selection import check_target
 from cofiprune.structure import Block, Structure, UnitKind
 from cofiprune.tasks import label_names
 
@@ -42,13 +44,28 @@ _SCORED_TOGETHER = 8
 """Examples per random projection of the predictions: more projections are a better estimate, and slower."""
 
 
+def check_one_shot(structure: Structure, cost: Cost, target: float, units: str | Sequence[UnitKind] | None) -> None:
+    """Make sure that a target can be met without cutting hidden dimensions.
+
+    :raises TargetError: saying what can be reached.
+    """
+    kinds = tuple({group.unit for group in structure.select(_listed(units)) if group.kind != "hidden"})
+    if not can_start(structure, units):
+        raise TargetError('one shot on data cuts heads and feed-forward dimensions: units must include "head" or '
+                          '"intermediate"')  # fmt: skip
+    check_target(structure, cost, target, kinds)
+
+
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
     """Whether there is anything among the unit kinds that this method cuts: heads or feed-forward dimensions."""
     return bool(_inner(structure, units))
 
 
 def calibration(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Batch]:
-    """Take from a data set what the statistics need: batches of what the model reads, without labels."""
+    """Take from a data set what the statistics need: batches of what the model reads, without labels.
+
+    :raises DataError: when there are fewer positions than a projection has inputs.
+    """
     structure = structure_of(model)
     left_out = {ROWS, *label_names(model)}
     taken: list[Batch] = []
@@ -58,6 +75,13 @@ def calibration(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]])
         found += counted(model, structure, taken[-1])
         if found >= FIT_POSITIONS:
             break
+    widths = [model.get_parameter(f"{part.module}.weight").shape[1] for part in projections(model, structure).values()]
+    needed = max(widths, default=1)
+    if found < needed:
+        raise DataError(
+            f"the data set has {found} positions (tokens, patches or frames) that are no padding; the statistics of "
+            f"this model need at least {needed}, and up to {FIT_POSITIONS} are used"
+        )
     return taken
 
 
@@ -79,7 +103,7 @@ class SequentialPruning:
         :param model: without masks, in evaluation mode; what its blocks put out is what the repair aims at.
         :param batches: see `calibration`; at least one.
         :param cost: what the target is a share of.
-        :param target: share of the cost to remove, in (0, 1). Units go in whole pieces, and no further.
+        :param target: share of the cost to remove, in (0, 1). Met as nearly as whole units allow.
         :param units: kinds that may be cut; of them only heads and feed-forward dimensions are, and with "layer" also
             the blocks of which nothing would be left.
         """
@@ -158,9 +182,10 @@ class SequentialPruning:
         budget = self.wanted - self.cost.exact(self._sizes(dict.fromkeys(self.pending, 0)))
         kept: list[int] = []
         for _, position, unit in candidates:
-            budget -= saved[self.pending[position]]
-            if budget < 0:
+            price = saved[self.pending[position]]
+            if budget < (price / 2 if len(self.pending) == 1 else price):  # the last block rounds
                 break
+            budget -= price
             if self.pending[position] == block.inner:
                 kept.append(unit)
         if not kept and not self.may_empty:

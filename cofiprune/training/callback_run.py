@@ -23,11 +23,11 @@ from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.hooks import ForwardHooks
-from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.projection import fitted_projection, hidden_width
 from cofiprune.training.schedule import Schedule, gate_rate

@@ -37,6 +37,9 @@ class PruneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    method: Literal["cofi", "one-shot"] = "cofi"
+    """How `prune` goes about it with data: "cofi" trains gates and weights, "one-shot" trains nothing and needs neither
+    labels nor a teacher. One shot cuts heads, feed-forward dimensions and blocks of which nothing is left."""
     epochs: NonNegative = 4
     """Epochs of the pruning phase, in which gates and weights learn together; fractions are allowed."""
     finetune_epochs: NonNegative = 2
@@ -77,8 +80,8 @@ class PruneConfig(BaseModel):
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
     one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """How much of the way to the target is gone in one shot before the gates start, as a share of the logarithm of
-    what is kept: with 0.75, sparsity 0.89 for a target of 0.95, 0.50 for 0.60. 0, or any `pre_finetune_epochs`, for none of it, as in
-    the original."""
+    what is kept: with 0.75, sparsity 0.89 for a target of 0.95, 0.50 for 0.60. 0, or any
+    `pre_finetune_epochs`, for none of it, as in the original."""
     warm_start: bool = True
     """Order the initial gates by the importance of their units, measured on a few batches."""
     warm_start_spread: NonNegative = 3.0

@@ -22,13 +22,14 @@ from cofiprune.batches import ROWS, RowBatches
 from cofiprune.compaction import compact, restore
 from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
-from cofiprune.errors import CheckpointError, SettingsError, TrainingError
+from cofiprune.errors import CheckpointError, SettingsError, TargetError, TrainingError
 from cofiprune.evaluation import evaluate_batches
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
+from cofiprune.selection import TOLERANCE
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.tasks import label_names
@@ -48,7 +49,7 @@ from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
-from cofiprune.training.start import Start, one_shot
+from cofiprune.training.start import Start, one_shot, start_for
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
 from cofiprune.training.teacher import Teacher
 
@@ -100,7 +101,7 @@ class Run:
             shuffle=True,
             seed=config.seed,
             collator=collator,
-            need_labels=teacher is None,
+            need_labels=teacher is None and config.method == "cofi",
             name="train_dataset",
         )
         evaluate = held_out(eval_dataset, model, config, collator, compute_metrics)
@@ -169,6 +170,29 @@ class Run:
             log(self.session, done.state, self.session.evaluate(self.model))  # what was logged last had other masks
         return plan, done.state
 
+    def one_shot(self, target: float) -> PruneResult:
+        """Prune on data without training."""
+        started = time.perf_counter()
+        with self._running():
+            take_masks_off(self.model)
+            masks = attach(self.model)
+            try:
+                progress = self._one_shot_progress()
+                accelerator = self.session.accelerator
+                found = one_shot(self.model, self.calibrated, self.config, target, accelerator, progress)
+                if abs(1 - found.share - target) > TOLERANCE:
+                    raise TargetError(f"block by block, the nearest to sparsity {target:g} is {1 - found.share:.4f}")
+            except BaseException:
+                masks.detach()
+                raise
+            whole = Plan.from_values(structure_of(found.small), {})
+            plan = found.write_back(masks, whole)
+            state = RunState("one-shot", {"model": self.model}, torch.optim.SGD(self.model.parameters()))
+            state.seconds = time.perf_counter() - started
+            measured = {} if self.session.evaluate is None else self.session.evaluate(self.model)
+            log(self.session, state, {"sparsity": 1 - found.share, **measured})
+        return self._result(plan, masks, state)
+
     def finetune(self) -> PruneResult:
         masks = masks_of(self.model)
         structure = structure_of(self.model)
@@ -212,18 +236,22 @@ class Run:
                 return None
             plan = Plan.from_dict(saved.extra["start"])
             return Start(self.model, compact(self.model, plan), plan)
+        started = time.perf_counter()
+        progress = self._one_shot_progress()
+        found = start_for(self.model, self.calibrated, self.config, target, self.session.accelerator, progress)
+        self.seconds_of_start = time.perf_counter() - started
+        return found
+
+    def _one_shot_progress(self) -> Callable[[float], None]:
         session = self.session
         session.display.begin("one-shot", total=100, done=0)
 
         def progress(share: float) -> None:
             session.display.reach(round(100 * share))
             if session.interrupt.requested is not None and session.accelerator.num_processes == 1:
-                session.interrupt.stop("Stopped in the one-shot start, before any training: the model is as it was.")
+                session.interrupt.stop("Stopped in the one-shot stage: the model is as it was.")
 
-        started = time.perf_counter()
-        found = one_shot(self.model, self.calibrated, self.config, target, session.accelerator, progress)
-        self.seconds_of_start = time.perf_counter() - started
-        return found
+        return progress
 
     def _learn_on(
         self,

@@ -14,6 +14,7 @@ from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluating
 from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
+from cofiprune.oneshot.sequential import check_one_shot
 from cofiprune.selection import check_fraction, check_target
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
@@ -53,7 +54,8 @@ def prune(
     an earlier run left, prune `cofiprune.compact(model)`.
 
     :param model: any transformers encoder with an adapter, with any head.
-    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one-shot.
+    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
+        without data.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone.
     :param eval_dataset: evaluated every `eval_steps` and at the end.
@@ -68,7 +70,9 @@ def prune(
     config = PruneConfig.create(config, **settings)
     target = check_fraction(target_sparsity)
     structure = structure_of(model)
-    check_target(structure, accounting.layer_parameters(structure), target, config.units)
+    on_data = train_dataset is not None and config.method == "one-shot"
+    check = check_one_shot if on_data else check_target
+    check(structure, accounting.layer_parameters(structure), target, config.units)
     check_weights(model)
     taught = resolve_teacher(teacher, model)
     copied = None if taught is None or teacher is taught else masks_of(taught)
@@ -87,7 +91,11 @@ def prune(
             folder.mkdir(parents=True, exist_ok=True)
             result.plan.save(folder / "plan.json")
         return result
-    check_trainable(model, gated=True)
+    if on_data:
+        if resume:
+            raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
+    else:
+        check_trainable(model, gated=True)
     run = Run(
         model,
         taught,
@@ -101,7 +109,7 @@ def prune(
         resume=resume,
         teaches_itself=teacher == "self",
     )
-    return run.prune(target)
+    return run.one_shot(target) if on_data else run.prune(target)
 
 
 def finetune(

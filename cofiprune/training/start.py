@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
@@ -17,7 +17,7 @@ from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import Batches
 from cofiprune.compaction import compact, restore
-from cofiprune.errors import TargetError
+from cofiprune.errors import DataError, TargetError
 from cofiprune.evaluation import evaluating
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
@@ -43,7 +43,9 @@ class Start:
     @property
     def share(self) -> float:
         """Parameters left in the layers, by those of the whole model's."""
-        return _share(self.whole, self.plan)
+        structure = structure_of(self.whole)
+        cost = accounting.layer_parameters(structure)
+        return cost.exact(self.plan.kept) / cost.exact(structure.sizes)
 
     def write_back(self, masks: MaskRegistry, decided: Plan) -> Plan:
         """Bring the small model's weights into the whole one, and return a plan for the small one in its terms.
@@ -56,13 +58,7 @@ class Start:
         return plan
 
 
-def wanted_share(config: PruneConfig, target: float) -> float:
-    """The share of the layers that one shot is to leave: part of the way to the target, on a logarithmic scale."""
-    share: float = (1 - target) ** config.one_shot_share
-    return share
-
-
-def one_shot(
+def start_for(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
@@ -70,39 +66,49 @@ def one_shot(
     accelerator: Accelerator,
     on_progress: Callable[[float], None],
 ) -> Start | None:
-    """Prune part of the way in one shot; the first process does, the others get the outcome.
+    """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
-    :param batches: of the whole data set, the same for every process.
     :param target: the sparsity that the gates are to reach in the end.
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
         a configuration that leaves it out.
     """
-    structure = structure_of(model)
-    if not config.starts_from_one_shot or not can_start(structure, config.units):
+    if not config.starts_from_one_shot or not can_start(structure_of(model), config.units):
         return None
-    found: list[dict[str, object] | None] = [None]
+    share = (1 - target) ** config.one_shot_share
+    try:
+        start = one_shot(model, batches, config, 1 - share, accelerator, on_progress)
+    except DataError:
+        return None  # too few rows for statistics; gates need none
+    return start if _can_go_on(start, target, config) else None
+
+
+def one_shot(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: PruneConfig,
+    sparsity: float,
+    accelerator: Accelerator,
+    on_progress: Callable[[float], None],
+) -> Start:
+    """Prune in one shot, labels unseen; the first process does, the others get the outcome.
+
+    :param batches: of the whole data set, the same for every process.
+    :raises DataError: when there are too few rows for the statistics.
+    """
+    batches.set_epoch(0)
+    batches.skip(0)
+    taken = calibration(model, batches)
+    outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if accelerator.is_main_process:
-        cost = accounting.layer_parameters(structure)
+        cost = accounting.layer_parameters(structure_of(model))
         with evaluating(model):
-            batches.set_epoch(0)
-            batches.skip(0)
-            run = SequentialPruning(
-                model,
-                calibration(model, batches),
-                cost,
-                target=1 - wanted_share(config, target),
-                units=config.units,
-                seed=config.seed,
-            )
+            run = SequentialPruning(model, taken, cost, target=sparsity, units=config.units, seed=config.seed)
             plan, small = run.run(on_progress)
-        if _can_go_on(small, target, _share(model, plan), config):
-            found = [plan.to_dict()]
+        outcome = [plan.to_dict()]
     if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    if found[0] is None:
-        return None
-    plan = Plan.from_dict(found[0])
+        broadcast_object_list(outcome)
+    plan = Plan.from_dict(outcome[0])
     if small is None:
         small = compact(model, plan)
     if accelerator.num_processes > 1:
@@ -111,17 +117,11 @@ def one_shot(
     return Start(model, small, plan)
 
 
-def _share(model: PreTrainedModel, plan: Plan) -> float:
-    structure = structure_of(model)
-    cost = accounting.layer_parameters(structure)
-    return cost.exact(plan.kept) / cost.exact(structure.sizes)
-
-
-def _can_go_on(small: PreTrainedModel, target: float, share: float, config: PruneConfig) -> bool:
+def _can_go_on(start: Start, target: float, config: PruneConfig) -> bool:
     """Whether the target can be reached from what is left; where units go in large steps it need not be."""
-    structure = structure_of(small)
+    structure = structure_of(start.small)
     units = tuple({group.unit for group in structure.present(config.units)})
-    left = 1 - (1 - target) / share
+    left = 1 - (1 - target) / start.share
     if not units or left <= 0:
         return False
     try:

@@ -6,7 +6,13 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from cofiprune import accounting, compact
 from cofiprune.adapter import structure as structure_of
@@ -203,6 +209,19 @@ def test_padding_does_not_matter():
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches_of(model)]
     longer = [padded(batch, 30, fill=7) for batch in batches]
     (plan, small), (again, other) = (pruned(model, 0.5, batches=given) for given in (batches, longer))
+    assert plan == again
+    after = state(other)
+    for name, value in state(small).items():
+        torch.testing.assert_close(value, after[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cls", [BertForTokenClassification, BertForMaskedLM, BertModel])
+def test_what_stands_at_padding_does_not_matter_to_predictions_of_every_token(cls):
+    model = bert(cls).double()
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches_of(model)]
+    (plan, small), (again, other) = (
+        pruned(model, 0.5, batches=[padded(batch, 30, fill=fill) for batch in batches]) for fill in (7, 11)
+    )
     assert plan == again
     after = state(other)
     for name, value in state(small).items():

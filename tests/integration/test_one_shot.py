@@ -1,0 +1,90 @@
+"""`prune` on data without training: exact, unlabelled, the weights repaired, nothing else touched."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertModel
+
+import cofiprune
+from cofiprune.errors import DataError, SettingsError, TargetError
+
+
+def unlabelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"input_ids": row["input_ids"]} for row in rows]
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
+def test_sparsity_is_exact_and_compact_follows(toy, target, tmp_path):
+    student = toy.student()
+    result = cofiprune.prune(
+        student,
+        unlabelled(toy.rows(64)),
+        target_sparsity=target,
+        method="one-shot",
+        eval_dataset=toy.rows(32, seed=2),
+        output_dir=tmp_path,
+        progress=False,
+    )
+    small = result.compact()
+    assert abs(result.sparsity - target) <= 0.005
+    assert abs(cofiprune.summary(small).sparsity - target) <= 0.005
+    batch = {"input_ids": torch.tensor([[2, 5, 9, 12]])}
+    with torch.no_grad():
+        assert (student.eval()(**batch).logits - small.eval()(**batch).logits).abs().max() < 1e-5
+    assert [entry["phase"] for entry in result.history] == ["one-shot"]
+    assert result.metrics["eval_accuracy"] == cofiprune.evaluate(small, toy.rows(32, seed=2))["accuracy"]
+    assert cofiprune.Plan.load(tmp_path / "plan.json") == result.plan
+
+
+def test_repair_on_data_comes_nearer_than_the_plan_alone(toy):
+    teacher, rows = toy.teacher, toy.rows(128)
+    result = cofiprune.prune(toy.student(), rows, target_sparsity=0.6, method="one-shot", progress=False)
+    bare = cofiprune.compact(copy.deepcopy(teacher), result.plan)
+    batch = {"input_ids": torch.tensor([row["input_ids"][:4] for row in toy.rows(32, seed=3)])}
+    with torch.no_grad():
+        wanted = teacher.eval()(**batch).logits
+        distances = [(model.eval()(**batch).logits - wanted).norm() for model in (result.compact(), bare)]
+    assert distances[0] < distances[1]
+
+
+def test_the_same_call_gives_the_same_model(toy):
+    models = [
+        cofiprune.prune(toy.student(), toy.rows(64), target_sparsity=0.5, method="one-shot", progress=False).compact()
+        for _ in range(2)
+    ]
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_hidden_dimensions_stay(toy):
+    result = cofiprune.prune(toy.student(), toy.rows(64), target_sparsity=0.9, method="one-shot", progress=False)
+    assert result.plan.kept["hidden"] == 16
+
+
+def test_an_encoder_without_a_head(toy):
+    torch.manual_seed(0)
+    model = BertModel(toy.teacher.config)
+    rows = unlabelled(toy.rows(64))
+    result = cofiprune.prune(model, rows, target_sparsity=0.5, method="one-shot", progress=False)
+    assert abs(result.sparsity - 0.5) <= 0.005
+
+
+def test_wrong_use(toy):
+    rows = toy.rows(64)
+    for error, words, changes in (
+        (TargetError, ('"head"', '"intermediate"'), {"units": ("hidden",)}),
+        (TargetError, ("cannot be reached", "head"), {"units": ("head", "hidden"), "target_sparsity": 0.9}),
+        (SettingsError, ("resume=True",), {"resume": True, "output_dir": "missing"}),
+        (SettingsError, ("one-shott", "one-shot"), {"method": "one-shott"}),
+        (DataError, ("positions", "48"), {"train_dataset": toy.rows(2)}),
+    ):
+        student = toy.student()
+        before = toy.snapshot(student)
+        arguments = {"train_dataset": rows, "target_sparsity": 0.5, "method": "one-shot", "progress": False, **changes}
+        with pytest.raises(error) as caught:
+            cofiprune.prune(student, **arguments)
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert toy.is_unchanged(student, before)
+        assert cofiprune.masking.masks_of(student) is None
