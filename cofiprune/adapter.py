@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -192,6 +193,8 @@ class Adapter:
 
     model_types: tuple[str, ...] = ()
     """The `config.model_type` values that it serves."""
+    trial_settings: Mapping[str, Any] = MappingProxyType({})
+    """Settings of the small configurations that `check_adapter` tries, where a model does not run with stock ones."""
 
     def describe(self, config: PretrainedConfig) -> Family:
         """Return the family's table for one configuration."""

@@ -10,6 +10,7 @@ Multiply-accumulates are those of one language per example.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import HIDDEN, INTERMEDIATE, BlockTable, Family, Row, linear, norm, projection
@@ -24,6 +25,7 @@ class XmodAdapter(roberta.RobertaAdapter):
     """X-MOD, pre-norm or post-norm, with every head that transformers has for it."""
 
     model_types = ("xmod",)
+    trial_settings = MappingProxyType({"default_language": "en_XX"})
 
     def describe(self, config: PretrainedConfig) -> Family:
         family = super().describe(config)

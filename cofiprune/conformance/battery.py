@@ -111,7 +111,9 @@ def check_adapter(
         battery.check(adapter_or_model)
         return battery.report()
     with temporarily(adapter_or_model):
-        chosen = [tiny_config(name) for name in adapter_or_model.model_types] if configs is None else list(configs)
+        settings = adapter_or_model.trial_settings
+        stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
+        chosen = list(stock if configs is None else configs)
         for config in chosen:
             for cls in _chosen(head_classes(config), heads):
                 model = battery.build(cls, config)

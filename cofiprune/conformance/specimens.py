@@ -57,8 +57,11 @@ _SAMPLES = 64
 _CHOICES = 2
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """Return a configuration of a family with two layers, four heads and 24 hidden dimensions."""
+def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
+    """Return a configuration of a family with two layers, four heads and 24 hidden dimensions.
+
+    :param settings: go before these sizes.
+    """
     stock = AutoConfig.for_model(model_type)
     names = {name: stock.attribute_map.get(name, name) for name in _SIZES}
     sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(stock, name)}
@@ -69,7 +72,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         value = getattr(stock, name)
         if isinstance(value, int) and value >= _SIZES["vocab_size"]:
             sizes[name] = 0 if name == "pad_token_id" else place
-    return AutoConfig.for_model(model_type, **sizes)
+    return AutoConfig.for_model(model_type, **{**sizes, **settings})
 
 
 def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:

@@ -36,6 +36,13 @@ MODELS = [
     ("DebertaV2ForMaskedLM", {**V3, "legacy": False}),
     ("DebertaV2ForQuestionAnswering", {**RELATIVE, "conv_kernel_size": 3}),
     ("DebertaV2ForTokenClassification", {**RELATIVE, "pos_att_type": "p2c", "embedding_size": 10}),
+    ("ElectraForPreTraining", {"embedding_size": 10}),
+    ("DistilBertForSequenceClassification", {}),
+    ("MPNetForMaskedLM", {}),
+    ("MegatronBertForMaskedLM", {}),
+    ("RemBertForMaskedLM", {"input_embedding_size": 10, "output_embedding_size": 14}),
+    ("RoFormerForMaskedLM", {}),
+    ("XmodForMaskedLM", {"languages": ["de_DE", "en_XX"], "default_language": "en_XX"}),
 ]
 TOKENS = 11
 
