@@ -181,6 +181,8 @@ class Family:
     ffn: BlockTable
     heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
+    encoder: str = ""
+    """Path of the encoder in models with a head whose class does not name it as their base model."""
     applications: tuple[int, ...] | None = None
     """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -316,7 +318,8 @@ class _Resolver:
         self.model = model
         self.family = family
         base = model.base_model_prefix
-        self.base = base if base and isinstance(getattr(model, base, None), nn.Module) else ""
+        places = (each for each in (base, family.encoder) if each)
+        self.base = next((each for each in places if isinstance(getattr(model, each, None), nn.Module)), "")
         self.modules = dict(model.named_modules())
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.recorded = recorded

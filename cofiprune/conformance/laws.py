@@ -223,9 +223,9 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
     }
     with attach(subject.model) as masks, torch.enable_grad():
         masks.bind(values)
-        found = tensors(subject.model(**subject.batch)).values()
+        found = [value for value in tensors(subject.model(**subject.batch)).values() if value.requires_grad]
         weights = [torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in found]
-        gradients = torch.autograd.grad(list(found), list(values.values()), weights, allow_unused=True)
+        gradients = torch.autograd.grad(found, list(values.values()), weights, allow_unused=True)
     for name, gradient in zip(values, gradients, strict=True):
         if gradient is None or not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
             state = "missing" if gradient is None else f"{gradient.tolist()}"

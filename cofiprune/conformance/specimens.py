@@ -34,6 +34,7 @@ _SIZES: Mapping[str, Any] = {
     "intermediate_size": 34,
     "hidden_dim": 34,
     "d_ff": 34,
+    "encoder_ffn_dim": 34,
     "d_kv": 6,
     "embedding_size": 24,
     "max_position_embeddings": 32,
@@ -43,6 +44,7 @@ _SIZES: Mapping[str, Any] = {
     "encoder_stride": 4,
     "num_mel_bins": 8,
     "max_length": 16,
+    "max_source_positions": 8,
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
     "conv_dim": (6, 6),
@@ -53,7 +55,7 @@ _SIZES: Mapping[str, Any] = {
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
 _TOKENS = 9
-_SAMPLES = 64
+_SAMPLES = 160
 _CHOICES = 2
 
 
@@ -133,6 +135,9 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
         mask = torch.ones(3, _SAMPLES, dtype=torch.long)
         mask[1, _SAMPLES // 2 :] = 0
         return {name: _noise((3, _SAMPLES), model, generator), "attention_mask": mask}
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        # A convolution of stride 2 makes the positions.
+        return {name: _noise((3, config.num_mel_bins, 2 * config.max_source_positions), model, generator)}
     if name in ("input_values", "input_features") and hasattr(config, "num_mel_bins"):
         return {name: _noise((3, config.max_length, config.num_mel_bins), model, generator)}
     raise AdapterError(f"{type(model).__name__} reads {name!r}; pass a batch for it: batch={{{name!r}: ...}}")
