@@ -28,6 +28,16 @@ SIZES = {
     "intermediate_size": 34,
 }
 IMAGE = {**SIZES, "image_size": 8, "patch_size": 4}
+SOUND = {
+    **SIZES,
+    "vocab_size": 40,
+    "conv_dim": (6, 6),
+    "conv_kernel": (4, 3),
+    "conv_stride": (2, 2),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "tdnn_dim": (8, 8, 8, 8, 12),
+}
 TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 32, "bos_token_id": 2, "eos_token_id": 3}
 
 # Name of the case: configuration class, settings, classes, and the unit kinds that it refuses.
@@ -82,6 +92,41 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = {
         {**SIZES, "num_mel_bins": 8, "max_length": 16, "patch_size": 4, "frequency_stride": 3, "time_stride": 3},
         "AST{Model,ForAudioClassification}",
         (),
+    ),
+    # Not for pretraining: its perplexity of codes is rounded to float32.
+    "wav2vec2": (
+        "Wav2Vec2Config",
+        SOUND,
+        "Wav2Vec2{Model,ForCTC,ForSequenceClassification,ForAudioFrameClassification,ForXVector}",
+        ("hidden",),
+    ),
+    "wav2vec2-stable": (
+        "Wav2Vec2Config",
+        {**SOUND, "do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        "Wav2Vec2{Model,ForCTC}",
+        ("hidden",),
+    ),
+    "hubert": ("HubertConfig", SOUND, "Hubert{Model,ForCTC,ForSequenceClassification}", ("hidden",)),
+    "hubert-stable": ("HubertConfig", {**SOUND, "do_stable_layer_norm": True}, "HubertModel", ("hidden",)),
+    "data2vec-audio": (
+        "Data2VecAudioConfig",
+        {**SOUND, "conv_pos_kernel_size": 3},
+        "Data2VecAudio{Model,ForCTC,ForSequenceClassification,ForAudioFrameClassification,ForXVector}",
+        ("hidden",),
+    ),
+    "whisper": (
+        "WhisperConfig",
+        {
+            "d_model": 24,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 34,
+            "num_mel_bins": 8,
+            "max_source_positions": 8,
+            "classifier_proj_size": 10,
+        },
+        "WhisperForAudioClassification",
+        ("hidden",),
     ),
 }
 

@@ -1,0 +1,79 @@
+"""wav2vec 2.0 (Baevski et al., 2020, arXiv:2006.11477) and the families that kept its encoder: HuBERT (Hsu et al.,
+2021, arXiv:2106.07447) and data2vec for audio (Baevski et al., 2022, arXiv:2202.03555).
+
+The relative positions come from a convolution over the hidden dimensions whose channels are grouped: a hidden dimension
+belongs to a group and cannot leave it alone, so that the hidden size is refused.
+
+The base models have post-norm layers, in which the norms stand beside attention and feed-forward; the large ones
+(`do_stable_layer_norm`) have pre-norm layers. A language adapter of an MMS model (`adapter_attn_dim`) stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import HEADS, HIDDEN, INTERMEDIATE, Adapter, BlockTable, Family, Row, linear, norm, projection
+from cofiprune.structure import Exit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PRE_NORM_ATTENTION = BlockTable(
+    rows=(
+        linear("attention.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
+        projection("attention.out_proj", reads=HEADS),
+        norm("layer_norm"),
+    ),
+    exit=Exit("attention", keyword="hidden_states", outputs=2, residual=False),
+    skipped=("layer_norm",),
+    attributes=(("attention", "num_heads", HEADS.of(1)),),
+)
+PRE_NORM_FFN = BlockTable(
+    rows=(
+        linear("feed_forward.intermediate_dense", reads=HIDDEN, writes=INTERMEDIATE),
+        projection("feed_forward.output_dense", reads=INTERMEDIATE),
+        norm("final_layer_norm"),
+    ),
+    exit=Exit("feed_forward", residual=False),
+    skipped=("final_layer_norm",),
+)
+# The norm behind the residual is where the block leaves; what stands before it gives zeros.
+ATTENTION = replace(PRE_NORM_ATTENTION, exit=Exit("layer_norm"), skipped=(PRE_NORM_ATTENTION.exit,))
+FFN = replace(PRE_NORM_FFN, exit=Exit("final_layer_norm"), skipped=(PRE_NORM_FFN.exit,))
+GROUPED = (
+    "the convolution that gives it positions is grouped over the hidden dimensions (num_conv_pos_embedding_groups)"
+)
+
+
+class Wav2Vec2Adapter(Adapter):
+    """wav2vec 2.0, HuBERT and data2vec for audio with every head that transformers has for them."""
+
+    model_types = ("wav2vec2", "hubert", "data2vec-audio")
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        stable = getattr(config, "do_stable_layer_norm", False)
+        return Family(
+            sizes={
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "intermediate": config.intermediate_size,
+            },
+            layers="encoder.layers",
+            stem=(*features(config), linear("feature_projection.projection", writes=HIDDEN)),
+            attention=PRE_NORM_ATTENTION if stable else ATTENTION,
+            ffn=PRE_NORM_FFN if stable else FFN,
+            refused={"hidden": GROUPED},
+        )
+
+
+def features(config: PretrainedConfig) -> tuple[Row, ...]:
+    """The convolutions over the sound wave, which run more often than the layers do, by the strides behind them."""
+    return tuple(
+        linear(f"feature_extractor.conv_layers.{index}.conv", rows=(math.prod(config.conv_stride[index + 1 :]), 0))
+        for index in range(len(config.conv_dim))
+    )
+
+
+adapter = Wav2Vec2Adapter()

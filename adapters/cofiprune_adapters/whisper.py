@@ -1,0 +1,74 @@
+"""The encoder of Whisper (Radford et al., 2022, arXiv:2212.04356), alone or under a head for classification.
+
+The feed-forward matrices lie in the layer itself; the second is where their block leaves. When transformers loads a
+model, it computes the sinusoids of its positions before it reads those in the file, and fails where the hidden size is
+odd: the hidden size is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    embedding,
+    linear,
+    norm,
+    projection,
+)
+from cofiprune.structure import Exit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = BlockTable(
+    rows=(
+        norm("self_attn_layer_norm"),
+        linear("self_attn.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
+        projection("self_attn.out_proj", reads=HEADS),
+    ),
+    exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+    skipped=("self_attn_layer_norm",),
+    attributes=(("self_attn", "num_heads", HEADS.of(1)),),
+)
+FFN = BlockTable(
+    rows=(
+        norm("final_layer_norm"),
+        linear("fc1", reads=HIDDEN, writes=INTERMEDIATE),
+        projection("fc2", reads=INTERMEDIATE),
+    ),
+    exit=Exit("fc2", residual=False),
+    skipped=("final_layer_norm", "fc1"),
+)
+SINUSOIDS = "transformers cannot load it with an odd number of them, for which its positions have no sinusoids"
+
+
+class WhisperAdapter(Adapter):
+    """Whisper's encoder, bare and for classification."""
+
+    model_types = ("whisper",)
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        return Family(
+            sizes={
+                "hidden": config.d_model,
+                "heads": config.encoder_attention_heads,
+                "intermediate": config.encoder_ffn_dim,
+            },
+            encoder="encoder",
+            layers="layers",
+            # The first convolution makes two rows of what the second makes one.
+            stem=(linear("conv1", rows=(2, 0)), linear("conv2"), embedding("embed_positions"), norm("layer_norm")),
+            attention=ATTENTION,
+            ffn=FFN,
+            heads={"ForAudioClassification": (linear("projector", reads=HIDDEN),)},
+            refused={"hidden": SINUSOIDS},
+        )
+
+
+adapter = WhisperAdapter()
