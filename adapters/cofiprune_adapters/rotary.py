@@ -1,7 +1,8 @@
-"""Encoders of rotary attention (`q_proj` to `o_proj`) and a gated feed-forward block (`gate_proj` to `down_proj`).
+"""Encoders of rotary attention (`q_proj` to `o_proj`) and, most of them, a gated feed-forward block.
 
-Nomic-BERT (Nussbaum et al., 2024, arXiv:2402.01613) and GTE v1.5 (Zhang et al., 2024, arXiv:2407.19669) are post-norm:
-the layer adds the residual and hands the sum to the norm. EuroBERT (Boizard et al., 2025, arXiv:2503.05500) is pre-norm
+Nomic-BERT (Nussbaum et al., 2024, arXiv:2402.01613), GTE v1.5 (Zhang et al., 2024, arXiv:2407.19669) and
+jina-embeddings-v3 (Sturua et al., 2024, arXiv:2409.10173), whose feed-forward block is plain, are post-norm: the layer
+adds the residual and hands the sum to the norm. EuroBERT (Boizard et al., 2025, arXiv:2503.05500) is pre-norm
 with RMSNorm and shares keys and values among several query heads: one unit of `heads` is such a group of query heads
 with the keys and values that it reads.
 """
@@ -36,20 +37,26 @@ FFN = (
     linear("mlp.{gate,up}_proj", reads=HIDDEN, writes=INTERMEDIATE),
     projection("mlp.down_proj", reads=INTERMEDIATE),
 )
+PLAIN_FFN = (
+    linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
+    projection("mlp.fc2", reads=INTERMEDIATE),
+)
 TOKENS = (linear("classifier", reads=HIDDEN),)
 PREDICTIONS = {
     "nomic_bert": ("cls.predictions.transform", "cls.predictions.decoder"),
     "gte": ("lm_head", "lm_head.decoder"),
+    "jina_embeddings_v3": ("lm_head", "lm_head.decoder"),
 }
 """Where the masked language modelling head has its transform and its decoder."""
 
 
 class PostNormAdapter(Adapter):
-    """Nomic-BERT and GTE with every head that transformers has for them."""
+    """Nomic-BERT, GTE and jina-embeddings-v3 with every head that transformers has for them."""
 
-    model_types = ("nomic_bert", "gte")
+    model_types = ("nomic_bert", "gte", "jina_embeddings_v3")
 
     def describe(self, config: PretrainedConfig) -> Family:
+        ffn = PLAIN_FFN if config.model_type == "jina_embeddings_v3" else FFN
         return Family(
             sizes={
                 "hidden": config.hidden_size,
@@ -69,13 +76,14 @@ class PostNormAdapter(Adapter):
                 skipped=(Exit("self_attn", outputs=2, residual=False),),
             ),
             ffn=BlockTable(
-                rows=(*FFN, norm("post_mlp_layernorm")),
+                rows=(*ffn, norm("post_mlp_layernorm")),
                 exit=Exit("post_mlp_layernorm"),
                 skipped=(Exit("mlp", residual=False),),
             ),
             heads={
-                "ForSequenceClassification": (),
+                "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1), optional=True),),
                 "ForTokenClassification": TOKENS,
+                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
                 "ForMaskedLM": masked_lm(*PREDICTIONS[config.model_type]),
             },
         )

@@ -1,9 +1,10 @@
-"""The encoders of T5 (Raffel et al., 2020, arXiv:1910.10683) and UMT5 (Chung et al., 2023, arXiv:2304.09151).
+"""The encoders of T5 (Raffel et al., 2020, arXiv:1910.10683), mT5 (Xue et al., 2021, arXiv:2010.11934) and UMT5
+(Chung et al., 2023, arXiv:2304.09151).
 
 Pre-norm blocks with RMSNorm, a plain or a gated feed-forward block, and a bias for relative positions in the attention
-scores. In UMT5 every layer has its own table of biases, whose columns are cut with its heads. In T5 the first layer's
-table serves all layers: it stays whole, also when the first attention block is removed, and each layer picks the
-columns of the heads that it has kept.
+scores. In UMT5 every layer has its own table of biases, whose columns are cut with its heads. In T5 and mT5 the first
+layer's table serves all layers: it stays whole, also when the first attention block is removed, and each layer picks
+the columns of the heads that it has kept.
 
 Classes that have the decoder too (sequence classification, question answering) are refused as a whole.
 """
@@ -52,12 +53,12 @@ FFN = BlockTable(
 
 
 class T5Adapter(Adapter):
-    """The encoders of T5 and UMT5, alone and with a token classification head."""
+    """The encoders of T5, mT5 and UMT5, alone and with a token classification head."""
 
-    model_types = ("t5", "umt5")
+    model_types = ("t5", "mt5", "umt5")
 
     def describe(self, config: PretrainedConfig) -> Family:
-        shares = config.model_type == "t5"
+        shares = config.model_type != "umt5"
         own = () if shares else (Row(TABLE, {"weight": (None, HEADS)}),)
         common = (embedding(f"encoder.block.0.{TABLE}", writes=None),) if shares else ()
         return Family(

@@ -36,6 +36,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...] | None]] = 
     "esm-absolute": ("esm", {"emb_layer_norm_before": True}, ("Model", "ForMaskedLM")),
     "nomic": ("nomic_bert", {}, ALL),
     "gte": ("gte", {}, ALL),
+    "jina": ("jina_embeddings_v3", {}, ALL),
     "gte-no-types": ("gte", {"type_vocab_size": 0}, ("Model",)),
     # Four query heads that share two pairs of keys and values.
     "eurobert": ("eurobert", {"num_key_value_heads": 2}, ALL),
@@ -48,6 +49,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...] | None]] = 
     "t5": ("t5", {"num_layers": 3}, ("EncoderModel", "ForTokenClassification")),
     # As t5-v1_1-small.
     "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu"}, ("EncoderModel",)),
+    "mt5": ("mt5", {}, ("EncoderModel",)),
     "umt5": ("umt5", {}, ("EncoderModel", "ForTokenClassification")),
 }
 
