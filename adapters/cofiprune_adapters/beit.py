@@ -37,6 +37,7 @@ class BeitAdapter(Adapter):
                 *embeddings("cls_token", "mask_token", "position_embeddings"),
                 norm("layernorm"),
                 norm("pooler.layernorm", optional=True),
+                tensor("shared_position_bias", f"{BIAS}_table", optional=True),
             ),
             attention=replace(
                 ATTENTION,

@@ -10,7 +10,7 @@ The base models have post-norm layers, in which the norms stand beside attention
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -61,19 +61,40 @@ class Wav2Vec2Adapter(Adapter):
                 "intermediate": config.intermediate_size,
             },
             layers="encoder.layers",
-            stem=(*features(config), linear("feature_projection.projection", writes=HIDDEN)),
+            stem=(*features(config), linear("feature_projection.projection"), *positions(config)),
             attention=PRE_NORM_ATTENTION if stable else ATTENTION,
             ffn=PRE_NORM_FFN if stable else FFN,
+            heads={
+                "ForCTC": (linear("lm_head"),),
+                "ForSequenceClassification": (linear("projector"),),
+                "ForAudioFrameClassification": (linear("classifier"),),
+                "ForXVector": (linear("projector"),),
+            },
             refused={"hidden": GROUPED},
         )
 
 
-def features(config: PretrainedConfig) -> tuple[Row, ...]:
-    """The convolutions over the sound wave, which run more often than the layers do, by the strides behind them."""
-    return tuple(
-        linear(f"feature_extractor.conv_layers.{index}.conv", rows=(math.prod(config.conv_stride[index + 1 :]), 0))
-        for index in range(len(config.conv_dim))
-    )
+def features(config: PretrainedConfig) -> Iterator[Row]:
+    """The convolutions over the sound wave, with the number of rows that each makes for the layers' T."""
+    per_row, more = 1, 0
+    for index in reversed(range(len(config.conv_dim))):
+        yield linear(f"feature_extractor.conv_layers.{index}.conv", rows=(per_row, more))
+        stride, kernel = config.conv_stride[index], config.conv_kernel[index]
+        per_row, more = stride * per_row, stride * more + kernel - stride
+
+
+def positions(config: PretrainedConfig) -> Iterator[Row]:
+    """The grouped convolutions, one or several after one another; an even kernel makes T + 1 rows."""
+    path = "encoder.pos_conv_embed"
+    if config.model_type == "data2vec-audio":
+        for index in range(config.num_conv_pos_embeddings):
+            yield linear(f"{path}.layers.{index}.conv", rows=(1, 1 - config.conv_pos_kernel_size % 2))
+        return
+    rows = (1, 1 - config.num_conv_pos_embeddings % 2)
+    yield linear(f"{path}.conv", rows=rows)
+    # Where its weight is normalised, a magnitude and a direction take its place.
+    yield Row(f"{path}.conv.parametrizations.weight", {"original0": ()}, optional=True)
+    yield Row(f"{path}.conv.parametrizations.weight", {"original1": ()}, rows=rows, optional=True)
 
 
 adapter = Wav2Vec2Adapter()

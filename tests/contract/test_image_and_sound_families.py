@@ -14,9 +14,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import cofiprune
+from cofiprune import accounting
 from cofiprune.conformance import specimens
 from cofiprune.errors import StructureError
 
@@ -130,6 +132,9 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = {
     ),
 }
 
+POOLED = "siglip-vision"
+"""Its pooling head is not described and counted once for each image."""
+
 
 @functools.cache
 def specimen(family: str, name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -199,6 +204,21 @@ def test_refused_units_say_why(family: str, name: str) -> None:
     for unit in FAMILIES[family][3]:
         with pytest.raises(StructureError, match=f"cannot prune '{unit}' units: .{{20}}"):
             cofiprune.attach(model, unit)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family, case in FAMILIES.items() if "Model" in case[2] and family != POOLED]
+)
+def test_operations_are_those_that_pytorch_counts(family: str) -> None:
+    config, settings, classes, _ = FAMILIES[family]
+    name = next(name for name in cofiprune.adapter.expand(classes) if name.endswith("Model"))
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
+    model.set_attn_implementation("eager")
+    batch = specimens.inputs(model, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        rows = model(**batch).last_hidden_state.shape[1]
+    counted = accounting.model_macs(structure := cofiprune.structure(model), rows).exact(structure.sizes)
+    assert counted * len(next(iter(batch.values()))) * 2 == counter.get_total_flops()
 
 
 def test_parts_of_a_pair_are_pruned_one_by_one() -> None:
