@@ -216,7 +216,11 @@ class Run:
         self, masks: MaskRegistry, target: float, schedule: Schedule, saved: SavedRun | None
     ) -> tuple[Plan, _Finished]:
         """The pruning phase: gates and weights learn together; then the plan is decided."""
-        start = self._start(target, saved)
+        try:
+            start = self._start(target, saved)
+        except BaseException:
+            masks.detach()  # nothing was changed yet
+            raise
         if start is None:
             return self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
         with attach(start.small) as inner:

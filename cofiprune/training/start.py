@@ -121,9 +121,9 @@ def _can_go_on(start: Start, target: float, config: PruneConfig) -> bool:
     """Whether the target can be reached from what is left; where units go in large steps it need not be."""
     structure = structure_of(start.small)
     units = tuple({group.unit for group in structure.present(config.units)})
-    left = 1 - (1 - target) / start.share
-    if not units or left <= 0:
+    if not units or start.share <= 1 - target:
         return False
+    left = 1 - (1 - target) / start.share
     try:
         check_target(structure, accounting.layer_parameters(structure), left, units)
     except TargetError:

@@ -17,6 +17,7 @@ import cofiprune
 from cofiprune.errors import CheckpointError, TrainingError
 from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
+from cofiprune.oneshot.sequential import calibration
 
 ROWS = 48  # 3 batches an epoch
 PRUNING, RECOVERY = 6, 9  # optimiser steps: a quarter of 3 epochs, and 2 epochs more
@@ -212,7 +213,7 @@ def test_a_signal_after_the_last_step_is_not_lost(toy):
     student = toy.student()
 
     def compute_metrics(prediction):
-        if len(seen) == 2:
+        if len(seen) == 3:  # the one-shot start and two steps
             os.kill(os.getpid(), signal.SIGINT)  # while the final plan is evaluated
         return {"count": float(len(seen))}
 
@@ -226,6 +227,21 @@ def test_a_signal_after_the_last_step_is_not_lost(toy):
             callbacks=[lambda entry: seen.append(entry) if "eval_loss" in entry else None],
         )
     assert masks_of(student).sparsity() == pytest.approx(0.6, abs=0.005)
+
+
+def test_a_signal_in_the_one_shot_start_leaves_the_model_as_it_was(toy, monkeypatch):
+    student = toy.student()
+    before = toy.snapshot(student)
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return calibration(*args)
+
+    monkeypatch.setattr("cofiprune.training.start.calibration", stopped)
+    with pytest.raises(KeyboardInterrupt, match="one-shot stage"):
+        cofiprune.prune(student, toy.rows(ROWS), **settings_of(toy))
+    assert masks_of(student) is None
+    assert toy.is_unchanged(student, before)
 
 
 def test_a_finished_run_can_be_resumed_and_is_only_read(toy, whole, tmp_path):
@@ -259,7 +275,7 @@ def test_how_often_it_saves_and_logs_may_change_when_it_goes_on(toy, whole, tmp_
     assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), whole.model.parameters(), strict=True))
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_are_lost(toy, whole, tmp_path):
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_lost(toy, tmp_path):
     student = toy.student()
 
     def poison(entry):
@@ -267,7 +283,9 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_lost(toy, whole, 
             with torch.no_grad():
                 student.classifier.bias.fill_(float("nan"))
 
-    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
+    settings = settings_of(toy, logging_steps=1, one_shot_share=0)  # so that it is the student itself that learns
+    whole = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
+    settings["output_dir"] = tmp_path
     with pytest.raises(TrainingError) as caught:
         cofiprune.prune(student, toy.rows(ROWS), callbacks=[poison], **settings)
     assert masks_of(student) is None
