@@ -112,7 +112,7 @@ class SiglipVisionAdapter(Adapter):
     model_types = ("siglip_vision_model",)
 
     def describe(self, config: PretrainedConfig) -> Family:
-        refused = {"hidden": POOLING} if config.vision_use_head else {}
+        refused = {"hidden": POOLING} if getattr(config, "vision_use_head", True) else {}
         return pair(config, patches(norm("post_layernorm")), refused)
 
 

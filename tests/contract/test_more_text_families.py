@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import cofiprune
 from cofiprune.conformance.specimens import head_classes, tiny_config
@@ -64,7 +64,9 @@ def config_of(family: str) -> PretrainedConfig:
 
 def models() -> Iterator[Any]:
     """Every case with every of its head classes."""
-    for family, (_, _, endings) in FAMILIES.items():
+    for family, (model_type, _, endings) in FAMILIES.items():
+        if model_type not in CONFIG_MAPPING:  # an earlier transformers, which does not have it
+            continue
         for cls in head_classes(config_of(family)):
             if endings is None or cls.__name__.endswith(endings):
                 yield pytest.param(family, cls.__name__, id=f"{family}-{cls.__name__}")
