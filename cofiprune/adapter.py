@@ -212,6 +212,17 @@ class Adapter:
         return _Resolver(model, self.describe(model.config), recorded).structure()
 
 
+class TableAdapter(Adapter):
+    """The adapter of a table that is there already: a derived one, or one that a compacted model carries."""
+
+    def __init__(self, model_type: str, family: Family) -> None:
+        self.model_types = (model_type,)
+        self.family = family
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        return self.family
+
+
 _registered: dict[str, Adapter] = {}
 
 
@@ -277,6 +288,12 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     return _registered[model_type]
 
 
+def encoder_path(model: PreTrainedModel, encoder: str = "") -> str:
+    """Path of the encoder in a model: its base model, or where the family says that it lies; "" for a bare encoder."""
+    places = (each for each in (model.base_model_prefix, encoder) if each)
+    return next((each for each in places if isinstance(getattr(model, each, None), nn.Module)), "")
+
+
 def has_decoder(model: nn.Module) -> bool:
     """Whether a model, or the model under its head, has a decoder beside its encoder."""
     base = getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
@@ -317,9 +334,7 @@ class _Resolver:
     def __init__(self, model: PreTrainedModel, family: Family, recorded: Mapping[str, int] | None) -> None:
         self.model = model
         self.family = family
-        base = model.base_model_prefix
-        places = (each for each in (base, family.encoder) if each)
-        self.base = next((each for each in places if isinstance(getattr(model, each, None), nn.Module)), "")
+        self.base = encoder_path(model, family.encoder)
         self.modules = dict(model.named_modules())
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.recorded = recorded

@@ -167,9 +167,11 @@ class Passthrough(nn.Module):
         like: Tensor | None = None,
         shared: tuple[Shared, ...] = (),
         was: nn.Module | None = None,
+        stands_for: type[nn.Module] = nn.Module,
     ) -> None:
         super().__init__()
         self.exit = exit
+        self.stands_for = stands_for
         self.shared = shared
         # In a tuple, so that what was there is no submodule; of it, only the tables of what it shares stay.
         self.was = (was,) if any(each.table and hasattr(was, each.table) for each in shared) else ()
@@ -188,6 +190,16 @@ class Passthrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return leave(self.exit, args, kwargs, self.shared, *self.was)
+
+    def __getattr__(self, name: str) -> Any:
+        """A method that a model calls on the block, to switch it to another kind of attention, say, does nothing."""
+        if not name.startswith("_") and callable(getattr(self.__dict__.get("stands_for"), name, None)):
+            return _nothing
+        return super().__getattr__(name)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What is left of a removed block's methods."""
 
 
 class Pick:
@@ -240,11 +252,12 @@ def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
         marker = None if marked else _matrix_inside(exit.module, structure, block)
         shared = tuple(each for each in block.shared if each.module == exit.module)
         was = model.get_submodule(exit.module) if shared else None
+        kind = type(model.get_submodule(exit.module))
         if marker is None:
-            stand_in = Passthrough(exit, shared=shared, was=was)
+            stand_in = Passthrough(exit, shared=shared, was=was, stands_for=kind)
         else:
             name, like = marker.removeprefix(f"{exit.module}."), model.get_parameter(marker)
-            stand_in = Passthrough(exit, name, like, shared, was)
+            stand_in = Passthrough(exit, name, like, shared, was, kind)
             marked = True
         for name, child in _children(model, exit.module):
             if isinstance(child, nn.ModuleDict) and not hasattr(stand_in, name):

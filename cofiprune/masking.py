@@ -255,7 +255,7 @@ def leave(
     entry = entry_of(exit, args, kwargs)
     value = entry if exit.residual else torch.zeros_like(entry)
     if exit.outputs == 1:
-        return value
+        return (value,) if exit.wrapped else value
     found = {each.output: given(each, args, kwargs, maker) for each in shared}
     return (value, *(found.get(place) for place in range(1, exit.outputs)))
 

@@ -125,6 +125,8 @@ class Exit:
     residual: bool = True
     """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so
     that a removed block gives zeros."""
+    wrapped: bool = False
+    """Whether its single output comes in a tuple of one."""
 
 
 @dataclass(frozen=True)

@@ -64,17 +64,26 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
 
     :param settings: go before these sizes.
     """
-    stock = AutoConfig.for_model(model_type)
-    names = {name: stock.attribute_map.get(name, name) for name in _SIZES}
-    sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(stock, name)}
-    if getattr(stock, "pad_token_id", 0) is None:
+    sizes = tiny_sizes(AutoConfig.for_model(model_type))
+    return AutoConfig.for_model(model_type, **{**sizes, **settings})
+
+
+def tiny_sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the small sizes by the names that a configuration has for them."""
+    names = {name: config.attribute_map.get(name, name) for name in _SIZES}
+    sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(config, name)}
+    for name, value in vars(config).items():
+        # Further vocabularies: of entities, of glyphs, of tags.
+        if name not in sizes and name.endswith(("vocab_size", "num_buckets")) and isinstance(value, int) and value > 64:
+            sizes[name] = 64
+    if getattr(config, "pad_token_id", 0) is None:
         sizes["pad_token_id"] = 0
-    ids = [name for name in vars(stock) if name.endswith("_token_id")]
+    ids = [name for name in vars(config) if name.endswith("_token_id")]
     for place, name in enumerate(ids, start=1):
-        value = getattr(stock, name)
+        value = getattr(config, name)
         if isinstance(value, int) and value >= _SIZES["vocab_size"]:
             sizes[name] = 0 if name == "pad_token_id" else place
-    return AutoConfig.for_model(model_type, **{**sizes, **settings})
+    return sizes
 
 
 def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
