@@ -93,6 +93,8 @@ class Row:
     embedding table, which carries the mask already, compaction folds nothing into the norm."""
     table: bool = False
     optional: bool = False
+    read_in: str | None = None
+    """Path of the module that reads these parameters itself, where the modules that hold them are not called."""
 
 
 def linear(
@@ -112,13 +114,15 @@ def linear(
     return Row(modules, {"weight": (writes, reads), "bias": (writes,)}, rows=rows, optional=optional)
 
 
-def projection(modules: str, *, reads: Axis) -> Row:
+def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Row:
     """The last projection of a block: from its inner units into the residual stream.
 
     Masks of inner units, of hidden dimensions and of the block itself all scale it.
+
+    :param read_in: path of the module that reads its weight and bias, where the projection itself is not called.
     """
     tensors = {"weight": (HIDDEN.scaled, reads.scaled), "bias": (HIDDEN.scaled,)}
-    return Row(modules, tensors, gated=True, rows=(1, 0))
+    return Row(modules, tensors, gated=True, rows=(1, 0), read_in=read_in)
 
 
 def embedding(modules: str, *, writes: Axis | None = HIDDEN, optional: bool = False) -> Row:
@@ -168,6 +172,18 @@ class BlockTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestTable:
+    """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
+    `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
+
+    rows: tuple[Row, ...] = ()
+    """Its rows, relative to a layer."""
+    exits: tuple[str | Exit, ...] = ()
+    """Where it joins the residual stream, so that the laws can look at a layer without it: a path for a module that
+    the stream runs through; an `Exit` with `residual=False` for one whose output is added to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the units of a family live, for one configuration."""
 
@@ -179,6 +195,8 @@ class Family:
     """Everything outside the layers that every model of the family may have, relative to the encoder."""
     attention: BlockTable
     ffn: BlockTable
+    rest: RestTable = RestTable()
+    """What every layer holds beside these two."""
     heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
     encoder: str = ""
@@ -306,9 +324,10 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _placed(exit: Exit, path: str) -> Exit:
+def _placed(exit: str | Exit, path: str) -> Exit:
     """An exit whose module is named from the model instead of from the layer."""
-    return replace(exit, module=_join(path, exit.module))
+    found = Exit(exit) if isinstance(exit, str) else exit
+    return replace(found, module=_join(path, found.module))
 
 
 class _Resolver:
@@ -354,6 +373,8 @@ class _Resolver:
                     groups += new_groups
                     blocks.append(block)
                     attributes += new_attributes
+            for row in self.family.rest.rows:
+                self._row(self._repeated(row, index), path, f"layers.{index}.")
         for row in self.family.stem:
             self._row(row, self.base, None)
         for row in head_rows:
@@ -368,7 +389,13 @@ class _Resolver:
             layers=paths,
             embeddings=tuple(self.tables),
             refused=self.refused,
+            rest=tuple(_placed(each, path) for path in paths for each in self.family.rest.exits),
         )
+
+    def _repeated(self, row: Row, layer: int) -> Row:
+        """A row of a layer that may be applied several times."""
+        times = self.applications[layer]
+        return replace(row, rows=(times * row.rows[0], times * row.rows[1]))
 
     def _members(self, path: str) -> list[str]:
         """Paths of the modules in a list, or in every list that a path with `*` stands for."""
@@ -415,7 +442,7 @@ class _Resolver:
         self.sizes.update({group.name: group.size for group in groups})
         times = self.applications[index]
         for row in table.rows:
-            self._row(replace(row, rows=(times * row.rows[0], times * row.rows[1])), path, prefix, gate_name)
+            self._row(self._repeated(row, index), path, prefix, gate_name)
         elements = self._elements(gate_name, inner)
         attributes = [
             SizeAttribute(_join(path, module), name, prefix + axis.kind, axis.block or elements)
@@ -426,7 +453,7 @@ class _Resolver:
             gate=gate_name,
             inner=None if self._refuses(inner) else inner_name,
             exit=_placed(table.exit, path),
-            skipped=tuple(_placed(Exit(each) if isinstance(each, str) else each, path) for each in table.skipped),
+            skipped=tuple(_placed(each, path) for each in table.skipped),
             dropped=tuple(_join(path, name) for name in table.dropped),
             shared=tuple(replace(each, module=_join(path, each.module)) for each in table.shared),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements * times,
@@ -466,7 +493,8 @@ class _Resolver:
             for name, axes in row.tensors.items():
                 parameter = module._parameters.get(name)
                 if parameter is not None:
-                    self._describe(parameter, _join(path, name), row, axes, layer, gate)
+                    reader = None if row.read_in is None else _join(root, row.read_in)
+                    self._describe(parameter, _join(path, name), row, axes, layer, gate, reader)
 
     def _describe(
         self,
@@ -476,6 +504,7 @@ class _Resolver:
         axes: tuple[Axis | None, ...],
         layer: str | None,
         gate: str | None,
+        reader: str | None,
     ) -> None:
         canonical = self.names[id(parameter)]
         if canonical in self.described:
@@ -491,7 +520,7 @@ class _Resolver:
             sides = tuple(side and replace(side, role="slice") for side in sides)
         rows = row.rows if parameter.dim() > 1 else (0, 0)
         shape = tuple(parameter.shape)
-        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name)
+        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name, reader)
         if row.table:
             self.tables.append(canonical)
 
