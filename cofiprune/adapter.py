@@ -21,6 +21,7 @@ from torch import nn
 
 from cofiprune.errors import AdapterError, suggest
 from cofiprune.record import recorded_sizes
+from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.structure import (
     Block,
     Exit,
@@ -267,25 +268,15 @@ def known_families() -> tuple[str, ...]:
 def adapter_for(model: PreTrainedModel) -> Adapter:
     """Return the adapter of a model's family.
 
-    :raises AdapterError: when the object is not a transformers encoder, or no adapter serves its family.
+    :raises AdapterError: when the object is not a transformers encoder as it stands (see `refusals`), or no adapter
+        serves its family.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if not isinstance(model, nn.Module) or model_type is None:
-        raise AdapterError(f"expected a transformers model (a PreTrainedModel), found {type(model).__name__}")
-    if getattr(config, "is_decoder", False):
-        raise AdapterError(
-            f"{type(model).__name__} is configured as a decoder; cofiprune prunes encoders. "
-            "Load it with is_decoder=False."
-        )
-    if has_decoder(model):
-        raise AdapterError(
-            f"{type(model).__name__} is an encoder with a decoder; cofiprune prunes encoders. "
-            "Load the encoder alone, by a class such as T5EncoderModel."
-        )
+    refuse(model)
+    model_type = model.config.model_type
     if model_type not in _registered:
         points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
         if not points:
+            refuse_undeclared(model)
             raise AdapterError(
                 f"no adapter for model type {model_type!r} ({type(model).__name__}). Families with one: "
                 f"{', '.join(known_families())}. To add one, subclass cofiprune.Adapter and call "
@@ -293,12 +284,6 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             )
         _registered[model_type] = next(iter(points)).load()
     return _registered[model_type]
-
-
-def has_decoder(model: nn.Module) -> bool:
-    """Whether a model, or the model under its head, has a decoder beside its encoder."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
-    return all(isinstance(getattr(base, part, None), nn.Module) for part in ("encoder", "decoder"))
 
 
 def structure(model: PreTrainedModel) -> Structure:

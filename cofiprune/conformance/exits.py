@@ -1,4 +1,4 @@
-"""Checking where blocks leave: a layer without its blocks and its rest returns its input, a gate scales a whole block."""
+"""Checking where blocks leave: without its blocks and its rest a layer returns its input, a gate scales a block."""
 
 from __future__ import annotations
 
