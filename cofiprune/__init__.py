@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import checkpoint as _checkpoint  # noqa: F401 -- registers the loader of compacted models
-from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
+from cofiprune.adapter import Adapter, adapter_for, derive_by, register_adapter, structure
 from cofiprune.benchmark import BenchmarkReport, benchmark
 from cofiprune.compaction import compact
 from cofiprune.errors import CofipruneError
@@ -67,6 +67,10 @@ __all__ = [
     "structure",
     "summary",
 ]
+
+
+# What derives an adapter runs laws and models, and is loaded when a family has no other.
+derive_by(lambda model: import_module("cofiprune.derivation").derived_adapter(model))
 
 
 def __getattr__(name: str) -> Any:

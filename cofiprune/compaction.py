@@ -149,7 +149,7 @@ def finish(
                 _pick(modules[shared.module], shared, index)
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(recorded_sizes(model.config) or {}), **kept}
-        model.config.quantization_config = record(sizes)
+        model.config.quantization_config = record(sizes, structure.table)
 
 
 class Passthrough(nn.Module):

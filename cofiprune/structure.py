@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from cofiprune.errors import StructureError, suggest
 
@@ -93,6 +93,8 @@ class Parameter:
     """(a, b): as a matrix it is applied to a * sequence_length + b rows per example; (0, 0) for none."""
     described_as: str | None = None
     """Its name in the module whose row describes it, where masks act on it; another than `name` when it is tied."""
+    read_in: str | None = None
+    """The module that reads it, where the module that holds it is not called; masks act on it there."""
 
     @property
     def fixed(self) -> int:
@@ -151,6 +153,8 @@ class Shared:
     """The method by which a module makes it from the numbers of queries and keys, when it is given none."""
     table: str | None = None
     """The submodule that `method` reads. The layer that has it makes the tensor, and keeps it without its block."""
+    repeated: bool = False
+    """Whether what `method` makes is repeated for every example of a batch, along its first dimension."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,10 @@ class Structure(Mapping[str, Group]):
     """Names of the parameters of the embedding tables."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds that this model cannot prune, with the reason."""
+    table: Mapping[str, Any] | None = None
+    """The family's table as plain values, where a compacted model has to carry it."""
+    rest: tuple[Exit, ...] = ()
+    """Where what the layers hold beside their blocks joins the residual stream; it stays without the blocks."""
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cofiprune.adapter import Adapter, has_decoder, temporarily
+from cofiprune.adapter import Adapter, temporarily
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.laws import (
     ROUNDED,
@@ -40,6 +40,7 @@ from cofiprune.conformance.specimens import (
     unit_choices,
 )
 from cofiprune.errors import AdapterError, StructureError
+from cofiprune.refusals import has_decoder
 from cofiprune.structure import UNIT_KINDS, Structure
 
 if TYPE_CHECKING:

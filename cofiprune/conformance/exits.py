@@ -1,9 +1,9 @@
-"""Checking where blocks leave: a layer without its blocks returns its input, a gate scales a whole block."""
+"""Checking where blocks leave: without its blocks and its rest a layer returns its input, a gate scales a block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import Crash, crash_site, first_tensor, inside
-from cofiprune.structure import Block, Structure
+from cofiprune.masking import leave as left
+from cofiprune.structure import Block, Exit, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +53,7 @@ def wrong_exit(model: PreTrainedModel, structure: Structure, batch: Batch) -> st
             hooks.callback(hook.remove)
         for path in (*structure.layers, *(block.exit.module for block in structure.blocks)):
             hooks.callback(model.get_submodule(path).register_forward_hook(leave(path)).remove)
+        hooks.enter_context(_without(model, structure.rest))
         outputs(model, batch)
     for path in structure.layers:
         found = exits[path]
@@ -73,7 +75,31 @@ def _wrong_block(path: str, blocks: list[Block], entry: Tensor, exits: Mapping[s
                 f"{tuple(entry.shape)}: check argument, keyword, residual, and which module it is."
             )
     shown = "; ".join(f"{block.gate!r} through {block.exit}" for block in blocks)
-    return f"Layer {path!r} does not return its input. Its blocks leave: {shown}; check residual."
+    return (
+        f"Layer {path!r} does not return its input. Its blocks leave: {shown}; check residual. What the layer holds "
+        "beside its blocks and keeps without them belongs into the family's rest."
+    )
+
+
+@contextmanager
+def _without(model: PreTrainedModel, rest: tuple[Exit, ...]) -> Iterator[None]:
+    """A model whose layers hold nothing beside their blocks."""
+
+    def silent(exit: Exit) -> Callable[..., Any]:
+        return lambda *args, **kwargs: left(exit, args, kwargs)
+
+    modules = [(model.get_submodule(exit.module), exit) for exit in rest]
+    before = [(module, module.__dict__.get("forward")) for module, _ in modules]
+    for module, exit in modules:
+        module.__dict__["forward"] = silent(exit)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
 
 
 def exit_hint(structure: Structure, crash: Crash | None) -> str:

@@ -182,7 +182,8 @@ def check_reload(subject: Subject, small: PreTrainedModel, cut: Mapping[str, Ten
     again = reloaded(small)
     stored, loaded = small.state_dict(), again.state_dict()
     changed = changed_weights(small, again)
-    if any(value.dtype != loaded[name].dtype for name, value in stored.items() if name in loaded):
+    retyped = any(value.dtype != loaded[name].dtype for name, value in stored.items() if name in loaded)
+    if retyped or _others(small, again):
         limit = max(limit, ROUNDED * size(cut))
     difference = largest(cut, outputs(again, subject.batch))
     if changed or difference > limit:
@@ -204,6 +205,12 @@ def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]
     loaded = again.state_dict()
     stored = model.state_dict().items()
     return [name for name, value in stored if name not in loaded or not _same(value, loaded[name])]
+
+
+def _others(model: PreTrainedModel, again: PreTrainedModel) -> bool:
+    """Whether a buffer that is in no file, such as the frequencies of rotary positions, came back in another dtype."""
+    loaded = dict(again.named_buffers())
+    return any(name in loaded and value.dtype != loaded[name].dtype for name, value in model.named_buffers())
 
 
 def _same(stored: Tensor, loaded: Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERI
 
 _TOKENS = 9
 _SAMPLES = 160
+_FRAMES = 20
 _CHOICES = 2
 
 
@@ -136,6 +138,8 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
     config, name = model.config, model.main_input_name
     if name == "input_ids":
         return _token_ids(model, generator)
+    if name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters:
+        return _patches(model, generator)
     if name == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -144,6 +148,11 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
         mask = torch.ones(3, _SAMPLES, dtype=torch.long)
         mask[1, _SAMPLES // 2 :] = 0
         return {name: _noise((3, _SAMPLES), model, generator), "attention_mask": mask}
+    if name == "input_features" and hasattr(config, "feature_projection_input_dim"):
+        mask = torch.ones(3, _FRAMES, dtype=torch.long)
+        mask[1, _FRAMES // 2 :] = 0
+        shape = (3, _FRAMES, config.feature_projection_input_dim)
+        return {name: _noise(shape, model, generator), "attention_mask": mask}
     if name == "input_features" and hasattr(config, "max_source_positions"):
         # A convolution of stride 2 makes the positions.
         return {name: _noise((3, config.num_mel_bins, 2 * config.max_source_positions), model, generator)}
@@ -161,6 +170,16 @@ def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, 
     mask[1, ..., 6:] = 0
     mask[2, ..., 2:] = 0
     return {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+
+
+def _patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high."""
+    config = model.config
+    return {
+        "pixel_values": _noise((3, 4, config.num_channels * config.patch_size**2), model, generator),
+        "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
+        "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
+    }
 
 
 def _noise(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:
