@@ -51,7 +51,12 @@ _SIZES: Mapping[str, Any] = {
     "conv_dim": (6, 6),
     "conv_kernel": (4, 3),
     "conv_stride": (2, 2),
+    "num_frames": 4,
+    "coordinate_size": 4,
+    "shape_size": 4,
 }
+WIDE: Mapping[str, Any] = {"hidden_size": 192, "intermediate_size": 136, "embedding_size": 192, "hidden_dim": 136}
+"""Sizes for models that divide their hidden dimensions further than by heads: by groups, or among coordinates."""
 # Classes of these tasks read the encoder through a decoder, or are one.
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
@@ -70,10 +75,18 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **{**sizes, **settings})
 
 
-def tiny_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the small sizes by the names that a configuration has for them."""
-    names = {name: config.attribute_map.get(name, name) for name in _SIZES}
-    sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(config, name)}
+def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any]:
+    """Return the small sizes by the names that a configuration has for them.
+
+    :param wide: with 192 hidden dimensions instead of 24.
+    """
+    chosen = {**_SIZES, **WIDE} if wide else _SIZES
+    names = {name: config.attribute_map.get(name, name) for name in chosen}
+    sizes = {name: chosen[key] for key, name in names.items() if hasattr(config, name)}
+    if wide:
+        sizes.update({name: 136 for name in ("d_ff", "encoder_ffn_dim") if name in sizes})
+    if isinstance(getattr(config, "image_size", None), list | tuple):
+        sizes["image_size"] = type(config.image_size)([_SIZES["image_size"]] * len(config.image_size))
     for name, value in vars(config).items():
         # Further vocabularies: of entities, of glyphs, of tags.
         if name not in sizes and name.endswith(("vocab_size", "num_buckets")) and isinstance(value, int) and value > 64:
@@ -143,7 +156,8 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
     if name == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return {name: _noise((3, config.num_channels, height, width), model, generator)}
+        frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
+        return {name: _noise((3, *frames, config.num_channels, height, width), model, generator)}
     if name == "input_values" and hasattr(config, "conv_stride"):
         mask = torch.ones(3, _SAMPLES, dtype=torch.long)
         mask[1, _SAMPLES // 2 :] = 0
@@ -163,13 +177,31 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
 
 def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
     config = model.config
-    padding = config.pad_token_id or 0
+    padding = getattr(config, "pad_token_id", None) or 0
     shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
-    ids = torch.randint(padding + 1, config.vocab_size, shape, generator=generator)
+    ids = torch.randint(padding + 1, getattr(config, "vocab_size", 64), shape, generator=generator)
     mask = torch.ones_like(ids)
     mask[1, ..., 6:] = 0
     mask[2, ..., 2:] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+    batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+    return {**batch, **_beside_tokens(model, shape, generator)}
+
+
+def _beside_tokens(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """What some models read beside tokens: where these lie on a page, or entities that the text names."""
+    reads = inspect.signature(model.forward).parameters
+    found: dict[str, Tensor] = {}
+    if "bbox" in reads:
+        numbers = getattr(model.config, "dim_bbox", 4)
+        boxes = torch.randint(1, 9, (*shape, numbers), generator=generator).sort(dim=-1).values
+        # Left, top, right, bottom, each in so many positions of the table, or as shares of the page.
+        whole = hasattr(model.config, "max_2d_position_embeddings")
+        found["bbox"] = boxes[..., [0, 1, 2, 3]] if whole else boxes / 10
+    if {"entity_ids", "entity_position_ids"} <= reads.keys() and len(shape) == 2:
+        found["entity_ids"] = torch.randint(1, 9, (shape[0], 2), generator=generator)
+        found["entity_attention_mask"] = torch.ones(shape[0], 2, dtype=torch.long)
+        found["entity_position_ids"] = torch.tensor([[[0, 1, -1], [1, -1, -1]]]).repeat(shape[0], 1, 1)
+    return found
 
 
 def _patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,19 @@ def is_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding | nn.LayerNorm)
 
 
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight; of a matrix that is stored [in, out], as GPT-2's `Conv1D` is, [out, in]."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    shape = tuple(weight.shape)
+    return shape[::-1] if is_transposed(module) else shape
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a matrix is stored [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
 def is_norm(call: Call) -> bool:
     """Whether a module normalises the last dimension of what it is given."""
     module, entry, output = call.module, call.entry, call.output
@@ -79,7 +93,7 @@ def is_norm(call: Call) -> bool:
     return named or isinstance(module, nn.LayerNorm | nn.RMSNorm)
 
 
-def norm_kind(call: Call) -> str:
+def norm_kind(call: Call) -> Literal["layer", "rms"]:
     """`layer` for a norm that takes the mean off, `rms` for one that does not."""
     entry = call.entry
     assert entry is not None
@@ -139,7 +153,8 @@ def _split(leaves: Sequence[Call], entry: Tensor) -> list[Draft]:
             if before is not None and current.readers and wrote:
                 loose.remove(before)
                 _settle(current, loose)
-                assert before.entry is not None and before.output is not None
+                assert before.entry is not None
+                assert before.output is not None
                 current = Draft([before.entry, before.output], norms=[before])
                 blocks.append(current)
                 current.readers.append(call)

@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from cofiprune.adapter import BlockTable, Family, TableAdapter, encoder_path
+from cofiprune.adapter import BlockTable, Family, encoder_path
 from cofiprune.conformance.specimens import Batch
 from cofiprune.conformance.trace import inside
 from cofiprune.derivation.blocks import Draft, find_blocks, find_layers
@@ -24,10 +22,10 @@ from cofiprune.derivation.proof import problem
 from cofiprune.derivation.rows import Inner, attributes, block_rows
 from cofiprune.derivation.settings import Settings, find_settings
 from cofiprune.derivation.surroundings import find_surroundings
-from cofiprune.derivation.trace import Call, watch
+from cofiprune.derivation.trace import watch
 from cofiprune.derivation.twin import twin_of
 from cofiprune.errors import AdapterError
-from cofiprune.structure import Exit, Kind
+from cofiprune.structure import Exit, Kind, unit_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +121,8 @@ class _Derivation:
         """The tables of both blocks; of the choices that are left the first with which the law holds."""
         refused: dict[str, str] = {}
         tables = []
-        for part, unit in ((attention, "head"), (ffn, "intermediate")):
+        for part in (attention, ffn):
+            unit = unit_of(part.kind)
             first: BlockTable | None = None
             trouble = ""
             for table in self._choices(part, settings):
@@ -209,7 +208,7 @@ def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
     for table, path in zip(tables, layers, strict=True):
         if table.exit != last.exit:
             raise AdapterError(
-                f"its layers differ: a block leaves {layers[-1]!r} through {last.exit} and {path!r} through {table.exit}"
+                f"its layers differ: a block leaves {layers[-1]!r} through {last.exit}, {path!r} through {table.exit}"
             )
     rows = {row.modules: row for table in reversed(tables) for row in reversed(table.rows)}
     ordered = [row.modules for row in last.rows] + [name for name in rows if name not in {r.modules for r in last.rows}]

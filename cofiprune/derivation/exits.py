@@ -91,13 +91,15 @@ def find_ways(
 ) -> tuple[Way, Way] | None:
     """How each of two blocks leaves its layer; None when no way is found for one of them.
 
-    The stream between them is what the norm between them returns (post-norm) or reads (pre-norm). Post-norm comes first,
-    because one of its norms, taken as standing in front of what follows, could be taken out too.
+    The stream between them is what the norm between them returns (post-norm) or reads (pre-norm). Post-norm comes
+    first, because one of its norms, taken as standing in front of what follows, could be taken out too.
     """
     first, second = blocks
     whole = next(call for call in calls if call.path == layer)
     boundary = second.norms[0]
-    assert whole.output is not None and boundary.entry is not None and boundary.output is not None
+    assert whole.output is not None
+    assert boundary.entry is not None
+    assert boundary.output is not None
     pre = [(boundary.entry, Lookout(boundary.path, given=True), True)]
     post = [(boundary.output, Lookout(second.readers[0].path, given=True), False)]
     for between, lookout, in_front in (*post, *pre):
@@ -110,8 +112,11 @@ def find_ways(
             way = next((each for each in _ways(calls, layer, span) if _works(model, batch, span, each)), None)
             if way is None:
                 break
-            held = [name for name, value in model.get_submodule(layer).named_parameters(recurse=False)
-                    if _silences(model, batch, span, value)]
+            held = [
+                name
+                for name, value in model.get_submodule(layer).named_parameters(recurse=False)
+                if _silences(model, batch, span, value)
+            ]
             found.append(replace(way, held=tuple(held)))
         if len(found) == 2:
             first.norms, second.norms = left.norms, right.norms
@@ -173,11 +178,12 @@ def _zero(call: Call, span: Span) -> Iterator[Exit]:
             if place is not None:
                 yield replace(place, residual=False)
                 return
+    if call.args and call.args[0] is not None:
+        # What is skipped in front of it hands the states on, so that it is given them then.
+        yield Exit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
 
 
-def _complete(
-    calls: Sequence[Call], span: Span, apart: Sequence[Call], exit: Exit, *skipped: Exit
-) -> Iterator[Way]:
+def _complete(calls: Sequence[Call], span: Span, apart: Sequence[Call], exit: Exit, *skipped: Exit) -> Iterator[Way]:
     """Add what else of the block is not to run: modules that would fail on parameters which are gone."""
     gone = [exit, *skipped]
     more: list[Exit] = []

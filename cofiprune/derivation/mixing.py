@@ -21,7 +21,7 @@ def mixes(model: PreTrainedModel, batch: Batch, layer: str, path: str) -> bool:
     if plain is None or changed is None:
         return False
     plain, changed = (value.reshape(value.shape[0], -1, value.shape[-1])[0] for value in (plain, changed))
-    return not near(plain[1:2], changed[1:2])
+    return not near(plain[1:], changed[1:])
 
 
 def _given(model: PreTrainedModel, batch: Batch, layer: str, path: str, shift: float) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from cofiprune.adapter import HIDDEN, Axis, Row, linear, norm, projection, tensor
 from cofiprune.conformance.trace import inside
-from cofiprune.derivation.blocks import Draft, is_matrix, norm_kind
+from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, weight_shape
 from cofiprune.derivation.trace import Call
 from cofiprune.structure import Kind
 
@@ -55,7 +55,7 @@ def block_rows(
     for call in ordered:
         name = call.path.removeprefix(f"{path}.")
         if call in block.norms:
-            rows[name] = norm(name, kind="layer" if norm_kind(call) == "layer" else "rms")
+            rows[name] = norm(name, kind=norm_kind(call))
         elif call is block.writer:
             rows[name] = _last(name, call.module, Axis(inner.kind))
         elif call in block.readers:
@@ -64,15 +64,16 @@ def block_rows(
             # Where it ran before, on the stream, this is another use of it.
             rows.setdefault(name, _inner_matrix(name, call.module, inner))
         else:
-            rows.update(_loose(name, call.module, inner, width))
+            behind = call.start > block.writer.end
+            rows.update(_loose(name, call.module, inner, width, behind=behind))
     rows.update(_siblings(layer, path, block, inner, rows))
     for name, module in layer.named_modules():
         if name in ("", *rows) or not any(True for _ in module.parameters(recurse=False)):
             continue
         full = f"{path}.{name}"
         if _owner(full, block, other) is block:
-            rows.update(_loose(name, module, inner, width))
-    own = tuple(tensor("", name, *_sides(layer.get_parameter(name), inner, width)) for name in held)
+            rows.update(_loose(name, module, inner, width, behind=False))
+    own = tuple(tensor("", name, *_sides(layer.get_parameter(name), inner, width, behind=True)) for name in held)
     return (*rows.values(), *own)
 
 
@@ -82,42 +83,37 @@ def _axis_of(call: Call, inner: Inner) -> Axis | None:
 
 
 def _inner_matrix(name: str, module: nn.Module, inner: Inner) -> Row:
-    sides = [inner.axis(length) for length in module.weight.shape[:2]]
-    reads, writes = sides if _is_transposed(module) else sides[::-1]
+    writes, reads = [inner.axis(length) for length in weight_shape(module)[:2]]
     return _matrix(name, module, reads, writes)
 
 
 def _matrix(name: str, module: nn.Module, reads: Axis | None, writes: Axis | None) -> Row:
-    if _is_transposed(module):
+    if is_transposed(module):
         return Row(name, {"weight": (reads, writes), "bias": (writes,)}, rows=(1, 0))
     return linear(name, reads=reads, writes=writes)
 
 
 def _last(name: str, module: nn.Module, reads: Axis) -> Row:
-    if _is_transposed(module):
+    if is_transposed(module):
         return Row(name, {"weight": (reads.scaled, HIDDEN.scaled), "bias": (HIDDEN.scaled,)}, gated=True, rows=(1, 0))
     return projection(name, reads=reads)
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether a matrix is stored [in, out], as GPT-2's `Conv1D` is."""
-    return type(module).__name__ == "Conv1D"
+def _loose(name: str, module: nn.Module, inner: Inner, width: int, *, behind: bool) -> dict[str, Row]:
+    """Parameters that are neither a matrix nor a norm: each dimension by its length.
+
+    :param behind: they act on what the block has written.
+    """
+    tensors = {
+        local: _sides(value, inner, width, behind=behind) for local, value in module.named_parameters(recurse=False)
+    }
+    return {name: Row(name, tensors)}
 
 
-def _loose(name: str, module: nn.Module, inner: Inner, width: int) -> dict[str, Row]:
-    """Parameters that are neither a matrix nor a norm: each dimension by its length."""
-    tensors = {}
-    for local, value in module.named_parameters(recurse=False):
-        axes = _sides(value, inner, width)
-        if any(axes):
-            tensors[local] = axes
-    return {name: Row(name, tensors)} if tensors else {}
-
-
-def _sides(value: nn.Parameter, inner: Inner, width: int) -> tuple[Axis | None, ...]:
-    """The axes of a parameter by its lengths. One of as many elements as there are hidden dimensions scales them."""
-    if tuple(value.shape) == (width,):
-        return (HIDDEN,)
+def _sides(value: nn.Parameter, inner: Inner, width: int, *, behind: bool) -> tuple[Axis | None, ...]:
+    """The axes of a parameter by its lengths."""
+    if behind:
+        return tuple(HIDDEN if length == width else None for length in value.shape)
     return tuple(inner.axis(length) or (HIDDEN if length == width else None) for length in value.shape)
 
 
@@ -130,10 +126,10 @@ def _siblings(
         local = call.path.removeprefix(f"{path}.")
         parent, _, _ = local.rpartition(".")
         for name, module in layer.named_modules():
-            beside = name.rpartition(".")[0] == parent and name not in known and name not in rows
-            if beside and is_matrix(module) and type(module) is type(call.module):
-                if module.weight.shape == call.module.weight.shape:
-                    yield name, _matrix(name, module, HIDDEN, _axis_of(call, inner))
+            if name.rpartition(".")[0] != parent or name in known or name in rows or not is_matrix(module):
+                continue
+            if type(module) is type(call.module) and weight_shape(module) == weight_shape(call.module):
+                yield name, _matrix(name, module, HIDDEN, _axis_of(call, inner))
 
 
 def _owner(path: str, block: Draft, other: Draft) -> Draft | None:

@@ -1,7 +1,7 @@
 """What stands around the layers: tables, norms and matrices that write hidden dimensions or read them.
 
-A module after the layers reads hidden dimensions where, when some of them are zeroed everywhere before, what it is given
-has zeros there too.
+A module after the layers reads hidden dimensions where, when some of them are zeroed everywhere before, what it is
+given has zeros there too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cofiprune.adapter import HIDDEN, Axis, Row, embedding, linear, norm
 from cofiprune.conformance.specimens import Batch
 from cofiprune.conformance.trace import inside
-from cofiprune.derivation.blocks import is_matrix, is_norm, norm_kind
+from cofiprune.derivation.blocks import is_matrix, is_norm, is_transposed, norm_kind, weight_shape
 from cofiprune.derivation.trace import Call, same, watch
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ class _Outside:
     def _tables(self) -> Iterator[Tensor]:
         """The tables whose entries are added into the residual stream, rather than joined and mapped into it first."""
         for call in self.calls:
-            if isinstance(call.module, nn.Embedding) and call.module.weight.shape[-1] == self.width:
-                if not any(_is_part(call.output, other.entry) for other in self.calls if is_matrix(other.module)):
-                    yield call.module.weight
+            if not isinstance(call.module, nn.Embedding) or call.module.weight.shape[-1] != self.width:
+                continue
+            if not any(_is_part(call.output, other.entry) for other in self.calls if is_matrix(other.module)):
+                yield call.module.weight
 
     def _zeroed(self) -> PreTrainedModel:
         """A copy of the model that writes nothing into some of the hidden dimensions."""
@@ -104,7 +105,7 @@ class _Outside:
         return twin
 
     def _zero(self, module: nn.Module, value: nn.Parameter) -> None:
-        if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
+        if isinstance(module, nn.Embedding) or is_transposed(module):
             if value.shape[-1] == self.width:
                 value[..., list(_ZEROED)] = 0
         elif value.shape[0] == self.width:
@@ -133,11 +134,15 @@ class _Outside:
 
     def _held(self, module: nn.Module) -> Mapping[str, tuple[Axis | None, ...]]:
         """Parameters that a module which is not a leaf, or did not run, holds itself, hidden dimensions last."""
-        return {
+        own = dict(module.named_parameters(recurse=False))
+        rows = {
             name: (*[None] * (value.dim() - 1), HIDDEN.scaled)
-            for name, value in module.named_parameters(recurse=False)
-            if value.dim() > 1 and value.shape[-1] == self.width and not isinstance(module, nn.Embedding)
+            for name, value in own.items()
+            if value.dim() > 1 and value.shape[-1] == self.width
         }
+        # A vector that a model multiplies states with itself; one of a module without others is a norm's.
+        vectors = {name: (HIDDEN,) for name, value in own.items() if tuple(value.shape) == (self.width,)}
+        return {**rows, **vectors} if any(True for _ in module.children()) else rows
 
     def _row(self, call: Call, writes_on: set[str]) -> Row | None:
         before, module = call.start < self.start, call.module
@@ -147,20 +152,21 @@ class _Outside:
             if call.entry is None or call.entry.shape[-1] != self.width:
                 return None
             if call.path in writes_on:
-                return norm(call.path, kind=_kind(call), read_by=self._reader(call))
-            return norm(call.path, kind=_kind(call)) if before or self._reads(call) else None
+                return norm(call.path, kind=norm_kind(call), read_by=self._reader(call))
+            return norm(call.path, kind=norm_kind(call)) if before or self._reads(call) else None
         if not is_matrix(module):
             return None
         tied = id(module.weight) in self.tables
-        reads = HIDDEN if tied or self._reads(call) else None
+        copies = 1 if tied else self._copies(call)
+        reads = HIDDEN.times(copies) if copies else None
         writes = None
         if call.path in writes_on:
             writes = HIDDEN
-        elif before and self.width in (call.output.shape[-1], module.weight.shape[0]) and self._writes(call):
+        elif before and self._writes(call):
             writes = HIDDEN.scaled
         if reads is None and writes is None:
             return None
-        if type(module).__name__ == "Conv1D":
+        if is_transposed(module):
             return Row(call.path, {"weight": (reads, writes), "bias": (writes,)}, rows=self._rows(call))
         return linear(call.path, reads=reads, writes=writes, rows=self._rows(call))
 
@@ -169,17 +175,27 @@ class _Outside:
         twin = self.seen.get((call.path, call.start))
         return twin is not None and _has_zeros(twin.entry, self.width)
 
+    def _copies(self, call: Call) -> int:
+        """How many sets of hidden dimensions a matrix reads, side by side; 0 for none."""
+        twin = self.seen.get((call.path, call.start))
+        if twin is None or twin.entry is None or twin.entry.shape[-1] % self.width:
+            return 0
+        parts = torch.split(twin.entry, self.width, dim=-1)
+        return len(parts) if all(_has_zeros(part, self.width) for part in parts) else 0
+
     def _writes(self, call: Call) -> bool:
         twin = self.seen.get((call.path, call.start))
         return twin is not None and (
             _has_zeros(twin.output, self.width)
-            or (twin.output is not None and twin.output.dim() > 2 and _has_zeros(twin.output.movedim(1, -1), self.width))
+            or (
+                twin.output is not None and twin.output.dim() > 2 and _has_zeros(twin.output.movedim(1, -1), self.width)
+            )
         )
 
     def _rows(self, call: Call) -> tuple[int, int]:
         """On how many rows per example a matrix acts, as a multiple of the tokens and a rest."""
         assert call.output is not None
-        channels = call.module.weight.shape[1 if type(call.module).__name__ == "Conv1D" else 0]
+        channels = weight_shape(call.module)[0]
         count = call.output.numel() // channels // self.batch_size
         if count == 1:
             return (0, 1)
@@ -210,10 +226,6 @@ class _Outside:
             if other.start > call.end and same(other.entry, call.output) and is_matrix(other.module):
                 return f"{other.path}.weight"
         return None
-
-
-def _kind(call: Call) -> str:
-    return "layer" if norm_kind(call) == "layer" else "rms"
 
 
 def _is_part(part: Tensor | None, whole: Tensor | None) -> bool:

@@ -28,12 +28,14 @@ def twin_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
     """
     generator = torch.Generator().manual_seed(0)
     problems = []
-    for build in (_small, _itself):
+    for build in (_small, _wide, _itself):
         try:
             twin = specimen(build(model), generator)
             batch = double(inputs(twin, generator))
             modules = {id(module): path for path, module in twin.named_modules()}
-            outputs(twin, batch)
+            twice = [outputs(twin, batch) for _ in range(2)]
+            if any(not _equal(value, twice[1][name]) for name, value in twice[0].items()):
+                raise AdapterError("it gives other answers each time it runs")
             new = [path for path, module in twin.named_modules() if id(module) not in modules]
             if new:
                 raise AdapterError(f"it puts other modules into its own place when it runs, at {new[0]!r}")
@@ -42,9 +44,14 @@ def twin_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
         else:
             return twin, batch
     raise AdapterError(
-        f"{type(model).__name__} could not be tried out: neither a small model of its kind ({problems[0]}) nor it "
-        f"itself ({problems[1]}) ran on made-up inputs. Describe it by an adapter: docs/how-to/add-an-adapter.md"
+        f"it could not be tried out on made-up inputs, neither by a small model of its kind ({problems[0]}) nor by "
+        f"itself ({problems[-1]})."
     )
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors are the same, what is not a number included."""
+    return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
 def double(batch: Batch) -> dict[str, torch.Tensor]:
@@ -52,8 +59,12 @@ def double(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
 
 
-def _small(model: PreTrainedModel) -> PreTrainedModel:
-    twin = type(model)(small_config(model.config))
+def _wide(model: PreTrainedModel) -> PreTrainedModel:
+    return _small(model, wide=True)
+
+
+def _small(model: PreTrainedModel, *, wide: bool = False) -> PreTrainedModel:
+    twin = type(model)(small_config(model.config, wide=wide))
     missing = _kinds(model) ^ _kinds(twin)
     if missing:
         raise AdapterError(f"it differs from the model in {', '.join(sorted(missing)[:3])}")
@@ -72,14 +83,13 @@ def _itself(model: PreTrainedModel) -> PreTrainedModel:
 def _kinds(model: PreTrainedModel) -> set[str]:
     """Names of the parameters, whatever layer they are in."""
     return {
-        ".".join("*" if part.isdigit() else part for part in name.split("."))
-        for name, _ in model.named_parameters()
+        ".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_parameters()
     }
 
 
-def small_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration with two layers, four heads and 24 hidden dimensions."""
-    sizes = tiny_sizes(config)
+def small_config(config: PretrainedConfig, *, wide: bool = False) -> PretrainedConfig:
+    """The same configuration with two layers, four heads and 24 hidden dimensions, or 192."""
+    sizes = tiny_sizes(config, wide=wide)
     entries: dict[str, Any] = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "transformers_version", "dtype", "torch_dtype"):
         entries.pop(name, None)
@@ -92,7 +102,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         shared = config.num_key_value_heads < config.num_attention_heads
         entries["num_key_value_heads"] = 2 if shared else 4
     if isinstance(entries.get("head_dim"), int):
-        entries["head_dim"] = 6
+        entries["head_dim"] = 48 if wide else 6
     small: PretrainedConfig = type(config).from_dict(entries)
     small._attn_implementation = config._attn_implementation
     return small
