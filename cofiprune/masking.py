@@ -40,9 +40,9 @@ def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -
     :raises StructureError: for a unit kind that the model cannot prune.
     :raises MaskError: when masks are attached already.
     """
+    structure = structure_of(model)
     if masks_of(model) is not None:
         raise MaskError("masks are attached to this model already; call masks.detach() first")
-    structure = structure_of(model)
     names = [group.name for group in structure.select(units)]
     weight = next(model.parameters())
     dtype = torch.promote_types(torch.float32, weight.dtype)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 METHOD = "cofiprune"
 FORMAT_VERSION = 1
+_COMMON = ("quant_method", "format_version")
 _PER_LAYER = ("attention", "heads", "ffn", "intermediate")
 
 
@@ -57,13 +58,23 @@ def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> 
     return entries if table is None else {**entries, "table": dict(table)}
 
 
+def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
+    """Return the entry of a model with compacted models inside it.
+
+    :param parts: their configurations, with a record each, by the paths of their modules.
+    """
+    entries = {path: _entries(config) or {} for path, config in parts.items()}
+    recorded = {path: {name: part[name] for name in part if name not in _COMMON} for path, part in entries.items()}
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "parts": recorded}
+
+
 def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
     """Return the group sizes recorded in a configuration, or None for a model that is not compacted.
 
     :raises CheckpointError: when the record was written by a newer version of this package.
     """
     entries = _entries(config)
-    return None if entries is None else record_to_sizes(entries["sizes"])
+    return None if entries is None or "sizes" not in entries else record_to_sizes(entries["sizes"])
 
 
 def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
@@ -75,7 +86,18 @@ def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
     return None if entries is None else entries.get("table")
 
 
+def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """Return the entries of the models inside a model, as `record` makes them, by the paths of their modules.
+
+    :raises CheckpointError: as `recorded_sizes`.
+    """
+    entries = _entries(config) or {}
+    common = {name: entries[name] for name in _COMMON if name in entries}
+    return {path: {**common, **part} for path, part in entries.get("parts", {}).items()}
+
+
 def _entries(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """What this package has recorded in a configuration; None where that is nothing."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None

@@ -57,6 +57,7 @@ PRE_NORM_FFN = BlockTable(
 # The norm behind the residual is where the block leaves; what stands before it gives zeros.
 ATTENTION = replace(PRE_NORM_ATTENTION, exit=Exit("layer_norm"), skipped=(PRE_NORM_ATTENTION.exit,))
 FFN = replace(PRE_NORM_FFN, exit=Exit("final_layer_norm"), skipped=(PRE_NORM_FFN.exit,))
+LANGUAGE = RestTable(rows=(linear("adapter_layer.linear_{1,2}"),), exits=(Exit("adapter_layer", residual=False),))
 GROUPED = (
     "the convolution that gives it positions is grouped over the hidden dimensions (num_conv_pos_embedding_groups)"
 )
@@ -84,7 +85,7 @@ class Wav2Vec2Adapter(Adapter):
                 *positions(config),
                 linear("encoder.upsample.projection", optional=True),
             ),
-            rest=RestTable(exits=(Exit("adapter_layer", residual=False),)) if stable and language else RestTable(),
+            rest=LANGUAGE if stable and language else RestTable(),
             attention=PRE_NORM_ATTENTION if stable else ATTENTION,
             ffn=PRE_NORM_FFN if stable else FFN,
             heads={
