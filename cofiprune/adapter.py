@@ -385,6 +385,8 @@ class _Resolver:
     def _size(self, kind: Kind, name: str | None = None) -> int:
         if self.recorded is not None:
             return self.recorded[name or kind]
+        if kind not in self.family.sizes:
+            raise AdapterError(f"{self._who()}: sizes has {', '.join(self.family.sizes) or 'nothing'}, and no {kind!r}")
         return int(self.family.sizes[kind])
 
     def _head_rows(self) -> tuple[Row, ...]:
@@ -417,6 +419,7 @@ class _Resolver:
         for row in table.rows:
             self._row(replace(row, rows=(times * row.rows[0], times * row.rows[1])), path, prefix, gate_name)
         elements = self._elements(gate_name, inner)
+        self._check_modules(path, gate_name, table)
         attributes = [
             SizeAttribute(_join(path, module), name, prefix + axis.kind, axis.block or elements)
             for module, name, axis in table.attributes
@@ -433,6 +436,19 @@ class _Resolver:
             per_token=table.per_token * elements * times,
         )
         return groups, block, attributes
+
+    def _check_modules(self, path: str, gate: str, table: BlockTable) -> None:
+        """Make sure that the modules which a block's table names beside its rows are there."""
+        named = [("exit", table.exit.module), *(("shared", each.module) for each in table.shared)]
+        named += [("skipped", each if isinstance(each, str) else each.module) for each in table.skipped]
+        named += [("attributes", module) for module, _, axis in table.attributes if not self._refuses(axis.kind)]
+        for entry, module in named:
+            found = _join(path, module)
+            if found not in self.modules:
+                raise AdapterError(
+                    f"{self._who()}: {entry} of {gate!r} names the module {found!r}, which the model does not have."
+                    f"{suggest(found, self.modules)}"
+                )
 
     def _elements(self, gate: str, inner: Kind) -> int:
         """Elements per inner unit as the block's last projection reads them; where the units are refused, of all."""
@@ -479,8 +495,14 @@ class _Resolver:
     ) -> None:
         canonical = self.names[id(parameter)]
         if canonical in self.described:
-            # A tied matrix: the row that came first (the embedding table) owns it; it is applied as a matrix too.
             known = self.described[canonical]
+            if known.described_as == name:
+                owners = " and ".join(owner or "no block" for owner in dict.fromkeys((known.gate, gate)))
+                raise AdapterError(
+                    f"{self._who()}: row {row.modules!r} describes {name!r}, which a row before it describes already "
+                    f"(as part of {owners}); a parameter takes one row, in the block that it is removed with"
+                )
+            # A tied matrix: the row that came first (the embedding table) owns it; it is applied as a matrix too.
             self.described[canonical] = replace(known, rows=row.rows)
             return
         padded = (*axes, *[None] * (parameter.dim() - len(axes)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import Crash, crash_site, first_tensor, inside
+from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside
+from cofiprune.conformance.wording import module_of
+from cofiprune.masking import masks_of
 from cofiprune.structure import Block, Structure
 
 if TYPE_CHECKING:
@@ -128,3 +131,40 @@ def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
             adds = "not added" if block.exit.residual else "added"
             return f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: turn residual around."
     return ""
+
+
+def misplaced(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
+    """Name a parameter of a block that is left whose module goes with a block that is removed; "" when there is none.
+
+    :param model: under masks that remove the attention blocks, or the feed-forward ones.
+    """
+    masks = masks_of(model)
+    assert masks is not None
+    stock = copy.deepcopy(model)
+    twins = masks_of(stock)
+    assert twins is not None
+    twins.detach()
+    left = {module_of(spec): spec for spec in structure.parameters if spec.gate and bool(masks[spec.gate].any())}
+    wrong: list[str] = []
+
+    def leave(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            value, wanted = first_tensor(output), first_tensor(stock.get_submodule(path)(*args, **kwargs))
+            if value is None or wanted is None or value.shape != wanted.shape or gap(value, wanted) > _NOTHING:
+                wrong.append(path)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in left:
+            hooks.callback(model.get_submodule(path).register_forward_hook(leave(path), with_kwargs=True).remove)
+        outputs(model, batch)
+    if not wrong:
+        return ""
+    spec = left[wrong[0]]
+    gone = " and ".join(repr(block.gate) for block in structure.blocks if _takes(block, wrong[0])) or "another block"
+    return f"{spec.name!r} is described in {spec.gate!r}, and its module does not run when {gone} is removed."
+
+
+def _takes(block: Block, path: str) -> bool:
+    return any(inside(path, exit.module) for exit in (block.exit, *block.skipped))

@@ -145,7 +145,7 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
 
 def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
     config = model.config
-    padding = config.pad_token_id or 0
+    padding = getattr(config, "pad_token_id", None) or 0
     shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
     ids = torch.randint(padding + 1, config.vocab_size, shape, generator=generator)
     mask = torch.ones_like(ids)
