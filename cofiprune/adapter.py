@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +71,7 @@ class Axis:
         return replace(self, role="zero")
 
 
-HIDDEN = Axis("hidden")
+HIDDEN = Axis("hidden", block=1)
 HEADS = Axis("heads")
 INTERMEDIATE = Axis("intermediate")
 
@@ -266,15 +266,48 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             "Load the encoder alone, by a class such as T5EncoderModel."
         )
     if model_type not in _registered:
-        points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
-        if not points:
+        installed = _installed(model_type)
+        if installed is None:
             raise AdapterError(
                 f"no adapter for model type {model_type!r} ({type(model).__name__}). Families with one: "
                 f"{', '.join(known_families())}. To add one, subclass cofiprune.Adapter and call "
                 "cofiprune.register_adapter(MyAdapter()); docs/how-to/add-an-adapter.md shows how."
             )
-        _registered[model_type] = next(iter(points)).load()
+        _registered[model_type] = installed
     return _registered[model_type]
+
+
+def _installed(model_type: str) -> Adapter | None:
+    """Load the adapter that an installed package names for a model type; None when none does.
+
+    :raises AdapterError: when packages name different ones, or what one names is no adapter or does not load.
+    """
+    # An entry point that is found twice (two folders on the path with one package's metadata) is still one adapter.
+    points = {point.value: point for point in entry_points(group=ENTRY_POINT_GROUP, name=model_type)}
+    if len(points) > 1:
+        named = ", ".join(f"{_package(point)} ({value!r})" for value, point in points.items())
+        raise AdapterError(
+            f"{len(points)} packages name an adapter for model type {model_type!r}: {named}. Uninstall all but one, or "
+            "choose one of them by cofiprune.register_adapter(adapter), which goes before what is installed."
+        )
+    for value, point in points.items():
+        who = f"the adapter of model type {model_type!r} that the package {_package(point)} names, {value!r},"
+        try:
+            found = point.load()
+        except Exception as error:  # whatever importing someone else's module raises
+            raise AdapterError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Adapter):
+            if isinstance(found, type) and issubclass(found, Adapter):
+                what = f"it is the class {found.__name__}; the entry point has to name an instance of it"
+            else:
+                what = f"it is a {type(found).__name__}, not a cofiprune.Adapter"
+            raise AdapterError(f"{who} cannot be used: {what}")
+        return found
+    return None
+
+
+def _package(point: EntryPoint) -> str:
+    return "of an unknown name" if point.dist is None else point.dist.name
 
 
 def has_decoder(model: nn.Module) -> bool:

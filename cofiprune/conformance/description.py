@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from cofiprune.conformance import exits
 from cofiprune.conformance.laws import Subject
 from cofiprune.conformance.trace import record
+from cofiprune.conformance.wording import described, role_of
 from cofiprune.errors import LawError
 
 
@@ -45,15 +46,19 @@ def check_structure(subject: Subject) -> None:
 
 def wrong_attributes(subject: Subject) -> str:
     """Name an attribute that is not there, or whose value is not the size that its axis gives it; "" when none is."""
-    for attribute in subject.structure.attributes:
-        size = subject.structure[attribute.group].size * attribute.per_unit
+    structure = subject.structure
+    for attribute in structure.attributes:
+        group = structure[attribute.group]
+        size = group.size * attribute.per_unit
         value = getattr(subject.model.get_submodule(attribute.module), attribute.name, None)
-        if value != size:
-            found = "is not there" if value is None else f"is {value}"
+        counts = attribute.per_unit == 1 or value in (None, group.size)
+        if value != size and counts:  # how many elements a unit has is for the laws of the masks to say
+            readers = [spec for spec in structure.parameters if spec.gated and role_of(spec, group.name)]
             return (
-                f"{attribute.name!r} of {attribute.module!r} {found}, and should be {size}: {attribute.group} has "
-                f"{subject.structure[attribute.group].size} units, with {attribute.per_unit} for each. Check the name, "
-                "and the axis: HEADS.of(1) counts heads, HEADS their elements."
+                f"{attribute.name!r} of {attribute.module!r} is {value}, and should be {size}: {group.name} has "
+                f"{group.size} units, and {attribute.per_unit} is counted for each. Check the attribute's name and its "
+                "axis (HEADS.of(1) counts heads, HEADS their elements), sizes, and the projection that says how many "
+                f"elements a unit has: {described(readers)}."
             )
     return ""
 

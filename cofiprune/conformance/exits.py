@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside
-from cofiprune.conformance.wording import module_of
+from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside, record
 from cofiprune.masking import masks_of
 from cofiprune.structure import Block, Structure
 
@@ -133,38 +131,37 @@ def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
     return ""
 
 
-def misplaced(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
-    """Name a parameter of a block that is left whose module goes with a block that is removed; "" when there is none.
+def overreaching(model: PreTrainedModel, structure: Structure, batch: Batch, kind: str) -> str:
+    """Name a block that takes with it what another block reads; "" when none does.
 
-    :param model: under masks that remove the attention blocks, or the feed-forward ones.
+    Where a residual is added outside of the blocks, one without it is one whose gate is all but shut. (Where it is not,
+    a norm goes too, and what comes behind it differs.)
+
+    :param model: under masks, which are changed.
+    :param kind: "attention" or "ffn", the blocks to remove.
     """
     masks = masks_of(model)
     assert masks is not None
-    stock = copy.deepcopy(model)
-    twins = masks_of(stock)
-    assert twins is not None
-    twins.detach()
-    left = {module_of(spec): spec for spec in structure.parameters if spec.gate and bool(masks[spec.gate].any())}
-    wrong: list[str] = []
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            value, wanted = first_tensor(output), first_tensor(stock.get_submodule(path)(*args, **kwargs))
-            if value is None or wanted is None or value.shape != wanted.shape or gap(value, wanted) > _NOTHING:
-                wrong.append(path)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for path in left:
-            hooks.callback(model.get_submodule(path).register_forward_hook(leave(path), with_kwargs=True).remove)
-        outputs(model, batch)
-    if not wrong:
+    removed = [block for block in structure.blocks if block.gate.endswith(kind)]
+    if any(block.exit.residual for block in removed):
         return ""
-    spec = left[wrong[0]]
-    gone = " and ".join(repr(block.gate) for block in structure.blocks if _takes(block, wrong[0])) or "another block"
-    return f"{spec.name!r} is described in {spec.gate!r}, and its module does not run when {gone} is removed."
-
-
-def _takes(block: Block, path: str) -> bool:
-    return any(inside(path, exit.module) for exit in (block.exit, *block.skipped))
+    found = []
+    for gate in (SHUT, 0.0):
+        for block in structure.blocks:
+            masks[block.gate] = [gate if block in removed else 1.0]
+        found.append(record(model, batch))
+    shut, gone = found
+    for call, value in gone.items():
+        own = [block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.skipped))]
+        other = shut.get(call)
+        if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):
+            continue
+        layer = next((path for path in structure.layers if inside(call[0], path)), "")
+        for block in removed:
+            if inside(block.exit.module, layer):
+                roots = ", ".join(repr(root.module) for root in (block.exit, *block.skipped))
+                return (
+                    f"Removing {block.gate!r} changes {call[0]!r}, which is not part of it. Removed with it are "
+                    f"{roots}: check skipped, and which block the parameters in them belong to."
+                )
+    return ""

@@ -95,7 +95,9 @@ def _of_module(structure: Structure, small: nn.Module, crash: Crash, values: Val
     if any(inside(path, crash.module) for path in structure.layers):
         # It failed between the layers, or beside them: what is in them has been there.
         below = [spec for spec in below if not structure.in_layers(spec)]
-    without = [repr(spec.name) for spec in below if not any(role_of(spec, name) for name in values)]
+    without = [
+        repr(spec.name) for spec in below if None in spec.sides and not any(role_of(spec, name) for name in values)
+    ]
     told = []
     if own:
         told.append(f"{described(own)}: every dimension that follows a group needs its axis, and no other.")
@@ -104,7 +106,18 @@ def _of_module(structure: Structure, small: nn.Module, crash: Crash, values: Val
     integers = _integers(small.get_submodule(crash.module))
     if integers and type(small.get_submodule(crash.module)).__module__.partition(".")[0] != "torch":
         told.append(f"If one of its integers follows a group, it belongs in the attributes of its block: {integers}.")
+    told += _given(structure, crash, values)
     return " ".join(told)
+
+
+def _given(structure: Structure, crash: Crash, values: Values) -> list[str]:
+    """What the adapter says about tensors that a module gets with an entry for every inner unit."""
+    blocks = [block for block in structure.blocks if block.inner in values and inside(crash.module, block.exit.module)]
+    found = [f"{shared}: check module, argument, keyword and dim." for block in blocks for shared in block.shared]
+    return found or [
+        f"If it is given a tensor with an entry for every unit of {block.inner}, its block needs Shared(...)."
+        for block in blocks
+    ]
 
 
 def _integers(module: nn.Module) -> str:
@@ -210,8 +223,11 @@ def tied_alone(model: PreTrainedModel, structure: Structure, message: str) -> st
     return ""
 
 
-def first_change(model: PreTrainedModel, batch: Batch, structure: Structure) -> str:
-    """Name the first module whose output the masks attached to a model change."""
+def first_change(model: PreTrainedModel, batch: Batch, structure: Structure, *, limit: float = 0.0) -> str:
+    """Name the first module whose output the masks attached to a model change.
+
+    :param limit: the largest change that is none.
+    """
     kinds = {norm.module: norm.kind for norm in structure.norms}
     stock = copy.deepcopy(model)
     masks = masks_of(stock)
@@ -219,7 +235,7 @@ def first_change(model: PreTrainedModel, batch: Batch, structure: Structure) -> 
         masks.detach()
     before = record(stock, batch)
     for call, value in record(model, batch).items():
-        if call in before and (value.shape != before[call].shape or not torch.equal(value, before[call])):
+        if call in before and (value.shape != before[call].shape or gap(value, before[call]) > limit):
             kind = kinds.get(call[0])
             declared = "" if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
             return f"The first module that differs is {call[0]!r}{declared or '.'}"

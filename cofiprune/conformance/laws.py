@@ -82,7 +82,7 @@ def check_ones(subject: Subject) -> float:
         masks.bind({name: value.clone() for name, value in masks.items()})
         rounding = largest(stock, run(subject, "differentiable masks of ones"))
         if not rounding <= ROUNDED * size(stock):
-            which = fault.first_change(model, batch, subject.structure)
+            which = fault.first_change(model, batch, subject.structure, limit=ROUNDED)
             raise LawError(f"{subject.who}: differentiable masks of ones change the outputs by {rounding:.2g}. {which}")
     after = model.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -111,9 +111,7 @@ def check_blocks(subject: Subject) -> None:
         if problem:
             raise LawError(f"{subject.who}: a removed block must hand its input on. {problem}")
         for kind in ("attention", "ffn"):
-            for name in masks:
-                masks[name] = [0 if name.endswith(kind) else 1]
-            problem = exits.misplaced(subject.model, structure, subject.batch)
+            problem = exits.overreaching(subject.model, structure, subject.batch, kind)
             if problem:
                 raise LawError(f"{subject.who}: a block that is left must work as before. {problem}")
 

@@ -100,7 +100,9 @@ def test_a_forward_need_not_take_the_options_of_transformers(example: ModuleType
 def test_options_of_a_forward_are_those_that_it_takes(example: ModuleType, build: Any) -> None:
     options = {"return_dict": True, "output_hidden_states": False}
     assert taken(build("BertModel"), **options) == options
-    assert taken(example.ToyForSequenceClassification(example.ToyConfig()), **options) == {"output_hidden_states": False}
+    assert taken(example.ToyForSequenceClassification(example.ToyConfig()), **options) == {
+        "output_hidden_states": False
+    }
     assert taken(plain(example), **options) == {}
 
 
@@ -109,6 +111,7 @@ def test_the_vocabulary_is_the_tables_or_the_configurations(example: ModuleType)
     assert vocabulary_size(model) == 50
     model.embed_tokens = nn.Embedding(60, 4)  # where transformers looks for it
     assert vocabulary_size(model) == 60
+
     class Silent(PreTrainedModel):
         config_class = PreTrainedConfig
 
