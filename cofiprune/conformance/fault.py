@@ -95,9 +95,9 @@ def _of_module(structure: Structure, small: nn.Module, crash: Crash, values: Val
     if any(inside(path, crash.module) for path in structure.layers):
         # It failed between the layers, or beside them: what is in them has been there.
         below = [spec for spec in below if not structure.in_layers(spec)]
-    without = [
-        repr(spec.name) for spec in below if None in spec.sides and not any(role_of(spec, name) for name in values)
-    ]
+    # The bias or norm of a projection into the residual stream has an axis, and rightly no other.
+    open_ = [spec for spec in below if len(spec.shape) > 1 or None in spec.sides]
+    without = [repr(spec.name) for spec in open_ if not any(role_of(spec, name) for name in values)]
     told = []
     if own:
         told.append(f"{described(own)}: every dimension that follows a group needs its axis, and no other.")
