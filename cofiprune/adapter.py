@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,7 +73,7 @@ class Axis:
         return replace(self, role="zero")
 
 
-HIDDEN = Axis("hidden")
+HIDDEN = Axis("hidden", block=1)
 HEADS = Axis("heads")
 INTERMEDIATE = Axis("intermediate")
 
@@ -296,12 +296,45 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     if table is not None:
         return TableAdapter(model_type, family_from(table), stored=True)
     if model_type not in _registered:
-        points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
-        if not points:
+        installed = _installed(model_type)
+        if installed is None:
             refuse_undeclared(model)
             return _derive(model)
-        _registered[model_type] = next(iter(points)).load()
+        _registered[model_type] = installed
     return _registered[model_type]
+
+
+def _installed(model_type: str) -> Adapter | None:
+    """Load the adapter that an installed package names for a model type; None when none does.
+
+    :raises AdapterError: when packages name different ones, or what one names is no adapter or does not load.
+    """
+    # An entry point that is found twice (two folders on the path with one package's metadata) is still one adapter.
+    points = {point.value: point for point in entry_points(group=ENTRY_POINT_GROUP, name=model_type)}
+    if len(points) > 1:
+        named = ", ".join(f"{_package(point)} ({value!r})" for value, point in points.items())
+        raise AdapterError(
+            f"{len(points)} packages name an adapter for model type {model_type!r}: {named}. Uninstall all but one, or "
+            "choose one of them by cofiprune.register_adapter(adapter), which goes before what is installed."
+        )
+    for value, point in points.items():
+        who = f"the adapter of model type {model_type!r} that the package {_package(point)} names, {value!r},"
+        try:
+            found = point.load()
+        except Exception as error:  # whatever importing someone else's module raises
+            raise AdapterError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Adapter):
+            if isinstance(found, type) and issubclass(found, Adapter):
+                what = f"it is the class {found.__name__}; the entry point has to name an instance of it"
+            else:
+                what = f"it is a {type(found).__name__}, not a cofiprune.Adapter"
+            raise AdapterError(f"{who} cannot be used: {what}")
+        return found
+    return None
+
+
+def _package(point: EntryPoint) -> str:
+    return "of an unknown name" if point.dist is None else point.dist.name
 
 
 def family_entries(family: Family) -> dict[str, Any]:
@@ -458,6 +491,8 @@ class _Resolver:
     def _size(self, kind: Kind, name: str | None = None) -> int:
         if self.recorded is not None:
             return self.recorded[name or kind]
+        if kind not in self.family.sizes:
+            raise AdapterError(f"{self._who()}: sizes has {', '.join(self.family.sizes) or 'nothing'}, and no {kind!r}")
         return int(self.family.sizes[kind])
 
     def _head_rows(self) -> tuple[Row, ...]:
@@ -490,6 +525,7 @@ class _Resolver:
         for row in table.rows:
             self._row(self._repeated(row, index), path, prefix, gate_name)
         elements = self._elements(gate_name, inner)
+        self._check_modules(path, gate_name, table)
         attributes = [
             SizeAttribute(_join(path, module), name, prefix + axis.kind, axis.block or elements)
             for module, name, axis in table.attributes
@@ -506,6 +542,19 @@ class _Resolver:
             per_token=table.per_token * elements * times,
         )
         return groups, block, attributes
+
+    def _check_modules(self, path: str, gate: str, table: BlockTable) -> None:
+        """Make sure that the modules which a block's table names beside its rows are there."""
+        named = [("exit", table.exit.module), *(("shared", each.module) for each in table.shared)]
+        named += [("skipped", each if isinstance(each, str) else each.module) for each in table.skipped]
+        named += [("attributes", module) for module, _, axis in table.attributes if not self._refuses(axis.kind)]
+        for entry, module in named:
+            found = _join(path, module)
+            if found not in self.modules:
+                raise AdapterError(
+                    f"{self._who()}: {entry} of {gate!r} names the module {found!r}, which the model does not have."
+                    f"{suggest(found, self.modules)}"
+                )
 
     def _elements(self, gate: str, inner: Kind) -> int:
         """Elements per inner unit as the block's last projection reads them; where the units are refused, of all."""
@@ -554,8 +603,14 @@ class _Resolver:
     ) -> None:
         canonical = self.names[id(parameter)]
         if canonical in self.described:
-            # A tied matrix: the row that came first (the embedding table) owns it; it is applied as a matrix too.
             known = self.described[canonical]
+            if known.described_as == name:
+                owners = " and ".join(owner or "no block" for owner in dict.fromkeys((known.gate, gate)))
+                raise AdapterError(
+                    f"{self._who()}: row {row.modules!r} describes {name!r}, which a row before it describes already "
+                    f"(as part of {owners}); a parameter takes one row, in the block that it is removed with"
+                )
+            # A tied matrix: the row that came first (the embedding table) owns it; it is applied as a matrix too.
             self.described[canonical] = replace(known, rows=row.rows)
             return
         padded = (*axes, *[None] * (parameter.dim() - len(axes)))

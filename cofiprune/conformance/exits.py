@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import Crash, crash_site, first_tensor, inside
+from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside, record
 from cofiprune.masking import leave as left
+from cofiprune.masking import masks_of
 from cofiprune.structure import Block, Exit, Structure
 
 if TYPE_CHECKING:
@@ -153,4 +154,40 @@ def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
         if block.exit.residual == (found[block.exit.module] <= _NOTHING):
             adds = "not added" if block.exit.residual else "added"
             return f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: turn residual around."
+    return ""
+
+
+def overreaching(model: PreTrainedModel, structure: Structure, batch: Batch, kind: str) -> str:
+    """Name a block that takes with it what another block reads; "" when none does.
+
+    Where a residual is added outside of the blocks, one without it is one whose gate is all but shut. (Where it is not,
+    a norm goes too, and what comes behind it differs.)
+
+    :param model: under masks, which are changed.
+    :param kind: "attention" or "ffn", the blocks to remove.
+    """
+    masks = masks_of(model)
+    assert masks is not None
+    removed = [block for block in structure.blocks if block.gate.endswith(kind)]
+    if any(block.exit.residual for block in removed):
+        return ""
+    found = []
+    for gate in (SHUT, 0.0):
+        for block in structure.blocks:
+            masks[block.gate] = [gate if block in removed else 1.0]
+        found.append(record(model, batch))
+    shut, gone = found
+    for call, value in gone.items():
+        own = [block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.skipped))]
+        other = shut.get(call)
+        if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):
+            continue
+        layer = next((path for path in structure.layers if inside(call[0], path)), "")
+        for block in removed:
+            if inside(block.exit.module, layer):
+                roots = ", ".join(repr(root.module) for root in (block.exit, *block.skipped))
+                return (
+                    f"Removing {block.gate!r} changes {call[0]!r}, which is not part of it. Removed with it are "
+                    f"{roots}: check skipped, and which block the parameters in them belong to."
+                )
     return ""

@@ -11,6 +11,7 @@ import torch
 from cofiprune.adapter import Family, TableAdapter, temporarily
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.battery import EXACT, cases
+from cofiprune.conformance.description import check_applications, check_structure
 from cofiprune.conformance.laws import (
     ROUNDED,
     Case,
@@ -20,7 +21,6 @@ from cofiprune.conformance.laws import (
     check_case,
     check_gradients,
     check_ones,
-    check_structure,
     reloaded,
 )
 from cofiprune.conformance.specimens import Batch
@@ -45,6 +45,7 @@ def problem(
         try:
             subject = Subject(model, batch, structure_of(model))
             check_structure(subject)
+            check_applications(subject, family.applications)
             tolerance = EXACT if check_ones(subject) <= EXACT else ROUNDED
             if whole:
                 check_blocks(subject)

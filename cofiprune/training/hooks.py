@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.errors import TrainingError
-from cofiprune.tasks import forward_names
+from cofiprune.tasks import forward_names, taken
 from cofiprune.training.gating import Gating
 from cofiprune.training.objective import Objective
 
@@ -107,7 +107,8 @@ class ForwardHooks:
             self._settled = False
         if self.objective is None:
             return None
-        changed = {**dict(zip(forward_names(self.model), args, strict=False)), **kwargs, "return_dict": True}
+        changed = {**dict(zip(forward_names(self.model), args, strict=False)), **kwargs}
+        changed.update(taken(self.model, return_dict=True))
         self._counted = changed.pop(_COUNT, None) is not None
         self._wants_states = bool(changed.get("output_hidden_states", self.model.config.output_hidden_states))
         if self.objective.distils_layers:

@@ -141,6 +141,9 @@ def namespace() -> dict[str, Any]:
 
 # What stands for the sizes of a real run, and for what would have to be downloaded: text on a page, text that is run.
 STAND_INS: dict[str, dict[str, str]] = {
+    "docs/how-to/add-an-adapter.md": {
+        'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
+    },
     "docs/tutorial.md": {
         'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
         "docstring_task()": "docstring_task(16, 8)",
