@@ -160,12 +160,12 @@ def _ways(calls: Sequence[Call], layer: str, span: Span) -> Iterator[Way]:
     silent = [call for call in apart if inside(last.path, call.path) or call.start > last.end]
     zeros = [exit for call in silent for exit in _zero(call, span)]
     norms = [call for call in span.block.norms if same(call.output, span.after)]
-    for exit in zeros:
-        yield from _complete(calls, span, apart, exit)
     for norm in norms:
         for exit in zeros:
             if not inside(norm.path, exit.module):
                 yield from _complete(calls, span, apart, Exit(norm.path), exit)
+    for exit in () if norms else zeros:
+        yield from _complete(calls, span, apart, exit)
 
 
 def _zero(call: Call, span: Span) -> Iterator[Exit]:

@@ -13,7 +13,6 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from transformers.models.auto import modeling_auto as auto
 
 import cofiprune
 from cofiprune.adapter import ENTRY_POINT_GROUP, known_families
-from cofiprune.conformance.specimens import head_classes, inputs, outputs, tiny_config, tiny_sizes
+from cofiprune.conformance.specimens import head_classes, inputs, outputs, tiny_sizes
 from cofiprune.refusals import refuse, refuse_undeclared
 
 HERE = Path(__file__).parent
@@ -55,39 +54,58 @@ def model_types() -> list[str]:
     return sorted(found)
 
 
-def models(model_type: str) -> Iterator[transformers.PreTrainedModel]:
+def models(model_type: str) -> list[transformers.PreTrainedModel]:
     """The bare encoder and one head, small; settings that only a wider model can have make it wider."""
-    given = SETTINGS.get(model_type, {})
     points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
-    trial = dict(next(iter(points)).load().trial_settings) if points else {}
+    given = {**(next(iter(points)).load().trial_settings if points else {}), **SETTINGS.get(model_type, {})}
+    stock = AutoConfig.for_model(model_type)
     problem: Exception | None = None
     for wide in (False, True):
         try:
-            config = tiny_config(model_type, **trial, **given)
-            if wide:
-                sizes = tiny_sizes(AutoConfig.for_model(model_type), wide=True)
-                config = AutoConfig.for_model(model_type, **{**sizes, **trial, **given})
-            found = []
-            for cls in _classes(config):
-                with torch.device("meta"):
-                    size = sum(value.numel() for value in cls(copy.deepcopy(config)).parameters())
-                if size > LARGEST:
-                    raise ValueError(f"the smallest model that its settings allow has {size:,} parameters")
-                model = cls(copy.deepcopy(config))
-                model.train(False)
-                refuse(model)
-                if model_type not in known_families():
-                    refuse_undeclared(model)
-                outputs(model, inputs(model, torch.Generator().manual_seed(0)))
-                found.append(model)
-            yield from found
-            return
+            return _built(AutoConfig.for_model(model_type, **{**tiny_sizes(stock, wide=wide), **given}))
         except Exception as error:
             problem = problem or error
-            if isinstance(error, cofiprune.CofipruneError):
-                break
+    _refuse_by_kind(stock)
     assert problem is not None
     raise problem
+
+
+def _built(config: transformers.PretrainedConfig) -> list[transformers.PreTrainedModel]:
+    """Models of a configuration that run; a head that cannot be pruned is left out."""
+    found = []
+    for cls in _classes(config):
+        with torch.device("meta"):
+            skeleton = cls(copy.deepcopy(config))
+        try:
+            _check_kind(skeleton)
+        except cofiprune.CofipruneError:
+            if cls is _classes(config)[-1] and not found:
+                raise
+            continue
+        size = sum(value.numel() for value in skeleton.parameters())
+        if size > LARGEST:
+            raise ValueError(f"the smallest model that its settings allow has {size:,} parameters")
+        model = cls(copy.deepcopy(config))
+        model.train(False)
+        outputs(model, inputs(model, torch.Generator().manual_seed(0)))
+        found.append(model)
+    return found
+
+
+def _refuse_by_kind(config: transformers.PretrainedConfig) -> None:
+    """Say what a model is that has no small form, where that alone is a reason."""
+    try:
+        with torch.device("meta"):
+            skeleton = _classes(config)[0](config)
+    except Exception:
+        return
+    _check_kind(skeleton)
+
+
+def _check_kind(model: transformers.PreTrainedModel) -> None:
+    refuse(model)
+    if model.config.model_type not in known_families():
+        refuse_undeclared(model)
 
 
 def _classes(config: transformers.PretrainedConfig) -> list[type[transformers.PreTrainedModel]]:
@@ -102,7 +120,7 @@ def tried(model_type: str) -> dict[str, Any]:
     """What becomes of one model type."""
     row: dict[str, Any] = {"how": "declared" if model_type in known_families() else "derived"}
     try:
-        built = list(models(model_type))
+        built = models(model_type)
     except Exception as error:
         return {"how": "refused", "why": _line(error)}
     row["classes"], row["difference"], row["refused"] = [], 0.0, {}
