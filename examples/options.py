@@ -86,6 +86,7 @@ def parse(
             setattr(options, option, value)
     if options.teacher_epochs <= 0 or options.teacher_learning_rate <= 0:
         raise SettingsError("--teacher-epochs and --teacher-learning-rate take numbers above 0")
+    options.trains = True
     settings_of(options, PRESETS[0])  # complains of a wrong value before anything is loaded
     if options.model is None:
         options.model = defaults.model(options)
