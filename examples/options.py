@@ -137,6 +137,9 @@ def settings_of(options: argparse.Namespace, automatic: str) -> cofiprune.PruneC
 
     :param automatic: the preset that `--preset auto` means.
     """
+    prunes = options.target_sparsity is not None and options.pretrained_pruned_model is None
+    if not prunes and "batch_size" in vars(options):  # whatever a preset has for the time after pruning
+        vars(options).setdefault("finetune_batch_size", options.batch_size)
     return prune_config(options, automatic if options.preset == "auto" else options.preset)
 
 
