@@ -124,11 +124,8 @@ class Begin(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
-            masks = masks_of(model)
-            masks.unbind()
-            self.plan = masks.plan()
-            self.logits = logits(model)
-            model.train()
+            self.plan = masks_of(model).plan()
+            self.logits = logits(cofiprune.compact(model, self.plan))
 
 
 @pytest.mark.parametrize("target", [0.6, 0.9])
