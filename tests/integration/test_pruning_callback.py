@@ -140,7 +140,7 @@ def test_gates_start_on_what_one_shot_leaves(toy, tmp_path, target):
     assert 0.1 < 1 - start.share < target
     assert begin.plan.keep == start.plan.keep
     assert torch.allclose(begin.logits, logits(start.small), atol=1e-5)
-    assert not torch.allclose(begin.logits, logits(toy.teacher), atol=1e-2)
+    assert not torch.allclose(begin.logits, logits(toy.teacher), atol=1e-4)
     check_outcome(toy, callback, model, toy.teacher, target)
     kept = callback.plan.keep
     assert all(set(kept[name]) <= set(start.plan.keep[name]) for name in kept)  # what is gone stays gone
@@ -498,7 +498,7 @@ class Stop(TrainerCallback):
 
 def test_a_run_that_stops_early_is_cut_to_the_target_with_a_warning(toy, tmp_path):
     model = toy.student()
-    callback = PruningCallback(0.5)
+    callback = PruningCallback(0.5, one_shot_share=0)
     with pytest.warns(UserWarning, match="stopped after 2 of 6 steps, before the structure was decided"):
         trainer_for(model, toy.rows(), tmp_path, callback, more=[Stop()]).train()
     check_outcome(toy, callback, model, toy.teacher, 0.5)

@@ -61,7 +61,7 @@ def test_batches_after_pruning_may_have_another_size(toy, loops):
     assert [loop.state.step for loop in loops] == [3, 4]
     assert loops[1].session.batches.batch_size == 24
     assert result.history[-1]["epoch"] == 3
-    recipe = PruneConfig.preset("glue-small")
+    recipe = PruneConfig.preset("glue-small", label_weight=1)
     for given, steps in (({}, 1), ({"batch_size": 8}, 6), ({"finetune_batch_size": 16}, 3)):
         cofiprune.finetune(toy.student(), toy.rows(48), config=recipe, epochs=1, progress=False, **given)
         assert loops[-1].state.step == steps
