@@ -466,6 +466,7 @@ class _Resolver:
             blocks=tuple(blocks),
             attributes=tuple(attributes),
             layers=paths,
+            applications=self.applications if any(times > 1 for times in self.applications) else (),
             embeddings=tuple(self.tables),
             refused=self.refused,
             rest=tuple(_placed(each, path) for path in paths for each in self.family.rest.exits),

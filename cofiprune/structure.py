@@ -204,6 +204,8 @@ class Structure(Mapping[str, Group]):
     attributes: tuple[SizeAttribute, ...]
     layers: tuple[str, ...]
     """Module paths of the encoder's layers: what `sparsity` counts."""
+    applications: tuple[int, ...] = ()
+    """How often a forward pass applies each layer, one after the other; empty for once each."""
     embeddings: tuple[str, ...] = ()
     """Names of the parameters of the embedding tables."""
     refused: Mapping[str, str] = field(default_factory=dict)

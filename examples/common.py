@@ -21,6 +21,7 @@ import numpy as np
 import transformers
 from grid import run_grid
 from options import Defaults, parse, settings_of
+from original import is_original
 from pipeline import check_free, prepare_dense, run_once
 from quickstart_data import DataError
 from quickstart_model import ModelError
@@ -168,9 +169,3 @@ def load_model(source: str, kind: str, head: Head | None = None) -> PreTrainedMo
     if head is not None and task_by_architecture(config) != kind:
         head.apply(config)
     return load_by_task(source, kind, config=config, new_head=True)
-
-
-def is_original(source: str) -> bool:
-    """Whether a source is a folder that may be the original CoFi's: its weights are in `pytorch_model.bin`."""
-    folder = Path(source).expanduser()
-    return (folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").is_file()

@@ -86,6 +86,7 @@ def parse(
             setattr(options, option, value)
     if options.teacher_epochs <= 0 or options.teacher_learning_rate <= 0:
         raise SettingsError("--teacher-epochs and --teacher-learning-rate take numbers above 0")
+    options.trains = True
     settings_of(options, PRESETS[0])  # complains of a wrong value before anything is loaded
     if options.model is None:
         options.model = defaults.model(options)
@@ -136,6 +137,9 @@ def settings_of(options: argparse.Namespace, automatic: str) -> cofiprune.PruneC
 
     :param automatic: the preset that `--preset auto` means.
     """
+    prunes = options.target_sparsity is not None and options.pretrained_pruned_model is None
+    if not prunes and "batch_size" in vars(options):  # whatever a preset has for the time after pruning
+        vars(options).setdefault("finetune_batch_size", options.batch_size)
     return prune_config(options, automatic if options.preset == "auto" else options.preset)
 
 

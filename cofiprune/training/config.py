@@ -55,6 +55,8 @@ class PruneConfig(BaseModel):
 
     batch_size: Count = 32
     """Examples per step and process."""
+    finetune_batch_size: Count | None = None
+    """The same in recovery and in `finetune`; None for `batch_size`. A DataLoader keeps its own."""
     eval_batch_size: Count = 128
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive | None = None
@@ -198,6 +200,7 @@ _ORIGINAL: dict[str, Any] = {
     "finetune_learning_rate": 2e-5,
     "finetune_lr_scheduler_type": "constant",
     "finetune_epochs": 20,
+    "finetune_batch_size": 64,
     "freeze_epochs": 0,
     "distill_layers": 4,
     "distill_layers_weight": 0.9,

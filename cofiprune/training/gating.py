@@ -53,6 +53,8 @@ class Gating:
         order = {name: index for index, name in enumerate(structure)}
         self.positions = torch.tensor([order[group.name] for group in groups], device=device)
         self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
+        applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
+        self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
 
     def is_active(self, step: int) -> bool:
         """Whether the gates learn at a step of the phase."""
@@ -84,14 +86,17 @@ class Gating:
         return self.constraint(sparsity, self._target_at(step)), 1 - self.share * (1 - sparsity.detach())
 
     def alive_layers(self) -> Tensor:
-        """[layers] bool: whether the attention or the feed-forward block of a layer is there."""
+        """[layers] bool: whether the attention or the feed-forward block of a layer is there.
+
+        A layer that is applied several times counts as often, as its outputs do.
+        """
         structure, device = self.masks.structure, self.gates.log_alpha.device
         found = [torch.zeros((), dtype=torch.bool, device=device) for _ in structure.layers]
         for block in structure.blocks:
             index = structure[block.gate].layer
             assert index is not None
             found[index] = found[index] | torch.as_tensor(self.masks.alive(block.gate), device=device)
-        return torch.stack(found)
+        return torch.stack(found).index_select(0, self.applied)
 
     def settle(self) -> None:
         """Leave random samples behind: run under the gates' deterministic values."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import ROWS, RowBatches
+from cofiprune.batches import ROWS, Batch, Batches, RowBatches
 from cofiprune.compaction import compact, restore
 from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
@@ -93,6 +93,8 @@ class Run:
         self.teaches_itself = teaches_itself
         self.asked: Teacher | None = None
         self.seconds_of_start = 0.0
+        self.taken: list[tuple[Batches, int]] = []
+        """Batches of a phase that is over, and how many of them were taken."""
         self.config = config
         batches = prepare(
             train_dataset,
@@ -135,7 +137,7 @@ class Run:
         cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
         check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
         schedule = Schedule.for_pruning(self.config, len(self.batches))
-        recovery = schedule.after + round(self.config.finetune_epochs * schedule.steps_per_epoch)
+        recovery = Schedule.for_recovery(self.config, schedule, len(self._for_recovery()))
         if self.config.metric_for_best_model is not None and not recovery:
             raise SettingsError(
                 "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
@@ -178,8 +180,7 @@ class Run:
             masks = attach(self.model)
             try:
                 progress = self._one_shot_progress()
-                accelerator = self.session.accelerator
-                found = one_shot(self.model, self.calibrated, self.config, target, accelerator, progress)
+                found = one_shot(self.model, self.calibrated, self.config, target, progress)
                 if abs(1 - found.share - target) > TOLERANCE:
                     raise TargetError(f"block by block, the nearest to sparsity {target:g} is {1 - found.share:.4f}")
             except BaseException:
@@ -204,6 +205,7 @@ class Run:
         if self.config.train_embeddings is None:
             whole = plan.kept == structure.sizes and recorded_sizes(self.model.config) is None
             self.trains_embeddings = whole
+        self.batches = self.session.batches = self._for_recovery()
         saved = self._saved(method="finetune")
         if saved is not None and Plan.from_dict(saved.extra["plan"]).keep != plan.keep:
             raise CheckpointError(f"{saved.folder} is of a run with other masks on the model: attach those first")
@@ -242,7 +244,7 @@ class Run:
             return Start(self.model, compact(self.model, plan), plan)
         started = time.perf_counter()
         progress = self._one_shot_progress()
-        found = start_for(self.model, self.calibrated, self.config, target, self.session.accelerator, progress)
+        found = start_for(self.model, self.calibrated, self.config, target, progress)
         self.seconds_of_start = time.perf_counter() - started
         return found
 
@@ -337,6 +339,8 @@ class Run:
             previous = before.state
             state.total_steps, state.batches = previous.total_steps, previous.batches
             state.seconds, state.history = previous.seconds, previous.history
+        if pruned:
+            self._take_recovery_batches(state, saved)
         warmup = round(config.warmup_ratio * steps)
 
         def rates(step: int) -> list[float]:
@@ -356,6 +360,20 @@ class Run:
             raise
         self._write_back(small, plan)
         return _Finished(state, projection)
+
+    def _for_recovery(self) -> Batches:
+        """The batches of the recovery, which may have another size."""
+        size = self.config.finetune_batch_size
+        return self.batches.resized(size) if size and isinstance(self.batches, RowBatches) else self.batches
+
+    def _take_recovery_batches(self, state: RunState, saved: SavedRun | None) -> None:
+        """Go on with the batches of the recovery, at the same place of the epoch."""
+        taken = state.batches if saved is None else saved.extra["pruned"]
+        state.extra["pruned"] = taken
+        self.taken = [(self.batches, taken)]
+        part = self._for_recovery()
+        state.batches = round(taken * len(part) / len(self.batches))
+        self.batches = self.session.batches = part
 
     def _write_back(self, small: PreTrainedModel, plan: Plan) -> None:
         """Bring what was trained into the full model."""
@@ -410,7 +428,8 @@ class Run:
             memory = 0
             if isinstance(self.batches, RowBatches) and isinstance(self.batches.rows, Table):
                 memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
-                self.batches.with_rows = memory > 0
+                for batches in (self.batches, *(batches for batches, _ in self.taken)):
+                    batches.with_rows = memory > 0  # type: ignore[attr-defined]
             token_axis = self.batches.task in TOKEN_AXIS
             self.asked = Teacher(self.teacher, layers, token_axis=token_axis, memory=memory)
         return self.asked
@@ -421,11 +440,8 @@ class Run:
         if teacher is None or not isinstance(self.batches, RowBatches) or not self.batches.with_rows:
             return
         labels = {ROWS, *label_names(self.model)}
-        for epoch in range(-(-state.batches // len(self.batches))):
-            self.batches.set_epoch(epoch)
-            self.batches.skip(0)
-            taken = state.batches - epoch * len(self.batches)
-            for batch in itertools.islice(self.batches, taken):
+        for batches, count in (*self.taken, (self.batches, state.batches)):
+            for batch in _first(batches, count):
                 if not teacher.knows(batch[ROWS]):
                     inputs = {name: value.to(self.device) for name, value in batch.items() if name not in labels}
                     with self.session.accelerator.autocast():
@@ -514,6 +530,14 @@ class Run:
             state.seconds,
             state.best["step"] if state.best is not None else None,
         )
+
+
+def _first(batches: Batches, count: int) -> Iterator[Batch]:
+    """The batches that were taken first, over all epochs."""
+    for epoch in range(-(-count // len(batches))):
+        batches.set_epoch(epoch)
+        batches.skip(0)
+        yield from itertools.islice(batches, count - epoch * len(batches))
 
 
 def _kept_share(model: PreTrainedModel) -> float:

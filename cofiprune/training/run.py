@@ -129,14 +129,16 @@ def finetune(
     """Train a model in place, with or without a teacher: dense, compacted, or with masks attached.
 
     With masks attached, what they keep is trained and they stay as they are. The arguments are those of `prune`;
-    `epochs` and `learning_rate`, when given, mean those of this training and go before `finetune_epochs` and
-    `finetune_learning_rate`.
+    `epochs`, `learning_rate`, `lr_scheduler_type` and `batch_size`, when given, mean those of this training and go
+    before `finetune_epochs` and the like.
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     for plain in ("epochs", "learning_rate", "lr_scheduler_type"):
         if plain in settings:
             settings[f"finetune_{plain}"] = settings.pop(plain)
+    if "batch_size" in settings:
+        settings.setdefault("finetune_batch_size", settings["batch_size"])
     config = PruneConfig.create(config, **settings)
     structure_of(model)
     check_weights(model)

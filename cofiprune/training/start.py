@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune import accounting
@@ -63,8 +63,7 @@ def start_for(
     batches: Batches,
     config: PruneConfig,
     target: float,
-    accelerator: Accelerator,
-    on_progress: Callable[[float], None],
+    on_progress: Callable[[float], None] | None = None,
 ) -> Start | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
@@ -76,7 +75,7 @@ def start_for(
         return None
     share = (1 - target) ** config.one_shot_share
     try:
-        start = one_shot(model, batches, config, 1 - share, accelerator, on_progress)
+        start = one_shot(model, batches, config, 1 - share, on_progress)
     except DataError:
         return None  # too few rows for statistics; gates need none
     return start if _can_go_on(start, target, config) else None
@@ -87,31 +86,31 @@ def one_shot(
     batches: Batches,
     config: PruneConfig,
     sparsity: float,
-    accelerator: Accelerator,
-    on_progress: Callable[[float], None],
+    on_progress: Callable[[float], None] | None = None,
 ) -> Start:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
     :param batches: of the whole data set, the same for every process.
     :raises DataError: when there are too few rows for the statistics.
     """
+    processes = PartialState()
     batches.set_epoch(0)
     batches.skip(0)
     taken = calibration(model, batches)
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         cost = accounting.layer_parameters(structure_of(model))
         with evaluating(model):
             run = SequentialPruning(model, taken, cost, target=sparsity, units=config.units, seed=config.seed)
             plan, small = run.run(on_progress)
         outcome = [plan.to_dict()]
-    if accelerator.num_processes > 1:
+    if processes.num_processes > 1:
         broadcast_object_list(outcome)
     plan = Plan.from_dict(outcome[0])
     if small is None:
         small = compact(model, plan)
-    if accelerator.num_processes > 1:
+    if processes.num_processes > 1:
         for parameter in small.parameters():
             broadcast(parameter.data)
     return Start(model, small, plan)
