@@ -103,7 +103,10 @@ def one_shot(
     if accelerator.is_main_process:
         cost = accounting.layer_parameters(structure_of(model))
         with evaluating(model):
-            run = SequentialPruning(model, taken, cost, target=sparsity, units=config.units, seed=config.seed)
+            run = SequentialPruning(
+                model, taken, cost, target=sparsity, units=config.units, seed=config.seed,
+                repair=config.repair is not False,
+            )  # fmt: skip
             plan, small = run.run(on_progress)
         outcome = [plan.to_dict()]
     if accelerator.num_processes > 1:

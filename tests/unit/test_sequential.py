@@ -173,14 +173,33 @@ def test_repair_brings_the_residual_stream_nearer_to_the_whole_models(dtype, tar
         assert repaired[-1] < 0.9 * unrepaired[-1]
 
 
-def test_only_the_last_projections_learn():
+def changed_modules(model, plan, small):
+    before, after = state(compact(model, plan)), state(small)
+    return {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_linear_maps_learn_and_norms_and_embeddings_stay():
     model = bert()
     plan, small = pruned(model, 0.5)
-    before, after = state(compact(model, plan)), state(small)
-    changed = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    endings = ("attention.output.dense", "layer.0.output.dense", "layer.1.output.dense")
-    assert changed
-    assert all(name.endswith(endings) for name in changed)
+    linear = {name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
+    changed = changed_modules(model, plan, small)
+    assert changed <= linear
+    assert {"bert.pooler.dense", "classifier", "bert.encoder.layer.1.attention.output.dense"} <= changed
+
+
+def test_without_repair_nothing_learns():
+    model = bert()
+    cost = cost_of(model)[1]
+    plan, small = SequentialPruning(model, batches_of(model), cost, target=0.5, repair=False).run()
+    assert not changed_modules(model, plan, small)
+
+
+def test_tables_that_are_tied_to_the_embeddings_stay():
+    model = bert(BertForMaskedLM)
+    plan, small = pruned(model, 0.5)
+    changed = changed_modules(model, plan, small)
+    assert "cls.predictions.transform.dense" in changed
+    assert not any(name.endswith(("word_embeddings", "decoder")) for name in changed)
 
 
 def test_frozen_projections_stay_as_they_are():
