@@ -21,7 +21,7 @@ _PLACEHOLDERS: Mapping[Any, str] = {int: "N", float: "X", str: "NAME"}
 # Settings of gates, of which a training without them has none.
 _OF_GATES = (
     "pre_finetune_epochs", "sparsity_warmup_epochs", "freeze_epochs", "gate_learning_rate", "units",
-    "gate_temperature", "gate_stretch", "warm_start", "warm_start_spread",
+    "gate_temperature", "gate_stretch", "warm_start", "warm_start_spread", "method", "time_budget", "repair",
 )  # fmt: skip
 # `finetune` reads the plain names as those of its own training.
 _OF_FINETUNE = {

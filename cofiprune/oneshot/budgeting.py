@@ -1,12 +1,14 @@
 """How many units each block gives up, when it is known what each next one costs.
 
-Every block has a curve: the loss against what has been saved of the cost. On the lower convex hulls of these curves the
-greedy choice, always the step with the least loss for what it saves, is the best for every budget that it meets (Everett,
-1963). A whole block is the last step of its curve, and goes early where its last units bring less than they cost.
+Every block has a curve: the loss against what has been saved of the cost. On the lower convex hulls of these curves
+the greedy choice, always the step with the least loss for what it saves, is the best for every budget that it meets
+(Everett, 1963). A whole block is the last step of its curve, and goes early where its last units bring less than they
+cost.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,9 +30,7 @@ def give_up(options: Mapping[str, Option], needed: float) -> dict[str, int]:
     What is saved is as near to it as a single unit of any option can bring it; less where there is no more.
     """
     steps = sorted(
-        (slope, name, first, last)
-        for name, option in options.items()
-        for slope, first, last in _hull(option)
+        (slope, name, first, last) for name, option in options.items() for slope, first, last in _hull(option)
     )
     gone = dict.fromkeys(options, 0)
     closed: set[str] = set()
@@ -72,7 +72,7 @@ def _hull(option: Option) -> list[tuple[float, int, int]]:
         while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], count):
             hull.pop()
         hull.append(count)
-    return [(slope(first, last), first, last) for first, last in zip(hull, hull[1:], strict=False)]
+    return [(slope(first, last), first, last) for first, last in itertools.pairwise(hull)]
 
 
 def savings(cost: Callable[[int], float], units: int) -> list[float]:

@@ -1,7 +1,7 @@
 """What comes after the last layer, refitted to what the layers give now.
 
-Every `nn.Linear` that runs after the last layer, poolers and classifiers, is fitted in the order in which they run, so that
-it puts out what the same map put out in the whole model. Tables that are tied to the embeddings stay.
+Every `nn.Linear` that runs after the last layer, poolers and classifiers, is fitted in the order in which they run, so
+that it puts out what the same map put out in the whole model. Tables that are tied to the embeddings stay.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def repair_head(reference: nn.Module, small: nn.Module, structure: Structure, ba
         fit.correct(module)
 
 
-def _outputs(model: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def _outputs(
+    model: nn.Module, paths: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Inputs and outputs of some maps, for each batch."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in paths}
     with ExitStack() as hooks, torch.no_grad():

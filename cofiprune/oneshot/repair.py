@@ -1,13 +1,13 @@
 """Least-squares repair: what is left of a model learns to put out, module by module, what the whole model put out.
 
 From the bottom to the top, every linear map that is left is refitted on the inputs that reach it now, through
-everything that was cut and repaired below. The last projection of a block aims at the residual stream after the block, in
-the hidden dimensions that are kept (K-prune, Park et al., 2024, arXiv:2308.03449); the maps that read the stream aim
-at what the same units read in the whole model; and the maps of the head at what the head computed. So an error below is
-made up for wherever it can be. Biases take the means over (FLAP, An et al., 2024, arXiv:2312.11983).
+everything that was cut and repaired below. The last projection of a block aims at the residual stream after the block,
+in the hidden dimensions that are kept (K-prune, Park et al., 2024, arXiv:2308.03449); the maps that read the stream
+aim at what the same units read in the whole model; and the maps of the head at what the head computed. So an error
+below is made up for wherever it can be. Biases take the means over (FLAP, An et al., 2024, arXiv:2312.11983).
 
-Positions count by how much the answers depend on them: after the last attention block of a classifier only the first one
-does. A ridge pulls towards the weights as they are, not towards zero: directions that no input excites (dead units,
+Positions count by how much the answers depend on them: after the last attention block of a classifier only the first
+one does. A ridge pulls towards the weights as they are, not towards zero: directions that no input excites (dead units,
 constant inputs) stay as they were.
 
 Shapes: n inputs of a map, K outputs, N positions of a batch that are not padding.
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from cofiprune.compaction import positions
@@ -29,9 +28,9 @@ from cofiprune.plan import Plan
 from cofiprune.structure import Structure
 
 RIDGE = 0.3
-"""Weight of the pull towards the weights as they are on synthetic inputs, relative to the mean squared input. With 30 and
-60 % of MiniLM-L6 removed, 0.3 comes nearest on synthetic inputs that the fit has not seen. Far less fits embeddings of
-random tokens at the cost of those of real text: 0.001 can leave the latter worse than no repair does."""
+"""Weight of the pull towards the weights as they are on synthetic inputs, relative to the mean squared input. With 30
+and 60 % of MiniLM-L6 removed, 0.3 comes nearest on synthetic inputs that the fit has not seen. Far less fits embeddings
+of random tokens at the cost of those of real text: 0.001 can leave the latter worse than no repair does."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,17 @@ class Repair:
         for block in self.small_structure.blocks:
             if self.small_structure[block.gate].layer != layer:
                 continue
-            if self.everything:
+            if self.everything and not self._shares_layers:
                 found.append([path for path in readers(self.small, self.small_structure, block) if self._learns(path)])
             if block.gate in left and block.gate in whole and self._learns(left[block.gate].module):
                 found.append([left[block.gate].module])
         return [paths for paths in found if paths]
+
+    @property
+    def _shares_layers(self) -> bool:
+        """Whether one layer is applied many times: what it reads differs each time, and the walk sees the first."""
+        layers = len(self.reference_structure.layers)
+        return layers < getattr(getattr(self.reference, "config", None), "num_hidden_layers", layers)
 
     def _learns(self, path: str) -> bool:
         return self.small.get_parameter(f"{path}.weight").requires_grad  # frozen weights stay as they are

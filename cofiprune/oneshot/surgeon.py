@@ -8,8 +8,9 @@ D = -W_M ((A^-1)_MM)^-1 (A^-1)_M, whatever G is, and then
 
     tr(G W_M ((A^-1)_MM)^-1 W_M^T) / 2.
 
-The cheapest unit goes, the others take over, A^-1 is downdated, and so on: of two units that say the same, only one goes
-cheaply. Because all blocks count in the same loss, their curves compare. The bias is an input that is always 1 and stays.
+The cheapest unit goes, the others take over, A^-1 is downdated, and so on: of two units that say the same, only one
+goes cheaply. Because all blocks count in the same loss, their curves compare. The bias is an input that is always 1 and
+stays.
 
 Shapes: n inputs of a projection, u units of b inputs each, H outputs.
 """

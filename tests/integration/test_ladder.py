@@ -42,13 +42,11 @@ def test_gates_alone_train_no_weights_and_need_no_labels(toy, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_what_gates_leave_is_refitted(toy, share):
-    settings = {
-        "target_sparsity": 0.6, "method": "gates", "epochs": 2, "batch_size": 8, "one_shot_share": share, "progress": False,
-    }  # fmt: skip
+    settings = {"target_sparsity": 0.6, "method": "gates", "epochs": 2, "batch_size": 8, "one_shot_share": share}
     found = []
     for repair in (False, None):
         student = toy.student()
-        result = cofiprune.prune(student, unlabelled(toy.rows(128)), repair=repair, **settings)
+        result = cofiprune.prune(student, unlabelled(toy.rows(128)), repair=repair, progress=False, **settings)
         small = result.compact()
         assert not result.plan.scale or repair is False
         with torch.no_grad():

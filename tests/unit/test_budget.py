@@ -20,13 +20,16 @@ PACE = Pace(step=0.5, teacher=0.2, steps_per_epoch=250, one_shot_steps=32)
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5 h", 5400), (45, 45), ("45", 45), (0.5, 0.5)]
+    ("given", "seconds"),
+    [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5 h", 5400), (45, 45), ("45", 45), (0.5, 0.5)],
 )
 def test_times_are_read_as_people_write_them(given, seconds):
     assert PruneConfig(method="auto", time_budget=given).time_budget == seconds
 
 
-@pytest.mark.parametrize("given", ["", "ten minutes", "10 minutes", "m", "-5m", 0, -1, True, [10], float("inf"), "10m!"])
+@pytest.mark.parametrize(
+    "given", ["", "ten minutes", "10 minutes", "m", "-5m", 0, -1, True, [10], float("inf"), "10m!"]
+)
 def test_other_times_are_refused(given):
     with pytest.raises(SettingsError, match="time_budget"):
         PruneConfig(method="auto", time_budget=given)
@@ -46,7 +49,10 @@ def test_more_time_never_buys_less():
     assert choices[-1].method == "cofi"
     assert epochs == sorted(epochs)
     assert epochs[-1] == pytest.approx(MOST_EPOCHS)
-    assert all((choice.method == "one-shot") == (total < WORTHWHILE_EPOCHS) for choice, total in zip(choices, epochs, strict=True))
+    assert all(
+        (choice.method == "one-shot") == (total < WORTHWHILE_EPOCHS)
+        for choice, total in zip(choices, epochs, strict=True)
+    )
 
 
 def test_what_was_picked_fits_into_the_budget():

@@ -1,4 +1,4 @@
-"""Linear regression from statistics: what it recovers, what it leaves alone, and the ridge that held-out rows choose."""
+"""Linear regression from statistics: what it recovers and leaves alone, and the ridge that held-out rows choose."""
 
 from __future__ import annotations
 
