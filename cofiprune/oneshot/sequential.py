@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 STEP = 0.4
 """Share of the model that one sweep leaves at least."""
-FIT_POSITIONS = 27_000
-"""Tokens, patches or frames that the projections are fitted on: some twenty times the unknowns of each output."""
-SCORED_POSITIONS = 16_000
+FIT_POSITIONS, FIT_PER_INPUT = 10_000, 4
+"""Tokens, patches or frames that the maps are fitted on: so many, and at least four for each input of the widest."""
+SCORED_POSITIONS = 6_000
 """What the curves are measured on."""
 
 
@@ -67,22 +67,30 @@ def calibration(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]])
     :raises DataError: when there are fewer positions than a projection has inputs.
     """
     structure = structure_of(model)
+    needed = max((_shape(model, last)[0] for last in projections(model, structure).values()), default=1)
+    enough = positions_used(needed)
     left_out = {ROWS, *label_names(model)}
     taken: list[Batch] = []
     found = 0
     for batch in batches:
         taken.append({name: value for name, value in batch.items() if name not in left_out})
         found += counted(model, structure, taken[-1])
-        if found >= FIT_POSITIONS:
+        if found >= enough:
             break
-    widths = [model.get_parameter(f"{part.module}.weight").shape[1] for part in projections(model, structure).values()]
-    needed = max(widths, default=1)
     if found < needed:
         raise DataError(
             f"the data set has {found} positions (tokens, patches or frames) that are no padding; the statistics of "
-            f"this model need at least {needed}, and up to {FIT_POSITIONS} are used"
+            f"this model need at least {needed}, one for each input of its widest projection; up to {enough} are used"
         )
     return taken
+
+
+def positions_used(widest: int) -> int:
+    """How many positions the statistics are taken over, where there are as many.
+
+    :param widest: inputs of the widest last projection of a block.
+    """
+    return max(FIT_POSITIONS, FIT_PER_INPUT * widest)
 
 
 class SequentialPruning:

@@ -16,9 +16,11 @@ from cofiprune.errors import SettingsError
 if TYPE_CHECKING:
     from cofiprune.training.config import PruneConfig
 
-ONE_SHOT_STEPS = 3.5
-"""What one shot takes, in training steps of the dense model over the same number of rows. Measured on MiniLM-L6 (see
-docs/decisions/0006-one-shot-in-sweeps.md); a fifth is added for what differs between models."""
+SWEEP = (2.0, 4.0)
+"""What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
+share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0006-one-shot-in-sweeps.md)."""
+MARGIN = 1.2
+"""On what one shot is expected to take."""
 FLOOR = 0.1
 """Part of a step's time that does not shrink with the model: embeddings, the head, the optimiser."""
 WORTHWHILE_EPOCHS = 0.5
@@ -76,13 +78,8 @@ class Pace:
     teacher: float
     """Seconds that the teacher needs for the rows of a step; 0 without one."""
     steps_per_epoch: int
-    one_shot_steps: float
-    """Steps' worth of rows that the statistics of one shot are taken over."""
-
-    @property
-    def one_shot(self) -> float:
-        """Seconds of one shot, on the safe side."""
-        return 1.2 * ONE_SHOT_STEPS * self.one_shot_steps * self.step
+    one_shot: float
+    """Seconds of one shot, on the safe side."""
 
     def epoch(self, share: float) -> float:
         """Seconds of an epoch on a model of which a share of the layers is left."""
@@ -102,6 +99,15 @@ class Choice:
     finetune_epochs: float
     reason: str
     """One sentence, for the user."""
+
+
+def one_shot_steps(shares: Sequence[float]) -> float:
+    """What one shot takes, in training steps of the dense model over the rows that it uses, on the safe side.
+
+    :param shares: of the layers left after each of its sweeps.
+    """
+    before = (1.0, *shares[:-1])
+    return MARGIN * (1 + sum(SWEEP[0] + SWEEP[1] * share for share in before))
 
 
 def choose(pace: Pace, budget: float, *, share: float) -> Choice:

@@ -149,9 +149,8 @@ class Run:
         else:
             share = (1 - target) ** config.one_shot_share if config.starts_from_one_shot else 1.0
             steps = Schedule.for_training(1, config, len(self.batches)).total
-            choice = choose(
-                measure_pace(self.model, self.teacher, self.batches, steps), config.time_budget, share=share
-            )
+            pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target)
+            choice = choose(pace, config.time_budget, share=share)
         if saved is not None and self.session.accelerator.is_main_process:
             saved.parent.mkdir(parents=True, exist_ok=True)
             saved.write_text(json.dumps(asdict(choice)))

@@ -14,9 +14,9 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS, Batch, Batches, to_model
 from cofiprune.distillation import predictions
 from cofiprune.oneshot.activations import counted
-from cofiprune.oneshot.sequential import FIT_POSITIONS
+from cofiprune.oneshot.sequential import FIT_POSITIONS, sweeps
 from cofiprune.tasks import label_names
-from cofiprune.training.budget import Pace, median
+from cofiprune.training.budget import Pace, median, one_shot_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,11 +26,17 @@ STEPS = 4
 
 
 def measure_pace(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Batches, steps_per_epoch: int
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Batches,
+    *,
+    steps_per_epoch: int,
+    target: float,
 ) -> Pace:
     """Time a few training steps of a model, and its teacher on the same rows; weights and random state stay.
 
     :param batches: of this process; those of the first epoch are used.
+    :param target: the sparsity that one shot would go to.
     """
     batches.set_epoch(0)
     batches.skip(0)
@@ -49,8 +55,8 @@ def measure_pace(
     finally:
         model.train(training)
     asked = 0.0 if teacher is None else _timed(lambda batch: _ask(teacher, batch), taken)
-    needed = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
-    return Pace(step, asked, steps_per_epoch, needed)
+    rows = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
+    return Pace(step, asked, steps_per_epoch, rows * one_shot_steps(sweeps(1 - target)) * step)
 
 
 def _timed(run: Callable[[Batch], None], batches: list[Batch]) -> float:

@@ -13,10 +13,11 @@ from cofiprune.training.budget import (
     check_method,
     choose,
     chosen_for_epochs,
+    one_shot_steps,
     readable,
 )
 
-PACE = Pace(step=0.5, teacher=0.2, steps_per_epoch=250, one_shot_steps=32)
+PACE = Pace(step=0.5, teacher=0.2, steps_per_epoch=250, one_shot=60)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,10 @@ def test_what_was_picked_fits_into_the_budget():
             needed = PACE.one_shot + total * PACE.epoch(share) + PACE.taught(total)
             assert needed <= budget * 1.01
             assert choice.method == "one-shot" or choice.epochs == pytest.approx(2 * choice.finetune_epochs, abs=0.04)
+
+
+def test_one_shot_takes_longer_the_further_it_goes():
+    assert one_shot_steps([0.6]) < one_shot_steps([0.4, 0.16]) < one_shot_steps([0.45, 0.2, 0.09])
 
 
 def test_a_larger_model_left_gets_fewer_epochs():

@@ -323,5 +323,6 @@ def test_calibration_takes_as_much_as_is_needed_and_no_labels(monkeypatch):
         assert batch.keys() == row.keys() - {"labels"}
         assert all(torch.equal(value, row[name]) for name, value in batch.items())
     positions = [int(row["attention_mask"].sum()) for row in rows]
+    monkeypatch.setattr(sequential, "FIT_PER_INPUT", 1)
     monkeypatch.setattr(sequential, "FIT_POSITIONS", sum(positions[:2]) + 1)
     assert len(calibration(model, iter(rows))) == 3
