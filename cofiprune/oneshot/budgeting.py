@@ -9,6 +9,7 @@ cost.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,8 @@ def _hull(option: Option) -> list[tuple[float, int, int]]:
     points = list(zip(option.saved, (0.0, *option.curve.losses), strict=True))
 
     def slope(first: int, last: int) -> float:
-        return (points[last][1] - points[first][1]) / (points[last][0] - points[first][0])
+        gain = points[last][0] - points[first][0]
+        return (points[last][1] - points[first][1]) / gain if gain > 0 else math.inf
 
     hull = [0]
     for count in range(1, len(points)):

@@ -49,27 +49,21 @@ def passed(
     :param wanted: the blocks' last projections, by gate.
     :param batches: on any device; padding is left out of everything.
     """
+    if not wanted:
+        return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    with _frozen(model):
-        for batch in batches:
-            inputs = placed(batch, model)
-            seen, probes = _run(model, wanted, inputs, generator)
-            gradients = dict(zip(probes, torch.autograd.grad(*_ends(seen, probes), allow_unused=True), strict=True))
-            yield {gate: _of(states, gradients[gate], batch) for gate, states in seen.states.items()}
-
-
-@dataclass
-class _Seen:
-    states: dict[str, Tensor]
-    projected: Tensor
+    for batch in batches:
+        with _frozen(model), torch.enable_grad():
+            states, gradients = _run(model, wanted, placed(batch, model), generator)
+        yield {gate: _of(states[gate], gradients[gate], batch) for gate in states}
 
 
 def _run(
     model: PreTrainedModel, wanted: Mapping[str, Projection], inputs: Batch, generator: torch.Generator
-) -> tuple[_Seen, dict[str, Tensor]]:
-    """The inputs of the projections, a random projection of the answers, and zeros added to what the blocks put out."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs of the projections, and the gradients of a random projection of the answers to their outputs."""
     states: dict[str, Tensor] = {}
-    probes: dict[str, Tensor] = {}
+    probes: dict[str, Tensor] = {}  # zeros that are added to what the blocks put out
     with ExitStack() as hooks:
         for gate, projection in wanted.items():
 
@@ -82,16 +76,17 @@ def _run(
         outputs = [counted_outputs(part, inputs) for part in predictions(model(**inputs, return_dict=True))]
     noise = [torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype) for part in outputs]
     projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
-    return _Seen(states, projected), probes
+    found = torch.autograd.grad(projected, list(probes.values()), allow_unused=True)
+    return states, {
+        gate: torch.zeros_like(probe) if gradient is None else gradient
+        for (gate, probe), gradient in zip(probes.items(), found, strict=True)
+    }
 
 
-def _ends(seen: _Seen, probes: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return seen.projected, list(probes.values())
-
-
-def _of(states: Tensor, gradient: Tensor | None, batch: Batch) -> Passed:
-    gradient = torch.zeros(()) if gradient is None else gradient
-    squares = gradient.float().square().sum(dim=-1, keepdim=True)  # [B, T, 1]
+def _of(states: Tensor, gradient: Tensor, batch: Batch) -> Passed:
+    squares = (
+        gradient.to(torch.promote_types(torch.float32, gradient.dtype)).square().sum(dim=-1, keepdim=True)
+    )  # [B, T, 1]
     rows = valid_rows(gradient, batch)
     return Passed(valid_rows(states, batch), rows, _relative(squares, batch))
 

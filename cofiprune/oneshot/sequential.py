@@ -1,12 +1,12 @@
-"""One-shot pruning on data: block by block from the bottom, measured again and repaired after every cut.
+"""One-shot pruning on data: in a few sweeps, each of which measures, decides and repairs.
 
-The order in which units go is that of K-prune (Park et al., 2024, arXiv:2308.03449): score everything that is left on
-the model as it stands, find the threshold that the rest of the budget allows, but cut only the lowest block that
-is still whole; fit the block's last projection so that the residual stream after it is what the whole model
-has there; go up. Measuring again, and tuning weights, is why this holds where a single ranking collapses.
+A sweep measures what it costs to take units out of every block when the others make up for it (`surgeon`), spends the
+sweep's budget where it costs least (`budgeting`), and fits every map of what is left to what the whole model does at the
+same place (`repair`). Then the next one measures again, on the repaired model: a single ranking collapses where much goes.
+A pass from the bottom to the top that decides block by block (K-prune, Park et al., 2024, arXiv:2308.03449) measures again
+too, but decides the lowest blocks while the others are whole.
 
-The score of a unit is its importance (`measured_importance`) by the cost that it saves. Labels are not needed.
-Hidden dimensions stay: what they carry cannot be put back by any one projection.
+Labels are not needed. Hidden dimensions stay.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cofiprune.oneshot.sensitivity import passed
 from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.plan import Plan
 from cofiprune.selection import check_target
-from cofiprune.structure import Block, Structure, UnitKind
+from cofiprune.structure import Block, Side, Structure, UnitKind
 from cofiprune.tasks import label_names
 
 if TYPE_CHECKING:
@@ -143,13 +143,14 @@ class SequentialPruning:
         for number, share in enumerate(shares):
             cut = self._cut(small, share * self.whole)
             small, plan = compact(small, cut), plan.then(cut)
-            if self.repair:
-                repair = Repair(
-                    self.model, self.structure, small, structure_of(small), plan, self.batches,
-                    ridge=None, weights=weights, everything=True,
-                )  # fmt: skip
-                repair.run(lambda done, before=number: report((before + done) / len(shares)))  # type: ignore[misc]
-        report(1.0)
+            if not self.repair:
+                report((number + 1) / len(shares))
+                continue
+            repair = Repair(
+                self.model, self.structure, small, structure_of(small), plan, self.batches,
+                ridge=None, weights=weights, everything=True,
+            )  # fmt: skip
+            repair.run(lambda done, before=number: report((before + done) / len(shares)))  # type: ignore[misc]
         return plan, small
 
     def _cut(self, small: PreTrainedModel, wanted: float) -> Plan:
@@ -177,11 +178,16 @@ class SequentialPruning:
             for gate, what in seen.items():
                 moments[gate].add(what)
         for gate, last in wanted.items():
-            inner = blocks[gate].inner
-            assert inner is not None
-            module = small.get_submodule(last.module)
+            found = moments.pop(gate)
+            if not found.finite:
+                raise DataError(
+                    f"what passes {last.module} on the rows of the data set is not finite, so that there are no "
+                    "statistics of it. Look for values that overflow in the rows or, in half precision, in the model"
+                )
+            module, side = small.get_submodule(last.module), _inputs_of(structure, last)
             assert isinstance(module, torch.nn.Linear)
-            yield blocks[gate], curve(module, moments.pop(gate), structure[inner].size)
+            if side is not None:
+                yield blocks[gate], curve(module, found, side)
 
     def _option(self, block: Block, found: Curve, sizes: Mapping[str, int]) -> Option:
         inner, gate = block.inner, block.gate
@@ -214,6 +220,11 @@ def sweeps(share: float) -> list[float]:
     """
     number = max(1, math.ceil(math.log(share) / math.log(STEP)))
     return [share ** ((index + 1) / number) for index in range(number)]
+
+
+def _inputs_of(structure: Structure, last: Projection) -> Side | None:
+    """How the inputs of a block's last projection divide into units."""
+    return next(spec.sides[1] for spec in structure.parameters if spec.name == f"{last.module}.weight")
 
 
 def _shape(model: PreTrainedModel, last: Projection) -> tuple[int, int]:

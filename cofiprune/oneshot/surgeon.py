@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.oneshot.sensitivity import Passed
+from cofiprune.structure import Side
 
 RIDGE = 1e-3
 """Added to the second moments, relative to their mean: dead units and constant inputs have none of their own."""
@@ -46,8 +47,6 @@ class Moments:
     def add(self, passed: Passed) -> None:
         """Add a batch."""
         rows, gradients = passed.inputs, passed.gradients
-        if gradients.dim() != 2 or len(gradients) != len(rows):
-            gradients = rows.new_zeros(len(rows), len(self.outputs))
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         squares = gradients.square().sum(dim=1)
         self.weighted += ((rows * squares.unsqueeze(1)).T @ rows).cpu()
@@ -57,9 +56,15 @@ class Moments:
         self.rows += len(rows)
         self.batches += 1
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is numbers."""
+        return all(bool(torch.isfinite(part).all()) for part in (self.weighted, self.plain, self.outputs))
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [n + 1, n + 1] and G [H, H], in float64; G has trace 1."""
-        floor = UNWEIGHTED * self.weight / max(self.rows, 1)
+        # Where the answers see nothing of the block, its inputs say in which order its units go, at no cost.
+        floor = UNWEIGHTED * self.weight / max(self.rows, 1) if self.weight else 1.0
         inputs = (self.weighted + floor * self.plain).double() / max(self.batches, 1)
         size = len(inputs) - 1
         inputs.diagonal()[:size] += RIDGE * inputs.diagonal()[:size].mean()
@@ -77,16 +82,21 @@ class Curve:
     """By how much the loss has risen when each has gone; never falls."""
 
 
-def curve(module: nn.Linear, moments: Moments, units: int) -> Curve:
+def curve(module: nn.Linear, moments: Moments, side: Side) -> Curve:
     """Remove the units of a projection one after the other.
 
-    :param units: number of units that the projection reads, side by side and of equal size.
+    :param moments: finite.
+    :param side: how the inputs of the projection divide into units.
     """
     inputs, outputs = moments.factors()
     bias = torch.zeros(module.out_features) if module.bias is None else module.bias
     weight = torch.cat([module.weight.detach().cpu(), bias.detach().cpu().unsqueeze(1)], dim=1).double()
-    state = _State(weight, torch.linalg.inv(inputs), outputs, module.in_features // units)
-    left = torch.arange(units)
+    # One unit after the other, and the bias last.
+    order_of = torch.arange(side.length).view(side.copies, side.units, side.block).transpose(0, 1).flatten()
+    columns = torch.cat([order_of, torch.tensor([side.length])])
+    inverse = torch.linalg.inv(inputs[columns][:, columns])
+    state = _State(weight[:, columns], inverse, outputs, side.copies * side.block)
+    left = torch.arange(side.units)
     order: list[int] = []
     losses: list[float] = []
     while len(left):

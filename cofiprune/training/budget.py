@@ -23,8 +23,9 @@ MARGIN = 1.2
 """On what one shot is expected to take."""
 FLOOR = 0.1
 """Part of a step's time that does not shrink with the model: embeddings, the head, the optimiser."""
-WORTHWHILE_EPOCHS = 0.5
-"""Fewer epochs than this left the model below what one shot had made of it."""
+WORTHWHILE_EPOCHS = 1.0
+"""Fewer epochs than this are not tried: gates need some to close and the weights some to follow, and a run that is cut
+short ends below what one shot leaves. A choice on the safe side, not a measured bound."""
 MOST_EPOCHS = 30.0
 """Where a time budget stops being spent: more epochs are worth asking for by name."""
 _PRUNING = 2 / 3
@@ -129,7 +130,7 @@ def choose(pace: Pace, budget: float, *, share: float) -> Choice:
         return Choice(
             "one-shot", 0.0, 0.0,
             f"one-shot: {measured}, and the {readable(left)} that are left of {readable(budget)} pay for "
-            f"{epochs:.2g} epochs, where fewer than {WORTHWHILE_EPOCHS:g} do not pay",
+            f"{epochs:.2g} epochs, where fewer than {WORTHWHILE_EPOCHS:g} may end below one shot",
         )  # fmt: skip
     pruning = round(_PRUNING * min(epochs, MOST_EPOCHS), 2)
     recovery = round(min(epochs, MOST_EPOCHS) - pruning, 2)
@@ -145,7 +146,7 @@ def chosen_for_epochs(epochs: float, finetune_epochs: float) -> Choice:
     if epochs + finetune_epochs < WORTHWHILE_EPOCHS or not epochs:
         return Choice(
             "one-shot", 0.0, 0.0,
-            f"one-shot: epochs is {epochs:g}, and fewer than {WORTHWHILE_EPOCHS:g} do not pay",
+            f"one-shot: epochs is {epochs:g}, and fewer than {WORTHWHILE_EPOCHS:g} may end below one shot",
         )  # fmt: skip
     return Choice("cofi", epochs, finetune_epochs, f"cofi: epochs is {epochs:g}, and that pays for training")
 

@@ -50,7 +50,7 @@ from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.probe import measure_pace
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
-from cofiprune.training.refit import refit
+from cofiprune.training.refit import check_rows, refit
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.start import Start, one_shot, start_for
@@ -171,6 +171,8 @@ class Run:
                 "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
                 "finetune_epochs and freeze_epochs are 0"
             )
+        if self.config.repairs:
+            check_rows(self.model, self.calibrated)
         saved = self._saved(method="prune", target_sparsity=target)
         with self._running():
             take_masks_off(self.model, quietly=self.resume)

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_rows(model: PreTrainedModel, batches: Batches) -> None:
+    """Make sure that there are enough rows to fit what is left of a model.
+
+    :raises DataError: saying how many are needed.
+    """
+    batches.set_epoch(0)
+    batches.skip(0)
+    calibration(model, batches)
+
+
 def refit(
     model: PreTrainedModel,
     masks: MaskRegistry,
@@ -34,7 +44,6 @@ def refit(
     :param batches: what the maps are fitted on.
     :param whole: what is to be reproduced instead: the model from which `model` was cut, with its own weights.
     :param above: what was cut from it.
-    :raises DataError: when there are too few rows.
     """
     batches.set_epoch(0)
     batches.skip(0)

@@ -17,6 +17,7 @@ from transformers import (
 from cofiprune import accounting, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen
+from cofiprune.errors import DataError
 from cofiprune.masking import masks_of
 from cofiprune.oneshot import sequential
 from cofiprune.oneshot.activations import valid_rows
@@ -305,12 +306,31 @@ def test_the_seed_decides():
     assert all(torch.equal(value, other[name]) for name, value in state(small).items())
 
 
+def test_statistics_that_are_not_finite_are_refused_by_name():
+    model = bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.value.bias[3] = torch.inf
+    with pytest.raises(DataError, match=r"encoder\.layer\.1\.attention\.output\.dense .* not finite"):
+        pruned(model, 0.5)
+
+
+def test_dead_units_and_constant_inputs_do_no_harm():
+    model = bert()
+    with torch.no_grad():
+        layer = model.bert.encoder.layer[0]
+        layer.intermediate.dense.weight[:12] = 0  # constant
+        layer.intermediate.dense.bias[:6] = 0  # and dead: gelu(0) = 0
+    plan, small = pruned(model, 0.3)
+    assert all(torch.isfinite(value).all() for value in small.state_dict().values())
+    assert not set(plan.keep["layers.0.intermediate"]) & set(range(12))
+
+
 def test_progress_rises_to_one():
     model = bert(num_hidden_layers=3)
     told = []
-    SequentialPruning(model, batches_of(model), cost_of(model)[1], target=0.5).run(told.append)
+    SequentialPruning(model, batches_of(model), cost_of(model)[1], target=0.8).run(told.append)
     assert told == sorted(set(told))
-    assert len(told) == 6
+    assert len(told) == 2 * 3  # sweeps and layers
     assert told[-1] == 1
 
 
