@@ -67,7 +67,7 @@ def repair_head(reference: nn.Module, small: nn.Module, structure: Structure, ba
         fit = LeastSquares(module.in_features, module.out_features)
         for index, (inputs, given) in enumerate(_outputs(small, [path], batches)[path]):
             missing = wanted[index][1].to(given) - given
-            fit.add(valid_rows(inputs, batches[index]), valid_rows(missing, batches[index]), batch=index)
+            fit.add(valid_rows(inputs, batches[index]), valid_rows(missing, batches[index]))
         fit.correct(module)
 
 

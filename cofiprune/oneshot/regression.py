@@ -11,7 +11,8 @@ from torch import Tensor, nn
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Weights of the pull towards no change among which held-out rows choose, relative to the mean squared input."""
 HELD_OUT = 5
-"""One batch in so many is held out while the ridge is chosen, and counts afterwards."""
+"""The last of so many rows of every batch is held out while the ridge is chosen, and counts afterwards. Rows lie side by
+side, so that hardly an example is in both parts."""
 
 
 class LeastSquares:
@@ -21,15 +22,16 @@ class LeastSquares:
         """Start empty; memory is 2 * (inputs + 1) * (inputs + 1 + outputs) numbers, whatever the number of rows."""
         self._parts = [_Part(inputs, outputs) for _ in range(2)]
 
-    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None, *, batch: int = 0) -> None:
-        """Add rows.
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows of a batch.
 
         :param inputs: [N, n].
         :param targets: [N, K].
         :param weights: [N], how much each row counts; None for 1.
-        :param batch: number of the batch that they are of, by which some are held out.
         """
-        self._parts[(batch + 1) % HELD_OUT == 0].add(inputs, targets, weights)
+        fitted = len(inputs) - len(inputs) // HELD_OUT
+        for part, rows in zip(self._parts, (slice(fitted), slice(fitted, None)), strict=True):
+            part.add(inputs[rows], targets[rows], None if weights is None else weights[rows])
 
     @property
     def gram(self) -> Tensor:
@@ -50,7 +52,7 @@ class LeastSquares:
     def chosen_ridge(self, *, bias: bool = True) -> float:
         """The ridge whose solution on the one part of the rows fits the other best; the strongest where there is none.
 
-        The other part must be there: with a single batch there is nothing to choose by.
+        Batches of fewer than five rows leave nothing to choose by.
         """
         best, chosen = float("inf"), RIDGES[-1]
         fitted, held_out = self._parts

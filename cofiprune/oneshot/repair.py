@@ -45,7 +45,7 @@ class Repair:
     """What was cut, in terms of the reference."""
     batches: Sequence[Batch]
     ridge: float | None = RIDGE
-    """None for the one that held-out batches choose, for each map."""
+    """None for the one that held-out rows choose, for each map."""
     weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     """How much the positions count, [N] for each batch, by gate; of blocks that are missing all count alike."""
     everything: bool = False
@@ -122,7 +122,7 @@ class Repair:
             for path, passage in walk.look(index, paths).items():
                 sums = valid_rows(passage.sum, batch)
                 missing = targets[path][index].to(sums) - sums
-                fits[path].add(valid_rows(passage.inputs, batch), missing, self._weights(path, index), batch=index)
+                fits[path].add(valid_rows(passage.inputs, batch), missing, self._weights(path, index))
         for path, module in modules.items():
             assert isinstance(module, nn.Linear)
             fits[path].correct(module, self.ridge)

@@ -1,10 +1,10 @@
 """One-shot pruning on data: in a few sweeps, each of which measures, decides and repairs.
 
-A sweep measures what it costs to take units out of every block when the others make up for it (`surgeon`), spends the
-sweep's budget where it costs least (`budgeting`), and fits every map of what is left to what the whole model does at the
-same place (`repair`). Then the next one measures again, on the repaired model: a single ranking collapses where much goes.
-A pass from the bottom to the top that decides block by block (K-prune, Park et al., 2024, arXiv:2308.03449) measures again
-too, but decides the lowest blocks while the others are whole.
+A sweep measures what it costs to take units out of every block when the others make up for it (`surgeon`), spends its
+budget where that costs least (`budgeting`), and fits every map of what is left to what the whole model does at the same
+place (`repair`). Then the next one measures again, on the repaired model: a single ranking collapses where much goes.
+A pass from the bottom to the top that decides block by block (K-prune, Park et al., 2024, arXiv:2308.03449) measures
+again too, but decides the lowest blocks while the others are whole.
 
 Labels are not needed. Hidden dimensions stay.
 """
