@@ -11,8 +11,8 @@ from torch import Tensor, nn
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Weights of the pull towards no change among which held-out rows choose, relative to the mean squared input."""
 HELD_OUT = 5
-"""The last of so many rows of every batch is held out while the ridge is chosen, and counts afterwards. Rows lie side by
-side, so that hardly an example is in both parts."""
+"""One part in so many of the rows of every batch, its last, is held out while the ridge is chosen, and counts
+afterwards: hardly an example is in both parts."""
 
 
 class LeastSquares:

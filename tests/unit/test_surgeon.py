@@ -63,7 +63,7 @@ def test_units_that_lie_in_several_copies_are_put_together():
     found = curve(module, moments_of(inputs, gradients), Side("x", 3, copies=2, block=2))
     same = curve(together, moments_of(inputs[:, by_unit], gradients), Side("x", 3, block=4))
     assert found.order == same.order
-    assert found.losses == pytest.approx(same.losses)
+    assert found.losses == pytest.approx(same.losses, rel=1e-4)  # sums of float32 in another order
 
 
 def test_the_first_unit_to_go_is_the_cheapest_of_all():
