@@ -152,7 +152,7 @@ class LayerWalk:
 
         :param wanted: paths of linear maps of this layer to watch.
         :param settle: run the layer to its end and store what it gives, for when the walk goes up.
-        :return: what passed, by path.
+        :return: what passed, by path; nothing of maps that are not called as modules.
         """
         passing = _Passing()
         with ExitStack() as hooks:
@@ -164,7 +164,7 @@ class LayerWalk:
             self._run(index)
         if settle:
             self._above[index] = passing.end
-        return {path: Passage(**parts) for path, parts in passing.parts.items()}
+        return {path: Passage(**parts) for path, parts in passing.parts.items() if "inputs" in parts}
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cofiprune.distillation import predictions
 from cofiprune.oneshot.activations import Batch, Projection, placed, valid_rows
 from cofiprune.oneshot.fisher import counted_outputs
+from cofiprune.tasks import taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +74,10 @@ def _run(
                 return output + probes[gate]
 
             hooks.callback(model.get_submodule(projection.module).register_forward_hook(note).remove)
-        outputs = [counted_outputs(part, inputs) for part in predictions(model(**inputs, return_dict=True))]
+        answered = predictions(model(**inputs, **taken(model, return_dict=True)))
+    if not probes:
+        return {}, {}  # none of the projections is called as a module
+    outputs = [counted_outputs(part, inputs) for part in answered]
     noise = [torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype) for part in outputs]
     projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
     found = torch.autograd.grad(projected, list(probes.values()), allow_unused=True)

@@ -186,7 +186,7 @@ class SequentialPruning:
                 )
             module, side = small.get_submodule(last.module), _inputs_of(structure, last)
             assert isinstance(module, torch.nn.Linear)
-            if side is not None:
+            if side is not None and found.rows:  # weights that another module reads itself are not seen
                 yield blocks[gate], curve(module, found, side)
 
     def _option(self, block: Block, found: Curve, sizes: Mapping[str, int]) -> Option:

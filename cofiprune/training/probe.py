@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS, Batch, Batches, to_model
 from cofiprune.distillation import predictions
 from cofiprune.oneshot.activations import counted
 from cofiprune.oneshot.sequential import FIT_POSITIONS, sweeps
-from cofiprune.tasks import label_names
+from cofiprune.tasks import label_names, taken
 from cofiprune.training.budget import Pace, median, one_shot_steps
 
 if TYPE_CHECKING:
@@ -71,14 +71,18 @@ def _timed(run: Callable[[Batch], None], batches: list[Batch]) -> float:
     return median(found[1:] or found)
 
 
-def _step(model: nn.Module, batch: Batch) -> None:
+def _step(model: PreTrainedModel, batch: Batch) -> None:
     """A forward and a backward pass, of which nothing is kept."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = torch.stack([part.float().square().mean() for part in predictions(model(**batch, return_dict=True))]).sum()
+    loss = torch.stack([part.float().square().mean() for part in _answers(model, batch)]).sum()
     if learning:
         torch.autograd.grad(loss, learning, allow_unused=True)
 
 
 @torch.no_grad()
-def _ask(teacher: nn.Module, batch: Batch) -> None:
-    teacher(**batch, return_dict=True)
+def _ask(teacher: PreTrainedModel, batch: Batch) -> None:
+    _answers(teacher, batch)
+
+
+def _answers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
+    return predictions(model(**batch, **taken(model, return_dict=True)))
