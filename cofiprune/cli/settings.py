@@ -22,6 +22,7 @@ _PLACEHOLDERS: Mapping[Any, str] = {int: "N", float: "X", str: "NAME"}
 _OF_GATES = (
     "pre_finetune_epochs", "sparsity_warmup_epochs", "freeze_epochs", "gate_learning_rate", "units",
     "gate_temperature", "gate_stretch", "warm_start", "warm_start_spread", "finetune_batch_size",
+    "method", "time_budget", "repair",
 )  # fmt: skip
 # `finetune` reads the plain names as those of its own training.
 _OF_FINETUNE = {

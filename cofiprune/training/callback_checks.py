@@ -38,6 +38,8 @@ _OF_NOBODY = {
     "finetune_learning_rate": "the Trainer's learning_rate holds to the end",
     "finetune_lr_scheduler_type": "the Trainer's lr_scheduler_type holds to the end",
     "method": 'a Trainer trains; prune(model, train_dataset, method="one-shot") does not',
+    "repair": "the Trainer trains what the gates leave",
+    "time_budget": "the Trainer's num_train_epochs or max_steps says how long it trains",
     "train_embeddings": "switch requires_grad of the embeddings off before the Trainer is made",
     "teacher_memory_mb": "the teacher is asked anew for every batch, because the Trainer does not number its rows",
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from cofiprune.selection import TOLERANCE
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.tasks import label_names
+from cofiprune.training.budget import Choice, choose, chosen_for_epochs
 from cofiprune.training.checks import (
     check_callbacks,
     check_learnable,
@@ -45,8 +47,10 @@ from cofiprune.training.gating import Gating
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.loop import Callback, Loop, Session, decay_groups, log, metric_name
 from cofiprune.training.objective import TOKEN_AXIS, Objective
+from cofiprune.training.probe import measure_pace
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
+from cofiprune.training.refit import check_rows, refit
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.start import Start, one_shot, start_for
@@ -95,6 +99,7 @@ class Run:
         self.seconds_of_start = 0.0
         self.taken: list[tuple[Batches, int]] = []
         """Batches of a phase that is over, and how many of them were taken."""
+        self.reason = ""
         self.config = config
         batches = prepare(
             train_dataset,
@@ -103,7 +108,7 @@ class Run:
             shuffle=True,
             seed=config.seed,
             collator=collator,
-            need_labels=teacher is None and config.method == "cofi",
+            need_labels=teacher is None and config.trains_weights and config.method != "one-shot",
             name="train_dataset",
         )
         evaluate = held_out(eval_dataset, model, config, collator, compute_metrics)
@@ -132,6 +137,31 @@ class Run:
         device: torch.device = self.session.accelerator.device
         return device
 
+    def decide(self, target: float) -> None:
+        """Pick a method and epochs by the budget, say so, and go by it.
+
+        :raises SettingsError: when the budget is too small for anything.
+        """
+        config, folder = self.config, self.session.output_dir
+        saved = None if folder is None else folder / "choice.json"
+        if self.resume and saved is not None and saved.exists():
+            choice = Choice(**json.loads(saved.read_text()))
+        elif config.time_budget is None:
+            choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
+        else:
+            share = (1 - target) ** config.one_shot_share if config.starts_from_one_shot else 1.0
+            steps = Schedule.for_training(1, config, len(self.batches)).total
+            pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target)
+            choice = choose(pace, config.time_budget, share=share)
+        if saved is not None and self.session.accelerator.is_main_process:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            saved.write_text(json.dumps(asdict(choice)))
+        settings = {"method": choice.method, "epochs": choice.epochs, "finetune_epochs": choice.finetune_epochs}
+        self.config = self.session.config = config.model_copy(update={**settings, "time_budget": None})
+        self.reason = choice.reason
+        if config.progress and self.session.accelerator.is_main_process:
+            self.session.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
+
     def prune(self, target: float) -> PruneResult:
         structure = structure_of(self.model)
         cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
@@ -143,6 +173,8 @@ class Run:
                 "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
                 "finetune_epochs and freeze_epochs are 0"
             )
+        if self.config.repairs:
+            check_rows(self.model, self.calibrated)
         saved = self._saved(method="prune", target_sparsity=target)
         with self._running():
             take_masks_off(self.model, quietly=self.resume)
@@ -153,7 +185,7 @@ class Run:
                 masks.detach()
                 raise
         plan.check(structure)
-        return self._result(plan, masks, state)
+        return self._result(plan, masks, state, self.config.method)
 
     def _phases(
         self, masks: MaskRegistry, target: float, schedule: Schedule, recovery: int, saved: SavedRun | None
@@ -192,7 +224,7 @@ class Run:
             state.seconds = time.perf_counter() - started
             measured = {} if self.session.evaluate is None else self.session.evaluate(self.model)
             log(self.session, state, {"sparsity": 1 - found.share, **measured})
-        return self._result(plan, masks, state)
+        return self._result(plan, masks, state, self.config.method)
 
     def finetune(self) -> PruneResult:
         masks = masks_of(self.model)
@@ -212,7 +244,7 @@ class Run:
         schedule = Schedule.for_training(self.config.finetune_epochs, self.config, len(self.batches))
         with self._running():
             done = self._recover(plan, max(schedule.total, 1), None, saved)
-        return self._result(plan.hard, masks, done.state)
+        return self._result(plan.hard, masks, done.state, "")
 
     def _learn(
         self, masks: MaskRegistry, target: float, schedule: Schedule, saved: SavedRun | None
@@ -224,7 +256,8 @@ class Run:
             masks.detach()  # nothing was changed yet
             raise
         if start is None:
-            return self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
+            decided, done = self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
+            return self._refitted(self.model, masks, decided, None), done
         with attach(start.small) as inner:
             try:
                 decided, done = self._learn_on(start.small, inner, start.share, target, schedule, saved, start)
@@ -233,7 +266,23 @@ class Run:
             except BaseException:
                 start.write_back(masks, Plan.from_masks(inner))
                 raise
+            decided = self._refitted(start.small, inner, decided, start)
         return start.write_back(masks, decided), done
+
+    def _refitted(self, model: PreTrainedModel, masks: MaskRegistry, decided: Plan, start: Start | None) -> Plan:
+        """Refit what a plan leaves of a model, where that is asked for; the scales of the plan are then in its weights.
+
+        What is reproduced is the model as it came where no weights were trained, else the one under its gates.
+        """
+        if not self.config.repairs:
+            return decided
+        if not self.config.trains_weights:
+            masks.set_plan(Plan.from_values(masks.structure, {}))
+        return refit(
+            model, masks, decided, self.calibrated,
+            whole=None if start is None or self.config.trains_weights else self.model,
+            above=None if start is None else start.plan, seed=self.config.seed,
+        )  # fmt: skip
 
     def _start(self, target: float, saved: SavedRun | None) -> Start | None:
         """What the gates start on: what one shot leaves, or what it left when the run was saved."""
@@ -280,10 +329,7 @@ class Run:
         projection = self._projection(model, None)
         gate_lr = gate_rate(config, schedule.gated)
         learning_rate = pruning_rate(config, target)
-        groups = [
-            *decay_groups(model.named_parameters(), config.weight_decay),
-            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
-        ]
+        groups = self._learning(model, projection) if config.trains_weights else []
         trained = len(groups)
         groups += [
             {"params": list(gating.gates.parameters()), "weight_decay": 0.0},
@@ -304,10 +350,31 @@ class Run:
             factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
             return [learning_rate * factor] * trained + [gate_lr] * 2
 
-        self._loop(state, model, projection, rates, steps, gating, saved).run()
+        with self._frozen(model, projection):
+            self._loop(state, model, projection, rates, steps, gating, saved).run()
         plan = gating.decide()
-        gating.masks.unbind()
+        gating.settle()
         return plan, _Finished(state, projection)
+
+    def _learning(self, model: PreTrainedModel, projection: nn.Linear | None) -> list[dict[str, Any]]:
+        """The optimiser's groups of everything that learns but gates."""
+        return [
+            *decay_groups(model.named_parameters(), self.config.weight_decay),
+            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
+        ]
+
+    @contextmanager
+    def _frozen(self, model: PreTrainedModel, projection: nn.Linear | None) -> Iterator[None]:
+        """Weights do not learn inside, where gates alone do."""
+        modules = [] if self.config.trains_weights else [model, *([] if projection is None else [projection])]
+        learning = [value for module in modules for value in module.parameters() if value.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
     def _log_start(self, state: RunState, start: Start) -> None:
         """Begin the history with what one shot came to."""
@@ -327,10 +394,7 @@ class Run:
         small.to(self.device)  # type: ignore[arg-type]
         self._freeze_embeddings(small)
         projection = self._projection(small, None if before is None else before.projection, plan)
-        groups = [
-            *decay_groups(small.named_parameters(), config.weight_decay),
-            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
-        ]
+        groups = self._learning(small, projection)
         modules = self._modules(small, projection, **({"full": self.model} if pruned else {}))
         learning_rate = recovery_rate(config, _kept_share(small))
         state = RunState("recover", modules, torch.optim.AdamW(groups, lr=learning_rate))
@@ -512,7 +576,7 @@ class Run:
             return None
         return load_checkpoint(self.session.output_dir, self.session.fingerprint)
 
-    def _result(self, plan: Plan, masks: MaskRegistry | None, state: RunState) -> PruneResult:
+    def _result(self, plan: Plan, masks: MaskRegistry | None, state: RunState, method: str) -> PruneResult:
         evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
         if state.best is not None:
             evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
@@ -529,6 +593,8 @@ class Run:
             state.history,
             state.seconds,
             state.best["step"] if state.best is not None else None,
+            method,
+            self.reason,
         )
 
 

@@ -16,6 +16,7 @@ from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.sequential import check_one_shot
 from cofiprune.selection import check_fraction, check_target
+from cofiprune.training.budget import check_method
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
@@ -57,7 +58,8 @@ def prune(
     :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
         without data.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
-    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone.
+    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
+        `method="gates"` and "auto", which can do without labels, None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
@@ -70,7 +72,10 @@ def prune(
     config = PruneConfig.create(config, **settings)
     target = check_fraction(target_sparsity)
     structure = structure_of(model)
-    on_data = train_dataset is not None and config.method == "one-shot"
+    check_method(config, has_data=train_dataset is not None)
+    if teacher is None and train_dataset is not None and config.method in ("gates", "auto"):
+        teacher = "self"
+    on_data = train_dataset is not None and config.method in ("one-shot", "auto")
     check = check_one_shot if on_data else check_target
     check(structure, accounting.layer_parameters(structure), target, config.units)
     check_weights(model)
@@ -91,11 +96,10 @@ def prune(
             folder.mkdir(parents=True, exist_ok=True)
             result.plan.save(folder / "plan.json")
         return result
-    if on_data:
-        if resume:
-            raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
-    else:
+    if config.method != "one-shot":
         check_trainable(model, gated=True)
+    elif resume:
+        raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
     run = Run(
         model,
         taught,
@@ -109,7 +113,9 @@ def prune(
         resume=resume,
         teaches_itself=teacher == "self",
     )
-    return run.one_shot(target) if on_data else run.prune(target)
+    if config.method == "auto":
+        run.decide(target)
+    return run.one_shot(target) if run.config.method == "one-shot" else run.prune(target)
 
 
 def finetune(
@@ -176,8 +182,13 @@ def _prune_without_data(
     )
     with nullcontext() if teacher is None else evaluating(teacher):
         report = prune_without_data(
-            model, target_sparsity=target, teacher=teacher, units=config.units, seed=config.seed
+            model,
+            target_sparsity=target,
+            teacher=teacher,
+            units=config.units,
+            seed=config.seed,
+            repair=config.repair is not False,
         )
     masks = attach(model)
     masks.set_plan(report.plan)
-    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity())
+    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity(), method="no data")

@@ -40,6 +40,8 @@ class Schedule:
         epochs = config.epochs
         rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
         frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
+        if not config.trains_weights:
+            frozen = 0.0  # nothing would learn
         warmup = rising * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
         total = max(round(epochs * per_epoch), 1)
         gated = max(round((epochs - frozen) * per_epoch), 1)
@@ -82,7 +84,7 @@ class Schedule:
         """
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         rest = math.ceil(pruning.after * per_epoch / pruning.steps_per_epoch)
-        return rest + round(config.finetune_epochs * per_epoch)
+        return rest + round(config.recovery_epochs * per_epoch)
 
     @classmethod
     def for_training(cls, epochs: float, config: PruneConfig, batches: int) -> Schedule:

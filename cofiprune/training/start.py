@@ -102,7 +102,10 @@ def one_shot(
     if processes.is_main_process:
         cost = accounting.layer_parameters(structure_of(model))
         with evaluating(model):
-            run = SequentialPruning(model, taken, cost, target=sparsity, units=config.units, seed=config.seed)
+            run = SequentialPruning(
+                model, taken, cost, target=sparsity, units=config.units, seed=config.seed,
+                repair=config.repair is not False,
+            )  # fmt: skip
             plan, small = run.run(on_progress)
         outcome = [plan.to_dict()]
     if processes.num_processes > 1:
