@@ -20,7 +20,7 @@ WIDE_MASKED_LM = (linear("cls.predictions.transform.dense", reads=HIDDEN), linea
 
 
 class RoCBertAdapter(Adapter):
-    """RoCBert with every head that transformers has for it; pretraining keeps the hidden dimensions."""
+    """RoCBert with every head that transformers has for it."""
 
     model_types = ("roc_bert",)
     trial_settings = MappingProxyType(
@@ -34,6 +34,7 @@ class RoCBertAdapter(Adapter):
 
     def describe(self, config: PretrainedConfig) -> Family:
         joined = config.concat_input
+        predictions = WIDE_MASKED_LM if joined else MASKED_LM
         tables = "embeddings.{word_embeddings,pronunciation_embed,shape_embed}"
         return Family(
             sizes={
@@ -56,7 +57,8 @@ class RoCBertAdapter(Adapter):
                 "ForMultipleChoice": (),
                 "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
                 "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": WIDE_MASKED_LM if joined else MASKED_LM,
+                "ForMaskedLM": predictions,
+                "ForPreTraining": predictions,
             },
         )
 
