@@ -130,6 +130,6 @@ class Repair:
     def _weights(self, path: str, index: int) -> Tensor | None:
         """How much the positions count for a block's last projection; all alike for the maps that read."""
         spec = next(spec for spec in self.small_structure.parameters if spec.name == f"{path}.weight")
-        if not spec.gated or spec.gate not in self.weights:
+        if not spec.gated or spec.gate is None or spec.gate not in self.weights:
             return None
         return self.weights[spec.gate][index]
