@@ -252,7 +252,7 @@ def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
         marker = None if marked else _matrix_inside(exit.module, structure, block)
         shared = tuple(each for each in block.shared if each.module == exit.module)
         was = model.get_submodule(exit.module) if shared else None
-        kind = type(model.get_submodule(exit.module))
+        kind = _kind_at(model, exit.module)
         if marker is None:
             stand_in = Passthrough(exit, shared=shared, was=was, stands_for=kind)
         else:
@@ -289,6 +289,14 @@ def _children(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         return list(model.get_submodule(path).named_children())
     except AttributeError:
         return []
+
+
+def _kind_at(model: nn.Module, path: str) -> type[nn.Module]:
+    """The class of a module; that of any for one that has gone with what was around it."""
+    try:
+        return type(model.get_submodule(path))
+    except AttributeError:
+        return nn.Module
 
 
 def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:

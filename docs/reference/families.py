@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto import modeling_auto as auto
 
 import cofiprune
@@ -37,18 +37,52 @@ TASKS = (
     "AUDIO_CLASSIFICATION",
     "VIDEO_CLASSIFICATION",
 )
-HEADS = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification", "ForMaskedLM", "Projection")
+HEADS = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForAudioClassification",
+    "ForMaskedLM",
+    "Projection",
+)
+FURTHER = (
+    "altclip_text_model",
+    "altclip_vision_model",
+    "align_text_model",
+    "bert-generation",
+    "blip_text_model",
+    "blip_vision_model",
+    "blip_2_vision_model",
+    "chinese_clip_text_model",
+    "chinese_clip_vision_model",
+    "clipseg_text_model",
+    "clipseg_vision_model",
+    "dinov3_vit",
+    "dpr",
+    "git_vision_model",
+    "instructblip_vision_model",
+    "owlvit_text_model",
+    "owlvit_vision_model",
+    "owlv2_text_model",
+    "owlv2_vision_model",
+    "vit_mae",
+    "xclip_text_model",
+    "xclip_vision_model",
+    "yolos",
+)
+"""Encoders that are parts of larger models, or have heads of their own."""
 LARGEST = 40_000_000
 """Parameters of a small model up to which it is tried; some families have tables that no setting makes small."""
 SETTINGS: dict[str, dict[str, Any]] = {
     # Its block-sparse attention puts other modules into the model when a text is short.
     "big_bird": {"attention_type": "original_full"},
+    "vivit": {"tubelet_size": [2, 4, 4]},
 }
 
 
 def model_types() -> list[str]:
     """Every model type with an adapter or in one of the task mappings, less those that can only generate."""
-    found = set(known_families())
+    found = {*known_families(), *(name for name in FURTHER if name in CONFIG_MAPPING)}
     for task in TASKS:
         found |= set(getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES"))
     return sorted(found)
@@ -122,7 +156,8 @@ def tried(model_type: str) -> dict[str, Any]:
     try:
         built = models(model_type)
     except Exception as error:
-        return {"how": "refused", "why": _line(error)}
+        how = "refused" if isinstance(error, cofiprune.CofipruneError) else "untried"
+        return {"how": how, "why": _line(error)}
     row["classes"], row["difference"], row["refused"] = [], 0.0, {}
     kinds: set[str] | None = None
     for model in built:
@@ -166,8 +201,9 @@ def main() -> None:
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """The page of the documentation."""
     causal = [name for name, row in rows.items() if row["how"] == "refused" and "decoder-only" in row["why"]]
-    kept = {name: row for name, row in rows.items() if row["how"] != "refused"}
+    kept = {name: row for name, row in rows.items() if row["how"] in ("declared", "derived")}
     refused = {name: row for name, row in rows.items() if row["how"] == "refused" and name not in causal}
+    untried = {name: row for name, row in rows.items() if row["how"] == "untried"}
     full = [name for name, row in kept.items() if {"attention", "heads", "ffn", "intermediate"} <= set(row["groups"])]
     wide = [name for name in full if "hidden" in kept[name]["groups"]]
     lines = [
@@ -202,6 +238,15 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| `{name}` | {row['how']} | {groups} | {row['difference']:.1e} | {'; '.join(reasons)} |")
     lines += ["", "## Refused", "", "| model type | why |", "|---|---|"]
     lines += [f"| `{name}` | {_short(row['why'])} |" for name, row in refused.items()]
+    lines += [
+        "",
+        "## Not tried",
+        "",
+        "No small model of these could be built and run; a model itself may well be derived.",
+        "",
+    ]
+    lines += ["| model type | what stood in the way |", "|---|---|"]
+    lines += [f"| `{name}` | {_short(row['why'])} |" for name, row in untried.items()]
     lines += ["", "## Decoder-only", "", ", ".join(f"`{name}`" for name in causal) + ".", ""]
     return "\n".join(lines)
 
