@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import PlanError
@@ -313,7 +314,7 @@ def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
 
 
 def _follow_shape(module: nn.Module) -> None:
-    """Set the size attributes of torch's own modules from their weight."""
+    """Set the size attributes of torch's own modules, and of transformers' `Conv1D`, from their weight."""
     weight = module._parameters.get("weight")
     if weight is None:
         return
@@ -323,6 +324,8 @@ def _follow_shape(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 

@@ -178,6 +178,8 @@ def overreaching(model: PreTrainedModel, structure: Structure, batch: Batch, kin
         found.append(record(model, batch))
     shut, gone = found
     for call, value in gone.items():
+        if not any(True for _ in model.get_submodule(call[0]).parameters()):
+            continue  # an activation, say: nothing describes which block it is of
         own = [block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.skipped))]
         other = shut.get(call)
         if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):

@@ -143,7 +143,7 @@ def _check_kind(model: transformers.PreTrainedModel) -> None:
 
 
 def _classes(config: transformers.PretrainedConfig) -> list[type[transformers.PreTrainedModel]]:
-    classes = [cls for cls in head_classes(config) if "Decoder" not in cls.__name__]
+    classes = head_classes(config)
     bare = [cls for cls in classes if cls.__name__.endswith(("EncoderModel", "Model"))]
     bare.sort(key=lambda cls: not cls.__name__.endswith("EncoderModel"))
     heads = [cls for ending in HEADS for cls in classes if cls.__name__.endswith(ending)]
@@ -165,7 +165,8 @@ def tried(model_type: str) -> dict[str, Any]:
             report = cofiprune.check_adapter(model)
         except Exception as error:
             if not row["classes"]:
-                return {"how": "refused", "why": _line(error)}
+                how = "refused" if isinstance(error, cofiprune.CofipruneError) else "untried"
+                return {"how": how, "why": _line(error)}
             row.setdefault("without", {})[type(model).__name__] = _line(error)
             continue
         row["classes"].append(type(model).__name__)
