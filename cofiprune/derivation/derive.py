@@ -104,6 +104,12 @@ class _Derivation:
         if not any(order):
             raise AdapterError(f"no block of its layer {self.layers[0]!r} lets tokens look at one another")
         first = 0 if order[0] else 1
+        # Not the last one: some models pad their inputs further.
+        late = min(5, drafts[0][0].entries[0].shape[-2] - 1)
+        if not mixes(self.model, self.batch, self.layers[0], drafts[0][first].writer.path, token=late):
+            raise AdapterError(
+                "each of its tokens sees those before it only, as in a decoder; cofiprune prunes encoders"
+            )
         kinds: tuple[tuple[Kind, int], ...] = (("heads", first), ("intermediate", 1 - first))
         attention, ffn = (
             Part(kind, [each[place] for each in drafts], [each[1 - place] for each in drafts], [w[place] for w in ways])

@@ -249,6 +249,11 @@ class RestlessToyModel(ToyModel):
         return BaseModelOutput(last_hidden_state=found.last_hidden_state + torch.rand(()))
 
 
+def test_a_decoder_is_told_by_its_looking_back_only() -> None:
+    with pytest.raises(AdapterError, match="sees those before it only"):
+        cofiprune.structure(transformers.ImageGPTModel(tiny_config("imagegpt")))
+
+
 def test_a_model_that_answers_differently_each_time_is_refused() -> None:
     with pytest.raises(AdapterError, match="other answers each time"):
         cofiprune.structure(RestlessToyModel(ToyConfig()))
