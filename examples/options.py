@@ -87,7 +87,8 @@ def parse(
     if options.teacher_epochs <= 0 or options.teacher_learning_rate <= 0:
         raise SettingsError("--teacher-epochs and --teacher-learning-rate take numbers above 0")
     options.trains = True
-    settings_of(options, PRESETS[0])  # complains of a wrong value before anything is loaded
+    # It complains of a wrong value before anything is loaded. What was typed as a seed is text.
+    options.seed = settings_of(options, PRESETS[0]).seed
     if options.model is None:
         options.model = defaults.model(options)
     return options

@@ -44,15 +44,6 @@ def test_images_are_the_same_from_either_source(vision: ModuleType) -> None:
     assert labels == others
 
 
-def test_an_image_is_moved_and_not_turned_around_the_edge(vision: ModuleType) -> None:
-    image = np.full((1, 1, 8, 8), -1, np.float32)
-    image[0, 0, 0, 7] = 1
-    rows = vision.rows_of(image, [3], [0], ((0, 0), (1, 0), (-1, 0), (0, -1), (0, 1)))
-    places = [(row["pixel_values"] == 1).nonzero().tolist() for row in rows]
-    assert places == [[[0, 0, 7]], [[0, 1, 7]], [], [[0, 0, 6]], []]
-    assert {row["labels"] for row in rows} == {3}
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -76,8 +67,10 @@ def test_mistakes_end_in_one_line(
 
 def test_tiny_run_goes_through_all_steps(vision: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert vision.main(["--tiny", "--no-benchmark", "--teacher-epochs", "1", "--output-dir", str(out)]) == 0
+    quick = ["--tiny", "--no-benchmark", "--teacher-epochs", "1", "--seed", "3"]
+    assert vision.main([*quick, "--output-dir", str(out)]) == 0
     result = json.loads((out / "result.json").read_text())
+    assert result["identity"]["seed"] == 3
     assert result["sparsity"] == pytest.approx(0.9, abs=0.005)
     assert set(result["metrics"]) == {"accuracy", "test_accuracy"}
 
