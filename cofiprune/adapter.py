@@ -605,13 +605,14 @@ class _Resolver:
         canonical = self.names[id(parameter)]
         if canonical in self.described:
             known = self.described[canonical]
-            if known.described_as == name:
+            if known.described_as == name and (known.gate or gate):
                 owners = " and ".join(owner or "no block" for owner in dict.fromkeys((known.gate, gate)))
                 raise AdapterError(
                     f"{self._who()}: row {row.modules!r} describes {name!r}, which a row before it describes already "
                     f"(as part of {owners}); a parameter takes one row, in the block that it is removed with"
                 )
-            # A tied matrix: the row that came first (the embedding table) owns it; it is applied as a matrix too.
+            # The row that came first (the embedding table) owns it; it is applied as a matrix too, by a module that is
+            # tied to it or by a head that reads the table itself.
             self.described[canonical] = replace(known, rows=row.rows)
             return
         padded = (*axes, *[None] * (parameter.dim() - len(axes)))
