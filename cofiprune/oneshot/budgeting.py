@@ -8,6 +8,7 @@ cost.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -51,14 +52,36 @@ def give_up(options: Mapping[str, Option], needed: float) -> dict[str, int]:
 
 
 def _rounded(options: Mapping[str, Option], gone: dict[str, int], left: float) -> dict[str, int]:
-    """Give up one more unit where that comes nearer than stopping short."""
-    best, chosen = abs(left), None
-    for name, option in options.items():
-        if gone[name] + 1 < len(option.saved):
-            distance = abs(left - (option.saved[gone[name] + 1] - option.saved[gone[name]]))
-            if distance < best:
-                best, chosen = distance, name
-    return gone if chosen is None else {**gone, chosen: gone[chosen] + 1}
+    """Give up one more unit where that comes nearer than stopping short.
+
+    Where even that is further off than the smallest unit of all is large, as in a small model of few units, units are
+    traded: one more or one fewer of one option, and of another as many as make up for it.
+    """
+
+    def distance(found: Mapping[str, int]) -> float:
+        saved = (options[name].saved[count] - options[name].saved[gone[name]] for name, count in found.items())
+        return abs(left - sum(saved))
+
+    more = [{name: gone[name] + 1} for name, option in options.items() if gone[name] + 1 < len(option.saved)]
+    best = min([{}, *more], key=distance)
+    units = [after - before for option in options.values() for before, after in itertools.pairwise(option.saved)]
+    if distance(best) > min(units, default=math.inf):
+        fewer = [{name: count - 1} for name, count in gone.items() if count]
+        traded = [_made_up(options, gone, first, name, left) for first in ({}, *more, *fewer) for name in options]
+        best = min([best, *traded], key=distance)
+    return {**gone, **best}
+
+
+def _made_up(
+    options: Mapping[str, Option], gone: Mapping[str, int], first: Mapping[str, int], name: str, left: float
+) -> dict[str, int]:
+    """A change of one option, and of another by as many units as bring the sum nearest to what is left to save."""
+    saved = options[name].saved
+    done = sum(options[other].saved[count] - options[other].saved[gone[other]] for other, count in first.items())
+    wanted = saved[gone[name]] + left - (0.0 if name in first else done)
+    place = min(bisect.bisect_left(saved, wanted), len(saved) - 1)
+    nearest = min({max(place - 1, 0), place}, key=lambda count: abs(saved[count] - wanted))
+    return {**first, name: nearest}
 
 
 def _hull(option: Option) -> list[tuple[float, int, int]]:

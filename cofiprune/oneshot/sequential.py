@@ -177,7 +177,9 @@ class SequentialPruning:
         for seen in passed(small, wanted, self.scored, seed=self.seed):
             for gate, what in seen.items():
                 moments[gate].add(what)
-        for gate, last in wanted.items():
+        # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
+        source = next((gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())), None)
+        for gate, last in {**({source: wanted[source]} if source else {}), **wanted}.items():
             found = moments.pop(gate)
             if not found.finite:
                 raise DataError(

@@ -290,6 +290,8 @@ def test_the_table_of_presets_is_what_they_set() -> None:
     configs += [cofiprune.PruneConfig.preset(name) for name in ("glue-small", "glue-large", "squad")]
     assert len(rows) > 10
     for name, cells in rows:
+        if name not in cofiprune.PruneConfig.model_fields:
+            continue  # a table of the values of one setting
         for cell, config in zip(cells.split("|")[:4], configs, strict=True):
             value = getattr(config, name)
             assert (cell.strip() == f"`{shown(value)}`") or (value is None and "`" not in cell.split()[0]), (name, cell)
