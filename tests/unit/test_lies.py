@@ -192,7 +192,7 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
         block("attention", exit=Exit("attention")),
         CLASSIFIER,
         "layer",
-        r"'layers.0.attention' leaves through Exit\(.*residual=True\), in which the residual is not added",
+        r"'layers.0.attention' leaves through Exit\(.*residual=True.*\), in which the residual is not added",
     ),
     "a norm before a block that is not skipped": (
         None,
