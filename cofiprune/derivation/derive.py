@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import BlockTable, Family, encoder_path
@@ -47,7 +47,6 @@ class Derived:
 
     family: Family
     settings: Settings
-    notes: list[str] = field(default_factory=list)
 
 
 def derive(model: PreTrainedModel) -> Derived:

@@ -100,9 +100,9 @@ def find_ways(
     assert whole.output is not None
     assert boundary.entry is not None
     assert boundary.output is not None
-    pre = [(boundary.entry, Lookout(boundary.path, given=True), True)]
-    post = [(boundary.output, Lookout(second.readers[0].path, given=True), False)]
-    for between, lookout, in_front in (*post, *pre):
+    post = (boundary.output, Lookout(second.readers[0].path, given=True), False)
+    pre = (boundary.entry, Lookout(boundary.path, given=True), True)
+    for between, lookout, in_front in (post, pre):
         left, right = _with_boundary(first, second, boundary, in_front=in_front)
         found = []
         for span in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,10 @@ def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediat
     return Settings(units, spelt, None if query is None else count, query)  # type: ignore[arg-type]
 
 
-def _spelt(config: PretrainedConfig, words: tuple[str, ...], without: tuple[str, ...], fits: object) -> str | None:
+def _spelt(
+    config: PretrainedConfig, words: tuple[str, ...], without: tuple[str, ...], fits: Callable[[int], bool]
+) -> str | None:
     """`config.NAME` for the setting whose name has one of some words and whose value fits."""
-    assert callable(fits)
     names = [*config.attribute_map, *vars(config)]
     found = [
         name
