@@ -8,6 +8,7 @@ what the law found at fault.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -105,9 +106,11 @@ class _Derivation:
         first = 0 if order[0] else 1
         # Not the last one: some models pad their inputs further.
         late = min(5, drafts[0][0].entries[0].shape[-2] - 1)
-        if not mixes(self.model, self.batch, self.layers[0], drafts[0][first].writer.path, token=late):
+        looks_ahead = mixes(self.model, self.batch, self.layers[0], drafts[0][first].writer.path, token=late)
+        if not looks_ahead and _generates(self.model):
             raise AdapterError(
-                "each of its tokens sees those before it only, as in a decoder; cofiprune prunes encoders"
+                "each of its tokens sees those before it only, and its kind generates: it is a decoder, and cofiprune "
+                "prunes encoders"
             )
         kinds: tuple[tuple[Kind, int], ...] = (("heads", first), ("intermediate", 1 - first))
         attention, ffn = (
@@ -192,6 +195,12 @@ class _Derivation:
         wide = replace(family, stem=tuple(around.stem), heads={name: tuple(around.head)}, refused=refused)
         found = problem(self.model, self.batch, wide, ("hidden",))
         return replace(wide, refused={**refused, "hidden": found}) if found else wide
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    """Whether there is a class that generates beside a model's own: some encoders of text look back only, too."""
+    beside = vars(sys.modules[type(model).__module__])
+    return any(word in name for name in beside for word in ("ForCausal", "LMHead"))
 
 
 def _width(part: Part) -> int:

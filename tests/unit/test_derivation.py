@@ -254,6 +254,10 @@ def test_a_decoder_is_told_by_its_looking_back_only() -> None:
         cofiprune.structure(transformers.ImageGPTModel(tiny_config("imagegpt")))
 
 
+def test_an_encoder_of_text_may_look_back_only() -> None:
+    assert not cofiprune.structure(transformers.XCLIPTextModel(tiny_config("xclip_text_model"))).refused
+
+
 def test_a_model_that_answers_differently_each_time_is_refused() -> None:
     with pytest.raises(AdapterError, match="other answers each time"):
         cofiprune.structure(RestlessToyModel(ToyConfig()))
