@@ -59,7 +59,7 @@ def prune(
         without data.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
-        `method="gates"` and "auto", which can do without labels, None is "self".
+        methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
@@ -73,7 +73,7 @@ def prune(
     target = check_fraction(target_sparsity)
     structure = structure_of(model)
     check_method(config, has_data=train_dataset is not None)
-    if teacher is None and train_dataset is not None and config.method in ("gates", "auto"):
+    if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
     on_data = train_dataset is not None and config.method in ("one-shot", "auto")
     check = check_one_shot if on_data else check_target
@@ -96,8 +96,8 @@ def prune(
             folder.mkdir(parents=True, exist_ok=True)
             result.plan.save(folder / "plan.json")
         return result
-    if config.method != "one-shot":
-        check_trainable(model, gated=True)
+    if config.trains:
+        check_trainable(model, gated=config.method != "one-shot")
     elif resume:
         raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
     run = Run(
@@ -115,7 +115,7 @@ def prune(
     )
     if config.method == "auto":
         run.decide(target)
-    return run.one_shot(target) if run.config.method == "one-shot" else run.prune(target)
+    return run.prune(target)
 
 
 def finetune(
