@@ -27,6 +27,7 @@ from cofiprune.oneshot.activations import Batch, Projection, counted, projection
 from cofiprune.oneshot.budgeting import Option, give_up, savings
 from cofiprune.oneshot.repair import Repair
 from cofiprune.oneshot.sensitivity import passed
+from cofiprune.oneshot.stream import hidden_curve
 from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.plan import Plan
 from cofiprune.selection import check_target
@@ -124,7 +125,9 @@ class SequentialPruning:
         self.whole = cost.exact(self.structure.sizes)
         self.target = target
         self.pending = set(_inner(self.structure, units))
-        self.may_empty = any(group.unit == "layer" for group in self.structure.select(_listed(units)))
+        chosen = self.structure.select(_listed(units))
+        self.may_empty = any(group.unit == "layer" for group in chosen)
+        self.cuts_hidden = units is not None and any(group.kind == "hidden" for group in chosen)
         self.seed = seed
         self.repair = repair
         self.scored = _scored(model, self.structure, batches)
@@ -158,16 +161,33 @@ class SequentialPruning:
         structure = structure_of(small)
         absent = {name: 0 for name in self.structure if name not in structure}
         sizes = {**structure.sizes, **absent}
-        options = {}
+        blocks = {}
         for block, found in self._curves(small, structure):
             assert block.inner is not None
-            options[block.inner] = self._option(block, found, sizes)
-        gone = give_up(options, self.cost.exact(sizes) - wanted)
+            blocks[block.inner] = block, found
+        stream = self._stream(small, structure, sizes)
+        options = {inner: self._option(block, found, sizes) for inner, (block, found) in blocks.items()}
+        gone = give_up({**options, **stream}, self.cost.exact(sizes) - wanted)
+        if gone.get("hidden"):
+            # With fewer hidden dimensions a unit of a block costs less: what the blocks give up is counted again.
+            sizes["hidden"] -= gone["hidden"]
+            options = {inner: self._option(block, found, sizes) for inner, (block, found) in blocks.items()}
+            gone |= give_up(options, self.cost.exact(sizes) - wanted)
         masks = {}
-        for name, option in options.items():
+        for name, option in {**options, **stream}.items():
             masks[name] = torch.ones(structure[name].size, dtype=torch.float64)
             masks[name][list(option.curve.order[: gone[name]])] = 0.0
         return Plan.from_values(structure, masks)
+
+    def _stream(self, small: PreTrainedModel, structure: Structure, sizes: Mapping[str, int]) -> dict[str, Option]:
+        """What it costs to take out hidden dimensions, where they may be cut; one of them stays."""
+        if not self.cuts_hidden:
+            return {}
+        found = hidden_curve(small, structure, self.scored, seed=self.seed)
+        if found is None:
+            return {}
+        saved = savings(lambda units: self.cost.exact({**sizes, "hidden": units}), sizes["hidden"])
+        return {"hidden": Option(Curve(found.order[:-1], found.losses[:-1]), saved[:-1])}
 
     def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[Block, Curve]]:
         """What it costs to take units out of each block that may be cut."""

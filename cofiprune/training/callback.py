@@ -35,8 +35,8 @@ class PruningCallback(TrainerCallback):
 
     Gates, the sparsity constraint and, with a teacher, distillation run inside the Trainer's steps, whatever its loop
     does besides. As in `cofiprune.prune` part of the model goes in one shot when training begins (`one_shot_share`).
-    The target rises over the first quarter of the steps; after 0.4 of them the structure is decided, at exactly the
-    target, and the rest trains what is left. The model ends with masks of zeros and ones attached, for
+    The target rises over the first eighth of the steps; then the structure is decided, at exactly the target, and the
+    rest trains what is left. The model ends with masks of zeros and ones attached, for
     `cofiprune.compact(model)`.
 
     After training `result` holds a `PruneResult`.

@@ -149,14 +149,13 @@ class Run:
         elif config.time_budget is None:
             choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
         else:
-            share = (1 - target) ** config.one_shot_share if config.starts_from_one_shot else 1.0
             steps = Schedule.for_training(1, config, len(self.batches)).total
             pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target)
-            choice = choose(pace, config.time_budget, share=share)
+            choice = choose(pace, config.time_budget, share=1 - target)
         if saved is not None and self.session.accelerator.is_main_process:
             saved.parent.mkdir(parents=True, exist_ok=True)
             saved.write_text(json.dumps(asdict(choice)))
-        settings = {"method": choice.method, "epochs": choice.epochs, "finetune_epochs": choice.finetune_epochs}
+        settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs}
         self.config = self.session.config = config.model_copy(update={**settings, "time_budget": None})
         self.reason = choice.reason
         if config.progress and self.session.accelerator.is_main_process:

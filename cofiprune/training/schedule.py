@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import PruneConfig, Scheduler
 
-FROM_ONE_SHOT = (0.25, 0.6)
+FROM_ONE_SHOT = (0.125, 0.875)
 FROM_WHOLE = (0.4, 0.25)
 """Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
-decided: gates that start on what one shot leaves have less to find out."""
+decided: gates that start on what one shot leaves have little to find out, and what they lose must be learned again."""
 
 
 @dataclass(frozen=True)
