@@ -350,6 +350,8 @@ class Run:
             self._loop(state, model, projection, rates, steps, gating, saved).run()
         plan = gating.decide()
         gating.settle()
+        if projection is not None and "hidden" in plan.keep:
+            projection = cut_projection(projection, plan.keep["hidden"])
         return plan, _Finished(state, projection)
 
     def _learning(self, model: PreTrainedModel, projection: nn.Linear | None) -> list[dict[str, Any]]:
@@ -514,7 +516,7 @@ class Run:
         if self.teacher is None or not self.config.distill_layers_weight:
             return None
         if learned is not None and plan is not None:
-            return cut_projection(learned, plan.keep["hidden"]) if "hidden" in plan.keep else learned
+            return learned
         width, wanted = hidden_width(model), hidden_width(self.teacher)
         same_depth = model.config.num_hidden_layers == self.teacher.config.num_hidden_layers
         if plan is None and width == wanted and same_depth:
