@@ -107,7 +107,7 @@ class PruningCallback(TrainerCallback):
             check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
         self._batches = _length(loader)
         steps = None if self._batches is None else math.ceil(self._batches / args.gradient_accumulation_steps)
-        schedule = Schedule.for_steps(self.config, state.max_steps, steps)
+        Schedule.for_steps(self.config, state.max_steps, steps)  # whether there are enough of them
         self._fingerprint = {
             "target_sparsity": self.target,
             "family": structure.family,
@@ -124,7 +124,9 @@ class PruningCallback(TrainerCallback):
         if saved is not None:
             start = begun(saved, model)
         else:
-            start = None if rows is None else start_for(model, rows, self.config, self.target)
+            # The model stays as wide as it is while the Trainer has it.
+            start = None if rows is None else start_for(model, rows, self.config, self.target, cuts_hidden=False)
+        schedule = Schedule.for_steps(self.config, state.max_steps, steps, from_one_shot=start is not None)
         masks = attach(model)
         try:
             run = CallbackRun(

@@ -64,18 +64,23 @@ def start_for(
     config: PruneConfig,
     target: float,
     on_progress: Callable[[float], None] | None = None,
+    *,
+    cuts_hidden: bool = True,
 ) -> Start | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
-    :param target: the sparsity that the gates are to reach in the end.
+    :param target: the sparsity that the gates are to reach in the end; one shot stops short of it by a unit at least.
+    :param cuts_hidden: whether hidden dimensions may go, where the configuration's units name them.
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
         a configuration that leaves it out.
     """
     if not config.starts_from_one_shot or not can_start(structure_of(model), config.units):
         return None
-    share = (1 - target) ** config.one_shot_share
+    sparsity = min(1 - (1 - target) ** config.one_shot_share, target - _largest_unit(model, config))
+    if sparsity <= 0:
+        return None
     try:
-        start = one_shot(model, batches, config, 1 - share, on_progress)
+        start = one_shot(model, batches, config, sparsity, on_progress, cuts_hidden=cuts_hidden)
     except DataError:
         return None  # too few rows for statistics; gates need none
     return start if _can_go_on(start, target, config) else None
@@ -87,6 +92,8 @@ def one_shot(
     config: PruneConfig,
     sparsity: float,
     on_progress: Callable[[float], None] | None = None,
+    *,
+    cuts_hidden: bool = True,
 ) -> Start:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
@@ -101,9 +108,10 @@ def one_shot(
     small: PreTrainedModel | None = None
     if processes.is_main_process:
         cost = accounting.layer_parameters(structure_of(model))
+        units = config.units if cuts_hidden else tuple(unit for unit in config.units or () if unit != "hidden") or None
         with evaluating(model):
             run = SequentialPruning(
-                model, taken, cost, target=sparsity, units=config.units, seed=config.seed,
+                model, taken, cost, target=sparsity, units=units, seed=config.seed,
                 repair=config.repair is not False,
             )  # fmt: skip
             plan, small = run.run(on_progress)
@@ -117,6 +125,15 @@ def one_shot(
         for parameter in small.parameters():
             broadcast(parameter.data)
     return Start(model, small, plan)
+
+
+def _largest_unit(model: PreTrainedModel, config: PruneConfig) -> float:
+    """The largest unit inside a block, as a share of the layers' parameters."""
+    structure = structure_of(model)
+    cost, sizes = accounting.layer_parameters(structure), structure.sizes
+    whole = cost.exact(sizes)
+    inner = [group for group in structure.present(config.units) if group.kind in ("heads", "intermediate")]
+    return max(1 - cost.exact({**sizes, group.name: group.size - 1}) / whole for group in inner)
 
 
 def _can_go_on(start: Start, target: float, config: PruneConfig) -> bool:
