@@ -43,6 +43,8 @@ FIT_POSITIONS, FIT_PER_INPUT = 10_000, 4
 """Tokens, patches or frames that the maps are fitted on: so many, and at least four for each input of the widest."""
 SCORED_POSITIONS = 6_000
 """What the curves are measured on."""
+NARROWEST = 8
+"""One hidden dimension in so many stays: norms over a handful leave nothing to repair."""
 
 
 def check_one_shot(structure: Structure, cost: Cost, target: float, units: str | Sequence[UnitKind] | None) -> None:
@@ -180,14 +182,15 @@ class SequentialPruning:
         return Plan.from_values(structure, masks)
 
     def _stream(self, small: PreTrainedModel, structure: Structure, sizes: Mapping[str, int]) -> dict[str, Option]:
-        """What it costs to take out hidden dimensions, where they may be cut; one of them stays."""
+        """What it costs to take out hidden dimensions, where they may be cut; some of the dense model's stay."""
         if not self.cuts_hidden:
             return {}
         found = hidden_curve(small, structure, self.scored, seed=self.seed)
         if found is None:
             return {}
         saved = savings(lambda units: self.cost.exact({**sizes, "hidden": units}), sizes["hidden"])
-        return {"hidden": Option(Curve(found.order[:-1], found.losses[:-1]), saved[:-1])}
+        most = max(sizes["hidden"] - max(self.structure["hidden"].size // NARROWEST, 2), 0)
+        return {"hidden": Option(Curve(found.order[:most], found.losses[:most]), saved[: most + 1])}
 
     def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[Block, Curve]]:
         """What it costs to take units out of each block that may be cut."""
