@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from cofiprune.accounting import Cost
+from cofiprune.accounting import Cost, layer_parameters
 from cofiprune.errors import TargetError
 from cofiprune.plan import Plan
 from cofiprune.structure import UNIT_KINDS, Block, Group, Structure, UnitKind
+from cofiprune.target import Target
 
 TOLERANCE = 0.005
 _RESOLUTION = 40_000
@@ -25,20 +25,6 @@ _RESOLUTION = 40_000
 _INNER_LEVELS = 128
 _HIDDEN_LEVELS = 128
 """Sizes of a group that such a search tries: a linear cost then goes in steps of less than twice the tolerance."""
-
-
-def check_fraction(target: float, name: str = "target_sparsity") -> float:
-    """Return a sparsity target as a float in (0, 1).
-
-    :raises TargetError: for anything else; a percentage is recognised and the fraction suggested.
-    """
-    if isinstance(target, bool) or not isinstance(target, Real):
-        raise TargetError(f"{name} takes a number in (0, 1), not {target!r}")
-    if 0 < target < 1:
-        return float(target)
-    value = float(target)
-    hint = f"; {value:g} % is {name}={value / 100:g}" if 1 < value < 100 else ""
-    raise TargetError(f"{name} is the share removed and lies in (0, 1); got {value:g}{hint}")
 
 
 @dataclass(frozen=True)
@@ -79,29 +65,33 @@ def reachable(structure: Structure, cost: Cost, units: str | Sequence[UnitKind] 
     return Reachable(highest, False, tuple(level / _RESOLUTION for level in levels.tolist()))
 
 
-def check_target(
-    structure: Structure, cost: Cost, target: float, units: str | Sequence[UnitKind] | None = None
-) -> None:
+def check_target(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None = None) -> None:
     """Make sure that a target can be met within the tolerance by removing units of some kinds.
 
+    :param structure: of the dense model, or of a smaller one that is to go on from where it is.
     :raises TargetError: saying what is reachable.
     """
-    if not cost.exact(structure.sizes):
+    cost = target.cost(structure)
+    total = cost.exact(structure.sizes)
+    if not layer_parameters(structure).exact(structure.sizes):
         raise TargetError(f"nothing is left in the layers of this {structure.family} model that could be removed")
+    if target.left >= total:
+        raise TargetError(f"{target}: this {structure.family} model is there already, with {target.text(total)}")
+    share = target.removed(structure)
     found = reachable(structure, cost, units)
     kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in structure.select(_listed(units)))]
     chosen = f"units {', '.join(kinds)}"
-    if target > found.highest + TOLERANCE:
+    if share > found.highest + TOLERANCE:
         raise TargetError(
-            f"sparsity {target:g} cannot be reached with {chosen} on this {structure.family} model: "
-            f"removing all that can go gives {found.highest:.4f}"
+            f"{target} cannot be reached with {chosen} on this {structure.family} model: "
+            f"removing all that can go gives {target.text((1 - found.highest) * total)}"
         )
-    if not found.fine and min(abs(level - target) for level in found.levels) * _RESOLUTION > _slack(structure):
-        near = " and ".join(f"{level:.4f}" for level in found.nearest(target))
+    if not found.fine and min(abs(level - share) for level in found.levels) * _RESOLUTION > _slack(structure):
+        near = " and ".join(target.text((1 - level) * total) for level in found.nearest(share))
         others = [unit for unit in UNIT_KINDS if unit not in kinds]
         more = f". More is reachable with other units too: {', '.join(others)}" if others else ""
         raise TargetError(
-            f"sparsity {target:g} cannot be reached within {TOLERANCE} with {chosen} on this {structure.family} model, "
+            f"{target} cannot be reached within {TOLERANCE} with {chosen} on this {structure.family} model, "
             f"where they go in large steps; reachable next to it: {near}{more}"
         )
 
@@ -109,22 +99,23 @@ def check_target(
 def select(
     structure: Structure,
     scores: Mapping[str, Tensor],
-    cost: Cost,
-    target: float,
+    target: Target,
     *,
     values: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """Choose the plan that removes `target` of a cost, keeping the units with the highest scores.
+    """Choose the plan that leaves as much of a cost as the target says, keeping the units with the highest scores.
 
     Scores of all groups are compared with one another.
 
+    :param structure: of the dense model, or of a smaller one that is to go on from where it is.
     :param scores: by group name, [units]; groups that are not named stay whole.
     :param values: by group name, [units] in [0, 1]: factors of the kept units, folded in by `compact`.
-    :raises TargetError: when the sparsity ends further than 0.005 from the target.
+    :raises TargetError: when the plan's cost ends further than 0.005 of the whole from the target.
     """
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
+    cost = target.cost(structure)
     total = cost.exact(structure.sizes)
-    wanted = round(total * (1 - target))
+    wanted = round(target.left)
     kept = _threshold(structure, flat, cost, wanted)
     _trim(structure, flat, cost, wanted, kept)
     found = cost.exact(_counts(structure, kept))
@@ -132,7 +123,7 @@ def select(
         kept = _by_blocks(structure, flat, cost, wanted, start=int(kept["hidden"].sum()) if "hidden" in kept else 0)
         found = cost.exact(_counts(structure, kept))
     if abs(found - wanted) > TOLERANCE * total:
-        raise TargetError(f"the nearest plan to sparsity {target:g} has {1 - found / total:.4f}")
+        raise TargetError(f"the nearest plan to {target} has {target.text(found)}")
     factors = {name: mask.double() for name, mask in kept.items()}
     for name, value in (values or {}).items():
         if name in factors:
@@ -196,11 +187,13 @@ def _trim(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted
                 kept[name][unit] = False
                 counts[name] -= 1
                 surplus -= known[name]
-                # The cost is linear in each group: what a unit saves depends on the sizes of the other groups only.
+                # What a unit saves depends on the sizes of other groups, of its own only where the cost is not linear.
                 if name == "hidden":
                     known = {}
                 else:
                     known.pop("hidden", None)
+                    if not cost.linear:
+                        known.pop(name, None)
 
 
 def _saving(cost: Cost, counts: Mapping[str, int], name: str) -> int:
@@ -276,9 +269,9 @@ def _cuts(block: Block, chosen: set[str], cost: Cost, full: Mapping[str, int]) -
     found = []
     whole = cost.exact(full)
     if block.inner is not None and block.inner in chosen:
-        size = full[block.inner]
-        each = whole - cost.exact({**full, block.inner: size - 1})
-        found += [(block.inner, count, (size - count) * each) for count in _spread(size, _INNER_LEVELS)[:-1]]
+        counts = _spread(full[block.inner], _INNER_LEVELS)[:-1]
+        left = cost.along(full, block.inner, counts)
+        found += [(block.inner, count, whole - each) for count, each in zip(counts, left, strict=True)]
     if block.gate in chosen or block.inner in chosen:
         found.append((block.gate, 0, whole - cost.exact({**full, block.gate: 0})))
     return found

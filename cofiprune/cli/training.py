@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,18 +22,19 @@ if TYPE_CHECKING:
 
     Teacher = PreTrainedModel | Literal["self"] | None
 _RESULT = "result.json"
+TARGETS = {
+    "target_sparsity": "share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9)",
+    "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
+    "target_macs": "multiply-accumulates that may be left, at --target-seq-len tokens",
+}
 
 
 def add_prune_options(parser: argparse.ArgumentParser) -> None:
     """Add what `prune` takes."""
     add_model_options(parser)
-    parser.add_argument(
-        "--target-sparsity",
-        type=number,
-        default=0.9,
-        metavar="X",
-        help="share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9)",
-    )
+    targets = parser.add_argument_group("targets (one at most)")
+    for name, text in TARGETS.items():
+        targets.add_argument(f"--{name.replace('_', '-')}", type=number, metavar="X", help=text)
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
     _add_run_options(parser)
@@ -51,16 +53,17 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 def prune(options: argparse.Namespace) -> None:
     """Prune a model, save what is left, and print the result and the summary of the smaller model."""
     config = prune_config(options, options.preset)
-    from cofiprune.selection import check_fraction
+    from cofiprune.training.targets import the_one
 
-    check_fraction(options.target_sparsity)
+    name, value = the_one({name: getattr(options, name) for name in TARGETS})
+    target: dict[str, Any] = {name: value}
     loaded, teacher, folder = _prepare(options, config, labelled=options.teacher is None)
     from cofiprune.training import run
 
     result = run.prune(
         loaded.model,
         loaded.datasets.get("train_file"),
-        target_sparsity=options.target_sparsity,
+        **target,
         teacher=teacher,
         eval_dataset=loaded.datasets.get("validation_file"),
         data_collator=loaded.collator,
@@ -68,7 +71,7 @@ def prune(options: argparse.Namespace) -> None:
         output_dir=folder,
         resume=options.resume,
     )
-    _save(result, result.compact(), loaded, folder, {"target_sparsity": options.target_sparsity}, config)
+    _save(result, result.compact(), loaded, folder, target, config)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -142,6 +145,7 @@ def _save(
     result.plan.save(folder / "plan.json")
     entries = {
         **asked,
+        "target": None if result.target is None else asdict(result.target),
         "sparsity": result.sparsity,
         "model_sparsity": result.model_sparsity,
         "metrics": result.metrics,

@@ -28,9 +28,10 @@ from cofiprune.oneshot.divergence import Answers, answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
 from cofiprune.oneshot.repair import Repair
 from cofiprune.plan import Plan
-from cofiprune.selection import check_fraction, check_target, select
+from cofiprune.selection import check_target, select
 from cofiprune.structure import Structure, UnitKind
 from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target, check_fraction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ class OneShotReport:
 def prune_without_data(
     model: PreTrainedModel,
     *,
-    target_sparsity: float,
+    target_sparsity: float | Target,
     teacher: PreTrainedModel | Literal["self"] | None = None,
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
@@ -83,7 +84,7 @@ def prune_without_data(
     as it is. The result depends on the weights and the seed alone.
 
     :param model: without masks attached.
-    :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1).
+    :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); or any other target.
     :param teacher: whose answers the pruned model should give; "self" for the model as it is. A teacher of the same
         structure is also what the repair reproduces, block by block; otherwise that is the model as it is.
     :param units: unit kinds that may be removed; None for all that the model has.
@@ -94,23 +95,25 @@ def prune_without_data(
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
     """
     structure = structure_of(model)
-    cost = accounting.layer_parameters(structure)
-    target = check_fraction(target_sparsity)
-    check_target(structure, cost, target, units)
-    samples = _samples(cost.exact(structure.sizes)) if samples is None else samples
+    target = target_sparsity
+    if not isinstance(target, Target):
+        target = Target.of(structure, check_fraction(target))
+    check_target(structure, target, units)
+    parameters = accounting.layer_parameters(structure).exact(structure.sizes)
+    samples = _samples(parameters) if samples is None else samples
     _check(model, teacher, samples)
     report = on_progress or (lambda phase, share: None)
     report("importance", 0.0)
     importance = weight_importance(model, structure)
     if teacher is None:
-        return OneShotReport(select(structure, scores(structure, importance, units), cost, target))
+        return OneShotReport(select(structure, scores(structure, importance, units), target))
     reference = model if isinstance(teacher, str) else teacher
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model, reference):
         batches = _synthetic(model, structure, samples, generator)
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         measured = activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
-        plan = select(structure, scores(structure, {**importance, **measured}, units), cost, target)
+        plan = select(structure, scores(structure, {**importance, **measured}, units), target)
         return _repaired(_Pruned(model, structure, plan, reference), batches, held_out, report)
 
 

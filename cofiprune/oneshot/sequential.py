@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cofiprune.accounting import Cost
 from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS
 from cofiprune.compaction import compact
@@ -29,6 +28,7 @@ from cofiprune.oneshot.repair import LeastSquares
 from cofiprune.plan import Plan
 from cofiprune.selection import check_target
 from cofiprune.structure import Block, Structure, UnitKind
+from cofiprune.target import Target
 from cofiprune.tasks import label_names
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _SCORED_TOGETHER = 8
 """Examples per random projection of the predictions: more projections are a better estimate, and slower."""
 
 
-def check_one_shot(structure: Structure, cost: Cost, target: float, units: str | Sequence[UnitKind] | None) -> None:
+def check_one_shot(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None) -> None:
     """Make sure that a target can be met without cutting hidden dimensions.
 
     :raises TargetError: saying what can be reached.
@@ -53,7 +53,7 @@ def check_one_shot(structure: Structure, cost: Cost, target: float, units: str |
     if not can_start(structure, units):
         raise TargetError('one shot on data cuts heads and feed-forward dimensions: units must include "head" or '
                           '"intermediate"')  # fmt: skip
-    check_target(structure, cost, target, kinds)
+    check_target(structure, target, kinds)
 
 
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
@@ -92,9 +92,8 @@ class SequentialPruning:
         self,
         model: PreTrainedModel,
         batches: Sequence[Batch],
-        cost: Cost,
+        target: Target,
         *,
-        target: float,
         units: str | Sequence[UnitKind] | None = None,
         seed: int = 0,
     ) -> None:
@@ -102,16 +101,15 @@ class SequentialPruning:
 
         :param model: without masks, in evaluation mode; what its blocks put out is what the repair aims at.
         :param batches: see `calibration`; at least one.
-        :param cost: what the target is a share of.
-        :param target: share of the cost to remove, in (0, 1). Met as nearly as whole units allow.
+        :param target: met as nearly as whole units allow.
         :param units: kinds that may be cut; of them only heads and feed-forward dimensions are, and with "layer" also
             the blocks of which nothing would be left.
         """
         self.model = model
         self.batches = batches
-        self.cost = cost
         self.structure = structure_of(model)
-        self.wanted = cost.exact(self.structure.sizes) * (1 - target)
+        self.cost = target.cost(self.structure)
+        self.wanted = target.left
         self.pending = _inner(self.structure, units)
         self.may_empty = any(group.unit == "layer" for group in self.structure.select(_listed(units)))
         self.seed = seed

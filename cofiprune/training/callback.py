@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
-from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TrainingError
 from cofiprune.masking import attach, masks_of
 from cofiprune.plan import Plan
-from cofiprune.selection import check_fraction, check_target
+from cofiprune.selection import check_target
+from cofiprune.target import Target, check_fraction
 from cofiprune.training import callback_state
 from cofiprune.training.callback_checks import callback_config, check_arguments, used_settings
 from cofiprune.training.callback_run import CallbackRun, rows_again
@@ -91,7 +91,8 @@ class PruningCallback(TrainerCallback):
         model: PreTrainedModel = kwargs["model"]
         loader = kwargs.get("train_dataloader")
         structure = structure_of(model)
-        check_target(structure, accounting.layer_parameters(structure), self.target, self.config.units)
+        target = Target.of(structure, self.target)
+        check_target(structure, target, self.config.units)
         check_weights(model)
         check_trainable(model, gated=True)
         check_arguments(args, state, model, taught=self.teacher is not None)
@@ -121,7 +122,7 @@ class PruningCallback(TrainerCallback):
         masks = attach(model)
         fresh = saved is None
         try:
-            run = CallbackRun(model, teacher, masks, self.target, self.config, schedule, rows, args, fresh=fresh)
+            run = CallbackRun(model, teacher, masks, target, self.config, schedule, rows, args, fresh=fresh)
             if saved is not None:
                 run.restore(saved)
         except BaseException:

@@ -25,6 +25,7 @@ from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
+from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.hooks import ForwardHooks
@@ -45,7 +46,7 @@ class CallbackRun:
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
         masks: MaskRegistry,
-        target: float,
+        target: Target,
         config: PruneConfig,
         schedule: Schedule,
         batches: Batches | None,

@@ -76,6 +76,8 @@ class PruneConfig(BaseModel):
 
     units: tuple[UnitKind, ...] | None = None
     """Kinds of units to prune; None for all that the model has."""
+    target_seq_len: Count = 128
+    """Length at which `target_macs` is counted: tokens, or frames of audio. An image has the length that it has."""
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
     one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.75

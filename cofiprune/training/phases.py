@@ -32,6 +32,7 @@ from cofiprune.record import recorded_sizes
 from cofiprune.selection import TOLERANCE
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
+from cofiprune.target import Target
 from cofiprune.tasks import label_names
 from cofiprune.training.checks import (
     check_callbacks,
@@ -47,7 +48,7 @@ from cofiprune.training.loop import Callback, Loop, Session, decay_groups, log, 
 from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
-from cofiprune.training.result import PruneResult
+from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.start import Start, one_shot, start_for
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
@@ -130,7 +131,7 @@ class Run:
         device: torch.device = self.session.accelerator.device
         return device
 
-    def prune(self, target: float) -> PruneResult:
+    def prune(self, target: Target) -> PruneResult:
         structure = structure_of(self.model)
         cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
         check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
@@ -141,7 +142,7 @@ class Run:
                 "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
                 "finetune_epochs and freeze_epochs are 0"
             )
-        saved = self._saved(method="prune", target_sparsity=target)
+        saved = self._saved(method="prune", **target.identity())
         with self._running():
             take_masks_off(self.model, quietly=self.resume)
             masks = attach(self.model)
@@ -151,10 +152,10 @@ class Run:
                 masks.detach()
                 raise
         plan.check(structure)
-        return self._result(plan, masks, state)
+        return self._result(plan, masks, state, target)
 
     def _phases(
-        self, masks: MaskRegistry, target: float, schedule: Schedule, recovery: int, saved: SavedRun | None
+        self, masks: MaskRegistry, target: Target, schedule: Schedule, recovery: int, saved: SavedRun | None
     ) -> tuple[Plan, RunState]:
         done = None
         if saved is None or saved.phase == "prune":
@@ -170,7 +171,7 @@ class Run:
             log(self.session, done.state, self.session.evaluate(self.model))  # what was logged last had other masks
         return plan, done.state
 
-    def one_shot(self, target: float) -> PruneResult:
+    def one_shot(self, target: Target) -> PruneResult:
         """Prune on data without training."""
         started = time.perf_counter()
         with self._running():
@@ -180,8 +181,10 @@ class Run:
                 progress = self._one_shot_progress()
                 accelerator = self.session.accelerator
                 found = one_shot(self.model, self.calibrated, self.config, target, accelerator, progress)
-                if abs(1 - found.share - target) > TOLERANCE:
-                    raise TargetError(f"block by block, the nearest to sparsity {target:g} is {1 - found.share:.4f}")
+                left = target.kept_share(structure_of(found.small))
+                if abs(1 - left - target.share) > TOLERANCE:
+                    nearest = target.text(left * target.total)
+                    raise TargetError(f"block by block, the nearest to {target} is {nearest}")
             except BaseException:
                 masks.detach()
                 raise
@@ -191,7 +194,7 @@ class Run:
             state.seconds = time.perf_counter() - started
             measured = {} if self.session.evaluate is None else self.session.evaluate(self.model)
             log(self.session, state, {"sparsity": 1 - found.share, **measured})
-        return self._result(plan, masks, state)
+        return self._result(plan, masks, state, target)
 
     def finetune(self) -> PruneResult:
         masks = masks_of(self.model)
@@ -213,7 +216,7 @@ class Run:
         return self._result(plan.hard, masks, done.state)
 
     def _learn(
-        self, masks: MaskRegistry, target: float, schedule: Schedule, saved: SavedRun | None
+        self, masks: MaskRegistry, target: Target, schedule: Schedule, saved: SavedRun | None
     ) -> tuple[Plan, _Finished]:
         """The pruning phase: gates and weights learn together; then the plan is decided."""
         try:
@@ -233,7 +236,7 @@ class Run:
                 raise
         return start.write_back(masks, decided), done
 
-    def _start(self, target: float, saved: SavedRun | None) -> Start | None:
+    def _start(self, target: Target, saved: SavedRun | None) -> Start | None:
         """What the gates start on: what one shot leaves, or what it left when the run was saved."""
         if saved is not None:
             if "start" not in saved.extra:
@@ -262,7 +265,7 @@ class Run:
         model: PreTrainedModel,
         masks: MaskRegistry,
         share: float,
-        target: float,
+        target: Target,
         schedule: Schedule,
         saved: SavedRun | None,
         start: Start | None,
@@ -277,7 +280,7 @@ class Run:
             gating.gates.initialise_from(importance, spread=config.warm_start_spread)
         projection = self._projection(model, None)
         gate_lr = gate_rate(config, schedule.gated)
-        learning_rate = pruning_rate(config, target)
+        learning_rate = pruning_rate(config, target.share)
         groups = [
             *decay_groups(model.named_parameters(), config.weight_decay),
             *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
@@ -496,7 +499,9 @@ class Run:
             return None
         return load_checkpoint(self.session.output_dir, self.session.fingerprint)
 
-    def _result(self, plan: Plan, masks: MaskRegistry | None, state: RunState) -> PruneResult:
+    def _result(
+        self, plan: Plan, masks: MaskRegistry | None, state: RunState, target: Target | None = None
+    ) -> PruneResult:
         evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
         if state.best is not None:
             evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
@@ -513,6 +518,7 @@ class Run:
             state.history,
             state.seconds,
             state.best["step"] if state.best is not None else None,
+            None if target is None else reached(target, structure_of(self.model), plan),
         )
 
 

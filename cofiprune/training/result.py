@@ -8,9 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 from cofiprune.compaction import compact
 from cofiprune.plan import Plan
+from cofiprune.structure import Structure
+from cofiprune.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The target of a run, and what came of it."""
+
+    name: str
+    """The argument that asked for it: `target_sparsity`, `target_macs` and so on."""
+    asked: float
+    reached: float
+    """The same figure of the compacted model."""
+    text: str
+    """Both in words."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def reached(target: Target, structure: Structure, plan: Plan) -> Reached:
+    """What a plan comes to.
+
+    :param structure: of the model that the plan is for.
+    """
+    left = target.cost(structure).exact(plan.kept)
+    value = target.scale.asked(left, target.total)
+    return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
 
 
 @dataclass(repr=False)
@@ -34,6 +62,9 @@ class PruneResult:
     best_step: int | None = None
     """The step whose weights were kept when `metric_for_best_model` chose them."""
 
+    target: Reached | None = None
+    """What was asked for and reached; None for `finetune`."""
+
     def compact(self) -> PreTrainedModel:
         """Return the smaller model; the same as `cofiprune.compact(result.model)`."""
         return compact(self.model)
@@ -43,6 +74,7 @@ class PruneResult:
         blocks = [name for name in kept if name.endswith((".attention", ".ffn"))]
         rows = [
             ("model", f"{type(self.model).__name__} ({self.plan.family})"),
+            *([] if self.target is None or self.target.name == "target_sparsity" else [("target", str(self.target))]),
             ("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"),
             ("blocks", f"{sum(kept[name] for name in blocks)} of {len(blocks)} kept"),
         ]

@@ -8,19 +8,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluating
 from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.sequential import check_one_shot
-from cofiprune.selection import check_fraction, check_target
+from cofiprune.selection import check_target
+from cofiprune.target import Target
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
 from cofiprune.training.phases import Run, held_out
-from cofiprune.training.result import PruneResult
+from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.targets import target_for, the_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,9 @@ def prune(
     model: PreTrainedModel,
     train_dataset: Any = None,
     *,
-    target_sparsity: float = 0.9,
+    target_sparsity: float | None = None,
+    target_model_sparsity: float | None = None,
+    target_macs: float | None = None,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
@@ -43,7 +46,7 @@ def prune(
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> PruneResult:
-    """Prune an encoder to a sparsity, in place: weights are trained and the final masks stay attached.
+    """Prune an encoder to a target, in place: weights are trained and the final masks stay attached.
 
     With data this is CoFi (Xia et al., 2022, arXiv:2204.00408): hard-concrete gates over heads, feed-forward
     dimensions, hidden dimensions and whole blocks learn under a sparsity constraint, with distillation from the
@@ -57,6 +60,10 @@ def prune(
     :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
         without data.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
+        0.9 when no other target is given; there is one target at most.
+    :param target_model_sparsity: the same of every parameter of the model, embedding tables included.
+    :param target_macs: multiply-accumulates of the whole model that may be left, for one example of
+        `target_seq_len` tokens, as `summary` counts them; met within 0.005 of the dense model's.
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone.
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
@@ -68,12 +75,18 @@ def prune(
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     config = PruneConfig.create(config, **settings)
-    target = check_fraction(target_sparsity)
+    asked = {
+        "target_sparsity": target_sparsity,
+        "target_model_sparsity": target_model_sparsity,
+        "target_macs": target_macs,
+    }
+    the_one(asked)
     structure = structure_of(model)
+    check_weights(model)
+    target = target_for(model, structure, config, asked)
     on_data = train_dataset is not None and config.method == "one-shot"
     check = check_one_shot if on_data else check_target
-    check(structure, accounting.layer_parameters(structure), target, config.units)
-    check_weights(model)
+    check(structure, target, config.units)
     taught = resolve_teacher(teacher, model)
     copied = None if taught is None or teacher is taught else masks_of(taught)
     if copied is not None:
@@ -161,7 +174,7 @@ def finetune(
 
 
 def _prune_without_data(
-    model: PreTrainedModel, target: float, teacher: PreTrainedModel | None, config: PruneConfig
+    model: PreTrainedModel, target: Target, teacher: PreTrainedModel | None, config: PruneConfig
 ) -> PruneResult:
     source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
     kept = "0.83, 0.69 and 0.51" if teacher is None else "0.85, 0.81 and 0.75"
@@ -178,4 +191,5 @@ def _prune_without_data(
         )
     masks = attach(model)
     masks.set_plan(report.plan)
-    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity())
+    found = reached(target, masks.structure, report.plan)
+    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity(), target=found)

@@ -23,6 +23,7 @@ from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.selection import check_target
+from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -62,21 +63,21 @@ def start_for(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
-    target: float,
+    target: Target,
     accelerator: Accelerator,
     on_progress: Callable[[float], None],
 ) -> Start | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
-    :param target: the sparsity that the gates are to reach in the end.
+    :param target: what the gates are to reach in the end.
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
         a configuration that leaves it out.
     """
     if not config.starts_from_one_shot or not can_start(structure_of(model), config.units):
         return None
-    share = (1 - target) ** config.one_shot_share
+    left = (1 - target.share) ** config.one_shot_share
     try:
-        start = one_shot(model, batches, config, 1 - share, accelerator, on_progress)
+        start = one_shot(model, batches, config, target.at(1 - left), accelerator, on_progress)
     except DataError:
         return None  # too few rows for statistics; gates need none
     return start if _can_go_on(start, target, config) else None
@@ -86,7 +87,7 @@ def one_shot(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
-    sparsity: float,
+    target: Target,
     accelerator: Accelerator,
     on_progress: Callable[[float], None],
 ) -> Start:
@@ -101,9 +102,8 @@ def one_shot(
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if accelerator.is_main_process:
-        cost = accounting.layer_parameters(structure_of(model))
         with evaluating(model):
-            run = SequentialPruning(model, taken, cost, target=sparsity, units=config.units, seed=config.seed)
+            run = SequentialPruning(model, taken, target, units=config.units, seed=config.seed)
             plan, small = run.run(on_progress)
         outcome = [plan.to_dict()]
     if accelerator.num_processes > 1:
@@ -117,15 +117,14 @@ def one_shot(
     return Start(model, small, plan)
 
 
-def _can_go_on(start: Start, target: float, config: PruneConfig) -> bool:
+def _can_go_on(start: Start, target: Target, config: PruneConfig) -> bool:
     """Whether the target can be reached from what is left; where units go in large steps it need not be."""
     structure = structure_of(start.small)
     units = tuple({group.unit for group in structure.present(config.units)})
-    if not units or start.share <= 1 - target:
+    if not units or target.removed(structure) <= 0:
         return False
-    left = 1 - (1 - target) / start.share
     try:
-        check_target(structure, accounting.layer_parameters(structure), left, units)
+        check_target(structure, target, units)
     except TargetError:
         return False
     return True

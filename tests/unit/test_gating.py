@@ -13,6 +13,7 @@ from cofiprune import PruneConfig, accounting, attach
 from cofiprune.adapter import structure as structure_of
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
 from cofiprune.structure import Group
+from cofiprune.target import SPARSITY, Target
 from cofiprune.training.gating import Gating
 from cofiprune.training.schedule import Schedule
 
@@ -27,7 +28,9 @@ def bert() -> BertModel:
 
 def gating(model: BertModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
     masks = attach(model)
-    return Gating(masks, list(masks.structure), target, PruneConfig(), SCHEDULE, share=share)
+    total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
+    goal = Target(SPARSITY, target, accounting.layer_parameters, total, (1 - target) * total)
+    return Gating(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, share=share)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])

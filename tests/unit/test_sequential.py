@@ -23,6 +23,7 @@ from cofiprune.oneshot.activations import valid_rows
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target
 
 INNER = ("head", "intermediate")
 
@@ -62,9 +63,8 @@ def cost_of(model):
 
 
 def pruned(model, target=0.5, *, units=None, batches=None, seed=0):
-    cost = cost_of(model)[1]
     batches = batches_of(model) if batches is None else batches
-    return SequentialPruning(model, batches, cost, target=target, units=units, seed=seed).run()
+    return SequentialPruning(model, batches, Target.of(structure_of(model), target), units=units, seed=seed).run()
 
 
 def largest_unit(structure, cost):
@@ -289,7 +289,7 @@ def test_the_seed_decides():
 def test_progress_rises_to_one():
     model = bert(num_hidden_layers=3)
     told = []
-    SequentialPruning(model, batches_of(model), cost_of(model)[1], target=0.5).run(told.append)
+    SequentialPruning(model, batches_of(model), Target.of(structure_of(model), 0.5)).run(told.append)
     assert told == sorted(set(told))
     assert len(told) == 6
     assert told[-1] == 1

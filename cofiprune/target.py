@@ -1,0 +1,127 @@
+"""What a model is pruned to: a cost, and how much of it may be left.
+
+Parameters of the layers, parameters of the model, multiply-accumulates and measured time differ in the cost and in how
+people ask for them (`Scale`); everything that decides what stays knows only this one type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+from cofiprune.accounting import Cost, layer_parameters
+from cofiprune.errors import TargetError
+from cofiprune.structure import Structure
+
+CostOf = Callable[[Structure], Cost]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How people ask for an amount of a cost."""
+
+    name: str
+    """The argument that takes it."""
+    left: Callable[[float, float], float]
+    """From what was asked, and the cost of the dense model, to the cost that may be left."""
+    asked: Callable[[float, float], float]
+    """The inverse: from a cost that is left, and that of the dense model."""
+    text: Callable[[float], str]
+    """How messages print it."""
+
+
+def share_removed(name: str, noun: str) -> Scale:
+    """The scale of a removed share, in (0, 1)."""
+    return Scale(
+        name,
+        left=lambda asked, total: (1 - asked) * total,
+        asked=lambda left, total: 1 - left / total,
+        text=lambda asked: f"{noun} {round(asked, 6):g}",
+    )
+
+
+SPARSITY = share_removed("target_sparsity", "sparsity")
+MODEL_SPARSITY = share_removed("target_model_sparsity", "model sparsity")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A cost, and how much of it may be left; what it was asked as only matters for messages."""
+
+    scale: Scale
+    asked: float
+    """The value of the argument."""
+    cost: CostOf
+    """The cost of a model of the family, dense or smaller."""
+    total: int
+    """The cost of the dense model."""
+    left: float
+    """The cost that may be left, in (0, total)."""
+    setting: str = ""
+    """Under which conditions it is counted, for messages; empty where there are none."""
+
+    @classmethod
+    def of(cls, structure: Structure, share: float, *, cost: CostOf = layer_parameters) -> Target:
+        """A removed share of a cost, by default of the parameters of the encoder's layers.
+
+        :param structure: of the model that the share is counted from.
+        """
+        total = cost(structure).exact(structure.sizes)
+        return cls(SPARSITY, share, cost, total, SPARSITY.left(share, total))
+
+    @property
+    def share(self) -> float:
+        """The share of the cost that is to go, in (0, 1)."""
+        return 1 - self.left / self.total
+
+    def at(self, share: float) -> Target:
+        """The same cost with another share to go."""
+        return replace(self, left=(1 - share) * self.total)
+
+    def removed(self, structure: Structure) -> float:
+        """The share that is to go of what a smaller model costs; 0 or less where there is nothing more to do."""
+        return 1 - self.left / self.cost(structure).exact(structure.sizes)
+
+    def kept_share(self, structure: Structure) -> float:
+        """The cost of a model by that of the dense one."""
+        return self.cost(structure).exact(structure.sizes) / self.total
+
+    def text(self, left: float) -> str:
+        """An amount of the cost in the words of the argument."""
+        return self.scale.text(self.scale.asked(left, self.total))
+
+    def __str__(self) -> str:
+        return self.scale.text(self.asked)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one, as plain values."""
+        return {self.scale.name: self.asked, **({"target_setting": self.setting} if self.setting else {})}
+
+
+def check_fraction(target: Any, name: str = "target_sparsity") -> float:
+    """Return a sparsity target as a float in (0, 1).
+
+    :raises TargetError: for anything else; a percentage is recognised and the fraction suggested.
+    """
+    if isinstance(target, bool) or not isinstance(target, Real):
+        raise TargetError(f"{name} takes a number in (0, 1), not {target!r}")
+    value = float(target)
+    if 0 < value < 1:
+        return value
+    hint = f"; {value:g} % is {name}={value / 100:g}" if 1 < value < 100 else ""
+    raise TargetError(f"{name} is the share removed and lies in (0, 1); got {value:g}{hint}")
+
+
+def check_positive(target: Any, name: str) -> float:
+    """Return a target as a finite float above 0.
+
+    :raises TargetError: for anything else.
+    """
+    if isinstance(target, bool) or not isinstance(target, Real):
+        raise TargetError(f"{name} takes a number, not {target!r}")
+    value = float(target)
+    if not 0 < value < float("inf"):
+        raise TargetError(f"{name} takes a number above 0; got {value:g}")
+    return value
