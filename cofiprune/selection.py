@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from cofiprune.accounting import Cost, layer_parameters
+from cofiprune.allocation import allocate
 from cofiprune.errors import TargetError
 from cofiprune.plan import Plan
 from cofiprune.structure import UNIT_KINDS, Block, Group, Structure, UnitKind
-from cofiprune.target import Target
+from cofiprune.target import TOLERANCE, Target
+from cofiprune.uniform import uniform_sizes
 
-TOLERANCE = 0.005
 _RESOLUTION = 40_000
 """Steps that a cost is cut into where combinations of whole blocks are searched."""
 _INNER_LEVELS = 128
@@ -46,7 +47,12 @@ class Reachable:
         return (*below[-1:], *above[:1])
 
 
-def reachable(structure: Structure, cost: Cost, units: str | Sequence[UnitKind] | None = None) -> Reachable:
+def reachable(
+    structure: Structure,
+    cost: Cost,
+    units: str | Sequence[UnitKind] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Reachable:
     """Work out which sparsities can be reached by removing units of some kinds.
 
     :param units: unit kinds; None for all that the structure has.
@@ -60,7 +66,7 @@ def reachable(structure: Structure, cost: Cost, units: str | Sequence[UnitKind] 
         reached |= _reached(structure, chosen, cost, hidden)
         levels = reached.nonzero().flatten()
         ends = torch.tensor([0, round(highest * _RESOLUTION)])
-        if int(torch.cat([levels, ends]).sort().values.diff().max()) <= 2 * _slack(structure):
+        if int(torch.cat([levels, ends]).sort().values.diff().max()) <= 2 * _slack(structure, tolerance):
             return Reachable(highest, True, ())
     return Reachable(highest, False, tuple(level / _RESOLUTION for level in levels.tolist()))
 
@@ -78,20 +84,22 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     if target.left >= total:
         raise TargetError(f"{target}: this {structure.family} model is there already, with {target.text(total)}")
     share = target.removed(structure)
-    found = reachable(structure, cost, units)
+    found = reachable(structure, cost, units, target.tolerance)
     kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in structure.select(_listed(units)))]
     chosen = f"units {', '.join(kinds)}"
-    if share > found.highest + TOLERANCE:
+    if share > found.highest + target.tolerance:
         raise TargetError(
             f"{target} cannot be reached with {chosen} on this {structure.family} model: "
             f"removing all that can go gives {target.text((1 - found.highest) * total)}"
         )
-    if not found.fine and min(abs(level - share) for level in found.levels) * _RESOLUTION > _slack(structure):
+    if not found.fine and min(abs(level - share) for level in found.levels) * _RESOLUTION > _slack(
+        structure, target.tolerance
+    ):
         near = " and ".join(target.text((1 - level) * total) for level in found.nearest(share))
         others = [unit for unit in UNIT_KINDS if unit not in kinds]
         more = f". More is reachable with other units too: {', '.join(others)}" if others else ""
         raise TargetError(
-            f"{target} cannot be reached within {TOLERANCE} with {chosen} on this {structure.family} model, "
+            f"{target} cannot be reached within {target.tolerance:.2g} with {chosen} on this {structure.family} model, "
             f"where they go in large steps; reachable next to it: {near}{more}"
         )
 
@@ -102,6 +110,7 @@ def select(
     target: Target,
     *,
     values: Mapping[str, Tensor] | None = None,
+    worth: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Choose the plan that leaves as much of a cost as the target says, keeping the units with the highest scores.
 
@@ -110,19 +119,24 @@ def select(
     :param structure: of the dense model, or of a smaller one that is to go on from where it is.
     :param scores: by group name, [units]; groups that are not named stay whole.
     :param values: by group name, [units] in [0, 1]: factors of the kept units, folded in by `compact`.
+    :param worth: by group name, [units], at least 0: what is lost with a unit, for targets that are met by sizes of
+        whole groups; by default what its score is above the lowest one.
     :raises TargetError: when the plan's cost ends further than 0.005 of the whole from the target.
     """
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
     cost = target.cost(structure)
     total = cost.exact(structure.sizes)
     wanted = round(target.left)
-    kept = _threshold(structure, flat, cost, wanted)
-    _trim(structure, flat, cost, wanted, kept)
+    if target.by_levels(structure):
+        kept = best_units(flat, sizes_for(structure, worth or _above_lowest(flat), target))
+    else:
+        kept = _threshold(structure, flat, cost, wanted)
+        _trim(structure, flat, cost, wanted, kept)
     found = cost.exact(_counts(structure, kept))
-    if abs(found - wanted) > TOLERANCE * total:
+    if abs(found - wanted) > target.tolerance * total and not target.by_levels(structure):
         kept = _by_blocks(structure, flat, cost, wanted, start=int(kept["hidden"].sum()) if "hidden" in kept else 0)
         found = cost.exact(_counts(structure, kept))
-    if abs(found - wanted) > TOLERANCE * total:
+    if abs(found - wanted) > target.tolerance * total:
         raise TargetError(f"the nearest plan to {target} has {target.text(found)}")
     factors = {name: mask.double() for name, mask in kept.items()}
     for name, value in (values or {}).items():
@@ -130,6 +144,34 @@ def select(
             soft = value.detach().double().cpu()
             factors[name] = factors[name] * torch.where(soft > 0, soft, factors[name])
     return Plan.from_values(structure, factors)
+
+
+def sizes_for(
+    structure: Structure, worth: Mapping[str, Tensor], target: Target, *, may_empty: bool = True
+) -> dict[str, int]:
+    """How many units of each group stay, where that is decided for whole groups.
+
+    :param worth: by group name, [units], at least 0: what is lost with a unit. Groups that are not named stay whole.
+    :param may_empty: whether blocks may go whose gates have no worth, by losing all of their units.
+    :raises TargetError: when no sizes meet the target.
+    """
+    if target.uniform:
+        return uniform_sizes(structure, worth, target)
+    return allocate(structure, worth, target, may_empty=may_empty)
+
+
+def best_units(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The units with the highest scores, so many of each group: bool, [units]."""
+    found = {}
+    for name, score in scores.items():
+        found[name] = torch.zeros(len(score), dtype=torch.bool)
+        found[name][score.argsort(descending=True, stable=True)[: sizes[name]]] = True
+    return found
+
+
+def _above_lowest(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    lowest = min(float(score.min()) for score in scores.values())
+    return {name: score - lowest for name, score in scores.items()}
 
 
 def _counts(structure: Structure, kept: Mapping[str, Tensor]) -> dict[str, int]:
@@ -220,9 +262,9 @@ def _listed(units: str | Sequence[UnitKind] | None) -> str | tuple[UnitKind, ...
     return units if units is None or isinstance(units, str) else tuple(units)
 
 
-def _slack(structure: Structure) -> float:
-    """The tolerance in steps of the search, less what rounding every block to whole steps can add up to."""
-    return TOLERANCE * _RESOLUTION - len(structure.blocks) - 1
+def _slack(structure: Structure, tolerance: float = TOLERANCE) -> float:
+    """A tolerance in steps of the search, less what rounding every block to whole steps can add up to."""
+    return tolerance * _RESOLUTION - len(structure.blocks) - 1
 
 
 def _hidden_sizes(structure: Structure, chosen: Iterable[str]) -> list[int]:

@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cofiprune.accounting import Cost, layer_parameters
 from cofiprune.errors import TargetError
+from cofiprune.plan import Plan
 from cofiprune.structure import Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 0.005
+_ROUNDS = 5
+_CLOSE = 0.015
+"""Measurements of one model differ by about as much."""
 
 CostOf = Callable[[Structure], Cost]
 
@@ -61,15 +70,34 @@ class Target:
     """The cost that may be left, in (0, total)."""
     setting: str = ""
     """Under which conditions it is counted, for messages; empty where there are none."""
+    slack: float = 0.0
+    """How far what is left may be off, as a share of itself, where that is more than `TOLERANCE` of the whole."""
+    round_to: int = 1
+    """Kept feed-forward and hidden dimensions are multiples of it."""
+    uniform: bool = False
+    """Every layer that stays has the same shape."""
+    tied_heads: bool = False
+    """With `uniform`: heads and hidden dimensions go in the same share."""
+    measure: Callable[[PreTrainedModel], float] | None = None
+    """Measures what a compacted model really costs, where the cost is an estimate."""
 
     @classmethod
-    def of(cls, structure: Structure, share: float, *, cost: CostOf = layer_parameters) -> Target:
+    def of(cls, structure: Structure, share: float, *, cost: CostOf = layer_parameters, round_to: int = 1) -> Target:
         """A removed share of a cost, by default of the parameters of the encoder's layers.
 
         :param structure: of the model that the share is counted from.
         """
         total = cost(structure).exact(structure.sizes)
-        return cls(SPARSITY, share, cost, total, SPARSITY.left(share, total))
+        return cls(SPARSITY, share, cost, total, SPARSITY.left(share, total), round_to=round_to)
+
+    @property
+    def tolerance(self) -> float:
+        """How far the cost may end from what may be left, as a share of the dense model's."""
+        return max(TOLERANCE, self.slack * self.left / self.total)
+
+    def by_levels(self, structure: Structure) -> bool:
+        """Whether sizes of whole groups have to be decided together, not unit by unit."""
+        return self.uniform or self.round_to > 1 or not self.cost(structure).linear
 
     @property
     def share(self) -> float:
@@ -77,8 +105,8 @@ class Target:
         return 1 - self.left / self.total
 
     def at(self, share: float) -> Target:
-        """The same cost with another share to go."""
-        return replace(self, left=(1 - share) * self.total)
+        """The same cost with another share to go; what comes of it is not measured."""
+        return replace(self, left=(1 - share) * self.total, measure=None)
 
     def removed(self, structure: Structure) -> float:
         """The share that is to go of what a smaller model costs; 0 or less where there is nothing more to do."""
@@ -87,6 +115,28 @@ class Target:
     def kept_share(self, structure: Structure) -> float:
         """The cost of a model by that of the dense one."""
         return self.cost(structure).exact(structure.sizes) / self.total
+
+    def settle(self, decide: Callable[[Target], Plan], compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
+        """Decide; where the cost is an estimate, measure what was decided, and decide again by what it was off.
+
+        :param decide: returns the plan for a target of this cost.
+        :param compacted: returns the model that a plan leaves.
+        """
+        plan = decide(self)
+        if self.measure is None:
+            return plan
+        aim, best = self, (float("inf"), plan)
+        for _ in range(_ROUNDS):
+            ratio = self.measure(compacted(plan)) / self.left
+            best = min(best, (abs(ratio - 1), plan), key=lambda each: each[0])
+            if abs(ratio - 1) <= _CLOSE:
+                break
+            aim = replace(aim, left=min(aim.left / ratio, self.total))
+            try:
+                plan = decide(aim)
+            except TargetError:  # beyond what the structure allows; what was found is as near as it gets
+                break
+        return best[1]
 
     def text(self, left: float) -> str:
         """An amount of the cost in the words of the argument."""

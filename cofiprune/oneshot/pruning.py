@@ -8,13 +8,13 @@ synthetic inputs that the fit has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
@@ -23,7 +23,7 @@ from cofiprune.data_checks import longest_sequence
 from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
 from cofiprune.masking import masks_of
 from cofiprune.oneshot.activations import Batch, counted, projections
-from cofiprune.oneshot.allocation import scores
+from cofiprune.oneshot.allocation import scores, worth
 from cofiprune.oneshot.divergence import Answers, answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
 from cofiprune.oneshot.repair import Repair
@@ -106,15 +106,27 @@ def prune_without_data(
     report("importance", 0.0)
     importance = weight_importance(model, structure)
     if teacher is None:
-        return OneShotReport(select(structure, scores(structure, importance, units), target))
+        return OneShotReport(_decided(model, structure, importance, target, units))
     reference = model if isinstance(teacher, str) else teacher
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model, reference):
         batches = _synthetic(model, structure, samples, generator)
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         measured = activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
-        plan = select(structure, scores(structure, {**importance, **measured}, units), target)
+        plan = _decided(model, structure, {**importance, **measured}, target, units)
         return _repaired(_Pruned(model, structure, plan, reference), batches, held_out, report)
+
+
+def _decided(
+    model: PreTrainedModel,
+    structure: Structure,
+    importance: Mapping[str, Tensor],
+    target: Target,
+    units: str | Sequence[UnitKind] | None,
+) -> Plan:
+    """Choose what stays; where the cost is an estimate, what is decided is measured."""
+    ranked, valued = scores(structure, importance, units), worth(structure, importance, units)
+    return target.settle(lambda goal: select(structure, ranked, goal, worth=valued), lambda plan: compact(model, plan))
 
 
 @dataclass(frozen=True)

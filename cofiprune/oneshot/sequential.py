@@ -26,7 +26,7 @@ from cofiprune.oneshot.activations import Batch, LayerWalk, Projection, counted,
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.oneshot.repair import LeastSquares
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.selection import best_units, check_target, sizes_for
 from cofiprune.structure import Block, Structure, UnitKind
 from cofiprune.target import Target
 from cofiprune.tasks import label_names
@@ -116,6 +116,7 @@ class SequentialPruning:
         self.scored = _scored(model, self.structure, batches)
         self.keep: dict[str, tuple[int, ...]] = {}
         self.small = compact(model, Plan.from_values(self.structure, {}))
+        self.sizes = self._levels(target) if target.by_levels(self.structure) else None
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> tuple[Plan, PreTrainedModel]:
         """Prune, from the bottom to the top.
@@ -171,6 +172,9 @@ class SequentialPruning:
             masks.detach()
         assert block.inner is not None
         importance = {name: values.double().cpu() for name, values in found.items()}
+        if self.sizes is not None:
+            best = importance[block.inner].argsort(descending=True)[: self.sizes[block.inner]]
+            return tuple(sorted(best.tolist()))
         saved = {name: self._saving(name) for name in self.pending}
         candidates = sorted(
             (-float(value) / saved[name], position, unit)
@@ -189,6 +193,23 @@ class SequentialPruning:
         if not kept and not self.may_empty:
             kept = [int(importance[block.inner].argmax())]
         return tuple(sorted(kept))
+
+    def _levels(self, target: Target) -> dict[str, int]:
+        """Decide on the sizes of all groups beforehand, by what is measured on the whole model."""
+        gates = [block.gate for block in self.structure.blocks if self.may_empty and block.inner in self.pending]
+        with attach(self.small) as masks:
+            found = measured_importance(
+                self.small, masks, [*self.pending, *gates], self.scored, seed=self.seed, limit=len(self.scored)
+            )
+        worth = {name: values.double().cpu() for name, values in found.items()}
+
+        def decide(goal: Target) -> Plan:
+            sizes = sizes_for(self.structure, worth, goal, may_empty=self.may_empty)
+            kept = best_units({name: worth[name] for name in self.pending}, sizes)
+            gone = {gate: torch.zeros(1) for gate in gates if not sizes[gate]}
+            return Plan.from_values(self.structure, {**{name: mask.double() for name, mask in kept.items()}, **gone})
+
+        return target.settle(decide, lambda plan: compact(self.model, plan)).kept
 
     def _sizes(self, pending: Mapping[str, int]) -> dict[str, int]:
         """Sizes of all groups with what was decided and some sizes of what was not; open blocks stay open."""

@@ -14,7 +14,7 @@ from cofiprune.errors import TrainingError
 from cofiprune.masking import attach, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection import check_target
-from cofiprune.target import Target, check_fraction
+from cofiprune.target import check_fraction
 from cofiprune.training import callback_state
 from cofiprune.training.callback_checks import callback_config, check_arguments, used_settings
 from cofiprune.training.callback_run import CallbackRun, rows_again
@@ -22,6 +22,7 @@ from cofiprune.training.checks import check_learnable, check_trainable, check_we
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
+from cofiprune.training.targets import target_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +92,7 @@ class PruningCallback(TrainerCallback):
         model: PreTrainedModel = kwargs["model"]
         loader = kwargs.get("train_dataloader")
         structure = structure_of(model)
-        target = Target.of(structure, self.target)
+        target = target_for(model, structure, self.config, {"target_sparsity": self.target})
         check_target(structure, target, self.config.units)
         check_weights(model)
         check_trainable(model, gated=True)
@@ -192,6 +193,7 @@ class PruningCallback(TrainerCallback):
             run.history,
             run.seconds,
             best,
+            plain=self.config.uniform,
         )
         self._run = None
 

@@ -38,6 +38,9 @@ _OF_NOBODY = {
     "finetune_lr_scheduler_type": "the Trainer's lr_scheduler_type holds to the end",
     "method": 'a Trainer trains; prune(model, train_dataset, method="one-shot") does not',
     "one_shot_share": "the Trainer has the whole model to train, so that the gates start from all of it",
+    "target_seq_len": "a callback takes a sparsity",
+    "target_batch_size": "a callback takes a sparsity",
+    "latency_cache": "a callback takes a sparsity",
     "train_embeddings": "switch requires_grad of the embeddings off before the Trainer is made",
     "teacher_memory_mb": "the teacher is asked anew for every batch, because the Trainer does not number its rows",
 }

@@ -165,7 +165,7 @@ class CallbackRun:
     def decide(self) -> None:
         """Choose what stays, bring the factors of its gates into the weights, and run under that from now on."""
         self.masks.unbind()
-        plan = self.gating.decide()
+        plan = self.gating.decide(self.model)
         restore(self.model, compact(self.model, plan), plan)
         self.plan = plan.hard
         self.masks.set_plan(self.plan)

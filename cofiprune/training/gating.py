@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cofiprune.compaction import compact
 from cofiprune.constraint import Constraint, target_at
 from cofiprune.gates import COFI_LIMIT, Gates
 from cofiprune.masks import MaskRegistry
@@ -15,6 +17,9 @@ from cofiprune.selection import select
 from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TIE_BREAK = 1e-3
 
@@ -104,11 +109,13 @@ class Gating:
                 value = value.new_zeros(len(value)).index_fill(0, value.argmax(), 1.0)
             self.masks[name] = value
 
-    def decide(self) -> Plan:
+    def decide(self, model: PreTrainedModel) -> Plan:
         """Choose the plan of exactly the target that the gates' locations speak for.
 
         Units whose gates are undecided come first. Those that sit at their limits, which differ with the size of
         the group, count alike within the range that all kinds share, and by their share of the limit beyond it.
+
+        :param model: that of the masks; where the cost is an estimate, what is decided is measured.
         """
         scores, values = {}, {}
         for group, part in zip(self.gates.groups, self._parts(), strict=True):
@@ -116,8 +123,38 @@ class Gating:
             scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
             soft = torch.sigmoid(0.8 * part / self.config.gate_temperature)
             values[group.name] = soft
-        return select(self.masks.structure, scores, self.goal, values=values)
+        structure, worth = self.masks.structure, self._worth()
+
+        def plan_for(target: Target) -> Plan:
+            return select(structure, scores, target, values=values, worth=worth)
+
+        return self.goal.settle(plan_for, lambda plan: compact(model, plan))
+
+    def _worth(self) -> dict[str, Tensor]:
+        """What the gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
+        structure, found = self.masks.structure, {}
+        chances = {
+            group.name: chance.double().cpu()
+            for group, chance in zip(
+                self.gates.groups, torch.split(self.gates.open_probability().detach(), self._sizes()), strict=True
+            )
+        }
+        sizes = structure.sizes
+        for block in structure.blocks:
+            costs = (self.dense - self.cost.exact({**sizes, block.gate: 0})) / self.dense
+            there = float(chances[block.gate]) if block.gate in chances else 1.0
+            if block.gate in chances:
+                found[block.gate] = chances[block.gate] * costs
+            if block.inner in chances:
+                assert block.inner is not None
+                found[block.inner] = there * chances[block.inner] * costs / sizes[block.inner]
+        if "hidden" in chances:
+            costs = (self.dense - self.cost.exact({**sizes, "hidden": 1})) / self.dense
+            found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
+        return found
+
+    def _sizes(self) -> list[int]:
+        return [group.size for group in self.gates.groups]
 
     def _parts(self) -> tuple[Tensor, ...]:
-        sizes = [group.size for group in self.gates.groups]
-        return torch.split(self.gates.log_alpha.detach(), sizes)
+        return torch.split(self.gates.log_alpha.detach(), self._sizes())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from cofiprune.accounting import layer_parameters
@@ -29,7 +29,6 @@ from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
-from cofiprune.selection import TOLERANCE
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.target import Target
@@ -182,7 +181,7 @@ class Run:
                 accelerator = self.session.accelerator
                 found = one_shot(self.model, self.calibrated, self.config, target, accelerator, progress)
                 left = target.kept_share(structure_of(found.small))
-                if abs(1 - left - target.share) > TOLERANCE:
+                if abs(1 - left - target.share) > target.tolerance:
                     nearest = target.text(left * target.total)
                     raise TargetError(f"block by block, the nearest to {target} is {nearest}")
             except BaseException:
@@ -306,9 +305,18 @@ class Run:
             return [learning_rate * factor] * trained + [gate_lr] * 2
 
         self._loop(state, model, projection, rates, steps, gating, saved).run()
-        plan = gating.decide()
+        plan = self._decided(gating, model)
         gating.masks.unbind()
         return plan, _Finished(state, projection)
+
+    def _decided(self, gating: Gating, model: PreTrainedModel) -> Plan:
+        """What stays; where that is measured, the first process does."""
+        accelerator = self.session.accelerator
+        if accelerator.num_processes == 1 or gating.goal.measure is None:
+            return gating.decide(model)
+        outcome: list[Any] = [gating.decide(model).to_dict() if accelerator.is_main_process else None]
+        broadcast_object_list(outcome)
+        return Plan.from_dict(outcome[0])
 
     def _log_start(self, state: RunState, start: Start) -> None:
         """Begin the history with what one shot came to."""
@@ -518,7 +526,7 @@ class Run:
             state.history,
             state.seconds,
             state.best["step"] if state.best is not None else None,
-            None if target is None else reached(target, structure_of(self.model), plan),
+            None if target is None else reached(target, self.model, plan),
         )
 
 

@@ -6,9 +6,9 @@ import html
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact
 from cofiprune.plan import Plan
-from cofiprune.structure import Structure
 from cofiprune.target import Target
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ class Reached:
         return self.text
 
 
-def reached(target: Target, structure: Structure, plan: Plan) -> Reached:
-    """What a plan comes to.
+def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
+    """What a plan comes to; where the cost is an estimate, it is measured.
 
-    :param structure: of the model that the plan is for.
+    :param model: that the plan is for.
     """
-    left = target.cost(structure).exact(plan.kept)
+    if target.measure is None:
+        left: float = target.cost(structure_of(model)).exact(plan.kept)
+    else:
+        left = target.measure(compact(model, plan))
     value = target.scale.asked(left, target.total)
     return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
 
@@ -64,10 +67,12 @@ class PruneResult:
 
     target: Reached | None = None
     """What was asked for and reached; None for `finetune`."""
+    plain: bool = False
+    """Whether every layer has the same shape (`uniform`), so that the smaller model is a plain one."""
 
     def compact(self) -> PreTrainedModel:
-        """Return the smaller model; the same as `cofiprune.compact(result.model)`."""
-        return compact(self.model)
+        """Return the smaller model: `cofiprune.compact(result.model)`, with `plain=True` after `uniform`."""
+        return compact(self.model, plain=self.plain)
 
     def _rows(self) -> list[tuple[str, str]]:
         kept = {name: len(indices) for name, indices in self.plan.keep.items()}

@@ -73,13 +73,14 @@ def start_for(
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
         a configuration that leaves it out.
     """
-    if not config.starts_from_one_shot or not can_start(structure_of(model), config.units):
+    if not config.starts_from_one_shot or not can_start(structure_of(model), config.units) or target.uniform:
         return None
-    left = (1 - target.share) ** config.one_shot_share
+    here = target.kept_share(structure_of(model))  # less than 1 where the model is what an earlier run has left
+    left = here * ((1 - target.share) / here) ** config.one_shot_share
     try:
         start = one_shot(model, batches, config, target.at(1 - left), accelerator, on_progress)
-    except DataError:
-        return None  # too few rows for statistics; gates need none
+    except (DataError, TargetError):
+        return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
     return start if _can_go_on(start, target, config) else None
 
 

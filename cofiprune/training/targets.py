@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from cofiprune import accounting
 from cofiprune.benchmark import seen_length
 from cofiprune.errors import TargetError
 from cofiprune.evaluation import evaluating
+from cofiprune.latency.goal import latency_target
+from cofiprune.plain import config_sizes
 from cofiprune.rendering import amount
 from cofiprune.structure import Structure
 from cofiprune.synthetic import synthetic_inputs
 from cofiprune.target import MODEL_SPARSITY, SPARSITY, Scale, Target, check_fraction, check_positive
 from cofiprune.training.config import PruneConfig
+from cofiprune.uniform import uniform_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,13 +51,73 @@ def the_one(asked: Mapping[str, Any]) -> tuple[str, float]:
     return name, found
 
 
-def target_for(model: PreTrainedModel, structure: Structure, config: PruneConfig, asked: Mapping[str, Any]) -> Target:
-    """Make the target that a run was asked for.
+def several(target_sparsity: Any) -> list[float] | None:
+    """Return a list of sparsities in ascending order; None where there is no list.
+
+    :raises TargetError: for an empty list, one with a sparsity twice, or a value out of range.
+    """
+    if not isinstance(target_sparsity, list | tuple):
+        return None
+    found = sorted(check_fraction(value) for value in target_sparsity)
+    if not found or len(set(found)) < len(found):
+        raise TargetError(f"target_sparsity={list(target_sparsity)}: a list takes different sparsities, at least one")
+    return found
+
+
+def target_for(
+    model: PreTrainedModel,
+    structure: Structure,
+    config: PruneConfig,
+    asked: Mapping[str, Any],
+    on_progress: Callable[[float], None] | None = None,
+) -> Target:
+    """Make the target that a run was asked for; a target in time is measured, which can take minutes.
 
     :param asked: see `the_one`.
     :raises TargetError: for more than one, or one that means nothing to remove.
+    :raises PlanError: for `uniform` where the model's configuration cannot say such a shape.
     """
     name, value = the_one(asked)
+    target = _counted(model, structure, config, name, value, on_progress)
+    target = replace(target, round_to=rounded_to(config.round_to, model.device.type))
+    if not config.uniform:
+        return target
+    target = replace(target, uniform=True, tied_heads=config_sizes(model).head_dim is None)
+    groups = structure.select(config.units)
+    uniform_sizes(structure, {group.name: torch.ones(group.size) for group in groups}, target)  # whether there is any
+    return target
+
+
+def rounded_to(asked: str | int | None, device: str) -> int:
+    """The number that kept sizes are multiples of.
+
+    Tensor cores of NVIDIA's GPUs work in pieces of 8 numbers of 16 bits. CPUs were measured to gain nothing.
+    """
+    if asked == "auto":
+        return 8 if device == "cuda" else 1
+    return 1 if asked is None else int(asked)
+
+
+def _counted(
+    model: PreTrainedModel,
+    structure: Structure,
+    config: PruneConfig,
+    name: str,
+    value: float,
+    on_progress: Callable[[float], None] | None,
+) -> Target:
+    if name in ("target_speedup", "target_latency_ms"):
+        return latency_target(
+            model,
+            structure,
+            name,
+            value,
+            batch_size=config.target_batch_size,
+            seq_len=config.target_seq_len,
+            cut_hidden=any(group.kind == "hidden" for group in structure.select(config.units)),
+            cache=config.latency_cache,
+            on_progress=on_progress,
+        )
     if name == "target_macs":
         return _macs(model, structure, config, value)
     scale = SPARSITY if name == "target_sparsity" else MODEL_SPARSITY

@@ -35,13 +35,14 @@ def gating(model: BertModel, target: float = 0.9, *, share: float = 1.0) -> Gati
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_targets_and_sparsities_count_from_the_dense_model(share: float) -> None:
-    found = gating(bert(), 0.9, share=share)
+    model = bert()
+    found = gating(model, 0.9, share=share)
     asked = [found.target_at(step) for step in (0, 5, 10, 15, 24)]
     assert asked == pytest.approx([1 - share, 1 - share, (1 - share + 0.9) / 2, 0.9, 0.9])
     assert found.sparsity() == pytest.approx(1 - share)
     open_gates = found.penalty(24)[1]
     assert float(open_gates) == pytest.approx(1 - share, abs=0.01)
-    plan = found.decide()
+    plan = found.decide(model)
     kept = found.cost.exact(plan.kept) / found.cost.exact(found.masks.structure.sizes)
     assert 1 - share * kept == pytest.approx(0.9, abs=0.005)
 

@@ -1,0 +1,170 @@
+"""The same shape in every layer: as many heads, as many feed-forward dimensions, and some layers gone as a whole.
+
+That is less free than a shape for every block and loses more, but a plain configuration can say it. Where the family's
+configuration derives the width of a head from the hidden size, heads and hidden dimensions go together or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from cofiprune.accounting import Cost
+from cofiprune.errors import TargetError
+from cofiprune.structure import Block, Structure
+from cofiprune.target import Target
+
+_HIDDEN_LEVELS = 24
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The blocks of a layer that is there, and what it loses by keeping its best units."""
+
+    attention: Block
+    ffn: Block
+    heads: list[float]
+    """[1 + heads] by how many are kept."""
+    intermediate: list[float]
+    whole: float
+    """What is lost with all of the layer."""
+    may_go: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that every layer has."""
+
+    hidden: int
+    heads: int
+    layers: tuple[int, ...]
+    """Which of the layers stay."""
+
+
+def uniform_sizes(structure: Structure, worth: Mapping[str, Tensor], target: Target) -> dict[str, int]:
+    """Return how many units of each group stay, the same in each layer that does.
+
+    For every number of layers, heads and hidden dimensions there is one number of feed-forward dimensions that meets
+    the target; the combination that loses the least is taken.
+
+    :param worth: by group name, [units], at least 0: what is lost with a unit. Groups that are not named stay whole.
+    :raises TargetError: when no shape meets the target, or layers differ already.
+    """
+    layers = _layers(structure, worth)
+    cost = target.cost(structure)
+    hidden_lost = _lost(worth["hidden"]) if "hidden" in worth else None
+    best: tuple[float, dict[str, int]] | None = None
+    nearest = float("inf")
+    for shape in _shapes(structure, layers, worth, target):
+        sizes, intermediate = _fitting(structure, layers, shape, cost, target, "intermediate" in _kinds(worth))
+        off = abs(cost.exact(sizes) - target.left)
+        nearest = min(nearest, off, key=abs)
+        if off > target.tolerance * target.total:
+            continue
+        loss = 0.0 if hidden_lost is None else hidden_lost[shape.hidden]
+        for index, layer in enumerate(layers):
+            kept = index in shape.layers
+            loss += layer.heads[shape.heads] + layer.intermediate[intermediate] if kept else layer.whole
+        if best is None or loss < best[0]:
+            best = loss, sizes
+    if best is None:
+        off = nearest / target.total
+        raise TargetError(f"{target} cannot be met with the same shape in every layer: the nearest is {off:.4f} of the "
+                          "whole away. Allow more units, or leave out uniform")  # fmt: skip
+    return best[1]
+
+
+def _kinds(worth: Mapping[str, Tensor]) -> set[str]:
+    return {name.rpartition(".")[2] for name in worth}
+
+
+def _lost(values: Tensor) -> list[float]:
+    ascending = np.sort(values.detach().double().cpu().numpy())
+    return [float(value) for value in np.concatenate([[0.0], ascending.cumsum()])[::-1]]
+
+
+def _layers(structure: Structure, worth: Mapping[str, Tensor]) -> list[_Layer]:
+    by_layer: dict[int, dict[str, Block]] = {}
+    for block in structure.blocks:
+        group = structure[block.gate]
+        by_layer.setdefault(group.layer or 0, {})[group.kind] = block
+    found = []
+    for index, blocks in sorted(by_layer.items()):
+        if set(blocks) != {"attention", "ffn"}:
+            raise TargetError(f"layer {index} has lost a block already: it cannot have the shape of the others")
+        attention, ffn = blocks["attention"], blocks["ffn"]
+        heads, intermediate = (_inner(structure, worth, block) for block in (attention, ffn))
+        whole = [max(lost[0], float(worth[gate][0]) if gate in worth else 0.0)
+                 for lost, gate in ((heads, attention.gate), (intermediate, ffn.gate))]  # fmt: skip
+        may_go = attention.gate in worth and ffn.gate in worth
+        found.append(_Layer(attention, ffn, heads, intermediate, sum(whole), may_go))
+    sizes = {(len(layer.heads), len(layer.intermediate)) for layer in found}
+    if len(sizes) > 1:
+        raise TargetError("the layers have different sizes already: prune the dense model")
+    return found
+
+
+def _inner(structure: Structure, worth: Mapping[str, Tensor], block: Block) -> list[float]:
+    if block.inner is None or block.inner not in structure:
+        return [0.0, 0.0]
+    if block.inner in worth:
+        return _lost(worth[block.inner])
+    return [float("inf")] * structure[block.inner].size + [0.0]
+
+
+def _shapes(structure: Structure, layers: list[_Layer], worth: Mapping[str, Tensor], target: Target) -> Iterator[Shape]:
+    """All combinations of layers, heads and hidden dimensions that may be tried."""
+    order = sorted(range(len(layers)), key=lambda index: layers[index].whole)
+    droppable = len(layers) - 1 if all(layer.may_go for layer in layers) else 0
+    for gone in range(droppable + 1):
+        kept = tuple(sorted(order[gone:]))
+        for hidden, heads in _widths(structure, layers, worth, target):
+            yield Shape(hidden, heads, kept)
+
+
+def _widths(
+    structure: Structure, layers: list[_Layer], worth: Mapping[str, Tensor], target: Target
+) -> list[tuple[int, int]]:
+    """Hidden sizes and numbers of heads that go together."""
+    full = structure["hidden"].size if "hidden" in structure else 0
+    all_heads = len(layers[0].heads) - 1
+    heads = range(1, all_heads + 1) if "heads" in _kinds(worth) else [all_heads]
+    if target.tied_heads:
+        both = "heads" in _kinds(worth) and "hidden" in worth
+        return [(count * full // all_heads, count) for count in (heads if both else [all_heads])]
+    step = target.round_to
+    spread = {max(step, step * round(level * full / _HIDDEN_LEVELS / step)) for level in range(1, _HIDDEN_LEVELS)}
+    hidden = sorted({full, *(size for size in spread if size <= full)}) if "hidden" in worth else [full]
+    return [(size, count) for size in hidden for count in heads]
+
+
+def _fitting(
+    structure: Structure, layers: list[_Layer], shape: Shape, cost: Cost, target: Target, cuts: bool
+) -> tuple[dict[str, int], int]:
+    """The sizes of a shape with the number of feed-forward dimensions that comes nearest, and that number."""
+    full, step = len(layers[0].intermediate) - 1, target.round_to
+
+    def sizes_at(intermediate: int) -> dict[str, int]:
+        sizes = dict(structure.sizes)
+        if "hidden" in structure:
+            sizes["hidden"] = shape.hidden
+        for index, layer in enumerate(layers):
+            there = index in shape.layers
+            for block, units in ((layer.attention, shape.heads), (layer.ffn, intermediate)):
+                sizes[block.gate] = int(there)
+                if block.inner is not None and block.inner in structure:
+                    sizes[block.inner] = units if there else 0
+        return sizes
+
+    if not cuts:
+        return sizes_at(full), full
+    low, high = 1, max(1, full // step)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost.exact(sizes_at(middle * step)) <= target.left else (low, middle - 1)
+    tried = {min(full, count * step) for count in (low, low + 1)} | ({full} if low == full // step else set())
+    chosen = min(tried, key=lambda count: abs(cost.exact(sizes_at(count)) - target.left))
+    return sizes_at(chosen), chosen
