@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cofiprune.cli.loading import Loaded, add_data_options, load
 from cofiprune.cli.models import add_model_options, load_model, model_name
-from cofiprune.cli.parser import number, one_of, writable_directory
+from cofiprune.cli.parser import number, numbers, one_of, writable_directory
 from cofiprune.cli.settings import PRESETS, add_finetune_settings, add_prune_settings, finetune_config, prune_config
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import PruneConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _RESULT = "result.json"
 TARGETS = {
     "target_sparsity": "share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9); "
-    "several give a model each, in folders of their own",
+    "several, joined by commas, give a model each, in folders of their own",
     "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
     "target_macs": "multiply-accumulates that may be left, at --target-seq-len tokens",
     "target_speedup": "times faster on this device, measured at --target-batch-size and --target-seq-len",
@@ -39,8 +39,8 @@ def add_prune_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     targets = parser.add_argument_group("targets (one at most)")
     for name, text in TARGETS.items():
-        many = "+" if name == "target_sparsity" else None
-        targets.add_argument(f"--{name.replace('_', '-')}", type=number, nargs=many, metavar="X", help=text)
+        kind = numbers if name == "target_sparsity" else number
+        targets.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
     _add_run_options(parser)

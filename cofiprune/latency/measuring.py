@@ -47,8 +47,10 @@ def conditions_of(
     :param cut_hidden: other widths than the model's are measured too.
     """
     on_cpu = model.device.type == "cpu"
+    on_cuda = model.device.type == "cuda"
+    other = torch.cuda.get_device_name(model.device) if on_cuda else model.device.type
     return Conditions(
-        device=cpu_name() if on_cpu else torch.cuda.get_device_name(model.device),
+        device=cpu_name() if on_cpu else other,
         threads=torch.get_num_threads() if on_cpu else 0,
         torch=torch.__version__,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -117,6 +117,7 @@ class Gating:
 
         :param model: that of the masks; where the cost is an estimate, what is decided is measured.
         """
+        self.masks.unbind()
         scores, values = {}, {}
         for group, part in zip(self.gates.groups, self._parts(), strict=True):
             limit = self.gates.limit_of(group)

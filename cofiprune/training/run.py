@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.data_checks import longest_sequence
 from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluating
 from cofiprune.latency.measuring import conditions_of, timed
@@ -197,7 +198,8 @@ def _sweep(
     if resume and folder is None:
         raise SettingsError("resume=True needs the output_dir that holds the models that are done")
     take_masks_off(model, stacklevel=4)
-    size = {"batch_size": config.target_batch_size, "seq_len": config.target_seq_len}
+    length = min(config.target_seq_len, longest_sequence(model) or config.target_seq_len)
+    size = {"batch_size": config.target_batch_size, "seq_len": length}
     conditions = conditions_of(model, structure_of(model), **size, cut_hidden=False)
 
     def time_of(small: PreTrainedModel) -> float:
