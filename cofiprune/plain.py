@@ -7,6 +7,7 @@ are left out, and the others numbered anew.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from cofiprune.compaction import compact
 from cofiprune.errors import PlanError
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
-from cofiprune.structure import Structure
+from cofiprune.structure import UNIT_KINDS, Parameter, Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,6 +39,54 @@ def config_sizes(model: PreTrainedModel) -> ConfigSizes:
             "this model has been compacted to sizes that its configuration cannot say; start from the dense one"
         )
     return names
+
+
+def plain_units(model: PreTrainedModel, structure: Structure, asked: Sequence[UnitKind] | None) -> tuple[UnitKind, ...]:
+    """The unit kinds that a plain model of this class can have fewer of.
+
+    A pooler, for instance, has as many outputs as there were hidden dimensions: no configuration says a smaller hidden
+    size without cutting them too.
+
+    :param asked: kinds that must be among them; None for all that can.
+    :raises PlanError: when one of them is not.
+    """
+    names = config_sizes(model)
+    present = {group.unit for group in structure.groups}
+    heads = structure["layers.0.heads"].size if "layers.0.heads" in structure else 1
+    width = structure["hidden"].size // heads if "hidden" in structure else 0
+    possible: set[UnitKind] = {"layer", "intermediate"}
+    if names.head_dim is not None:
+        possible.add("head")
+    if heads > 1 and width:
+        kept = {"hidden": width * (heads - 1)}
+        if names.head_dim is None:
+            kept |= {name: heads - 1 for name in structure if name.endswith(".heads")}
+        if _says(model, names, structure, kept):
+            possible |= {"hidden", "head"}
+    refused = [unit for unit in asked or () if unit not in possible]
+    if refused:
+        raise PlanError(
+            f"a plain {type(model).__name__} cannot have fewer {' and '.join(map(repr, refused))} units; with uniform, "
+            f"units takes {', '.join(unit for unit in UNIT_KINDS if unit in possible & present)}"
+        )
+    return tuple(asked) if asked is not None else tuple(unit for unit in UNIT_KINDS if unit in possible & present)
+
+
+def _says(model: PreTrainedModel, names: ConfigSizes, structure: Structure, kept: Mapping[str, int]) -> bool:
+    """Whether the configuration for some sizes builds the model that compaction would leave."""
+    masks = {name: (torch.arange(structure[name].size) < count).double() for name, count in kept.items()}
+    plan = Plan.from_values(structure, masks)
+    with torch.device("meta"):
+        built = type(model)(_configured(model.config, names, structure, plan, _layers(structure, plan)))
+    shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    return all(shapes.get(spec.name) == _shape(spec, plan) for spec in structure.parameters)
+
+
+def _shape(spec: Parameter, plan: Plan) -> tuple[int, ...]:
+    sides = zip(spec.shape, spec.sides, strict=True)
+    return tuple(
+        size if side is None else side.copies * len(plan.keep[side.group]) * side.block for size, side in sides
+    )
 
 
 def as_plain(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

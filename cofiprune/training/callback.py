@@ -193,7 +193,6 @@ class PruningCallback(TrainerCallback):
             run.history,
             run.seconds,
             best,
-            plain=self.config.uniform,
         )
         self._run = None
 

@@ -38,6 +38,7 @@ _OF_NOBODY = {
     "finetune_lr_scheduler_type": "the Trainer's lr_scheduler_type holds to the end",
     "method": 'a Trainer trains; prune(model, train_dataset, method="one-shot") does not',
     "one_shot_share": "the Trainer has the whole model to train, so that the gates start from all of it",
+    "uniform": "a callback gives every block a shape of its own",
     "target_seq_len": "a callback takes a sparsity",
     "target_batch_size": "a callback takes a sparsity",
     "latency_cache": "a callback takes a sparsity",

@@ -17,6 +17,7 @@ from cofiprune.latency.measuring import conditions_of, timed
 from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.sequential import check_one_shot
+from cofiprune.plain import plain_units
 from cofiprune.selection import check_target
 from cofiprune.target import Target
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
@@ -106,6 +107,8 @@ def prune(
     the_one(asked if levels is None else {**asked, "target_sparsity": levels[0]})
     structure = structure_of(model)
     check_weights(model)
+    if config.uniform:
+        config = PruneConfig.create(config, units=plain_units(model, structure, config.units))
     on_data = train_dataset is not None and config.method == "one-shot"
     check = check_one_shot if on_data else check_target
     targets = []

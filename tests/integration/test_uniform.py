@@ -63,7 +63,7 @@ def test_the_result_loads_without_cofiprune(name: str, sizes: dict[str, Any], un
     small = result.compact()
     config = json.loads(small.config.to_json_string())
     assert "quantization_config" not in config
-    assert cofiprune.structure(small)["layers.0.intermediate"].size < 64
+    assert sum(each.numel() for each in small.parameters()) < sum(each.numel() for each in model.parameters())
     expected = cofiprune.compact(model)(**inputs).logits
     assert torch.allclose(small(**inputs).logits, expected, atol=1e-10)
     assert torch.allclose(elsewhere(small, inputs, tmp_path), expected, atol=1e-10)
@@ -72,10 +72,15 @@ def test_the_result_loads_without_cofiprune(name: str, sizes: dict[str, Any], un
 def test_heads_go_with_hidden_dimensions_where_the_configuration_ties_them() -> None:
     with pytest.warns(UserWarning, match="without data"):
         result = cofiprune.prune(
-            new("BertForSequenceClassification", **BERT), target_sparsity=0.7, uniform=True, units=("head", "hidden")
+            new("BertForTokenClassification", **BERT),
+            target_sparsity=0.7,
+            uniform=True,
+            units=("head", "hidden", "layer"),
         )
-    config = result.compact().config
-    assert config.hidden_size == 8 * config.num_attention_heads
+    small = result.compact()
+    assert small.config.hidden_size == 8 * small.config.num_attention_heads < 32
+    inputs = specimens.inputs(small, torch.Generator().manual_seed(1))
+    assert torch.allclose(small(**inputs).logits, cofiprune.compact(result.model)(**inputs).logits, atol=1e-10)
 
 
 def test_gates_end_in_one_shape() -> None:
@@ -104,8 +109,10 @@ def test_what_no_plain_configuration_can_say_is_an_error() -> None:
         values = {name: (torch.arange(structure[name].size) < kept).double() for name, kept in masks.items()}
         with pytest.raises(PlanError, match="differ in shape|derives the width"):
             cofiprune.compact(model, Plan.from_values(structure, values), plain=True)
-    with pytest.raises(TargetError, match="same shape in every layer"):
+    with pytest.raises(PlanError, match=r"fewer 'head' units.*units takes layer, intermediate"):  # it has a pooler
         cofiprune.prune(model, target_sparsity=0.3, uniform=True, units=("head",))
+    with pytest.raises(TargetError, match="same shape in every layer"):
+        cofiprune.prune(model, target_sparsity=0.3, uniform=True, units=("layer",))
     with pytest.raises(SettingsError, match="one target"):
         cofiprune.prune(model, target_sparsity=[0.3, 0.5], uniform=True)
     deberta = new("DebertaV2ForSequenceClassification", **BERT)
