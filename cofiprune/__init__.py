@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cofiprune import checkpoint as _checkpoint  # noqa: F401 -- registers the loader of compacted models
-from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
+from cofiprune.adapter import Adapter, adapter_for, derive_by, register_adapter, structure
 from cofiprune.benchmark import BenchmarkReport, benchmark
+from cofiprune.checkpoint import record_parts  # this module also registers the loader of compacted models
 from cofiprune.compaction import compact
 from cofiprune.errors import CofipruneError
 from cofiprune.masking import attach
@@ -66,10 +66,15 @@ __all__ = [
     "finetune",
     "load_cofi_checkpoint",
     "prune",
+    "record_parts",
     "register_adapter",
     "structure",
     "summary",
 ]
+
+
+# What derives an adapter runs laws and models, and is loaded when a family has no other.
+derive_by(lambda model: import_module("cofiprune.derivation").derived_adapter(model))
 
 
 def __getattr__(name: str) -> Any:

@@ -8,19 +8,21 @@ resolves the rows against a model into a `Structure`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from cofiprune.errors import AdapterError, suggest
-from cofiprune.record import recorded_sizes
+from cofiprune.errors import AdapterError, CheckpointError, suggest
+from cofiprune.record import recorded_sizes, recorded_table
+from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.structure import (
     Block,
     Exit,
@@ -71,7 +73,7 @@ class Axis:
         return replace(self, role="zero")
 
 
-HIDDEN = Axis("hidden")
+HIDDEN = Axis("hidden", block=1)
 HEADS = Axis("heads")
 INTERMEDIATE = Axis("intermediate")
 
@@ -93,6 +95,8 @@ class Row:
     embedding table, which carries the mask already, compaction folds nothing into the norm."""
     table: bool = False
     optional: bool = False
+    read_in: str | None = None
+    """Path of the module that reads these parameters itself, where the modules that hold them are not called."""
 
 
 def linear(
@@ -112,13 +116,15 @@ def linear(
     return Row(modules, {"weight": (writes, reads), "bias": (writes,)}, rows=rows, optional=optional)
 
 
-def projection(modules: str, *, reads: Axis) -> Row:
+def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Row:
     """The last projection of a block: from its inner units into the residual stream.
 
     Masks of inner units, of hidden dimensions and of the block itself all scale it.
+
+    :param read_in: path of the module that reads its weight and bias, where the projection itself is not called.
     """
     tensors = {"weight": (HIDDEN.scaled, reads.scaled), "bias": (HIDDEN.scaled,)}
-    return Row(modules, tensors, gated=True, rows=(1, 0))
+    return Row(modules, tensors, gated=True, rows=(1, 0), read_in=read_in)
 
 
 def embedding(modules: str, *, writes: Axis | None = HIDDEN, optional: bool = False) -> Row:
@@ -180,6 +186,18 @@ class ConfigSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestTable:
+    """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
+    `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
+
+    rows: tuple[Row, ...] = ()
+    """Its rows, relative to a layer."""
+    exits: tuple[str | Exit, ...] = ()
+    """Where it joins the residual stream, so that the laws can look at a layer without it: a path for a module that
+    the stream runs through; an `Exit` with `residual=False` for one whose output is added to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the units of a family live, for one configuration."""
 
@@ -191,6 +209,8 @@ class Family:
     """Everything outside the layers that every model of the family may have, relative to the encoder."""
     attention: BlockTable
     ffn: BlockTable
+    rest: RestTable = RestTable()
+    """What every layer holds beside these two."""
     heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
     encoder: str = ""
@@ -209,6 +229,8 @@ class Adapter:
 
     model_types: tuple[str, ...] = ()
     """The `config.model_type` values that it serves."""
+    stored: bool = False
+    """Whether a compacted model carries the table with it, because nothing that is installed has it."""
     trial_settings: Mapping[str, Any] = MappingProxyType({})
     """Settings of the small configurations that `check_adapter` tries, where a model does not run with stock ones."""
 
@@ -223,7 +245,21 @@ class Adapter:
         :raises AdapterError: when a row names a module or a shape that the model does not have.
         """
         recorded = None if dense else recorded_sizes(model.config)
-        return _Resolver(model, self.describe(model.config), recorded).structure()
+        family = self.describe(model.config)
+        found = _Resolver(model, family, recorded).structure()
+        return replace(found, table=family_entries(family)) if self.stored else found
+
+
+class TableAdapter(Adapter):
+    """The adapter of a table that is there already: a derived one, or one that a compacted model carries."""
+
+    def __init__(self, model_type: str, family: Family, *, stored: bool = False) -> None:
+        self.model_types = (model_type,)
+        self.family = family
+        self.stored = stored
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        return self.family
 
 
 _registered: dict[str, Adapter] = {}
@@ -261,40 +297,103 @@ def known_families() -> tuple[str, ...]:
 
 
 def adapter_for(model: PreTrainedModel) -> Adapter:
-    """Return the adapter of a model's family.
+    """Return the adapter of a model's family: the one registered or installed for it, or else one derived from it.
 
-    :raises AdapterError: when the object is not a transformers encoder, or no adapter serves its family.
+    A compacted model of a family whose adapter was derived carries the table that it was cut by.
+
+    :raises AdapterError: when the object is not a transformers encoder as it stands (see `refusals`), or no adapter
+        serves its family and none can be derived.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if not isinstance(model, nn.Module) or model_type is None:
-        raise AdapterError(f"expected a transformers model (a PreTrainedModel), found {type(model).__name__}")
-    if getattr(config, "is_decoder", False):
-        raise AdapterError(
-            f"{type(model).__name__} is configured as a decoder; cofiprune prunes encoders. "
-            "Load it with is_decoder=False."
-        )
-    if has_decoder(model):
-        raise AdapterError(
-            f"{type(model).__name__} is an encoder with a decoder; cofiprune prunes encoders. "
-            "Load the encoder alone, by a class such as T5EncoderModel."
-        )
+    refuse(model)
+    model_type = model.config.model_type
+    table = recorded_table(model.config)
+    if table is not None:
+        return TableAdapter(model_type, family_from(table), stored=True)
     if model_type not in _registered:
-        points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
-        if not points:
-            raise AdapterError(
-                f"no adapter for model type {model_type!r} ({type(model).__name__}). Families with one: "
-                f"{', '.join(known_families())}. To add one, subclass cofiprune.Adapter and call "
-                "cofiprune.register_adapter(MyAdapter()); docs/how-to/add-an-adapter.md shows how."
-            )
-        _registered[model_type] = next(iter(points)).load()
+        installed = _installed(model_type)
+        if installed is None:
+            refuse_undeclared(model)
+            return _derive(model)
+        _registered[model_type] = installed
     return _registered[model_type]
 
 
-def has_decoder(model: nn.Module) -> bool:
-    """Whether a model, or the model under its head, has a decoder beside its encoder."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
-    return all(isinstance(getattr(base, part, None), nn.Module) for part in ("encoder", "decoder"))
+def _installed(model_type: str) -> Adapter | None:
+    """Load the adapter that an installed package names for a model type; None when none does.
+
+    :raises AdapterError: when packages name different ones, or what one names is no adapter or does not load.
+    """
+    # An entry point that is found twice (two folders on the path with one package's metadata) is still one adapter.
+    points = {point.value: point for point in entry_points(group=ENTRY_POINT_GROUP, name=model_type)}
+    if len(points) > 1:
+        named = ", ".join(f"{_package(point)} ({value!r})" for value, point in points.items())
+        raise AdapterError(
+            f"{len(points)} packages name an adapter for model type {model_type!r}: {named}. Uninstall all but one, or "
+            "choose one of them by cofiprune.register_adapter(adapter), which goes before what is installed."
+        )
+    for value, point in points.items():
+        who = f"the adapter of model type {model_type!r} that the package {_package(point)} names, {value!r},"
+        try:
+            found = point.load()
+        except Exception as error:  # whatever importing someone else's module raises
+            raise AdapterError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Adapter):
+            if isinstance(found, type) and issubclass(found, Adapter):
+                what = f"it is the class {found.__name__}; the entry point has to name an instance of it"
+            else:
+                what = f"it is a {type(found).__name__}, not a cofiprune.Adapter"
+            raise AdapterError(f"{who} cannot be used: {what}")
+        return found
+    return None
+
+
+def _package(point: EntryPoint) -> str:
+    return "of an unknown name" if point.dist is None else point.dist.name
+
+
+def family_entries(family: Family) -> dict[str, Any]:
+    """A table as plain values, which JSON can hold."""
+    entries: dict[str, Any] = _family_schema().dump_python(family, mode="json", exclude_defaults=True)
+    return entries
+
+
+def family_from(entries: Mapping[str, Any]) -> Family:
+    """The inverse of `family_entries`.
+
+    :raises CheckpointError: for entries that make no table.
+    """
+    try:
+        family: Family = _family_schema().validate_python(entries)
+    except ValueError as error:
+        raise CheckpointError(f"the table that this model carries cannot be read: {error}") from None
+    return family
+
+
+@functools.cache
+def _family_schema() -> Any:
+    from pydantic import TypeAdapter  # imported late: loading a model of an installed family does not need it
+
+    return TypeAdapter(Family)
+
+
+_derivers: list[Callable[[PreTrainedModel], Adapter]] = []
+
+
+def derive_by(deriver: Callable[[PreTrainedModel], Adapter]) -> None:
+    """Set what makes an adapter for a model of a family without one; it lies above this module and is given to it."""
+    _derivers[:] = [deriver]
+
+
+def _derive(model: PreTrainedModel) -> Adapter:
+    for deriver in _derivers:
+        return deriver(model)
+    raise AdapterError(f"no adapter for model type {model.config.model_type!r} ({type(model).__name__})")
+
+
+def encoder_path(model: PreTrainedModel, encoder: str = "") -> str:
+    """Path of the encoder in a model: its base model, or where the family says that it lies; "" for a bare encoder."""
+    places = (each for each in (model.base_model_prefix, encoder) if each)
+    return next((each for each in places if isinstance(getattr(model, each, None), nn.Module)), "")
 
 
 def structure(model: PreTrainedModel) -> Structure:
@@ -320,9 +419,10 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _placed(exit: Exit, path: str) -> Exit:
+def _placed(exit: str | Exit, path: str) -> Exit:
     """An exit whose module is named from the model instead of from the layer."""
-    return replace(exit, module=_join(path, exit.module))
+    found = Exit(exit) if isinstance(exit, str) else exit
+    return replace(found, module=_join(path, found.module))
 
 
 class _Resolver:
@@ -331,9 +431,7 @@ class _Resolver:
     def __init__(self, model: PreTrainedModel, family: Family, recorded: Mapping[str, int] | None) -> None:
         self.model = model
         self.family = family
-        base = model.base_model_prefix
-        places = (each for each in (base, family.encoder) if each)
-        self.base = next((each for each in places if isinstance(getattr(model, each, None), nn.Module)), "")
+        self.base = encoder_path(model, family.encoder)
         self.modules = dict(model.named_modules())
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.recorded = recorded
@@ -368,6 +466,8 @@ class _Resolver:
                     groups += new_groups
                     blocks.append(block)
                     attributes += new_attributes
+            for row in self.family.rest.rows:
+                self._row(self._repeated(row, index), path, f"layers.{index}.")
         for row in self.family.stem:
             self._row(row, self.base, None)
         for row in head_rows:
@@ -380,9 +480,16 @@ class _Resolver:
             blocks=tuple(blocks),
             attributes=tuple(attributes),
             layers=paths,
+            applications=self.applications if any(times > 1 for times in self.applications) else (),
             embeddings=tuple(self.tables),
             refused=self.refused,
+            rest=tuple(_placed(each, path) for path in paths for each in self.family.rest.exits),
         )
+
+    def _repeated(self, row: Row, layer: int) -> Row:
+        """A row of a layer that may be applied several times."""
+        times = self.applications[layer]
+        return replace(row, rows=(times * row.rows[0], times * row.rows[1]))
 
     def _members(self, path: str) -> list[str]:
         """Paths of the modules in a list, or in every list that a path with `*` stands for."""
@@ -399,6 +506,8 @@ class _Resolver:
     def _size(self, kind: Kind, name: str | None = None) -> int:
         if self.recorded is not None:
             return self.recorded[name or kind]
+        if kind not in self.family.sizes:
+            raise AdapterError(f"{self._who()}: sizes has {', '.join(self.family.sizes) or 'nothing'}, and no {kind!r}")
         return int(self.family.sizes[kind])
 
     def _head_rows(self) -> tuple[Row, ...]:
@@ -429,8 +538,9 @@ class _Resolver:
         self.sizes.update({group.name: group.size for group in groups})
         times = self.applications[index]
         for row in table.rows:
-            self._row(replace(row, rows=(times * row.rows[0], times * row.rows[1])), path, prefix, gate_name)
+            self._row(self._repeated(row, index), path, prefix, gate_name)
         elements = self._elements(gate_name, inner)
+        self._check_modules(path, gate_name, table)
         attributes = [
             SizeAttribute(_join(path, module), name, prefix + axis.kind, axis.block or elements)
             for module, name, axis in table.attributes
@@ -440,13 +550,26 @@ class _Resolver:
             gate=gate_name,
             inner=None if self._refuses(inner) else inner_name,
             exit=_placed(table.exit, path),
-            skipped=tuple(_placed(Exit(each) if isinstance(each, str) else each, path) for each in table.skipped),
+            skipped=tuple(_placed(each, path) for each in table.skipped),
             dropped=tuple(_join(path, name) for name in table.dropped),
             shared=tuple(replace(each, module=_join(path, each.module)) for each in table.shared),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements * times,
             per_token=table.per_token * elements * times,
         )
         return groups, block, attributes
+
+    def _check_modules(self, path: str, gate: str, table: BlockTable) -> None:
+        """Make sure that the modules which a block's table names beside its rows are there."""
+        named = [("exit", table.exit.module), *(("shared", each.module) for each in table.shared)]
+        named += [("skipped", each if isinstance(each, str) else each.module) for each in table.skipped]
+        named += [("attributes", module) for module, _, axis in table.attributes if not self._refuses(axis.kind)]
+        for entry, module in named:
+            found = _join(path, module)
+            if found not in self.modules:
+                raise AdapterError(
+                    f"{self._who()}: {entry} of {gate!r} names the module {found!r}, which the model does not have."
+                    f"{suggest(found, self.modules)}"
+                )
 
     def _elements(self, gate: str, inner: Kind) -> int:
         """Elements per inner unit as the block's last projection reads them; where the units are refused, of all."""
@@ -480,7 +603,8 @@ class _Resolver:
             for name, axes in row.tensors.items():
                 parameter = module._parameters.get(name)
                 if parameter is not None:
-                    self._describe(parameter, _join(path, name), row, axes, layer, gate)
+                    reader = None if row.read_in is None else _join(root, row.read_in)
+                    self._describe(parameter, _join(path, name), row, axes, layer, gate, reader)
 
     def _describe(
         self,
@@ -490,11 +614,19 @@ class _Resolver:
         axes: tuple[Axis | None, ...],
         layer: str | None,
         gate: str | None,
+        reader: str | None,
     ) -> None:
         canonical = self.names[id(parameter)]
         if canonical in self.described:
-            # A tied matrix: the row that came first (the embedding table) owns it; it is applied as a matrix too.
             known = self.described[canonical]
+            if known.described_as == name and (known.gate or gate):
+                owners = " and ".join(owner or "no block" for owner in dict.fromkeys((known.gate, gate)))
+                raise AdapterError(
+                    f"{self._who()}: row {row.modules!r} describes {name!r}, which a row before it describes already "
+                    f"(as part of {owners}); a parameter takes one row, in the block that it is removed with"
+                )
+            # The row that came first (the embedding table) owns it; it is applied as a matrix too, by a module that is
+            # tied to it or by a head that reads the table itself.
             self.described[canonical] = replace(known, rows=row.rows)
             return
         padded = (*axes, *[None] * (parameter.dim() - len(axes)))
@@ -505,7 +637,7 @@ class _Resolver:
             sides = tuple(side and replace(side, role="slice") for side in sides)
         rows = row.rows if parameter.dim() > 1 else (0, 0)
         shape = tuple(parameter.shape)
-        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name)
+        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name, reader)
         if row.table:
             self.tables.append(canonical)
 

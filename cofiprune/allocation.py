@@ -4,8 +4,6 @@ Where a block has a cost of its own, units do not cost the same, or sizes have t
 gives the best plan. Here a block may take any of several sizes, or go; the combination that fits the target and loses
 the least is found exactly, up to the discretisation (Frantar and Alistarh, 2023, arXiv:2302.04089, choose this way for
 measured time). Hidden dimensions are one choice for all blocks, tried one after the other.
-
-What is lost is the sum of the worths of the units that go, the least first; with a whole block at least its own worth.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cofiprune.accounting import Cost
 from cofiprune.errors import TargetError
+from cofiprune.losses import Array, Losses
 from cofiprune.structure import Block, Structure
 from cofiprune.target import Target
 
@@ -29,41 +27,14 @@ _NEAR = 0.6
 _LEVELS = 48
 _HIDDEN_LEVELS = 24
 
-Array = NDArray[np.float64]
 
-
-@dataclass(frozen=True)
-class _Lost:
-    """What is lost by keeping so many units of a group, the best ones: [1 + units]."""
-
-    by_count: Mapping[str, Array]
-    gates: Mapping[str, float]
-
-    @classmethod
-    def of(cls, worth: Mapping[str, Tensor], structure: Structure) -> _Lost:
-        curves: dict[str, Array] = {}
-        for name, values in worth.items():
-            ascending = np.sort(values.detach().double().cpu().numpy())
-            curves[name] = np.concatenate([[0.0], ascending.cumsum()])[::-1]
-        gates = {block.gate: float(worth[block.gate][0]) for block in structure.blocks if block.gate in worth}
-        return cls(curves, gates)
-
-    def block(self, block: Block) -> float:
-        """With a whole block."""
-        inner = float(self.by_count[block.inner or ""][0]) if block.inner in self.by_count else 0.0
-        return max(inner, self.gates.get(block.gate, 0.0))
-
-
-def allocate(
-    structure: Structure, worth: Mapping[str, Tensor], target: Target, *, may_empty: bool = True
-) -> dict[str, int]:
+def allocate(structure: Structure, lost: Losses, target: Target, *, may_empty: bool = True) -> dict[str, int]:
     """Return how many units of each group stay.
 
-    :param worth: by group name, [units], at least 0: what is lost with a unit. Groups that are not named stay whole.
-    :param may_empty: whether blocks may go whose gates have no worth, by losing all of their units.
+    :param may_empty: whether blocks may go whose gates have no loss of their own, by losing all of their units.
     :raises TargetError: when no combination comes near the target.
     """
-    cost, lost = target.cost(structure), _Lost.of(worth, structure)
+    cost = target.cost(structure)
     step = cost.exact(structure.sizes) / _RESOLUTION
     slack = _NEAR * target.tolerance * target.total
     candidates: list[tuple[float, float, dict[str, int]]] = []
@@ -92,7 +63,7 @@ class _Options:
     """Inner units kept; 0 for the block gone."""
 
 
-def _options(block: Block, lost: _Lost, cost: Cost, full: Mapping[str, int], step: int, may_empty: bool) -> _Options:
+def _options(block: Block, lost: Losses, cost: Cost, full: Mapping[str, int], step: int, may_empty: bool) -> _Options:
     whole = cost.exact(full)
     size = full[block.inner] if block.inner is not None else 1
     units, saved, loss = [size], [0.0], [0.0]
@@ -153,7 +124,7 @@ def _sizes(tables: list[_Options], chosen: list[int]) -> dict[str, int]:
     return sizes
 
 
-def _fitted(structure: Structure, lost: _Lost, target: Target, sizes: dict[str, int]) -> dict[str, int]:
+def _fitted(structure: Structure, lost: Losses, target: Target, sizes: dict[str, int]) -> dict[str, int]:
     """Take or give units of single groups, the least or most worth for what they cost, while that comes nearer."""
     cost, step = target.cost(structure), target.round_to
     inner = [
@@ -188,7 +159,7 @@ def _levels(size: int, step: int) -> list[int]:
     return sorted({step, *spread} - {size} if size > step else set())
 
 
-def _hidden_levels(structure: Structure, lost: _Lost, step: int) -> list[int]:
+def _hidden_levels(structure: Structure, lost: Losses, step: int) -> list[int]:
     if "hidden" not in structure:
         return [0]
     size = structure["hidden"].size

@@ -123,6 +123,12 @@ class RowBatches(Batches):
     def total(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
+    def resized(self, batch_size: int) -> Self:
+        """Return the same rows in batches of another size."""
+        part = copy.copy(self)
+        part.batch_size = batch_size
+        return part
+
     def indices(self) -> list[list[int]]:
         """The rows of each batch of this epoch in this process."""
         everything = np.arange(len(self.rows))

@@ -8,7 +8,7 @@ back is an ordinary model, which can be saved, trained and loaded again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -21,10 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cofiprune.adapter import adapter_for
 from cofiprune.compaction import reshape_skeleton
 from cofiprune.errors import CheckpointError
-from cofiprune.record import METHOD, recorded_sizes
+from cofiprune.record import METHOD, record_of_parts, recorded_parts, recorded_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class CompactedConfig(QuantizationConfigMixin):
@@ -51,11 +51,15 @@ class CompactedLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.config.quantization_config = self.quantization_config.to_dict()
-        sizes = recorded_sizes(model.config)
-        if sizes is None:
+        own, parts = recorded_sizes(model.config), recorded_parts(model.config)
+        if own is None and not parts:
             raise CheckpointError("the configuration names the method 'cofiprune' but records no sizes")
-        structure = adapter_for(model).structure(model, dense=True)
-        reshape_skeleton(model, structure, sizes)
+        if own is not None:
+            reshape_skeleton(model, adapter_for(model).structure(model, dense=True), own)
+        for path, entry in parts.items():
+            part = _part(model, path)
+            part.config.quantization_config = entry
+            reshape_skeleton(part, adapter_for(part).structure(part, dense=True), recorded_sizes(part.config) or {})
         self.shapes = _shapes(model)
         return model
 
@@ -83,6 +87,49 @@ class CompactedLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def record_parts(model: PreTrainedModel) -> None:
+    """Write into a model's configuration which models inside it are compacted, so that it can be saved whole.
+
+    For a model of several, one of whose encoders was replaced by what `compact` returned; it then loads by plain
+    `from_pretrained`.
+
+    :raises CheckpointError: when none is, when the model is one that was compacted itself, or when a part has lost
+        hidden dimensions, because what reads its output is built for all of them.
+    """
+    if recorded_sizes(model.config) is not None:
+        raise CheckpointError(f"{type(model).__name__} is compacted itself; save_pretrained saves it as it is")
+    parts: dict[str, PretrainedConfig] = {}
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        inside = any(path.startswith(f"{found}.") for found in parts)
+        if config is None or config is model.config or inside or not hasattr(module, "base_model_prefix"):
+            continue
+        sizes = recorded_sizes(config)
+        if sizes is None:
+            continue
+        if "hidden" in sizes and sizes["hidden"] < getattr(config, "hidden_size", 0):
+            raise CheckpointError(
+                f"{path} ({type(module).__name__}) has {sizes['hidden']} of {config.hidden_size} hidden dimensions "
+                f"left; what reads its output in {type(model).__name__} is built for all of them. Leave 'hidden' out "
+                "of units."
+            )
+        parts[path] = config
+    if not parts:
+        raise CheckpointError(
+            f"no model inside {type(model).__name__} is compacted; put what compact() returns in the place of one "
+            "first, for example model.vision_model = cofiprune.compact(model.vision_model)"
+        )
+    model.config.quantization_config = record_of_parts(parts)
+
+
+def _part(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    try:
+        part: Any = model.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"sizes are recorded for {path!r}, which {type(model).__name__} does not have") from None
+    return cast("PreTrainedModel", part)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -143,7 +143,8 @@ def _directory(path: str | Path) -> Path:
     missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-        hint = "; directories with model.safetensors load by from_pretrained" if "safetensors" in found else ""
+        ordinary = (folder / "model.safetensors").is_file()
+        hint = "; directories with model.safetensors load by from_pretrained" if ordinary else ""
         raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; in it: {found}{hint}")
     return folder
 

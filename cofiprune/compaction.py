@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import PlanError
@@ -155,7 +156,7 @@ def finish(
                 _pick(modules[shared.module], shared, index)
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(recorded_sizes(model.config) or {}), **kept}
-        model.config.quantization_config = record(sizes)
+        model.config.quantization_config = record(sizes, structure.table)
 
 
 class Passthrough(nn.Module):
@@ -173,9 +174,11 @@ class Passthrough(nn.Module):
         like: Tensor | None = None,
         shared: tuple[Shared, ...] = (),
         was: nn.Module | None = None,
+        stands_for: type[nn.Module] = nn.Module,
     ) -> None:
         super().__init__()
         self.exit = exit
+        self.stands_for = stands_for
         self.shared = shared
         # In a tuple, so that what was there is no submodule; of it, only the tables of what it shares stay.
         self.was = (was,) if any(each.table and hasattr(was, each.table) for each in shared) else ()
@@ -194,6 +197,16 @@ class Passthrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return leave(self.exit, args, kwargs, self.shared, *self.was)
+
+    def __getattr__(self, name: str) -> Any:
+        """A method that a model calls on the block, to switch it to another kind of attention, say, does nothing."""
+        if not name.startswith("_") and callable(getattr(self.__dict__.get("stands_for"), name, None)):
+            return _nothing
+        return super().__getattr__(name)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What is left of a removed block's methods."""
 
 
 class Pick:
@@ -246,11 +259,12 @@ def _remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
         marker = None if marked else _matrix_inside(exit.module, structure, block)
         shared = tuple(each for each in block.shared if each.module == exit.module)
         was = model.get_submodule(exit.module) if shared else None
+        kind = _kind_at(model, exit.module)
         if marker is None:
-            stand_in = Passthrough(exit, shared=shared, was=was)
+            stand_in = Passthrough(exit, shared=shared, was=was, stands_for=kind)
         else:
             name, like = marker.removeprefix(f"{exit.module}."), model.get_parameter(marker)
-            stand_in = Passthrough(exit, name, like, shared, was)
+            stand_in = Passthrough(exit, name, like, shared, was, kind)
             marked = True
         for name, child in _children(model, exit.module):
             if isinstance(child, nn.ModuleDict) and not hasattr(stand_in, name):
@@ -284,6 +298,14 @@ def _children(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         return []
 
 
+def _kind_at(model: nn.Module, path: str) -> type[nn.Module]:
+    """The class of a module; that of any for one that has gone with what was around it."""
+    try:
+        return type(model.get_submodule(path))
+    except AttributeError:
+        return nn.Module
+
+
 def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
     """Name of a matrix of a block that lies in a module: its last projection if that does.
 
@@ -298,7 +320,7 @@ def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
 
 
 def _follow_shape(module: nn.Module) -> None:
-    """Set the size attributes of torch's own modules from their weight."""
+    """Set the size attributes of torch's own modules, and of transformers' `Conv1D`, from their weight."""
     weight = module._parameters.get("weight")
     if weight is None:
         return
@@ -308,6 +330,8 @@ def _follow_shape(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 

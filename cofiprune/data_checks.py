@@ -66,9 +66,23 @@ def check_tokens(ids: Column, model: PreTrainedModel) -> None:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of token ids that a model knows."""
-    table = model.get_input_embeddings()
-    return table.num_embeddings if isinstance(table, nn.Embedding) else int(model.config.vocab_size)
+    """Number of token ids that a model knows.
+
+    :raises DataError: when neither its input embeddings nor its configuration say so.
+    """
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # a model of one's own may keep its table where transformers does not look
+        table = None
+    if isinstance(table, nn.Embedding):
+        return table.num_embeddings
+    size = getattr(model.config, "vocab_size", None)
+    if size is None:
+        raise DataError(
+            f"{type(model).__name__} does not say how many token ids it knows: give its configuration a vocab_size, or "
+            "the model a get_input_embeddings that returns its table"
+        )
+    return int(size)
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:

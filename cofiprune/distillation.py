@@ -273,7 +273,8 @@ def layerwise_loss(
     :param teacher_states: by layer, S of [B, T, Ht]; no gradient flows into them. See `teacher_layers`.
     :param projection: see `hidden_projection`.
     :param mask: [B, T], not 0 at real tokens; None for all.
-    :param alive: [Ls] bool, see `match_layers`; None for all.
+    :param alive: [Ls] bool, see `match_layers`; None for all. Of another length, where a state is that of several
+        layers: any of them.
     :param teacher_depth: Lt, the teacher's number of layers.
     :param reduction: over the matched layers; the original sums over its four.
     """
@@ -282,6 +283,8 @@ def layerwise_loss(
     students = torch.stack(tuple(student_states))
     if alive is None:
         alive = torch.ones(len(students), dtype=torch.bool, device=students.device)
+    if len(alive) != len(students):  # states that are each the output of several layers: none is known to be idle
+        alive = alive.any().expand(len(students))
     losses = None if how == "same-index" else layer_losses(students, targets, projection, mask)
     indices, valid = match_layers(losses, alive, how, layers=chosen, num_teacher_layers=teacher_depth)
     matched = _project(students.index_select(0, indices), projection.weight, projection.bias)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +40,9 @@ def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -
     :raises StructureError: for a unit kind that the model cannot prune.
     :raises MaskError: when masks are attached already.
     """
+    structure = structure_of(model)
     if masks_of(model) is not None:
         raise MaskError("masks are attached to this model already; call masks.detach() first")
-    structure = structure_of(model)
     names = [group.name for group in structure.select(units)]
     weight = next(model.parameters())
     dtype = torch.promote_types(torch.float32, weight.dtype)
@@ -141,6 +141,21 @@ class _Weights(_Site):
             bias = values.get("bias", self.module.bias)
             return F.linear(args[0], values.get("weight", self.module.weight), bias)
         with _swapped(self.module, values):
+            return self.stock(*args, **kwargs)
+
+
+class _Reader(_Site):
+    """A module that reads the weights of modules which it does not call."""
+
+    def __init__(self, module: nn.Module, masks: MaskRegistry, holders: list[_Weights]) -> None:
+        super().__init__(module, masks)
+        self.holders = holders
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as swaps:
+            for holder in self.holders:
+                if values := holder.masked():
+                    swaps.enter_context(_swapped(holder.module, values))
             return self.stock(*args, **kwargs)
 
 
@@ -255,7 +270,7 @@ def leave(
     entry = entry_of(exit, args, kwargs)
     value = entry if exit.residual else torch.zeros_like(entry)
     if exit.outputs == 1:
-        return value
+        return (value,) if exit.wrapped else value
     found = {each.output: given(each, args, kwargs, maker) for each in shared}
     return (value, *(found.get(place) for place in range(1, exit.outputs)))
 
@@ -267,7 +282,8 @@ def given(shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], maker: 
         value = args[shared.argument]
     if value is None and shared.method and shared.table and hasattr(maker, shared.table):
         states = args[0] if args else next(iter(kwargs.values()))
-        value = getattr(maker, shared.method)(states.shape[1], states.shape[1])
+        made: Tensor = getattr(maker, shared.method)(states.shape[1], states.shape[1])
+        value = made.repeat(states.shape[0], *[1] * (made.dim() - 1)) if shared.repeated else made
     return value
 
 
@@ -286,13 +302,19 @@ def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Itera
     modules = dict(model.named_modules())
     norms = {norm.module: norm for norm in structure.norms}
     owned: defaultdict[str, dict[str, Parameter]] = defaultdict(dict)
+    readers: defaultdict[str, list[_Weights]] = defaultdict(list)
     for spec in structure.parameters:
         if spec.gated or any(side is not None and side.role != "slice" for side in spec.sides):
             path, _, name = (spec.described_as or spec.name).rpartition(".")
             owned[path][name] = spec
     for path, parameters in owned.items():
-        if path not in norms:
+        reader = next(iter(parameters.values())).read_in
+        if reader is not None:
+            readers[reader].append(_Weights(modules[path], masks, parameters))
+        elif path not in norms:
             yield _weights(modules[path], masks, parameters)
+    for path, holders in readers.items():
+        yield _Reader(modules[path], masks, holders)
     for norm in structure.norms:
         yield _norm(modules[norm.module], masks, norm)
     for block in structure.blocks:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 METHOD = "cofiprune"
 FORMAT_VERSION = 1
+_COMMON = ("quant_method", "format_version")
 _PER_LAYER = ("attention", "heads", "ffn", "intermediate")
 
 
@@ -48,9 +49,23 @@ def record_to_sizes(record: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def record(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the entry that a compacted model's configuration carries as `quantization_config`."""
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sizes": sizes_to_record(sizes)}
+def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entry that a compacted model's configuration carries as `quantization_config`.
+
+    :param table: of the family as plain values, where its adapter is not an installed one.
+    """
+    entries = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sizes": sizes_to_record(sizes)}
+    return entries if table is None else {**entries, "table": dict(table)}
+
+
+def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
+    """Return the entry of a model with compacted models inside it.
+
+    :param parts: their configurations, with a record each, by the paths of their modules.
+    """
+    entries = {path: _entries(config) or {} for path, config in parts.items()}
+    recorded = {path: {name: part[name] for name in part if name not in _COMMON} for path, part in entries.items()}
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "parts": recorded}
 
 
 def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
@@ -58,10 +73,35 @@ def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
 
     :raises CheckpointError: when the record was written by a newer version of this package.
     """
+    entries = _entries(config)
+    return None if entries is None or "sizes" not in entries else record_to_sizes(entries["sizes"])
+
+
+def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """Return the family's table that a compacted model carries, or None for one that carries none.
+
+    :raises CheckpointError: as `recorded_sizes`.
+    """
+    entries = _entries(config)
+    return None if entries is None else entries.get("table")
+
+
+def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """Return the entries of the models inside a model, as `record` makes them, by the paths of their modules.
+
+    :raises CheckpointError: as `recorded_sizes`.
+    """
+    entries = _entries(config) or {}
+    common = {name: entries[name] for name in _COMMON if name in entries}
+    return {path: {**common, **part} for path, part in entries.get("parts", {}).items()}
+
+
+def _entries(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """What this package has recorded in a configuration; None where that is nothing."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
-    entries = stored if isinstance(stored, Mapping) else stored.to_dict()
+    entries: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
     if entries.get("quant_method") != METHOD:
         return None
     version = entries.get("format_version")
@@ -70,7 +110,7 @@ def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
             f"this model was compacted in format {version!r}; this version of cofiprune reads formats up to "
             f"{FORMAT_VERSION}. Upgrade cofiprune to load it."
         )
-    return record_to_sizes(entries["sizes"])
+    return entries
 
 
 def _split(name: str) -> tuple[int | None, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cofiprune.accounting import Cost, layer_parameters
 from cofiprune.allocation import allocate
 from cofiprune.errors import TargetError
+from cofiprune.losses import Losses
 from cofiprune.plan import Plan
 from cofiprune.structure import UNIT_KINDS, Block, Group, Structure, UnitKind
 from cofiprune.target import TOLERANCE, Target
@@ -79,13 +80,17 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     """
     cost = target.cost(structure)
     total = cost.exact(structure.sizes)
+    groups = structure.select(_listed(units))
     if not layer_parameters(structure).exact(structure.sizes):
         raise TargetError(f"nothing is left in the layers of this {structure.family} model that could be removed")
     if target.left >= total:
         raise TargetError(f"{target}: this {structure.family} model is there already, with {target.text(total)}")
+    if target.uniform:
+        alike = {group.name: torch.ones(group.size) for group in groups}
+        uniform_sizes(structure, Losses.of(structure, alike), target)
     share = target.removed(structure)
     found = reachable(structure, cost, units, target.tolerance)
-    kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in structure.select(_listed(units)))]
+    kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in groups)]
     chosen = f"units {', '.join(kinds)}"
     if share > found.highest + target.tolerance:
         raise TargetError(
@@ -128,7 +133,8 @@ def select(
     total = cost.exact(structure.sizes)
     wanted = round(target.left)
     if target.by_levels(structure):
-        kept = best_units(flat, sizes_for(structure, worth or _above_lowest(flat), target))
+        lost = Losses.of(structure, worth or _above_lowest(flat))
+        kept = best_units(flat, sizes_for(structure, lost, target))
     else:
         kept = _threshold(structure, flat, cost, wanted)
         _trim(structure, flat, cost, wanted, kept)
@@ -146,18 +152,15 @@ def select(
     return Plan.from_values(structure, factors)
 
 
-def sizes_for(
-    structure: Structure, worth: Mapping[str, Tensor], target: Target, *, may_empty: bool = True
-) -> dict[str, int]:
+def sizes_for(structure: Structure, lost: Losses, target: Target, *, may_empty: bool = True) -> dict[str, int]:
     """How many units of each group stay, where that is decided for whole groups.
 
-    :param worth: by group name, [units], at least 0: what is lost with a unit. Groups that are not named stay whole.
-    :param may_empty: whether blocks may go whose gates have no worth, by losing all of their units.
+    :param may_empty: whether blocks may go whose gates have no loss of their own, by losing all of their units.
     :raises TargetError: when no sizes meet the target.
     """
     if target.uniform:
-        return uniform_sizes(structure, worth, target)
-    return allocate(structure, worth, target, may_empty=may_empty)
+        return uniform_sizes(structure, lost, target)
+    return allocate(structure, lost, target, may_empty=may_empty)
 
 
 def best_units(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from cofiprune.errors import StructureError, suggest
 
@@ -93,6 +93,8 @@ class Parameter:
     """(a, b): as a matrix it is applied to a * sequence_length + b rows per example; (0, 0) for none."""
     described_as: str | None = None
     """Its name in the module whose row describes it, where masks act on it; another than `name` when it is tied."""
+    read_in: str | None = None
+    """The module that reads it, where the module that holds it is not called; masks act on it there."""
 
     @property
     def fixed(self) -> int:
@@ -125,6 +127,8 @@ class Exit:
     residual: bool = True
     """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so
     that a removed block gives zeros."""
+    wrapped: bool = False
+    """Whether its single output comes in a tuple of one."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,8 @@ class Shared:
     """The method by which a module makes it from the numbers of queries and keys, when it is given none."""
     table: str | None = None
     """The submodule that `method` reads. The layer that has it makes the tensor, and keeps it without its block."""
+    repeated: bool = False
+    """Whether what `method` makes is repeated for every example of a batch, along its first dimension."""
 
 
 @dataclass(frozen=True)
@@ -198,10 +204,16 @@ class Structure(Mapping[str, Group]):
     attributes: tuple[SizeAttribute, ...]
     layers: tuple[str, ...]
     """Module paths of the encoder's layers: what `sparsity` counts."""
+    applications: tuple[int, ...] = ()
+    """How often a forward pass applies each layer, one after the other; empty for once each."""
     embeddings: tuple[str, ...] = ()
     """Names of the parameters of the embedding tables."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds that this model cannot prune, with the reason."""
+    table: Mapping[str, Any] | None = None
+    """The family's table as plain values, where a compacted model has to carry it."""
+    rest: tuple[Exit, ...] = ()
+    """Where what the layers hold beside their blocks joins the residual stream; it stays without the blocks."""
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:

@@ -8,7 +8,7 @@ not have tasks of their own: `ViTForImageClassification` classifies, whatever it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -93,8 +93,25 @@ def label_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the arguments of a model's forward; those of the model inside when it is wrapped (PEFT)."""
+    return tuple(name for name in inspect.signature(_forward(model)).parameters if name != "self")
+
+
+def taken(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """Return those of transformers' options of a forward (`return_dict`, ...) that a model takes.
+
+    All of transformers' own models take them; one that someone wrote may do without.
+    """
+    # Not those of a function inside a decorator: that may take an option itself and not hand it on.
+    parameters = inspect.signature(_forward(model), follow_wrapped=False).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def _forward(model: PreTrainedModel) -> Callable[..., Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return tuple(name for name in inspect.signature(type(inner).forward).parameters if name != "self")
+    forward: Callable[..., Any] = type(inner).forward
+    return forward
 
 
 def _ends(names: list[str], ending: str) -> bool:

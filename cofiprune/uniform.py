@@ -6,14 +6,12 @@ configuration derives the width of a head from the hidden size, heads and hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from torch import Tensor
 
 from cofiprune.accounting import Cost
 from cofiprune.errors import TargetError
+from cofiprune.losses import Losses
 from cofiprune.structure import Block, Structure
 from cofiprune.target import Target
 
@@ -26,9 +24,9 @@ class _Layer:
 
     attention: Block
     ffn: Block
-    heads: list[float]
-    """[1 + heads] by how many are kept."""
-    intermediate: list[float]
+    heads: Sequence[float]
+    """[1 + heads]: what is lost by how many are kept."""
+    intermediate: Sequence[float]
     whole: float
     """What is lost with all of the layer."""
     may_go: bool
@@ -44,27 +42,26 @@ class Shape:
     """Which of the layers stay."""
 
 
-def uniform_sizes(structure: Structure, worth: Mapping[str, Tensor], target: Target) -> dict[str, int]:
+def uniform_sizes(structure: Structure, lost: Losses, target: Target) -> dict[str, int]:
     """Return how many units of each group stay, the same in each layer that does.
 
     For every number of layers, heads and hidden dimensions there is one number of feed-forward dimensions that meets
     the target; the combination that loses the least is taken.
 
-    :param worth: by group name, [units], at least 0: what is lost with a unit. Groups that are not named stay whole.
     :raises TargetError: when no shape meets the target, or layers differ already.
     """
-    layers = _layers(structure, worth)
+    layers = _layers(structure, lost)
     cost = target.cost(structure)
-    hidden_lost = _lost(worth["hidden"]) if "hidden" in worth else None
+    hidden_lost = lost.by_count.get("hidden")
     best: tuple[float, dict[str, int]] | None = None
     nearest = float("inf")
-    for shape in _shapes(structure, layers, worth, target):
-        sizes, intermediate = _fitting(structure, layers, shape, cost, target, "intermediate" in _kinds(worth))
+    for shape in _shapes(structure, layers, lost, target):
+        sizes, intermediate = _fitting(structure, layers, shape, cost, target, "intermediate" in _kinds(lost))
         off = abs(cost.exact(sizes) - target.left)
         nearest = min(nearest, off, key=abs)
         if off > target.tolerance * target.total:
             continue
-        loss = 0.0 if hidden_lost is None else hidden_lost[shape.hidden]
+        loss = 0.0 if hidden_lost is None else float(hidden_lost[shape.hidden])
         for index, layer in enumerate(layers):
             kept = index in shape.layers
             loss += layer.heads[shape.heads] + layer.intermediate[intermediate] if kept else layer.whole
@@ -77,16 +74,11 @@ def uniform_sizes(structure: Structure, worth: Mapping[str, Tensor], target: Tar
     return best[1]
 
 
-def _kinds(worth: Mapping[str, Tensor]) -> set[str]:
-    return {name.rpartition(".")[2] for name in worth}
+def _kinds(lost: Losses) -> set[str]:
+    return {name.rpartition(".")[2] for name in lost.by_count}
 
 
-def _lost(values: Tensor) -> list[float]:
-    ascending = np.sort(values.detach().double().cpu().numpy())
-    return [float(value) for value in np.concatenate([[0.0], ascending.cumsum()])[::-1]]
-
-
-def _layers(structure: Structure, worth: Mapping[str, Tensor]) -> list[_Layer]:
+def _layers(structure: Structure, lost: Losses) -> list[_Layer]:
     by_layer: dict[int, dict[str, Block]] = {}
     for block in structure.blocks:
         group = structure[block.gate]
@@ -96,48 +88,45 @@ def _layers(structure: Structure, worth: Mapping[str, Tensor]) -> list[_Layer]:
         if set(blocks) != {"attention", "ffn"}:
             raise TargetError(f"layer {index} has lost a block already: it cannot have the shape of the others")
         attention, ffn = blocks["attention"], blocks["ffn"]
-        heads, intermediate = (_inner(structure, worth, block) for block in (attention, ffn))
-        whole = [max(lost[0], float(worth[gate][0]) if gate in worth else 0.0)
-                 for lost, gate in ((heads, attention.gate), (intermediate, ffn.gate))]  # fmt: skip
-        may_go = attention.gate in worth and ffn.gate in worth
-        found.append(_Layer(attention, ffn, heads, intermediate, sum(whole), may_go))
+        heads, intermediate = (_inner(structure, lost, block) for block in (attention, ffn))
+        whole = lost.block(attention) + lost.block(ffn)
+        may_go = attention.gate in lost.gates and ffn.gate in lost.gates
+        found.append(_Layer(attention, ffn, heads, intermediate, whole, may_go))
     sizes = {(len(layer.heads), len(layer.intermediate)) for layer in found}
     if len(sizes) > 1:
         raise TargetError("the layers have different sizes already: prune the dense model")
     return found
 
 
-def _inner(structure: Structure, worth: Mapping[str, Tensor], block: Block) -> list[float]:
+def _inner(structure: Structure, lost: Losses, block: Block) -> Sequence[float]:
     if block.inner is None or block.inner not in structure:
         return [0.0, 0.0]
-    if block.inner in worth:
-        return _lost(worth[block.inner])
+    if block.inner in lost.by_count:
+        return [float(value) for value in lost.by_count[block.inner]]
     return [float("inf")] * structure[block.inner].size + [0.0]
 
 
-def _shapes(structure: Structure, layers: list[_Layer], worth: Mapping[str, Tensor], target: Target) -> Iterator[Shape]:
+def _shapes(structure: Structure, layers: list[_Layer], lost: Losses, target: Target) -> Iterator[Shape]:
     """All combinations of layers, heads and hidden dimensions that may be tried."""
     order = sorted(range(len(layers)), key=lambda index: layers[index].whole)
     droppable = len(layers) - 1 if all(layer.may_go for layer in layers) else 0
     for gone in range(droppable + 1):
         kept = tuple(sorted(order[gone:]))
-        for hidden, heads in _widths(structure, layers, worth, target):
+        for hidden, heads in _widths(structure, layers, lost, target):
             yield Shape(hidden, heads, kept)
 
 
-def _widths(
-    structure: Structure, layers: list[_Layer], worth: Mapping[str, Tensor], target: Target
-) -> list[tuple[int, int]]:
+def _widths(structure: Structure, layers: list[_Layer], lost: Losses, target: Target) -> list[tuple[int, int]]:
     """Hidden sizes and numbers of heads that go together."""
     full = structure["hidden"].size if "hidden" in structure else 0
     all_heads = len(layers[0].heads) - 1
-    heads = range(1, all_heads + 1) if "heads" in _kinds(worth) else [all_heads]
+    heads = range(1, all_heads + 1) if "heads" in _kinds(lost) else [all_heads]
     if target.tied_heads:
-        both = "heads" in _kinds(worth) and "hidden" in worth
+        both = "heads" in _kinds(lost) and "hidden" in lost.by_count
         return [(count * full // all_heads, count) for count in (heads if both else [all_heads])]
     step = target.round_to
     spread = {max(step, step * round(level * full / _HIDDEN_LEVELS / step)) for level in range(1, _HIDDEN_LEVELS)}
-    hidden = sorted({full, *(size for size in spread if size <= full)}) if "hidden" in worth else [full]
+    hidden = sorted({full, *(size for size in spread if size <= full)}) if "hidden" in lost.by_count else [full]
     return [(size, count) for size in hidden for count in heads]
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import transformers
 from grid import run_grid
-from options import parse, settings_of
+from options import Defaults, parse, settings_of
+from original import is_original
 from pipeline import check_free, prepare_dense, run_once
 from quickstart_data import DataError
 from quickstart_model import ModelError
@@ -72,13 +73,14 @@ def main(
     add_options: Callable[[Parser], None],
     make_task: Callable[[argparse.Namespace], Task],
     argv: Sequence[str] | None = None,
+    defaults: Defaults | None = None,
 ) -> int:
     """Run an example and return its exit code; a user's mistake ends in one line and 2."""
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a name that is nowhere is said once
     transformers.logging.disable_progress_bar()
     try:
-        options = parse(name, description, add_options, sys.argv[1:] if argv is None else argv)
+        options = parse(name, description, add_options, sys.argv[1:] if argv is None else argv, defaults)
         run(options, make_task(options))
     except (cofiprune.CofipruneError, DataError, ModelError, OSError) as error:
         return say_why(name, f"error: {error}", 2)
@@ -167,9 +169,3 @@ def load_model(source: str, kind: str, head: Head | None = None) -> PreTrainedMo
     if head is not None and task_by_architecture(config) != kind:
         head.apply(config)
     return load_by_task(source, kind, config=config, new_head=True)
-
-
-def is_original(source: str) -> bool:
-    """Whether a source is a folder that may be the original CoFi's: its weights are in `pytorch_model.bin`."""
-    folder = Path(source).expanduser()
-    return (folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").is_file()

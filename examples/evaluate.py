@@ -128,7 +128,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("task", metavar="TASK", help=f"{', '.join(TASKS)}; the last two with data of your own")
     add("models", nargs="+", metavar="MODEL", help="folder or hub name of a model with a trained head")
-    add("--data-dir", type=Path, metavar="DIR", help="folder with train.* and validation.* (default: from the hub)")
+    add("--data-dir", type=Path, metavar="DIR", help="folder with validation.* or dev.* (default: from the hub)")
     add("--validation-file", metavar="FILE", help="for classification: csv, tsv, json, jsonl or parquet with labels")
     add("--max-length", type=at_least(8), metavar="N", help="tokens to which texts are cut (default: 128, SQuAD 384)")
     add("--eval-rows", type=at_least(1), metavar="N", help="validation rows to use, the first ones (default: all)")

@@ -13,7 +13,8 @@ import ner
 import run_glue
 import run_ner
 import run_squad
-from common import Task, is_original
+from common import Task
+from original import is_original
 from transformers import PreTrainedModel
 
 import cofiprune
@@ -110,7 +111,8 @@ def _options(
     module.add_options(parser)
     given = parser.parse(options.more)
     given.model, given.pretrained_pruned_model, given.teacher = source, None, "none"
-    given.train_rows, given.eval_rows, given.tiny, given.seed = 1, options.eval_rows, options.tiny, 57
+    given.trains, given.train_rows, given.eval_rows = False, 1, options.eval_rows
+    given.tiny, given.seed = options.tiny, 57
     given.data_dir = options.data_dir
     given.max_length = options.max_length or given.max_length
     vars(given).update(changes)

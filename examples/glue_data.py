@@ -53,16 +53,17 @@ class Splits:
     """By the ending that their metrics' names get: "" and, for MNLI, "_mismatched"."""
 
 
-def read_glue(name: str, folder: Path) -> Splits:
+def read_glue(name: str, folder: Path, *, train: bool = True) -> Splits:
     """Read a task from a folder with `train.*` and `validation.*` or `dev.*`, the published files or Parquet.
 
     MNLI has two validation files, `*_matched*` and `*_mismatched*`; the second one may be missing.
 
+    :param train: whether the training rows are wanted; without, there are none.
     :raises DataError: when files, columns or labels are missing, saying which.
     """
     if not folder.is_dir():
         raise DataError(f"the data folder {folder} does not exist")
-    places = {"train": find_files(folder, ("train",))}
+    places = {"train": find_files(folder, ("train",))} if train else {}
     if name == "mnli":
         places[""] = find_files(folder, ("validation_matched", "dev_matched", "validation", "dev"))
         if any("mismatched" in file.stem for file in folder.iterdir()):
@@ -115,7 +116,7 @@ def _published(name: str, file: Path) -> list[Row]:
 
 def _splits(name: str, found: Mapping[str, Iterable[Row]]) -> Splits:
     splits = {split: _rows(name, list(rows), split) for split, rows in found.items()}
-    return Splits(splits.pop("train"), splits)
+    return Splits(splits.pop("train", []), splits)
 
 
 def _rows(name: str, rows: list[Row], split: str) -> list[Row]:

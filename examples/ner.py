@@ -48,12 +48,13 @@ class Tagged:
     """Empty where the data set has none."""
 
 
-def load_sentences(task: str, folder: Path | None, names: Sequence[str] = ()) -> Tagged:
+def load_sentences(task: str, folder: Path | None, names: Sequence[str] = (), *, train: bool = True) -> Tagged:
     """A task from files or from the hub.
 
     :param task: wnut17, ncbi_disease, or any name: of files in `folder`, or of a data set of the hub.
     :param folder: with files train.*, validation.* or dev.*, and perhaps test.*; None for the hub.
     :param names: of the tags in the order of their ids; by default the data set's own.
+    :param train: whether those for training are wanted; without, they may be missing.
     :raises DataError: naming the first row with words and tags that do not fit.
     """
     task = OTHER_NAMES.get(task, task)
@@ -67,7 +68,8 @@ def load_sentences(task: str, folder: Path | None, names: Sequence[str] = ()) ->
         sides = [numbered(found.get(split, ()), f"{name}, {split}") for split in ("train", "validation", "test")]
     else:
         stems = (("train",), ("validation", "dev"), ("test",))
-        sides = [read_split(folder, stem, required=stem != ("test",)) for stem in stems]
+        needed = [train, True, False]
+        sides = [read_split(folder, stem, required=need) for stem, need in zip(stems, needed, strict=True)]
     for where, row in (entry for side in sides for entry in side):
         check_row(row, where)
     label_names = tuple(names) or LABEL_NAMES.get(task) or names_in([row for side in sides for _, row in side], task)

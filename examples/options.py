@@ -1,7 +1,8 @@
 """The options that all training examples share, and what follows from them."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,28 @@ GRID_WEIGHTS = ((0.9, 0.1), (0.7, 0.3), (0.5, 0.5))
 GRID_LEARNING_RATES = (1e-5, 2e-5, 3e-5)
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What is taken where the command line says nothing; with `--tiny`, its settings go before these."""
+
+    model: Callable[[argparse.Namespace], str]
+    """Gives the folder of a model, after making it if need be."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `PruneConfig`."""
+    options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
+
+
 def parse(
-    name: str, description: str, add_options: Callable[[Parser], None], argv: Sequence[str]
+    name: str,
+    description: str,
+    add_options: Callable[[Parser], None],
+    argv: Sequence[str],
+    defaults: Defaults | None = None,
 ) -> argparse.Namespace:
     """Read the command line, and fill in what follows from it: the output folder, the model, the rows of `--tiny`.
 
     :param add_options: adds what only this example takes.
+    :param defaults: of an example that does not read text.
     :raises CofipruneError: for whatever cannot be understood.
     """
     parser = Parser(prog=name, description=description)
@@ -61,17 +78,25 @@ def parse(
     if options.resume and not options.output_dir.is_dir():
         raise CheckpointError(f"nothing to resume: there is no folder {options.output_dir}")
     options.target_sparsity = target_sparsity(options.target_sparsity)
-    for setting, value in {"seed": 57, **(TINY if options.tiny else {})}.items():
+    defaults = defaults or Defaults(text_model)
+    for setting, value in {"seed": 57, **(TINY if options.tiny else defaults.settings)}.items():
         vars(options).setdefault(setting, value)
-    for option, value in (TINY_OPTIONS if options.tiny else OPTIONS).items():
+    for option, value in (TINY_OPTIONS if options.tiny else defaults.options).items():
         if getattr(options, option) is None:
             setattr(options, option, value)
     if options.teacher_epochs <= 0 or options.teacher_learning_rate <= 0:
         raise SettingsError("--teacher-epochs and --teacher-learning-rate take numbers above 0")
-    settings_of(options, PRESETS[0])  # complains of a wrong value before anything is loaded
+    options.trains = True
+    # It complains of a wrong value before anything is loaded. What was typed as a seed is text.
+    options.seed = settings_of(options, PRESETS[0]).seed
     if options.model is None:
-        options.model = tiny_model(options) if options.tiny else str(bundled_model())
+        options.model = defaults.model(options)
     return options
+
+
+def text_model(options: argparse.Namespace) -> str:
+    """The MiniLM-L6 weights that a package carries; with `--tiny`, a small BERT."""
+    return tiny_model(options) if options.tiny else str(bundled_model())
 
 
 def add_common_options(parser: Parser, name: str) -> None:
@@ -113,6 +138,9 @@ def settings_of(options: argparse.Namespace, automatic: str) -> cofiprune.PruneC
 
     :param automatic: the preset that `--preset auto` means.
     """
+    prunes = options.target_sparsity is not None and options.pretrained_pruned_model is None
+    if not prunes and "batch_size" in vars(options):  # whatever a preset has for the time after pruning
+        vars(options).setdefault("finetune_batch_size", options.batch_size)
     return prune_config(options, automatic if options.preset == "auto" else options.preset)
 
 

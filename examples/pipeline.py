@@ -68,6 +68,7 @@ def train_teacher(options: argparse.Namespace, task: "Task", config: cofiprune.P
         "finetune_epochs": options.teacher_epochs,
         "finetune_learning_rate": options.teacher_learning_rate,
         "finetune_lr_scheduler_type": "linear",
+        "finetune_batch_size": None,
         "label_weight": None,
         "train_embeddings": None,
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quickstart_data import DataError, Example, TextTask
+from splits import contents
 
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -80,7 +81,7 @@ def find_files(folder: Path, stems: Sequence[str]) -> list[Path]:
     near = [file for stem in stems for file in files if file.stem.startswith(stem)]
     if not near:
         wanted = " or ".join(f"{stem}.*" for stem in stems)
-        raise DataError(f"no {wanted} ({', '.join(READERS)}) in {folder}")
+        raise DataError(f"no {wanted} ({', '.join(READERS)}) in {folder}, {contents(folder)}")
     series = [re.sub(r"-\d+-of-", "-of-", file.name) for file in near]
     return [file for file, kind in zip(near, series, strict=True) if kind == series[0]]
 

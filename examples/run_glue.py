@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Task, is_original, load_model, load_tokenizer, main, subset
+from common import Task, load_model, load_tokenizer, main, subset
 from glue_data import TASKS, Splits, hub_glue, read_glue, tiny_glue
+from original import is_original
 from results import say
 from transformers import PreTrainedModel
 
@@ -55,8 +56,11 @@ def make_task(options: argparse.Namespace) -> Task:
         head = Head.of_data([row[columns.label] for row in splits.train], label_names(options))
     else:
         name = task_name(options)
-        splits = read_glue(name, options.data_dir) if options.data_dir else tiny_or_hub(name, options)
-        columns = Columns("text", "pair" if "pair" in splits.train[0] else None, "label")
+        if options.data_dir:
+            splits = read_glue(name, options.data_dir, train=options.trains)
+        else:
+            splits = tiny_or_hub(name, options)
+        columns = Columns("text", "pair" if "pair" in splits.validation[""][0] else None, "label")
         head, metrics, preset = Head(TASKS[name].labels), TASKS[name].metrics, TASKS[name].preset
     head = Head(agreed_names(options, head.names, name), head.multi_label)
     compute = None if head.multi_label else metrics_of(metrics or default_metrics(head), head, positive(name))
@@ -64,6 +68,8 @@ def make_task(options: argparse.Namespace) -> Task:
 
     def rows(raw: Sequence[Row], where: str, *, training: bool) -> list[dict[str, Any]]:
         chosen = subset(raw, options, training=training)
+        if not chosen:  # what is measured alone has none for training
+            return []
         return tokenised(chosen, columns, KIND, tokenizer, max_length=options.max_length, head=head, where=where)
 
     train = rows(splits.train, options.train_file or f"train of {name}", training=True)

@@ -47,7 +47,8 @@ def make_task(options: argparse.Namespace) -> Task:
     if options.tiny and options.data_dir is None:
         name, data = "made-up names", Tagged(MADE_UP_NAMES, made_up(128), made_up(64, seed=1))
     else:
-        name, data = options.task, load_sentences(options.task, options.data_dir, options.label_names)
+        name = options.task
+        data = load_sentences(name, options.data_dir, options.label_names, train=options.trains)
     train, _ = encode(subset(data.train, options, training=True), tokenizer, options.max_length)
     validation, test = (
         Measured(subset(side, options, training=False), tokenizer, options.max_length, data.label_names)

@@ -53,7 +53,7 @@ def make_task(options: argparse.Namespace) -> Task:
     if options.tiny and options.data_dir is None:
         train, validation = made_up(128, version_2=version_2), made_up(64, version_2=version_2, seed=1)
     else:
-        train, validation = load_questions(options.data_dir, version_2=version_2)
+        train, validation = load_questions(options.data_dir, version_2=version_2, train=options.trains)
     train, validation = subset(train, options, training=True), subset(validation, options, training=False)
     lengths = {"max_length": options.max_length, "stride": options.doc_stride}
     train_rows, _ = encode(train, tokenizer, **lengths)

@@ -34,6 +34,13 @@ def find_files(folder: Path, names: Sequence[str]) -> list[Path]:
     return []
 
 
+def contents(folder: Path) -> str:
+    """What is in a folder, for messages."""
+    found = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
+    more = ", ..." if len(found) > 8 else ""
+    return f"which has {', '.join(found[:8])}{more}" if found else "which is empty"
+
+
 def read_split(
     folder: Path, names: Sequence[str], reader: Callable[[Path], list[Row]] = read_rows, *, required: bool = True
 ) -> list[tuple[str, Row]]:
@@ -45,7 +52,7 @@ def read_split(
     files = find_files(folder, names)
     if required and not files:
         wanted = " or ".join(f"{name}.*" for name in names)
-        raise DataError(f"no {wanted} ({', '.join(ENDINGS)}) in {folder}")
+        raise DataError(f"no {wanted} ({', '.join(ENDINGS)}) in {folder}, {contents(folder)}")
     rows = [entry for file in files for entry in numbered(reader(file), str(file))]
     if files and not rows:
         raise DataError(f"{files[0]} has no rows")

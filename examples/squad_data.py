@@ -16,23 +16,27 @@ HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
 COLUMNS = ("id", "context", "question", "answers")
 
 
-def load_questions(folder: Path | None, *, version_2: bool) -> tuple[list[Question], list[Question]]:
+def load_questions(
+    folder: Path | None, *, version_2: bool, train: bool = True
+) -> tuple[list[Question], list[Question]]:
     """Training and validation questions.
 
     :param folder: with files train.* and validation.* or dev.* (Parquet, JSON, JSON lines); None for the hub.
     :param version_2: whether questions may have no answer, as in SQuAD 2.0.
+    :param train: whether those for training are wanted; without, there are none.
     :raises DataError: naming the first row that is no question.
     """
     if folder is None:
         name = HUB_NAMES[version_2]
         splits = hub_splits(name)
-        sides = [numbered(splits[split], f"{name}, {split}") for split in ("train", "validation")]
+        wanted = ("train", "validation") if train else ("validation",)
+        sides = [numbered(splits[split], f"{name}, {split}") for split in wanted]
     else:
         end = "v2.0" if version_2 else "v1.1"  # as the original files are called
         stems = ((f"train-{end}", "train"), (f"dev-{end}", "validation", "dev"))
-        sides = [read_split(folder, names, read_file) for names in stems]
-    train, validation = ([question_of(row, where, version_2=version_2) for where, row in side] for side in sides)
-    return train, validation
+        sides = [read_split(folder, names, read_file) for names in stems[0 if train else 1 :]]
+    found = [[question_of(row, where, version_2=version_2) for where, row in side] for side in sides]
+    return found[0] if train else [], found[-1]
 
 
 def read_file(file: Path) -> list[Row]:

@@ -1,4 +1,5 @@
-"""The encoders of CLIP (Radford et al., 2021, arXiv:2103.00020) and SigLIP (Zhai et al., 2023, arXiv:2303.15343).
+"""The encoders of CLIP (Radford et al., 2021, arXiv:2103.00020), Meta CLIP 2 (Chuang et al., 2025, arXiv:2507.22062),
+SigLIP (Zhai et al., 2023, arXiv:2303.15343) and SigLIP 2 (Tschannen et al., 2025, arXiv:2502.14786).
 
 Either encoder of a pair is a model of its own with a configuration of its own, whether it was loaded alone or is a part
 of a `CLIPModel`. Where it is a part, what stands behind it reads its pooled output: leave the hidden dimensions out of
@@ -10,6 +11,8 @@ reads would slice its heads too, so that the hidden size is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import (
@@ -57,9 +60,12 @@ POOLING = (
 )
 
 
-def pair(config: PretrainedConfig, stem: tuple[Row, ...], refused: dict[str, str] | None = None) -> Family:
+def pair(
+    config: PretrainedConfig, stem: tuple[Row, ...], refused: dict[str, str] | None = None, encoder: str = ""
+) -> Family:
     """The table of one encoder of a pair."""
     return Family(
+        encoder=encoder,
         sizes={
             "hidden": config.hidden_size,
             "heads": config.num_attention_heads,
@@ -87,39 +93,45 @@ def patches(*rows: Row, others: int = 0) -> tuple[Row, ...]:
 
 
 class ClipVisionAdapter(Adapter):
-    """CLIP's image encoder, without and with projection."""
+    """The image encoders of CLIP and Meta CLIP 2, without and with projection."""
 
-    model_types = ("clip_vision_model",)
+    model_types = ("clip_vision_model", "metaclip_2_vision_model")
 
     def describe(self, config: PretrainedConfig) -> Family:
         token = tensor("embeddings", "class_embedding", HIDDEN.scaled)
         # The norm behind the layers sees the pooled row only. The norm before them is spelt like this.
-        return pair(config, patches(token, norm("pre_layrnorm"), norm("post_layernorm"), others=1))
+        rows = patches(token, norm("pre_layrnorm"), norm("post_layernorm"), others=1)
+        return pair(config, rows, encoder="vision_model")
 
 
 class ClipTextAdapter(Adapter):
-    """CLIP's text encoder, without and with projection."""
+    """The text encoders of CLIP and Meta CLIP 2, without and with projection."""
 
-    model_types = ("clip_text_model",)
+    model_types = ("clip_text_model", "metaclip_2_text_model")
 
     def describe(self, config: PretrainedConfig) -> Family:
-        return pair(config, TEXT)
+        return pair(config, TEXT, encoder="text_model")
 
 
 class SiglipVisionAdapter(Adapter):
-    """SigLIP's image encoder."""
+    """The image encoders of SigLIP and SigLIP 2, which is given its patches cut and flattened."""
 
-    model_types = ("siglip_vision_model",)
+    model_types = ("siglip_vision_model", "siglip2_vision_model")
+    trial_settings = MappingProxyType({"num_patches": 4})
 
     def describe(self, config: PretrainedConfig) -> Family:
         refused = {"hidden": POOLING} if getattr(config, "vision_use_head", True) else {}
-        return pair(config, patches(norm("post_layernorm")), refused)
+        first, positions, *others = patches(norm("post_layernorm"))
+        if config.model_type == "siglip2_vision_model":
+            # Stretched to the size of each image, for which the embeddings read the table itself.
+            positions = replace(positions, read_in="embeddings")
+        return pair(config, (first, positions, *others), refused)
 
 
 class SiglipTextAdapter(Adapter):
-    """SigLIP's text encoder; its head is a projection of the last row."""
+    """The text encoders of SigLIP and SigLIP 2; their head is a projection of the last row."""
 
-    model_types = ("siglip_text_model",)
+    model_types = ("siglip_text_model", "siglip2_text_model")
 
     def describe(self, config: PretrainedConfig) -> Family:
         return pair(config, (*TEXT, linear("head", reads=HIDDEN, rows=(0, 1))))

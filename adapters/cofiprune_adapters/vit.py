@@ -1,4 +1,5 @@
-"""ViT (Dosovitskiy et al., 2021, arXiv:2010.11929) and DeiT (Touvron et al., 2021, arXiv:2012.12877): pre-norm blocks.
+"""ViT (Dosovitskiy et al., 2021, arXiv:2010.11929), DeiT (Touvron et al., 2021, arXiv:2012.12877), MSN (Assran et al.,
+2022, arXiv:2204.07141) and I-JEPA (Assran et al., 2023, arXiv:2301.08243): pre-norm blocks.
 
 An image is cut into patches, each of which a convolution turns into one row of the residual stream; learned class and
 position vectors are parameters of the embeddings themselves. Each block's norm stands before it and goes with it.
@@ -61,12 +62,12 @@ def embeddings(*vectors: str, others: int = 1) -> tuple[Row, ...]:
 
 
 class ViTAdapter(Adapter):
-    """ViT and DeiT with every head that transformers has for them."""
+    """ViT, DeiT, MSN and I-JEPA with every head that transformers has for them."""
 
-    model_types = ("vit", "deit")
+    model_types = ("vit", "deit", "vit_msn", "ijepa")
 
     def describe(self, config: PretrainedConfig) -> Family:
-        others = 2 if config.model_type == "deit" else 1
+        others = {"deit": 2, "ijepa": 0}.get(config.model_type, 1)
         return Family(
             sizes={
                 "hidden": config.hidden_size,

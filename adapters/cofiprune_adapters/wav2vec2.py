@@ -1,11 +1,14 @@
 """wav2vec 2.0 (Baevski et al., 2020, arXiv:2006.11477) and the families that kept its encoder: HuBERT (Hsu et al.,
-2021, arXiv:2106.07447) and data2vec for audio (Baevski et al., 2022, arXiv:2202.03555).
+2021, arXiv:2106.07447), data2vec for audio (Baevski et al., 2022, arXiv:2202.03555), UniSpeech (Wang et al., 2021,
+arXiv:2101.07597), UniSpeech-SAT (Chen et al., 2021, arXiv:2110.05752) and SEW (Wu et al., 2021, arXiv:2109.06870),
+whose layers run on a shortened sequence.
 
 The relative positions come from a convolution over the hidden dimensions whose channels are grouped: a hidden dimension
 belongs to a group and cannot leave it alone, so that the hidden size is refused.
 
 The base models have post-norm layers, in which the norms stand beside attention and feed-forward; the large ones
 (`do_stable_layer_norm`) have pre-norm layers. A language adapter of an MMS model (`adapter_attn_dim`) stays as it is.
+Multiply-accumulates of SEW are exact where its `squeeze_factor` divides the rows that its convolutions make.
 """
 
 from __future__ import annotations
@@ -14,7 +17,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HEADS, HIDDEN, INTERMEDIATE, Adapter, BlockTable, Family, Row, linear, norm, projection
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    RestTable,
+    Row,
+    linear,
+    norm,
+    projection,
+)
 from cofiprune.structure import Exit
 
 if TYPE_CHECKING:
@@ -42,17 +57,20 @@ PRE_NORM_FFN = BlockTable(
 # The norm behind the residual is where the block leaves; what stands before it gives zeros.
 ATTENTION = replace(PRE_NORM_ATTENTION, exit=Exit("layer_norm"), skipped=(PRE_NORM_ATTENTION.exit,))
 FFN = replace(PRE_NORM_FFN, exit=Exit("final_layer_norm"), skipped=(PRE_NORM_FFN.exit,))
+LANGUAGE = RestTable(rows=(linear("adapter_layer.linear_{1,2}"),), exits=(Exit("adapter_layer", residual=False),))
 GROUPED = (
     "the convolution that gives it positions is grouped over the hidden dimensions (num_conv_pos_embedding_groups)"
 )
 
 
 class Wav2Vec2Adapter(Adapter):
-    """wav2vec 2.0, HuBERT and data2vec for audio with every head that transformers has for them."""
+    """wav2vec 2.0 and the families that share its layers, with every head that transformers has for them."""
 
-    model_types = ("wav2vec2", "hubert", "data2vec-audio")
+    model_types: tuple[str, ...] = ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
 
     def describe(self, config: PretrainedConfig) -> Family:
+        factor = getattr(config, "squeeze_factor", 1)
+        language = getattr(config, "adapter_attn_dim", None) is not None
         stable = getattr(config, "do_stable_layer_norm", False)
         return Family(
             sizes={
@@ -61,7 +79,13 @@ class Wav2Vec2Adapter(Adapter):
                 "intermediate": config.intermediate_size,
             },
             layers="encoder.layers",
-            stem=(*features(config), linear("feature_projection.projection"), *positions(config)),
+            stem=(
+                *features(config, factor),
+                linear("feature_projection{,.projection}", rows=(factor, 0), optional=True),
+                *positions(config),
+                linear("encoder.upsample.projection", optional=True),
+            ),
+            rest=LANGUAGE if stable and language else RestTable(),
             attention=PRE_NORM_ATTENTION if stable else ATTENTION,
             ffn=PRE_NORM_FFN if stable else FFN,
             heads={
@@ -74,9 +98,12 @@ class Wav2Vec2Adapter(Adapter):
         )
 
 
-def features(config: PretrainedConfig) -> Iterator[Row]:
-    """The convolutions over the sound wave, with the number of rows that each makes for the layers' T."""
-    per_row, more = 1, 0
+def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Row]:
+    """The convolutions over the sound wave, with the number of rows that each makes for the layers' T.
+
+    :param per_row: how many of theirs become one row of the layers.
+    """
+    more = 0
     for index in reversed(range(len(config.conv_dim))):
         yield linear(f"feature_extractor.conv_layers.{index}.conv", rows=(per_row, more))
         stride, kernel = config.conv_stride[index], config.conv_kernel[index]

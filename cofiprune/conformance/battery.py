@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cofiprune.adapter import Adapter, has_decoder, temporarily
+from cofiprune.adapter import Adapter, adapter_for, temporarily
 from cofiprune.adapter import structure as structure_of
+from cofiprune.conformance.description import check_applications, check_structure
 from cofiprune.conformance.laws import (
     ROUNDED,
     Case,
@@ -26,7 +27,6 @@ from cofiprune.conformance.laws import (
     check_case,
     check_gradients,
     check_ones,
-    check_structure,
     reloaded,
 )
 from cofiprune.conformance.specimens import (
@@ -40,6 +40,7 @@ from cofiprune.conformance.specimens import (
     unit_choices,
 )
 from cofiprune.errors import AdapterError, StructureError
+from cofiprune.refusals import has_decoder
 from cofiprune.structure import UNIT_KINDS, Structure
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class _Battery:
         batch = {key: row.double() if row.is_floating_point() else row for key, row in self._inputs(twin).items()}
         subject = Subject(twin, batch, structure_of(twin))
         check_structure(subject)
+        check_applications(subject, adapter_for(twin).describe(twin.config).applications)
         tolerance = EXACT if check_ones(subject) <= EXACT else ROUNDED
         check_blocks(subject)
         file = self._has_files(subject)

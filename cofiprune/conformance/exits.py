@@ -1,17 +1,19 @@
-"""Checking where blocks leave: a layer without its blocks returns its input, a gate scales a whole block."""
+"""Checking where blocks leave: without its blocks and its rest a layer returns its input, a gate scales a block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import Crash, crash_site, first_tensor, inside
-from cofiprune.structure import Block, Structure
+from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside, record
+from cofiprune.masking import leave as left
+from cofiprune.masking import masks_of
+from cofiprune.structure import Block, Exit, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +54,7 @@ def wrong_exit(model: PreTrainedModel, structure: Structure, batch: Batch) -> st
             hooks.callback(hook.remove)
         for path in (*structure.layers, *(block.exit.module for block in structure.blocks)):
             hooks.callback(model.get_submodule(path).register_forward_hook(leave(path)).remove)
+        hooks.enter_context(_without(model, structure.rest))
         outputs(model, batch)
     for path in structure.layers:
         found = exits[path]
@@ -73,7 +76,31 @@ def _wrong_block(path: str, blocks: list[Block], entry: Tensor, exits: Mapping[s
                 f"{tuple(entry.shape)}: check argument, keyword, residual, and which module it is."
             )
     shown = "; ".join(f"{block.gate!r} through {block.exit}" for block in blocks)
-    return f"Layer {path!r} does not return its input. Its blocks leave: {shown}; check residual."
+    return (
+        f"Layer {path!r} does not return its input. Its blocks leave: {shown}; check residual. What the layer holds "
+        "beside its blocks and keeps without them belongs into the family's rest."
+    )
+
+
+@contextmanager
+def _without(model: PreTrainedModel, rest: tuple[Exit, ...]) -> Iterator[None]:
+    """A model whose layers hold nothing beside their blocks."""
+
+    def silent(exit: Exit) -> Callable[..., Any]:
+        return lambda *args, **kwargs: left(exit, args, kwargs)
+
+    modules = [(model.get_submodule(exit.module), exit) for exit in rest]
+    before = [(module, module.__dict__.get("forward")) for module, _ in modules]
+    for module, exit in modules:
+        module.__dict__["forward"] = silent(exit)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
 
 
 def exit_hint(structure: Structure, crash: Crash | None) -> str:
@@ -127,4 +154,42 @@ def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
         if block.exit.residual == (found[block.exit.module] <= _NOTHING):
             adds = "not added" if block.exit.residual else "added"
             return f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: turn residual around."
+    return ""
+
+
+def overreaching(model: PreTrainedModel, structure: Structure, batch: Batch, kind: str) -> str:
+    """Name a block that takes with it what another block reads; "" when none does.
+
+    Where a residual is added outside of the blocks, one without it is one whose gate is all but shut. (Where it is not,
+    a norm goes too, and what comes behind it differs.)
+
+    :param model: under masks, which are changed.
+    :param kind: "attention" or "ffn", the blocks to remove.
+    """
+    masks = masks_of(model)
+    assert masks is not None
+    removed = [block for block in structure.blocks if block.gate.endswith(kind)]
+    if any(block.exit.residual for block in removed):
+        return ""
+    found = []
+    for gate in (SHUT, 0.0):
+        for block in structure.blocks:
+            masks[block.gate] = [gate if block in removed else 1.0]
+        found.append(record(model, batch))
+    shut, gone = found
+    for call, value in gone.items():
+        if not any(True for _ in model.get_submodule(call[0]).parameters()):
+            continue  # an activation, say: nothing describes which block it is of
+        own = [block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.skipped))]
+        other = shut.get(call)
+        if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):
+            continue
+        layer = next((path for path in structure.layers if inside(call[0], path)), "")
+        for block in removed:
+            if inside(block.exit.module, layer):
+                roots = ", ".join(repr(root.module) for root in (block.exit, *block.skipped))
+                return (
+                    f"Removing {block.gate!r} changes {call[0]!r}, which is not part of it. Removed with it are "
+                    f"{roots}: check skipped, and which block the parameters in them belong to."
+                )
     return ""

@@ -1,8 +1,7 @@
 """Tracing a difference between a masked model and its compacted self to the parameter described wrongly.
 
-A parameter's description can be tried on its own: what it assigns to a removed unit may take any value without the
-output changing, and a scale folded into the wrong module can be taken out again. Where neither tells, the two models
-are compared module by module.
+A parameter's description can be tried on its own: by `units`, and a scale folded into the wrong module can be taken out
+again. Where neither tells, the two models are compared module by module.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from cofiprune.compaction import compact, positions, sliced
 from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import Crash, crash_site, gap, inside, record
+from cofiprune.conformance.units import wrong_units
+from cofiprune.conformance.wording import described, layout, module_of, role_of
 from cofiprune.masking import attach, masks_of
 from cofiprune.plan import Plan
 from cofiprune.structure import Parameter, Side, Structure
@@ -51,7 +52,7 @@ def locate(
         elif fractional:
             found = _wrong_scale(model, small, batch, structure, plan, limit)
         else:
-            found = _wrong_units(model, batch, structure, values, limit)
+            found = wrong_units(model, batch, structure, values, limit)
         found = found or _first_difference(model, small, batch, structure, plan, limit)
     return f"It takes {' and '.join(_shown(name, value) for name, value in values.items())}. {found}"
 
@@ -89,70 +90,39 @@ def _same(masked: Mapping[str, Tensor], cut: Mapping[str, Tensor], plan: Plan, l
 
 def _of_module(structure: Structure, small: nn.Module, crash: Crash, values: Values) -> str:
     """What the adapter says about the module in which the compacted model fails."""
-    own = [spec for spec in structure.parameters if _module(spec) == crash.module]
-    below = [spec for spec in structure.parameters if inside(_module(spec), crash.module) and spec not in own]
-    without = [repr(spec.name) for spec in below if not any(_role(spec, name) for name in values)]
+    own = [spec for spec in structure.parameters if module_of(spec) == crash.module]
+    below = [spec for spec in structure.parameters if inside(module_of(spec), crash.module) and spec not in own]
+    if any(inside(path, crash.module) for path in structure.layers):
+        # It failed between the layers, or beside them: what is in them has been there.
+        below = [spec for spec in below if not structure.in_layers(spec)]
+    # The bias or norm of a projection into the residual stream has an axis, and rightly no other.
+    open_ = [spec for spec in below if len(spec.shape) > 1 or None in spec.sides]
+    without = [repr(spec.name) for spec in open_ if not any(role_of(spec, name) for name in values)]
     told = []
     if own:
-        told.append(f"{_described(own)}: every dimension that follows a group needs its axis, and no other.")
-    if without and len(below) < len(structure.parameters) // 2:
+        told.append(f"{described(own)}: every dimension that follows a group needs its axis, and no other.")
+    if without:
         told.append(f"Of the parameters below it, these have no axis of {', '.join(values)}: {', '.join(without[:8])}.")
     integers = _integers(small.get_submodule(crash.module))
     if integers and type(small.get_submodule(crash.module)).__module__.partition(".")[0] != "torch":
         told.append(f"If one of its integers follows a group, it belongs in the attributes of its block: {integers}.")
+    told += _given(structure, crash, values)
     return " ".join(told)
+
+
+def _given(structure: Structure, crash: Crash, values: Values) -> list[str]:
+    """What the adapter says about tensors that a module gets with an entry for every inner unit."""
+    blocks = [block for block in structure.blocks if block.inner in values and inside(crash.module, block.exit.module)]
+    found = [f"{shared}: check module, argument, keyword and dim." for block in blocks for shared in block.shared]
+    return found or [
+        f"If it is given a tensor with an entry for every unit of {block.inner}, its block needs Shared(...)."
+        for block in blocks
+    ]
 
 
 def _integers(module: nn.Module) -> str:
     found = {name: value for name, value in vars(module).items() if type(value) is int and not name.startswith("_")}
     return ", ".join(f"{name} = {value}" for name, value in found.items())
-
-
-def _wrong_units(model: PreTrainedModel, batch: Batch, structure: Structure, values: Values, limit: float) -> str:
-    """Name a parameter in which the elements of a removed unit still change the output; masks are set."""
-    stock = outputs(model, batch)
-    order = {path: place for place, (path, _) in enumerate(record(model, batch))}
-    loud = []
-    for spec, parameter in zip(structure.parameters, model.parameters(), strict=True):
-        removed = _removed(spec, values)
-        if removed is None:
-            continue
-        dim, rows = removed
-        with torch.no_grad():
-            before = parameter.clone()
-            parameter.index_add_(dim, rows, torch.ones_like(before).index_select(dim, rows))
-            after = outputs(model, batch)
-            parameter.copy_(before)
-        if any(gap(after[name], value) > limit for name, value in stock.items()):
-            loud.append(spec)
-    if not loud:
-        return ""
-    return _blame(structure, min(loud, key=lambda spec: order.get(_module(spec), len(order))), loud)
-
-
-def _removed(spec: Parameter, values: Values) -> tuple[int, Tensor] | None:
-    """The first dimension of a parameter along which the masks remove something, and what."""
-    for dim, side in enumerate(spec.sides):
-        if side is not None and side.group in values:
-            gone = tuple((values[side.group] == 0).nonzero().flatten().tolist())
-            if gone:
-                return dim, positions(side, gone)
-    return None
-
-
-def _blame(structure: Structure, first: Parameter, loud: Sequence[Parameter]) -> str:
-    """Choose between the rows that write a block's inner units and the projection that reads them."""
-    group = next(side.group for side in first.sides if side is not None)
-    writers = [spec for spec in structure.parameters if _role(spec, group) == "slice" and not spec.gated]
-    readers = [spec for spec in structure.parameters if _role(spec, group) == "scale" and spec.gated]
-    modules = {_module(spec) for spec in writers}
-    if readers and len(modules) > 1 and modules <= {_module(spec) for spec in loud}:
-        # Several modules agree with one another; the projection that masks them is the odd one out.
-        first = readers[0]
-    return (
-        f"The parameter at fault is {first.name!r} ({_layout(first)}): what this assigns to a removed unit still "
-        "changes the output. Correct the axes in its row: which group, which dimension, copies, block, role."
-    )
 
 
 def _wrong_scale(
@@ -165,7 +135,7 @@ def _wrong_scale(
     modules: dict[str, list[Parameter]] = {}
     for spec in structure.parameters:
         if any(side is not None and side.group in plan.scale for side in spec.sides):
-            modules.setdefault(_module(spec), []).append(spec)
+            modules.setdefault(module_of(spec), []).append(spec)
     for path, specs in modules.items():
         kept = [cut[spec.name].detach().clone() for spec in specs]
         for spec in specs:
@@ -175,7 +145,7 @@ def _wrong_scale(
             cut[spec.name].data.copy_(value)
         if repaired:
             return (
-                f"The module at fault is {path!r} with {_described(specs)}: with the other role of its axes, scale for "
+                f"The module at fault is {path!r} with {described(specs)}: with the other role of its axes, scale for "
                 "slice or slice for scale, the difference is gone. A matrix that is read directly cannot be scaled; a "
                 "norm whose only reader is tied to a scaled table needs read_by."
             )
@@ -199,11 +169,11 @@ def _first_difference(
         if call not in cut or _close(value, cut[call], plan, _sides_near(structure, path), limit) is not False:
             continue
         module = model.get_submodule(path)
-        own = [spec for spec in structure.parameters if _module(spec) == path]
+        own = [spec for spec in structure.parameters if module_of(spec) == path]
         if own and "norm" in type(module).__name__.lower() and path not in norms:
-            return f"The first module that differs is {path!r} with {_described(own)}: declare it by norm(...)."
+            return f"The first module that differs is {path!r} with {described(own)}: declare it by norm(...)."
         if own:
-            return f"The first module that differs is {path!r} with {_described(own)}."
+            return f"The first module that differs is {path!r} with {described(own)}."
         integers = _integers(module) or "it has none"
         return (
             f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
@@ -214,7 +184,7 @@ def _first_difference(
 
 def _sides_near(structure: Structure, path: str) -> list[Side]:
     """Sides of a module's parameters, then all others: the layouts that its output may have."""
-    near = [(_module(spec) != path, side) for spec in structure.parameters for side in spec.sides if side is not None]
+    near = [(module_of(spec) != path, side) for spec in structure.parameters for side in spec.sides if side is not None]
     return [side for _, side in sorted(near, key=lambda pair: pair[0])]
 
 
@@ -242,16 +212,33 @@ def _kept_positions(long: int, short: int, plan: Plan, sides: Sequence[Side]) ->
     return None
 
 
-def first_change(model: PreTrainedModel, batch: Batch) -> str:
-    """Name the first module whose output the masks attached to a model change."""
+def tied_alone(model: PreTrainedModel, structure: Structure, message: str) -> str:
+    """Name a second name of a tied parameter in a message, which a row must describe too; "" when there is none."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    sides = {spec.name: spec.sides for spec in structure.parameters}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names[id(parameter)]
+        if name != first and name in message and any(sides[first]):
+            return f"{name!r} is tied to {first!r}, and needs a row of its own beside that one's."
+    return ""
+
+
+def first_change(model: PreTrainedModel, batch: Batch, structure: Structure, *, limit: float = 0.0) -> str:
+    """Name the first module whose output the masks attached to a model change.
+
+    :param limit: the largest change that is none.
+    """
+    kinds = {norm.module: norm.kind for norm in structure.norms}
     stock = copy.deepcopy(model)
     masks = masks_of(stock)
     if masks is not None:
         masks.detach()
     before = record(stock, batch)
     for call, value in record(model, batch).items():
-        if call in before and (value.shape != before[call].shape or not torch.equal(value, before[call])):
-            return f"The first module that differs is {call[0]!r}."
+        if call in before and (value.shape != before[call].shape or gap(value, before[call]) > limit):
+            kind = kinds.get(call[0])
+            declared = "" if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
+            return f"The first module that differs is {call[0]!r}{declared or '.'}"
     return "No single module differs before the output does."
 
 
@@ -269,7 +256,7 @@ def wrong_shapes(structure: Structure, small: PreTrainedModel, plan: Plan) -> st
         elif spec.name not in found:
             return f"{spec.name!r} went with a removed block, but no row of the block describes it: add one."
         elif found[spec.name] != shape:
-            return f"{spec.name!r} has shape {found[spec.name]} in the place of {shape} ({_layout(spec)})."
+            return f"{spec.name!r} has shape {found[spec.name]} in the place of {shape} ({layout(spec)})."
     return ""
 
 
@@ -278,29 +265,6 @@ def scaled_by(structure: Structure, group: str) -> str:
     found = [
         repr(spec.name)
         for spec in structure.parameters
-        if (spec.gated and spec.gate == group) or _role(spec, group) == "scale"
+        if (spec.gated and spec.gate == group) or role_of(spec, group) == "scale"
     ]
     return f"It scales {', '.join(found[:4])}." if found else "It scales nothing: no projection or norm has its axis."
-
-
-def _module(spec: Parameter) -> str:
-    return (spec.described_as or spec.name).rpartition(".")[0]
-
-
-def _role(spec: Parameter, group: str) -> str | None:
-    return next((side.role for side in spec.sides if side is not None and side.group == group), None)
-
-
-def _described(specs: Sequence[Parameter]) -> str:
-    return " and ".join(f"{spec.name!r} ({_layout(spec)})" for spec in specs)
-
-
-def _layout(spec: Parameter) -> str:
-    return "; ".join(
-        f"dimension {dim}, {length} long: {'no axis' if side is None else _side(side)}"
-        for dim, (length, side) in enumerate(zip(spec.shape, spec.sides, strict=True))
-    )
-
-
-def _side(side: Side) -> str:
-    return f"{side.group} as copies {side.copies} x units {side.units} x block {side.block}, {side.role}"

@@ -62,32 +62,6 @@ class Case:
         return f"{self.label} over units {', '.join(self.choice)}"
 
 
-def check_structure(subject: Subject) -> None:
-    """Every layer has its groups, in canonical order, and each of them has parameters.
-
-    :raises LawError: with the first group that is missing, superfluous or out of place.
-    """
-    structure = subject.structure
-    kinds = {"attention": "layer", "heads": "head", "ffn": "layer", "intermediate": "intermediate"}
-    expected = [] if "hidden" in structure.refused else ["hidden"]
-    for index in range(len(structure.layers)):
-        expected += [f"layers.{index}.{kind}" for kind, unit in kinds.items() if unit not in structure.refused]
-    if list(structure) != expected:
-        pairs = zip([*structure, None], [*expected, None], strict=False)
-        found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
-        raise LawError(f"{subject.who}: the structure has group {found!r} in the place of {wanted!r}")
-    for name in structure:
-        used = any(
-            spec.gate == name or any(side is not None and side.group == name for side in spec.sides)
-            for spec in structure.parameters
-        )
-        if not used:
-            raise LawError(f"{subject.who}: no parameter has an axis of group {name!r}")
-    problem = exits.uncovered(structure)
-    if problem:
-        raise LawError(f"{subject.who}: a removed block leaves nothing behind. {problem}")
-
-
 def check_ones(subject: Subject) -> float:
     """Masks of ones change nothing, names stay as they are, and detaching restores the model bit for bit.
 
@@ -101,13 +75,14 @@ def check_ones(subject: Subject) -> float:
     names = [name for name, _ in model.named_parameters()]
     with attach(model) as masks:
         if largest(stock, run(subject, "masks of ones")) != 0:
-            raise LawError(f"{subject.who}: masks of ones change the outputs. {fault.first_change(model, batch)}")
+            which = fault.first_change(model, batch, subject.structure)
+            raise LawError(f"{subject.who}: masks of ones change the outputs. {which}")
         if list(model.state_dict()) != list(before) or [name for name, _ in model.named_parameters()] != names:
             raise LawError(f"{subject.who}: attached masks change the names of parameters or of the state dict")
         masks.bind({name: value.clone() for name, value in masks.items()})
         rounding = largest(stock, run(subject, "differentiable masks of ones"))
         if not rounding <= ROUNDED * size(stock):
-            which = fault.first_change(model, batch)
+            which = fault.first_change(model, batch, subject.structure, limit=ROUNDED)
             raise LawError(f"{subject.who}: differentiable masks of ones change the outputs by {rounding:.2g}. {which}")
     after = model.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -135,6 +110,10 @@ def check_blocks(subject: Subject) -> None:
         problem = exits.wrong_exit(subject.model, structure, subject.batch)
         if problem:
             raise LawError(f"{subject.who}: a removed block must hand its input on. {problem}")
+        for kind in ("attention", "ffn"):
+            problem = exits.overreaching(subject.model, structure, subject.batch, kind)
+            if problem:
+                raise LawError(f"{subject.who}: a block that is left must work as before. {problem}")
 
 
 def check_case(subject: Subject, case: Case, tolerance: float) -> float:
@@ -179,10 +158,15 @@ def check_reload(subject: Subject, small: PreTrainedModel, cut: Mapping[str, Ten
     :param cut: its outputs. Matrix products may round otherwise where weights lie elsewhere in memory.
     :raises LawError: naming a weight that differs.
     """
-    again = reloaded(small)
+    try:
+        again = reloaded(small)
+    except Exception as error:  # of whatever kind: before it was compacted, the model could be loaded
+        why = f"{error}. {fault.tied_alone(subject.model, subject.structure, str(error))}"
+        raise LawError(f"{subject.who}: the compacted model does not load from its file ({case}). {why}") from error
     stored, loaded = small.state_dict(), again.state_dict()
     changed = changed_weights(small, again)
-    if any(value.dtype != loaded[name].dtype for name, value in stored.items() if name in loaded):
+    retyped = any(value.dtype != loaded[name].dtype for name, value in stored.items() if name in loaded)
+    if retyped or _others(small, again):
         limit = max(limit, ROUNDED * size(cut))
     difference = largest(cut, outputs(again, subject.batch))
     if changed or difference > limit:
@@ -204,6 +188,12 @@ def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]
     loaded = again.state_dict()
     stored = model.state_dict().items()
     return [name for name, value in stored if name not in loaded or not _same(value, loaded[name])]
+
+
+def _others(model: PreTrainedModel, again: PreTrainedModel) -> bool:
+    """Whether a buffer that is in no file, such as the frequencies of rotary positions, came back in another dtype."""
+    loaded = dict(again.named_buffers())
+    return any(name in loaded and value.dtype != loaded[name].dtype for name, value in model.named_buffers())
 
 
 def _same(stored: Tensor, loaded: Tensor) -> bool:

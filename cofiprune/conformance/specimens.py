@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,18 @@ _SIZES: Mapping[str, Any] = {
     "conv_dim": (6, 6),
     "conv_kernel": (4, 3),
     "conv_stride": (2, 2),
+    "num_frames": 4,
+    "coordinate_size": 4,
+    "shape_size": 4,
 }
+WIDE: Mapping[str, Any] = {"hidden_size": 192, "intermediate_size": 136, "embedding_size": 192, "hidden_dim": 136}
+"""Sizes for models that divide their hidden dimensions further than by heads: by groups, or among coordinates."""
 # Classes of these tasks read the encoder through a decoder, or are one.
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
 _TOKENS = 9
 _SAMPLES = 160
+_FRAMES = 20
 _CHOICES = 2
 
 
@@ -64,17 +71,34 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
 
     :param settings: go before these sizes.
     """
-    stock = AutoConfig.for_model(model_type)
-    names = {name: stock.attribute_map.get(name, name) for name in _SIZES}
-    sizes = {name: _SIZES[key] for key, name in names.items() if hasattr(stock, name)}
-    if getattr(stock, "pad_token_id", 0) is None:
+    sizes = tiny_sizes(AutoConfig.for_model(model_type))
+    return AutoConfig.for_model(model_type, **{**sizes, **settings})
+
+
+def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any]:
+    """Return the small sizes by the names that a configuration has for them.
+
+    :param wide: with 192 hidden dimensions instead of 24.
+    """
+    chosen = {**_SIZES, **WIDE} if wide else _SIZES
+    names = {name: config.attribute_map.get(name, name) for name in chosen}
+    sizes = {name: chosen[key] for key, name in names.items() if hasattr(config, name)}
+    if wide:
+        sizes.update({name: 136 for name in ("d_ff", "encoder_ffn_dim") if name in sizes})
+    if isinstance(getattr(config, "image_size", None), list | tuple):
+        sizes["image_size"] = type(config.image_size)([_SIZES["image_size"]] * len(config.image_size))
+    for name, value in vars(config).items():
+        # Further vocabularies: of entities, of glyphs, of tags.
+        if name not in sizes and name.endswith(("vocab_size", "num_buckets")) and isinstance(value, int) and value > 64:
+            sizes[name] = 64
+    if getattr(config, "pad_token_id", 0) is None:
         sizes["pad_token_id"] = 0
-    ids = [name for name in vars(stock) if name.endswith("_token_id")]
+    ids = [name for name in vars(config) if name.endswith("_token_id")]
     for place, name in enumerate(ids, start=1):
-        value = getattr(stock, name)
+        value = getattr(config, name)
         if isinstance(value, int) and value >= _SIZES["vocab_size"]:
             sizes[name] = 0 if name == "pad_token_id" else place
-    return AutoConfig.for_model(model_type, **{**sizes, **settings})
+    return sizes
 
 
 def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
@@ -127,14 +151,22 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
     config, name = model.config, model.main_input_name
     if name == "input_ids":
         return _token_ids(model, generator)
+    if name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters:
+        return _patches(model, generator)
     if name == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return {name: _noise((3, config.num_channels, height, width), model, generator)}
+        frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
+        return {name: _noise((3, *frames, config.num_channels, height, width), model, generator)}
     if name == "input_values" and hasattr(config, "conv_stride"):
         mask = torch.ones(3, _SAMPLES, dtype=torch.long)
         mask[1, _SAMPLES // 2 :] = 0
         return {name: _noise((3, _SAMPLES), model, generator), "attention_mask": mask}
+    if name == "input_features" and hasattr(config, "feature_projection_input_dim"):
+        mask = torch.ones(3, _FRAMES, dtype=torch.long)
+        mask[1, _FRAMES // 2 :] = 0
+        shape = (3, _FRAMES, config.feature_projection_input_dim)
+        return {name: _noise(shape, model, generator), "attention_mask": mask}
     if name == "input_features" and hasattr(config, "max_source_positions"):
         # A convolution of stride 2 makes the positions.
         return {name: _noise((3, config.num_mel_bins, 2 * config.max_source_positions), model, generator)}
@@ -145,13 +177,41 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
 
 def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
     config = model.config
-    padding = config.pad_token_id or 0
+    padding = getattr(config, "pad_token_id", None) or 0
     shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
-    ids = torch.randint(padding + 1, config.vocab_size, shape, generator=generator)
+    ids = torch.randint(padding + 1, getattr(config, "vocab_size", 64), shape, generator=generator)
     mask = torch.ones_like(ids)
     mask[1, ..., 6:] = 0
     mask[2, ..., 2:] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+    batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+    return {**batch, **_beside_tokens(model, shape, generator)}
+
+
+def _beside_tokens(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """What some models read beside tokens: where these lie on a page, or entities that the text names."""
+    reads = inspect.signature(model.forward).parameters
+    found: dict[str, Tensor] = {}
+    if "bbox" in reads:
+        numbers = getattr(model.config, "dim_bbox", 4)
+        boxes = torch.randint(1, 9, (*shape, numbers), generator=generator).sort(dim=-1).values
+        # Left, top, right, bottom, each in so many positions of the table, or as shares of the page.
+        whole = hasattr(model.config, "max_2d_position_embeddings")
+        found["bbox"] = boxes[..., [0, 1, 2, 3]] if whole else boxes / 10
+    if {"entity_ids", "entity_position_ids"} <= reads.keys() and len(shape) == 2:
+        found["entity_ids"] = torch.randint(1, 9, (shape[0], 2), generator=generator)
+        found["entity_attention_mask"] = torch.ones(shape[0], 2, dtype=torch.long)
+        found["entity_position_ids"] = torch.tensor([[[0, 1, -1], [1, -1, -1]]]).repeat(shape[0], 1, 1)
+    return found
+
+
+def _patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high."""
+    config = model.config
+    return {
+        "pixel_values": _noise((3, 4, config.num_channels * config.patch_size**2), model, generator),
+        "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
+        "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
+    }
 
 
 def _noise(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:

@@ -99,16 +99,29 @@ def projections(model: nn.Module, structure: Structure) -> dict[str, Projection]
     return found
 
 
+def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
+    """Return the paths of the `nn.Linear`s of a block that come before its last projection."""
+    last = {spec.name for spec in structure.parameters if spec.gated}
+    found = []
+    for spec in structure.parameters:
+        path, _, name = spec.name.rpartition(".")
+        inside = spec.gate == block.gate and spec.name not in last and name == "weight" and len(spec.shape) == 2
+        if inside and spec.sides[0] is not None and type(model.get_submodule(path)) is nn.Linear:
+            found.append(path)
+    return found
+
+
 @dataclass
 class Passage:
-    """What passed a block's last projection in one batch."""
+    """What passed a map in one batch."""
 
     inputs: Tensor
     """[B, T, n]"""
     outputs: Tensor
     """[B, T, H]"""
     entry: Tensor | None = None
-    """[B, T, H]: what the block's exit adds the output to; None when the residual is added elsewhere."""
+    """[B, T, H]: what the block's exit adds the output to, where the map is a block's last projection; None when the
+    residual is added elsewhere."""
 
     @property
     def sum(self) -> Tensor:
@@ -125,37 +138,33 @@ class LayerWalk:
 
     def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Batch]) -> None:
         """Start below the first layer."""
-        self.model = model
         self.batches = [placed(batch, model) for batch in batches]
+        self.model = model
         self.layers = [model.get_submodule(path) for path in structure.layers]
+        self._last = {projection.module: projection.block for projection in projections(model, structure).values()}
         self.depth = 0
         """Index of the current layer; the ones below are not run any more."""
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
-    def look(self, index: int, wanted: Sequence[Projection] = (), *, settle: bool = False) -> dict[str, Passage]:
+    def look(self, index: int, wanted: Sequence[str] = (), *, settle: bool = False) -> dict[str, Passage]:
         """Run the current layer on a batch, no further than is needed.
 
-        :param wanted: projections of this layer to watch.
+        :param wanted: paths of linear maps of this layer to watch.
         :param settle: run the layer to its end and store what it gives, for when the walk goes up.
-        :return: what passed, by the name of the block's gate.
+        :return: what passed, by path; nothing of maps that are not called as modules.
         """
         passing = _Passing()
         with ExitStack() as hooks:
-            for projection in wanted:
-                for handle in passing.watch(self.model, projection):
+            for path in wanted:
+                for handle in passing.watch(self.model, path, self._last.get(path)):
                     hooks.callback(handle.remove)
             if settle:
                 hooks.callback(passing.watch_end(self.layers[self.depth]).remove)
             self._run(index)
         if settle:
             self._above[index] = passing.end
-        return {gate: Passage(**parts) for gate, parts in passing.parts.items()}
-
-    def follow(self, model: nn.Module, structure: Structure) -> None:
-        """Go on in a copy of the model whose lower layers give the same, and in which the current one was changed."""
-        self.model = model
-        self.layers = [model.get_submodule(path) for path in structure.layers]
+        return {path: Passage(**parts) for path, parts in passing.parts.items() if "inputs" in parts}
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""
@@ -183,25 +192,27 @@ class _Passing:
         if not self._pending:
             raise _Seen
 
-    def watch(self, model: nn.Module, projection: Projection) -> Iterator[RemovableHandle]:
-        """Watch a block's last projection, and its exit where that adds the residual."""
-        block = projection.block
-        parts = self.parts.setdefault(block.gate, {})
+    def watch(self, model: nn.Module, path: str, block: Block | None) -> Iterator[RemovableHandle]:
+        """Watch a map, and the exit of the block whose last projection it is, where that adds the residual."""
+        parts = self.parts.setdefault(path, {})
 
         def passed(module: nn.Module, args: Any, output: Tensor) -> None:
             # Copies: what is run afterwards may add the residual in place.
             parts["inputs"], parts["outputs"] = args[0].clone(), output.clone()
-            self._arrived(block.gate, "projection")
+            self._arrived(path, "map")
+
+        self._pending.add((path, "map"))
+        yield model.get_submodule(path).register_forward_hook(passed)
+        if block is None or not block.exit.residual:
+            return
+        exit = block.exit
 
         def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            parts["entry"] = entry_of(block.exit, args, kwargs).clone()
-            self._arrived(block.gate, "exit")
+            parts["entry"] = entry_of(exit, args, kwargs).clone()
+            self._arrived(path, "exit")
 
-        self._pending.add((block.gate, "projection"))
-        yield model.get_submodule(projection.module).register_forward_hook(passed)
-        if block.exit.residual:
-            self._pending.add((block.gate, "exit"))
-            yield model.get_submodule(block.exit.module).register_forward_pre_hook(entered, with_kwargs=True)
+        self._pending.add((path, "exit"))
+        yield model.get_submodule(exit.module).register_forward_pre_hook(entered, with_kwargs=True)
 
     def watch_end(self, layer: nn.Module) -> RemovableHandle:
         """Watch what a layer gives."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from cofiprune.batches import ROWS
 from cofiprune.distillation import predictions
 from cofiprune.masks import MaskRegistry
-from cofiprune.tasks import label_names
+from cofiprune.tasks import label_names, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,9 @@ def measured_importance(
         for batch in itertools.islice(batches, limit):
             inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}
             masks.bind(values)
-            outputs = [_counted(part, inputs) for part in predictions(model(**inputs, return_dict=True))]
+            outputs = [
+                counted_outputs(part, inputs) for part in predictions(model(**inputs, **taken(model, return_dict=True)))
+            ]
             noise = [torch.randn(part.shape, generator=generator, device=device, dtype=part.dtype) for part in outputs]
             projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
             gradients = torch.autograd.grad(projected, list(values.values()))
@@ -64,7 +66,7 @@ def measured_importance(
     return squares
 
 
-def _counted(predicted: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def counted_outputs(predicted: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Predictions [B, T, ...] with zeros at padding; others as they are."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2 or predicted.dim() < 2 or predicted.shape[:2] != mask.shape:

@@ -75,6 +75,7 @@ def prune_without_data(
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
     samples: int | None = None,
+    repair: bool = True,
     on_progress: Progress | None = None,
 ) -> OneShotReport:
     """Choose what to remove without data, and repair what is left.
@@ -90,6 +91,7 @@ def prune_without_data(
     :param units: unit kinds that may be removed; None for all that the model has.
     :param samples: positions (tokens, patches or frames) that statistics are taken over, at least 1; more are slower
         and better. None takes 2048 to 6144, fewer for larger models.
+    :param repair: whether what is left is refitted, with a teacher.
     :param on_progress: called with the name of the phase and its share done, in [0, 1].
     :raises TargetError: when the target cannot be reached.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
@@ -114,6 +116,8 @@ def prune_without_data(
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         measured = activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
         plan = _decided(model, structure, {**importance, **measured}, target, units)
+        if not repair:
+            return OneShotReport(plan)
         return _repaired(_Pruned(model, structure, plan, reference), batches, held_out, report)
 
 

@@ -1,17 +1,18 @@
-"""One-shot pruning on data: block by block from the bottom, measured again and repaired after every cut.
+"""One-shot pruning on data: in a few sweeps, each of which measures, decides and repairs.
 
-The order in which units go is that of K-prune (Park et al., 2024, arXiv:2308.03449): score everything that is left on
-the model as it stands, find the threshold that the rest of the budget allows, but cut only the lowest block that
-is still whole; fit the block's last projection so that the residual stream after it is what the whole model
-has there; go up. Measuring again, and tuning weights, is why this holds where a single ranking collapses.
+A sweep measures what it costs to take units out of every block when the others make up for it (`surgeon`), spends its
+budget where that costs least (`budgeting`), and fits every map of what is left to what the whole model does at the same
+place (`repair`). Then the next one measures again, on the repaired model: a single ranking collapses where much goes.
+A pass from the bottom to the top that decides block by block (K-prune, Park et al., 2024, arXiv:2308.03449) measures
+again too, but decides the lowest blocks while the others are whole.
 
-The score of a unit is its importance (`measured_importance`) by the cost that it saves. Labels are not needed.
-Hidden dimensions stay: what they carry cannot be put back by any one projection.
+Labels are not needed. Hidden dimensions stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,27 +22,26 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS
 from cofiprune.compaction import compact
 from cofiprune.errors import DataError, TargetError
-from cofiprune.masking import attach
-from cofiprune.oneshot.activations import Batch, LayerWalk, Projection, counted, projections, valid_rows
-from cofiprune.oneshot.fisher import measured_importance
-from cofiprune.oneshot.repair import LeastSquares
+from cofiprune.oneshot.activations import Batch, Projection, counted, projections
+from cofiprune.oneshot.decision import Candidate, decide
+from cofiprune.oneshot.repair import Repair
+from cofiprune.oneshot.sensitivity import passed
+from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.plan import Plan
-from cofiprune.selection import best_units, check_target, sizes_for
-from cofiprune.structure import Block, Structure, UnitKind
+from cofiprune.selection import check_target
+from cofiprune.structure import Block, Side, Structure, UnitKind
 from cofiprune.target import Target
 from cofiprune.tasks import label_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RIDGE = 1e-3
-"""Pull towards the weights as they are, relative to the mean squared input; real inputs need little."""
-FIT_POSITIONS = 27_000
-"""Tokens, patches or frames that the projections are fitted on: some twenty times the unknowns of each output."""
-SCORED_POSITIONS, SCORED_EXAMPLES = 16_000, 384
-"""What importance is measured on: no more than either."""
-_SCORED_TOGETHER = 8
-"""Examples per random projection of the predictions: more projections are a better estimate, and slower."""
+STEP = 0.4
+"""Share of the model that one sweep leaves at least."""
+FIT_POSITIONS, FIT_PER_INPUT = 10_000, 4
+"""Tokens, patches or frames that the maps are fitted on: so many, and at least four for each input of the widest."""
+SCORED_POSITIONS = 6_000
+"""What the curves are measured on."""
 
 
 def check_one_shot(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None) -> None:
@@ -67,22 +67,30 @@ def calibration(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]])
     :raises DataError: when there are fewer positions than a projection has inputs.
     """
     structure = structure_of(model)
+    needed = max((_shape(model, last)[0] for last in projections(model, structure).values()), default=1)
+    enough = positions_used(needed)
     left_out = {ROWS, *label_names(model)}
     taken: list[Batch] = []
     found = 0
     for batch in batches:
         taken.append({name: value for name, value in batch.items() if name not in left_out})
         found += counted(model, structure, taken[-1])
-        if found >= FIT_POSITIONS:
+        if found >= enough:
             break
-    widths = [model.get_parameter(f"{part.module}.weight").shape[1] for part in projections(model, structure).values()]
-    needed = max(widths, default=1)
     if found < needed:
         raise DataError(
             f"the data set has {found} positions (tokens, patches or frames) that are no padding; the statistics of "
-            f"this model need at least {needed}, and up to {FIT_POSITIONS} are used"
+            f"this model need at least {needed}, one for each input of its widest projection; up to {enough} are used"
         )
     return taken
+
+
+def positions_used(widest: int) -> int:
+    """How many positions the statistics are taken over, where there are as many.
+
+    :param widest: inputs of the widest last projection of a block.
+    """
+    return max(FIT_POSITIONS, FIT_PER_INPUT * widest)
 
 
 class SequentialPruning:
@@ -96,6 +104,7 @@ class SequentialPruning:
         *,
         units: str | Sequence[UnitKind] | None = None,
         seed: int = 0,
+        repair: bool = True,
     ) -> None:
         """Set up a run.
 
@@ -103,161 +112,134 @@ class SequentialPruning:
         :param batches: see `calibration`; at least one.
         :param target: met as nearly as whole units allow.
         :param units: kinds that may be cut; of them only heads and feed-forward dimensions are, and with "layer" also
-            the blocks of which nothing would be left.
+            whole blocks.
+        :param repair: whether what is left is refitted after every sweep.
         """
         self.model = model
         self.batches = batches
         self.structure = structure_of(model)
-        self.cost = target.cost(self.structure)
-        self.wanted = target.left
-        self.pending = _inner(self.structure, units)
+        self.target = target
+        self.pending = set(_inner(self.structure, units))
         self.may_empty = any(group.unit == "layer" for group in self.structure.select(_listed(units)))
         self.seed = seed
+        self.repair = repair
         self.scored = _scored(model, self.structure, batches)
-        self.keep: dict[str, tuple[int, ...]] = {}
-        self.small = compact(model, Plan.from_values(self.structure, {}))
-        self.sizes = self._levels(target) if target.by_levels(self.structure) else None
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> tuple[Plan, PreTrainedModel]:
-        """Prune, from the bottom to the top.
+        """Prune.
 
         :param on_progress: called with the share done, in (0, 1].
         :return: what is kept, in terms of the model, and the smaller, repaired model.
         """
-        whole = projections(self.model, self.structure)
-        above = LayerWalk(self.model, self.structure, self.batches)
-        walk = LayerWalk(self.small, self.structure, self.batches)
-        blocks = [block for block in self.structure.blocks if block.inner in self.pending]
-        for layer in range(len(self.structure.layers)):
-            here = [block for block in blocks if self.structure[block.gate].layer == layer]
-            targets = self._targets(above, [whole[block.gate] for block in here if block.gate in whole])
-            for block in here:
-                self._cut(block)
-                walk.follow(self.small, structure_of(self.small))
-                left = projections(self.small, structure_of(self.small))
-                if block.gate in targets and block.gate in left:
-                    self._refit(walk, left[block.gate], targets[block.gate])
-                if on_progress is not None:
-                    on_progress((blocks.index(block) + 1) / len(blocks))
-            for index in range(len(walk.batches)):
-                walk.look(index, settle=True)
-            above.advance()
-            walk.advance()
-        return self._plan(self.structure, self.keep), self.small
+        report = on_progress or (lambda share: None)
+        weights = position_weights(self.model, self.batches, seed=self.seed) if self.repair else {}
+        plan = Plan.from_values(self.structure, {})
+        small = compact(self.model, plan)
+        goals = self._goals()
+        for number, goal in enumerate(goals):
+            try:
+                cut = self._cut(small, goal)
+            except TargetError:
+                if goal is self.target:
+                    raise
+                continue  # sizes that go in large steps need not meet what lies on the way
+            small, plan = compact(small, cut), plan.then(cut)
+            if not self.repair:
+                report((number + 1) / len(goals))
+                continue
+            repair = Repair(
+                self.model, self.structure, small, structure_of(small), plan, self.batches,
+                ridge=None, weights=weights, everything=True,
+            )  # fmt: skip
+            repair.run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
+        return plan, small
 
-    def _targets(self, walk: LayerWalk, wanted: Sequence[Projection]) -> dict[str, list[Tensor]]:
-        """What the whole model has after each block of a layer, by gate: a tensor [N, H] for each batch."""
-        targets: dict[str, list[Tensor]] = {projection.block.gate: [] for projection in wanted}
-        for index, batch in enumerate(walk.batches):
-            for gate, passage in walk.look(index, wanted, settle=True).items():
-                targets[gate].append(valid_rows(passage.sum, batch))
-        return targets
+    def _goals(self) -> list[Target]:
+        """What each sweep is to leave; the last one the target itself."""
+        here = self.target.kept_share(self.structure)
+        shares = sweeps((1 - self.target.share) / here)
+        return [*(self.target.at(1 - share * here) for share in shares[:-1]), self.target]
 
-    def _cut(self, block: Block) -> None:
-        """Decide on a block's inner units, and take the others out of the small model."""
-        assert block.inner is not None
-        self.keep[block.inner] = self._chosen(block)
-        self.pending = [name for name in self.pending if name != block.inner]
-        structure = structure_of(self.small)
-        self.small = compact(self.small, self._plan(structure, {block.inner: self.keep[block.inner]}))
+    def _cut(self, small: PreTrainedModel, goal: Target) -> Plan:
+        """What to take out of the small model; where the goal is measured, what is decided is."""
+        structure = structure_of(small)
+        candidates = [
+            Candidate(block, found, in_part=block.inner in self.pending, as_a_whole=self.may_empty)
+            for block, found in self._curves(small, structure)
+        ]
 
-    def _chosen(self, block: Block) -> tuple[int, ...]:
-        """The units of a block above the threshold that the budget for all undecided blocks allows."""
-        masks = attach(self.small)
-        try:
-            found = measured_importance(
-                self.small, masks, self.pending, self.scored, seed=self.seed, limit=len(self.scored)
-            )
-        finally:
-            masks.detach()
-        assert block.inner is not None
-        importance = {name: values.double().cpu() for name, values in found.items()}
-        if self.sizes is not None:
-            best = importance[block.inner].argsort(descending=True)[: self.sizes[block.inner]]
-            return tuple(sorted(best.tolist()))
-        saved = {name: self._saving(name) for name in self.pending}
-        candidates = sorted(
-            (-float(value) / saved[name], position, unit)
-            for position, name in enumerate(self.pending)
-            for unit, value in enumerate(importance[name])
-        )
-        budget = self.wanted - self.cost.exact(self._sizes(dict.fromkeys(self.pending, 0)))
-        kept: list[int] = []
-        for _, position, unit in candidates:
-            price = saved[self.pending[position]]
-            if budget < (price / 2 if len(self.pending) == 1 else price):  # the last block rounds
-                break
-            budget -= price
-            if self.pending[position] == block.inner:
-                kept.append(unit)
-        if not kept and not self.may_empty:
-            kept = [int(importance[block.inner].argmax())]
-        return tuple(sorted(kept))
+        def plan_for(aim: Target) -> Plan:
+            return decide(structure, candidates, aim)
 
-    def _levels(self, target: Target) -> dict[str, int]:
-        """Decide on the sizes of all groups beforehand, by what is measured on the whole model."""
-        gates = [block.gate for block in self.structure.blocks if self.may_empty and block.inner in self.pending]
-        with attach(self.small) as masks:
-            found = measured_importance(
-                self.small, masks, [*self.pending, *gates], self.scored, seed=self.seed, limit=len(self.scored)
-            )
-        worth = {name: values.double().cpu() for name, values in found.items()}
+        return goal.settle(plan_for, lambda plan: compact(small, plan))
 
-        def decide(goal: Target) -> Plan:
-            sizes = sizes_for(self.structure, worth, goal, may_empty=self.may_empty)
-            kept = best_units({name: worth[name] for name in self.pending}, sizes)
-            gone = {gate: torch.zeros(1) for gate in gates if not sizes[gate]}
-            return Plan.from_values(self.structure, {**{name: mask.double() for name, mask in kept.items()}, **gone})
+    def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[Block, Curve]]:
+        """What it costs to take units out of each block that may be cut, or go."""
+        blocks = {
+            block.gate: block
+            for block in structure.blocks
+            if block.inner in self.pending or (self.may_empty and block.inner in structure)
+        }
+        wanted = {gate: last for gate, last in projections(small, structure).items() if gate in blocks}
+        moments = {gate: Moments(*_shape(small, last)) for gate, last in wanted.items()}
+        for seen in passed(small, wanted, self.scored, seed=self.seed):
+            for gate, what in seen.items():
+                moments[gate].add(what)
+        # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
+        source = next((gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())), None)
+        for gate, last in {**({source: wanted[source]} if source else {}), **wanted}.items():
+            found = moments.pop(gate)
+            if not found.finite:
+                raise DataError(
+                    f"what passes {last.module} on the rows of the data set is not finite, so that there are no "
+                    "statistics of it. Look for values that overflow in the rows or, in half precision, in the model"
+                )
+            module, side = small.get_submodule(last.module), _inputs_of(structure, last)
+            assert isinstance(module, torch.nn.Linear)
+            if side is not None and found.rows:  # weights that another module reads itself are not seen
+                yield blocks[gate], curve(module, found, side)
 
-        return target.settle(decide, lambda plan: compact(self.model, plan)).kept
 
-    def _sizes(self, pending: Mapping[str, int]) -> dict[str, int]:
-        """Sizes of all groups with what was decided and some sizes of what was not; open blocks stay open."""
-        sizes = {**self.structure.sizes, **{name: len(units) for name, units in self.keep.items()}, **pending}
-        for block in self.structure.blocks:
-            if block.inner in self.keep and not self.keep[block.inner]:
-                sizes[block.gate] = 0
-        return sizes
+def position_weights(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int) -> dict[str, list[Tensor]]:
+    """How much the answers of a model depend on each position: [N] for every batch, by the gate of the block."""
+    wanted = projections(model, structure_of(model))
+    found: dict[str, list[Tensor]] = {gate: [] for gate in wanted}
+    for seen in passed(model, wanted, batches, seed=seed):
+        for gate, what in seen.items():
+            found[gate].append(what.weights)
+    return found
 
-    def _saving(self, name: str) -> int:
-        """What one unit costs: the cost is linear in the size of each group."""
-        return self.cost.exact(self._sizes({name: 1})) - self.cost.exact(self._sizes({name: 0}))
 
-    def _refit(self, walk: LayerWalk, projection: Projection, targets: Sequence[Tensor]) -> None:
-        module = self.small.get_submodule(projection.module)
-        assert isinstance(module, torch.nn.Linear)
-        if not module.weight.requires_grad:
-            return  # frozen weights stay as they are
-        fit = LeastSquares(module.in_features, module.out_features)
-        for index, (batch, target) in enumerate(zip(walk.batches, targets, strict=True)):
-            passage = walk.look(index, [projection])[projection.block.gate]
-            sums = valid_rows(passage.sum, batch)
-            fit.add(valid_rows(passage.inputs, batch), target.to(sums) - sums)
-        fit.correct(module, RIDGE)
+def sweeps(share: float) -> list[float]:
+    """The shares that are left after each sweep, evenly on a logarithmic scale, for what is to be left in the end.
 
-    @staticmethod
-    def _plan(structure: Structure, keep: Mapping[str, tuple[int, ...]]) -> Plan:
-        masks = {}
-        for name, units in keep.items():
-            masks[name] = torch.zeros(structure[name].size, dtype=torch.float64)
-            masks[name][list(units)] = 1.0
-        return Plan.from_values(structure, masks)
+    >>> [round(left, 3) for left in sweeps(0.2)]
+    [0.447, 0.2]
+    """
+    number = max(1, math.ceil(math.log(share) / math.log(STEP)))
+    return [share ** ((index + 1) / number) for index in range(number)]
+
+
+def _inputs_of(structure: Structure, last: Projection) -> Side | None:
+    """How the inputs of a block's last projection divide into units."""
+    return next(spec.sides[1] for spec in structure.parameters if spec.name == f"{last.module}.weight")
+
+
+def _shape(model: PreTrainedModel, last: Projection) -> tuple[int, int]:
+    outputs, inputs = model.get_parameter(f"{last.module}.weight").shape
+    return inputs, outputs
 
 
 def _scored(model: PreTrainedModel, structure: Structure, batches: Sequence[Batch]) -> list[Batch]:
-    """The first batches, up to the limits, in small pieces."""
-    pieces: list[Batch] = []
-    positions = examples = 0
+    """The first batches, up to the limit."""
+    taken: list[Batch] = []
+    found = 0
     for batch in batches:
-        size = max(len(value) for value in batch.values())
-        positions += counted(model, structure, batch)
-        examples += size
-        for start in range(0, size, _SCORED_TOGETHER):
-            end = start + _SCORED_TOGETHER
-            pieces.append({name: value[start:end] if len(value) == size else value for name, value in batch.items()})
-        if positions >= SCORED_POSITIONS or examples >= SCORED_EXAMPLES:
+        taken.append(batch)
+        found += counted(model, structure, batch)
+        if found >= SCORED_POSITIONS:
             break
-    return pieces
+    return taken
 
 
 def _inner(structure: Structure, units: str | Sequence[UnitKind] | None) -> list[str]:

@@ -17,11 +17,12 @@ from cofiprune.selection import check_target
 from cofiprune.target import check_fraction
 from cofiprune.training import callback_state
 from cofiprune.training.callback_checks import callback_config, check_arguments, used_settings
-from cofiprune.training.callback_run import CallbackRun, rows_again
+from cofiprune.training.callback_run import CallbackRun, begun, rows_again
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
+from cofiprune.training.start import start_for
 from cofiprune.training.targets import target_for
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ class PruningCallback(TrainerCallback):
     """Prunes the model of a `transformers.Trainer` while it trains.
 
     Gates, the sparsity constraint and, with a teacher, distillation run inside the Trainer's steps, whatever its loop
-    does besides. The target rises over the first 0.4 of the steps; after three quarters the structure is decided, at
-    exactly the target, and the last quarter trains what is left. The model ends with masks of zeros and ones attached,
-    for `cofiprune.compact(model)`.
+    does besides. As in `cofiprune.prune` part of the model goes in one shot when training begins (`one_shot_share`).
+    The target rises over the first quarter of the steps; after 0.4 of them the structure is decided, at exactly the
+    target, and the rest trains what is left. The model ends with masks of zeros and ones attached, for
+    `cofiprune.compact(model)`.
 
     After training `result` holds a `PruneResult`.
     """
@@ -119,13 +121,21 @@ class PruningCallback(TrainerCallback):
         saved = None
         if state.global_step:
             saved = callback_state.load(args, state.global_step, self._fingerprint, model)
-        take_masks_off(model, quietly=saved is not None)
-        masks = attach(model)
         fresh = saved is None
+        take_masks_off(model, quietly=not fresh)
+        if saved is not None:
+            start = begun(saved, model)
+        else:
+            start = None if rows is None else start_for(model, rows, self.config, target)
+        masks = attach(model)
         try:
-            run = CallbackRun(model, teacher, masks, target, self.config, schedule, rows, args, fresh=fresh)
+            run = CallbackRun(
+                model, teacher, masks, target, self.config, schedule, rows, args, start=start, fresh=fresh
+            )
             if saved is not None:
                 run.restore(saved)
+            elif start is not None:
+                run.write(start)
         except BaseException:
             masks.detach()
             raise

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _OF_THE_TRAINER = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
+    "finetune_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "learning_rate": "learning_rate",
@@ -37,11 +38,12 @@ _OF_NOBODY = {
     "finetune_learning_rate": "the Trainer's learning_rate holds to the end",
     "finetune_lr_scheduler_type": "the Trainer's lr_scheduler_type holds to the end",
     "method": 'a Trainer trains; prune(model, train_dataset, method="one-shot") does not',
-    "one_shot_share": "the Trainer has the whole model to train, so that the gates start from all of it",
     "uniform": "a callback gives every block a shape of its own",
     "target_seq_len": "a callback takes a sparsity",
     "target_batch_size": "a callback takes a sparsity",
     "latency_cache": "a callback takes a sparsity",
+    "repair": "the Trainer trains what the gates leave",
+    "time_budget": "the Trainer's num_train_epochs or max_steps says how long it trains",
     "train_embeddings": "switch requires_grad of the embeddings off before the Trainer is made",
     "teacher_memory_mb": "the teacher is asked anew for every batch, because the Trainer does not number its rows",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import Batches
 from cofiprune.compaction import compact, restore
 from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
 from cofiprune.errors import SettingsError, TrainingError
+from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
+from cofiprune.oneshot.sequential import can_start
 from cofiprune.plan import Plan
 from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
@@ -31,7 +34,9 @@ from cofiprune.training.gating import Gating
 from cofiprune.training.hooks import ForwardHooks
 from cofiprune.training.objective import TOKEN_AXIS, Objective
 from cofiprune.training.projection import fitted_projection, hidden_width
+from cofiprune.training.remaining import RemainingMasks
 from cofiprune.training.schedule import Schedule, gate_rate
+from cofiprune.training.start import Start
 from cofiprune.training.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -52,12 +57,14 @@ class CallbackRun:
         batches: Batches | None,
         args: Any,
         *,
+        start: Start | None,
         fresh: bool,
     ) -> None:
-        """Make everything that learns beside the model, the same on every process.
+        """Make everything that learns beside the model, the same on every process. Weights stay as they are.
 
         :param batches: of the Trainer's rows, where there is a teacher or the gates start from what is measured.
         :param args: the Trainer's arguments.
+        :param start: what one shot has left for the gates to learn on, where it was asked for.
         :param fresh: nothing is restored afterwards, so that the gates' start is measured.
         """
         self.model = model
@@ -72,12 +79,19 @@ class CallbackRun:
         self.history: list[dict[str, Any]] = []
         self.begun = time.monotonic()
         """Less the seconds of the parts before it was resumed."""
+        self._replaced: dict[str, Tensor] = {}
+        """Weights as they came, of those that one shot repaired, until the first step has gone well."""
+        self.started = None if start is None else start.plan
+        """What one shot kept, of which the gates choose."""
         device = next(model.parameters()).device
-        chosen = [group.name for group in masks.structure.select(config.units) if group.size]
-        self.gating = Gating(masks, chosen, target, config, schedule)
+        learner, share = (model, 1.0) if start is None else (start.small, start.share)
+        left = masks if start is None else RemainingMasks(masks, start.plan, structure_of(start.small))
+        chosen = [group.name for group in left.structure.present(config.units)]
+        self.gating = Gating(left, chosen, target, config, schedule, share=share)
         if config.warm_start and fresh:
             assert batches is not None
-            importance = measured_importance(model, masks, chosen, batches, seed=config.seed)
+            with nullcontext(masks) if start is None else attach(learner) as inner:
+                importance = measured_importance(learner, inner, chosen, batches, seed=config.seed)
             self.gating.gates.initialise_from(importance, spread=config.warm_start_spread)
         self.projection: nn.Linear | None = None
         objective = None
@@ -87,7 +101,7 @@ class CallbackRun:
             teacher.to(device).eval()  # type: ignore[arg-type]
             layers: tuple[int, ...] = ()
             if config.distill_layers_weight:
-                self.projection = _projection(model, teacher, batches, device)
+                self.projection = _projection(learner, teacher, batches, device)
                 layers = teacher_layers(teacher.config.num_hidden_layers, config.distill_layers)
             asked = Teacher(teacher, layers, token_axis=batches.task in TOKEN_AXIS, memory=0)
             objective = Objective(model, asked, self.projection, batches.task, config, labelled=batches.labelled)
@@ -105,7 +119,7 @@ class CallbackRun:
         def autocast() -> AbstractContextManager[Any]:
             return torch.autocast(device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16))
 
-        self.hooks = ForwardHooks(model, self.gating, objective, autocast)
+        self.hooks = ForwardHooks(model, self.gating, objective, autocast, self._put_back)
 
     @property
     def seconds(self) -> float:
@@ -121,12 +135,35 @@ class CallbackRun:
             share /= self.args.world_size  # by which the Trainer multiplies
         self.hooks.begin(step, gated=self.plan is None and self.gating.is_active(step), share=share)
 
+    def write(self, start: Start) -> None:
+        """Bring the weights that one shot repaired into the model."""
+        before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        restore(self.model, start.small, start.plan)
+        now = dict(self.model.named_parameters())
+        self._replaced = {name: value for name, value in before.items() if not torch.equal(value, now[name])}
+
     def step(self, step: int, optimizer: Any) -> None:
         """Step what learns beside the model.
 
         :param optimizer: the Trainer's, with the gradients of the same step.
-        :raises TrainingError: when the Trainer's loss did not reach the gates or the teacher, or was not a number.
+        :raises TrainingError: when the Trainer's loss did not reach the gates or the teacher, or was not a number. In
+            the first step the model has the weights then that it came with.
         """
+        try:
+            self._step(step, optimizer)
+        except TrainingError:
+            self._put_back()
+            raise
+        self._replaced = {}
+
+    def _put_back(self) -> None:
+        """Undo `write`, unless the first step has been done."""
+        with torch.no_grad():
+            for name, value in self._replaced.items():
+                self.model.get_parameter(name).copy_(value)
+        self._replaced = {}
+
+    def _step(self, step: int, optimizer: Any) -> None:
         gated, gating = self.hooks.gated, self.gating
         if self.hooks.objective is not None and not self.hooks.heard:
             raise TrainingError(
@@ -165,7 +202,12 @@ class CallbackRun:
     def decide(self) -> None:
         """Choose what stays, bring the factors of its gates into the weights, and run under that from now on."""
         self.masks.unbind()
-        plan = self.gating.decide(self.model)
+        started = self.started
+
+        def whole(plan: Plan) -> Plan:
+            return plan if started is None else started.then(plan)
+
+        plan = whole(self.gating.decide(lambda found: compact(self.model, whole(found))))
         restore(self.model, compact(self.model, plan), plan)
         self.plan = plan.hard
         self.masks.set_plan(self.plan)
@@ -201,6 +243,7 @@ class CallbackRun:
             "projection": None if self.projection is None else self.projection.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher is not None and with_teacher else None,
+            "start": None if self.started is None else json.dumps(self.started.to_dict()),
             "plan": None if self.plan is None else json.dumps(self.plan.to_dict()),
             "history": json.dumps(self.history),
             "sums": self.hooks.sums,
@@ -227,18 +270,31 @@ class CallbackRun:
             self.masks.set_plan(self.plan)
 
 
+def begun(captured: dict[str, Any], model: PreTrainedModel) -> Start | None:
+    """What one shot had left at the beginning of a run, from what `capture` returned."""
+    if captured["start"] is None:
+        return None
+    plan = Plan.from_dict(json.loads(captured["start"]))
+    return Start(model, compact(model, plan), plan)
+
+
 def rows_again(loader: Any, model: PreTrainedModel, config: PruneConfig, args: Any, *, taught: bool) -> Batches | None:
     """Batches of the Trainer's rows, made anew so that its own loader is not touched; None where not needed.
 
     :raises SettingsError: when they are needed and the data set has no length.
     :raises DataError: when the first batch is out of the model's range.
     """
-    if not taught and not config.warm_start:
+    looks = {
+        "a teacher": taught,
+        "warm_start, which can be False,": config.warm_start,
+        "one_shot_share, which can be 0,": config.starts_from_one_shot and can_start(structure_of(model), config.units),
+    }
+    if not any(looks.values()):
         return None
     dataset = getattr(loader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset):
-        needs = "a teacher" if taught else "warm_start, which can be False,"
-        raise SettingsError(f"{needs} needs a train_dataset with a length, to look at some of its rows beforehand")
+        needs = " and ".join(name for name, asked in looks.items() if asked)
+        raise SettingsError(f"rows are looked at beforehand, for {needs} and this train_dataset has no length")
     again: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=args.per_device_train_batch_size,

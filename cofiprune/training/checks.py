@@ -16,7 +16,7 @@ from cofiprune.data_checks import check
 from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError
 from cofiprune.masking import masks_of
 from cofiprune.table import Table
-from cofiprune.tasks import label_names, task_of
+from cofiprune.tasks import label_names, taken, task_of
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.objective import label_weight
 from cofiprune.training.projection import hidden_width
@@ -141,6 +141,9 @@ def check_learnable(
     if config.label_weight and not batches.labelled:
         raise DataError(f"label_weight={config.label_weight:g} asks for labels, and train_dataset has none")
     labels = label_weight(config, taught=teacher is not None, labelled=batches.labelled)
+    if teacher is not None and config.distill_layers_weight:
+        check_states(student)
+        check_states(teacher)
     if teacher is None:
         if not labels:
             raise SettingsError("label_weight=0 without a teacher leaves nothing to learn from; pass a teacher")
@@ -168,6 +171,18 @@ def check_learnable(
             check(batches.rows, teacher, "other")
         except DataError as error:
             raise TeacherError(f"the teacher cannot read train_dataset: {error}") from None
+
+
+def check_states(model: PreTrainedModel) -> None:
+    """Make sure that a model gives the states of its layers when it is asked for them.
+
+    :raises SettingsError: when its forward does not take the question.
+    """
+    if not taken(model, output_hidden_states=True):
+        raise SettingsError(
+            f"{type(model).__name__}.forward takes no output_hidden_states, so that the states of its layers cannot be "
+            "distilled: add it, as the models of transformers have it, or set distill_layers_weight=0"
+        )
 
 
 def check_measurable(batches: Batches, model: PreTrainedModel, *, computed: bool) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cofiprune.errors import SettingsError, suggest
 from cofiprune.structure import UNIT_KINDS, UnitKind
+from cofiprune.training.budget import seconds_of
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -37,9 +38,17 @@ class PruneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Literal["cofi", "one-shot"] = "cofi"
-    """How `prune` goes about it with data: "cofi" trains gates and weights, "one-shot" trains nothing and needs neither
-    labels nor a teacher. One shot cuts heads, feed-forward dimensions and blocks of which nothing is left."""
+    method: Literal["cofi", "one-shot", "gates", "auto"] = "cofi"
+    """How `prune` goes about it with data. "one-shot" trains nothing and needs neither labels nor a teacher. "gates"
+    trains the gates alone, for `epochs`, against the teacher's answers (the model's own by default), and refits what is
+    left; recovery follows only where `finetune_epochs` is given. "cofi" trains gates and weights. "auto" picks by
+    `time_budget` or `epochs`, and says what and why."""
+    time_budget: float | None = None
+    """With method="auto": how long `prune` may take, in seconds, or as a text such as "90s", "10m" or "1h30m"."""
+    repair: bool | None = None
+    """Refit, by least squares on the training rows, what a decision leaves, so that biases and weights take over what
+    the removed units gave. None: wherever no weights are trained. With gates and weights, True refits to what the
+    model gave under its gates, before the recovery."""
     epochs: NonNegative = 4
     """Epochs of the pruning phase, in which gates and weights learn together; fractions are allowed."""
     finetune_epochs: NonNegative = 2
@@ -55,6 +64,8 @@ class PruneConfig(BaseModel):
 
     batch_size: Count = 32
     """Examples per step and process."""
+    finetune_batch_size: Count | None = None
+    """The same in recovery and in `finetune`; None for `batch_size`. A DataLoader keeps its own."""
     eval_batch_size: Count = 128
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive | None = None
@@ -148,6 +159,11 @@ class PruneConfig(BaseModel):
         except ValidationError as error:
             raise SettingsError(_in_one_line(error)) from None
 
+    @field_validator("time_budget", mode="before")
+    @classmethod
+    def _readable_time(cls, value: Any) -> Any:
+        return None if value is None else seconds_of(value)
+
     @field_validator("units", mode="before")
     @classmethod
     def _known_units(cls, value: Any) -> Any:
@@ -177,6 +193,23 @@ class PruneConfig(BaseModel):
         """Whether part of the model goes before the gates start. A model that is yet to learn its task has nothing
         by which that could be chosen."""
         return self.one_shot_share > 0 and self.pre_finetune_epochs == 0
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the weights learn along with the gates."""
+        return self.method != "gates"
+
+    @property
+    def recovery_epochs(self) -> float:
+        """Epochs of recovery: with gates alone, only those that were asked for."""
+        if not self.trains_weights and "finetune_epochs" not in self.model_fields_set:
+            return 0.0
+        return self.finetune_epochs
+
+    @property
+    def repairs(self) -> bool:
+        """Whether what a decision leaves is refitted."""
+        return self.repair if self.repair is not None else self.method in ("one-shot", "gates")
 
     def prefers_greater(self) -> bool:
         """Whether a greater value of `metric_for_best_model` is a better one."""
@@ -211,6 +244,7 @@ _ORIGINAL: dict[str, Any] = {
     "finetune_learning_rate": 2e-5,
     "finetune_lr_scheduler_type": "constant",
     "finetune_epochs": 20,
+    "finetune_batch_size": 64,
     "freeze_epochs": 0,
     "distill_layers": 4,
     "distill_layers_weight": 0.9,

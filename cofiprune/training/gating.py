@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cofiprune.compaction import compact
 from cofiprune.constraint import Constraint, target_at
 from cofiprune.gates import COFI_LIMIT, Gates
 from cofiprune.masks import MaskRegistry
@@ -61,6 +60,8 @@ class Gating:
         order = {name: index for index, name in enumerate(structure)}
         self.positions = torch.tensor([order[group.name] for group in groups], device=device)
         self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
+        applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
+        self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
 
     def is_active(self, step: int) -> bool:
         """Whether the gates learn at a step of the phase."""
@@ -92,14 +93,17 @@ class Gating:
         return self.constraint(sparsity, self._target_at(step)), 1 - self.here * (1 - sparsity.detach())
 
     def alive_layers(self) -> Tensor:
-        """[layers] bool: whether the attention or the feed-forward block of a layer is there."""
+        """[layers] bool: whether the attention or the feed-forward block of a layer is there.
+
+        A layer that is applied several times counts as often, as its outputs do.
+        """
         structure, device = self.masks.structure, self.gates.log_alpha.device
         found = [torch.zeros((), dtype=torch.bool, device=device) for _ in structure.layers]
         for block in structure.blocks:
             index = structure[block.gate].layer
             assert index is not None
             found[index] = found[index] | torch.as_tensor(self.masks.alive(block.gate), device=device)
-        return torch.stack(found)
+        return torch.stack(found).index_select(0, self.applied)
 
     def settle(self) -> None:
         """Leave random samples behind: run under the gates' deterministic values."""
@@ -109,13 +113,13 @@ class Gating:
                 value = value.new_zeros(len(value)).index_fill(0, value.argmax(), 1.0)
             self.masks[name] = value
 
-    def decide(self, model: PreTrainedModel) -> Plan:
+    def decide(self, compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
         """Choose the plan of exactly the target that the gates' locations speak for.
 
         Units whose gates are undecided come first. Those that sit at their limits, which differ with the size of
         the group, count alike within the range that all kinds share, and by their share of the limit beyond it.
 
-        :param model: that of the masks; where the cost is an estimate, what is decided is measured.
+        :param compacted: returns the model that a plan leaves, which is measured where the cost is an estimate.
         """
         self.masks.unbind()
         scores, values = {}, {}
@@ -129,7 +133,7 @@ class Gating:
         def plan_for(target: Target) -> Plan:
             return select(structure, scores, target, values=values, worth=worth)
 
-        return self.goal.settle(plan_for, lambda plan: compact(model, plan))
+        return self.goal.settle(plan_for, compacted)
 
     def _worth(self) -> dict[str, Tensor]:
         """What the gates expect to keep with each unit: the chance that it is there, times its share of the cost."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.errors import TrainingError
-from cofiprune.tasks import forward_names
+from cofiprune.tasks import forward_names, taken
 from cofiprune.training.gating import Gating
 from cofiprune.training.objective import Objective
 
@@ -40,16 +40,19 @@ class ForwardHooks:
         gating: Gating,
         objective: Objective | None,
         autocast: Callable[[], AbstractContextManager[Any]],
+        on_refusal: Callable[[], None],
     ) -> None:
         """Install the hooks; they go with the masks that the gating runs on.
 
         :param objective: the loss with a teacher; None to leave the model's loss alone.
         :param autocast: gives the context, of mixed precision or none, in which the objective is computed.
+        :param on_refusal: called before a training forward raises.
         """
         self.model = model
         self.gating = gating
         self.objective = objective
         self.autocast = autocast
+        self.on_refusal = on_refusal
         self.gated = False
         """Whether the gates are learning now."""
         self.step = 0
@@ -70,7 +73,7 @@ class ForwardHooks:
             lambda module, args, kwargs: self._before(module, args, kwargs), with_kwargs=True
         )
         after = model.register_forward_hook(
-            lambda module, args, kwargs, output: self._after(module, kwargs, output), with_kwargs=True
+            lambda module, args, kwargs, output: self._answered(module, kwargs, output), with_kwargs=True
         )
         self._handles = [before, after]
         gating.masks.on_detach.append(self.remove)
@@ -107,12 +110,20 @@ class ForwardHooks:
             self._settled = False
         if self.objective is None:
             return None
-        changed = {**dict(zip(forward_names(self.model), args, strict=False)), **kwargs, "return_dict": True}
+        changed = {**dict(zip(forward_names(self.model), args, strict=False)), **kwargs}
+        changed.update(taken(self.model, return_dict=True))
         self._counted = changed.pop(_COUNT, None) is not None
         self._wants_states = bool(changed.get("output_hidden_states", self.model.config.output_hidden_states))
         if self.objective.distils_layers:
             changed["output_hidden_states"] = True
         return (), changed
+
+    def _answered(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
+        try:
+            return self._after(module, kwargs, output)
+        except TrainingError:
+            self.on_refusal()
+            raise
 
     def _after(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
         if module is not self.model or self.objective is None or not self._learns(module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cofiprune.batches import ROWS
 from cofiprune.distillation import PredictionKind, layerwise_loss, logit_loss, predictions
 from cofiprune.errors import TrainingError
-from cofiprune.tasks import IGNORED, Task, label_names
+from cofiprune.tasks import IGNORED, Task, label_names, taken
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.teacher import Teacher
 
@@ -73,6 +73,7 @@ class Objective:
         self.label_weight = label_weight(config, taught=teacher is not None, labelled=labelled)
         self.labels = set(label_names(student))
         self.distils_layers = teacher is not None and projection is not None
+        self.options = taken(student, output_hidden_states=self.distils_layers, return_dict=True)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
         """Return the parts of the loss, unweighted, and their weighted sum as `loss`.
@@ -83,7 +84,7 @@ class Objective:
         """
         hidden_from_model = {ROWS} if self.label_weight else {ROWS, *self.labels}
         inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
-        output = model(**inputs, output_hidden_states=self.distils_layers, return_dict=True)
+        output = model(**inputs, **self.options)
         return self.of(output, batch, alive)
 
     def of(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import ROWS, RowBatches
+from cofiprune.batches import ROWS, Batch, Batches, RowBatches
 from cofiprune.compaction import compact, restore
 from cofiprune.data import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
@@ -33,6 +34,7 @@ from cofiprune.summary import dense_structure
 from cofiprune.table import Table
 from cofiprune.target import Target
 from cofiprune.tasks import label_names
+from cofiprune.training.budget import Choice, choose, chosen_for_epochs
 from cofiprune.training.checks import (
     check_callbacks,
     check_learnable,
@@ -45,8 +47,10 @@ from cofiprune.training.gating import Gating
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.loop import Callback, Loop, Session, decay_groups, log, metric_name
 from cofiprune.training.objective import TOKEN_AXIS, Objective
+from cofiprune.training.probe import measure_pace
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
+from cofiprune.training.refit import check_rows, refit
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.start import Start, one_shot, start_for
@@ -93,6 +97,9 @@ class Run:
         self.teaches_itself = teaches_itself
         self.asked: Teacher | None = None
         self.seconds_of_start = 0.0
+        self.taken: list[tuple[Batches, int]] = []
+        """Batches of a phase that is over, and how many of them were taken."""
+        self.reason = ""
         self.config = config
         batches = prepare(
             train_dataset,
@@ -101,7 +108,7 @@ class Run:
             shuffle=True,
             seed=config.seed,
             collator=collator,
-            need_labels=teacher is None and config.method == "cofi",
+            need_labels=teacher is None and config.trains_weights and config.method != "one-shot",
             name="train_dataset",
         )
         evaluate = held_out(eval_dataset, model, config, collator, compute_metrics)
@@ -130,17 +137,44 @@ class Run:
         device: torch.device = self.session.accelerator.device
         return device
 
+    def decide(self, target: Target) -> None:
+        """Pick a method and epochs by the budget, say so, and go by it.
+
+        :raises SettingsError: when the budget is too small for anything.
+        """
+        config, folder = self.config, self.session.output_dir
+        saved = None if folder is None else folder / "choice.json"
+        if self.resume and saved is not None and saved.exists():
+            choice = Choice(**json.loads(saved.read_text()))
+        elif config.time_budget is None:
+            choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
+        else:
+            share = (1 - target.share) ** config.one_shot_share if config.starts_from_one_shot else 1.0
+            steps = Schedule.for_training(1, config, len(self.batches)).total
+            pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target.share)
+            choice = choose(pace, config.time_budget, share=share)
+        if saved is not None and self.session.accelerator.is_main_process:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            saved.write_text(json.dumps(asdict(choice)))
+        settings = {"method": choice.method, "epochs": choice.epochs, "finetune_epochs": choice.finetune_epochs}
+        self.config = self.session.config = config.model_copy(update={**settings, "time_budget": None})
+        self.reason = choice.reason
+        if config.progress and self.session.accelerator.is_main_process:
+            self.session.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
+
     def prune(self, target: Target) -> PruneResult:
         structure = structure_of(self.model)
         cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
         check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
         schedule = Schedule.for_pruning(self.config, len(self.batches))
-        recovery = schedule.after + round(self.config.finetune_epochs * schedule.steps_per_epoch)
+        recovery = Schedule.for_recovery(self.config, schedule, len(self._for_recovery()))
         if self.config.metric_for_best_model is not None and not recovery:
             raise SettingsError(
                 "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
                 "finetune_epochs and freeze_epochs are 0"
             )
+        if self.config.repairs:
+            check_rows(self.model, self.calibrated)
         saved = self._saved(method="prune", **target.identity())
         with self._running():
             take_masks_off(self.model, quietly=self.resume)
@@ -151,7 +185,7 @@ class Run:
                 masks.detach()
                 raise
         plan.check(structure)
-        return self._result(plan, masks, state, target)
+        return self._result(plan, masks, state, self.config.method, target)
 
     def _phases(
         self, masks: MaskRegistry, target: Target, schedule: Schedule, recovery: int, saved: SavedRun | None
@@ -178,12 +212,11 @@ class Run:
             masks = attach(self.model)
             try:
                 progress = self._one_shot_progress()
-                accelerator = self.session.accelerator
-                found = one_shot(self.model, self.calibrated, self.config, target, accelerator, progress)
+                found = one_shot(self.model, self.calibrated, self.config, target, progress)
                 left = target.kept_share(structure_of(found.small))
-                if abs(1 - left - target.share) > target.tolerance:
+                if target.measure is None and abs(1 - left - target.share) > target.tolerance:
                     nearest = target.text(left * target.total)
-                    raise TargetError(f"block by block, the nearest to {target} is {nearest}")
+                    raise TargetError(f"in one shot, the nearest to {target} is {nearest}")
             except BaseException:
                 masks.detach()
                 raise
@@ -193,7 +226,7 @@ class Run:
             state.seconds = time.perf_counter() - started
             measured = {} if self.session.evaluate is None else self.session.evaluate(self.model)
             log(self.session, state, {"sparsity": 1 - found.share, **measured})
-        return self._result(plan, masks, state, target)
+        return self._result(plan, masks, state, self.config.method)
 
     def finetune(self) -> PruneResult:
         masks = masks_of(self.model)
@@ -206,13 +239,14 @@ class Run:
         if self.config.train_embeddings is None:
             whole = plan.kept == structure.sizes and recorded_sizes(self.model.config) is None
             self.trains_embeddings = whole
+        self.batches = self.session.batches = self._for_recovery()
         saved = self._saved(method="finetune")
         if saved is not None and Plan.from_dict(saved.extra["plan"]).keep != plan.keep:
             raise CheckpointError(f"{saved.folder} is of a run with other masks on the model: attach those first")
         schedule = Schedule.for_training(self.config.finetune_epochs, self.config, len(self.batches))
         with self._running():
             done = self._recover(plan, max(schedule.total, 1), None, saved)
-        return self._result(plan.hard, masks, done.state)
+        return self._result(plan.hard, masks, done.state, "")
 
     def _learn(
         self, masks: MaskRegistry, target: Target, schedule: Schedule, saved: SavedRun | None
@@ -224,7 +258,8 @@ class Run:
             masks.detach()  # nothing was changed yet
             raise
         if start is None:
-            return self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
+            decided, done = self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
+            return self._refitted(self.model, masks, decided, None), done
         with attach(start.small) as inner:
             try:
                 decided, done = self._learn_on(start.small, inner, start.share, target, schedule, saved, start)
@@ -233,7 +268,23 @@ class Run:
             except BaseException:
                 start.write_back(masks, Plan.from_masks(inner))
                 raise
+            decided = self._refitted(start.small, inner, decided, start)
         return start.write_back(masks, decided), done
+
+    def _refitted(self, model: PreTrainedModel, masks: MaskRegistry, decided: Plan, start: Start | None) -> Plan:
+        """Refit what a plan leaves of a model, where that is asked for; the scales of the plan are then in its weights.
+
+        What is reproduced is the model as it came where no weights were trained, else the one under its gates.
+        """
+        if not self.config.repairs:
+            return decided
+        if not self.config.trains_weights:
+            masks.set_plan(Plan.from_values(masks.structure, {}))
+        return refit(
+            model, masks, decided, self.calibrated,
+            whole=None if start is None or self.config.trains_weights else self.model,
+            above=None if start is None else start.plan, seed=self.config.seed,
+        )  # fmt: skip
 
     def _start(self, target: Target, saved: SavedRun | None) -> Start | None:
         """What the gates start on: what one shot leaves, or what it left when the run was saved."""
@@ -244,7 +295,7 @@ class Run:
             return Start(self.model, compact(self.model, plan), plan)
         started = time.perf_counter()
         progress = self._one_shot_progress()
-        found = start_for(self.model, self.calibrated, self.config, target, self.session.accelerator, progress)
+        found = start_for(self.model, self.calibrated, self.config, target, progress)
         self.seconds_of_start = time.perf_counter() - started
         return found
 
@@ -280,10 +331,7 @@ class Run:
         projection = self._projection(model, None)
         gate_lr = gate_rate(config, schedule.gated)
         learning_rate = pruning_rate(config, target.share)
-        groups = [
-            *decay_groups(model.named_parameters(), config.weight_decay),
-            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
-        ]
+        groups = self._learning(model, projection) if config.trains_weights else []
         trained = len(groups)
         groups += [
             {"params": list(gating.gates.parameters()), "weight_decay": 0.0},
@@ -304,19 +352,42 @@ class Run:
             factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
             return [learning_rate * factor] * trained + [gate_lr] * 2
 
-        self._loop(state, model, projection, rates, steps, gating, saved).run()
+        with self._frozen(model, projection):
+            self._loop(state, model, projection, rates, steps, gating, saved).run()
         plan = self._decided(gating, model)
-        gating.masks.unbind()
+        gating.settle()
         return plan, _Finished(state, projection)
 
     def _decided(self, gating: Gating, model: PreTrainedModel) -> Plan:
         """What stays; where that is measured, the first process does."""
         accelerator = self.session.accelerator
         if accelerator.num_processes == 1 or gating.goal.measure is None:
-            return gating.decide(model)
-        outcome: list[Any] = [gating.decide(model).to_dict() if accelerator.is_main_process else None]
+            return gating.decide(lambda plan: compact(model, plan))
+        outcome: list[Any] = [None]
+        if accelerator.is_main_process:
+            outcome = [gating.decide(lambda plan: compact(model, plan)).to_dict()]
         broadcast_object_list(outcome)
         return Plan.from_dict(outcome[0])
+
+    def _learning(self, model: PreTrainedModel, projection: nn.Linear | None) -> list[dict[str, Any]]:
+        """The optimiser's groups of everything that learns but gates."""
+        return [
+            *decay_groups(model.named_parameters(), self.config.weight_decay),
+            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
+        ]
+
+    @contextmanager
+    def _frozen(self, model: PreTrainedModel, projection: nn.Linear | None) -> Iterator[None]:
+        """Weights do not learn inside, where gates alone do."""
+        modules = [] if self.config.trains_weights else [model, *([] if projection is None else [projection])]
+        learning = [value for module in modules for value in module.parameters() if value.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
     def _log_start(self, state: RunState, start: Start) -> None:
         """Begin the history with what one shot came to."""
@@ -336,10 +407,7 @@ class Run:
         small.to(self.device)  # type: ignore[arg-type]
         self._freeze_embeddings(small)
         projection = self._projection(small, None if before is None else before.projection, plan)
-        groups = [
-            *decay_groups(small.named_parameters(), config.weight_decay),
-            *([{"params": list(projection.parameters()), "weight_decay": 0.0}] if projection is not None else []),
-        ]
+        groups = self._learning(small, projection)
         modules = self._modules(small, projection, **({"full": self.model} if pruned else {}))
         learning_rate = recovery_rate(config, _kept_share(small))
         state = RunState("recover", modules, torch.optim.AdamW(groups, lr=learning_rate))
@@ -348,6 +416,8 @@ class Run:
             previous = before.state
             state.total_steps, state.batches = previous.total_steps, previous.batches
             state.seconds, state.history = previous.seconds, previous.history
+        if pruned:
+            self._take_recovery_batches(state, saved)
         warmup = round(config.warmup_ratio * steps)
 
         def rates(step: int) -> list[float]:
@@ -367,6 +437,20 @@ class Run:
             raise
         self._write_back(small, plan)
         return _Finished(state, projection)
+
+    def _for_recovery(self) -> Batches:
+        """The batches of the recovery, which may have another size."""
+        size = self.config.finetune_batch_size
+        return self.batches.resized(size) if size and isinstance(self.batches, RowBatches) else self.batches
+
+    def _take_recovery_batches(self, state: RunState, saved: SavedRun | None) -> None:
+        """Go on with the batches of the recovery, at the same place of the epoch."""
+        taken = state.batches if saved is None else saved.extra["pruned"]
+        state.extra["pruned"] = taken
+        self.taken = [(self.batches, taken)]
+        part = self._for_recovery()
+        state.batches = round(taken * len(part) / len(self.batches))
+        self.batches = self.session.batches = part
 
     def _write_back(self, small: PreTrainedModel, plan: Plan) -> None:
         """Bring what was trained into the full model."""
@@ -421,7 +505,8 @@ class Run:
             memory = 0
             if isinstance(self.batches, RowBatches) and isinstance(self.batches.rows, Table):
                 memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
-                self.batches.with_rows = memory > 0
+                for batches in (self.batches, *(batches for batches, _ in self.taken)):
+                    batches.with_rows = memory > 0  # type: ignore[attr-defined]
             token_axis = self.batches.task in TOKEN_AXIS
             self.asked = Teacher(self.teacher, layers, token_axis=token_axis, memory=memory)
         return self.asked
@@ -432,11 +517,8 @@ class Run:
         if teacher is None or not isinstance(self.batches, RowBatches) or not self.batches.with_rows:
             return
         labels = {ROWS, *label_names(self.model)}
-        for epoch in range(-(-state.batches // len(self.batches))):
-            self.batches.set_epoch(epoch)
-            self.batches.skip(0)
-            taken = state.batches - epoch * len(self.batches)
-            for batch in itertools.islice(self.batches, taken):
+        for batches, count in (*self.taken, (self.batches, state.batches)):
+            for batch in _first(batches, count):
                 if not teacher.knows(batch[ROWS]):
                     inputs = {name: value.to(self.device) for name, value in batch.items() if name not in labels}
                     with self.session.accelerator.autocast():
@@ -508,7 +590,7 @@ class Run:
         return load_checkpoint(self.session.output_dir, self.session.fingerprint)
 
     def _result(
-        self, plan: Plan, masks: MaskRegistry | None, state: RunState, target: Target | None = None
+        self, plan: Plan, masks: MaskRegistry | None, state: RunState, method: str, target: Target | None = None
     ) -> PruneResult:
         evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
         if state.best is not None:
@@ -526,8 +608,18 @@ class Run:
             state.history,
             state.seconds,
             state.best["step"] if state.best is not None else None,
+            method,
+            self.reason,
             None if target is None else reached(target, self.model, plan),
         )
+
+
+def _first(batches: Batches, count: int) -> Iterator[Batch]:
+    """The batches that were taken first, over all epochs."""
+    for epoch in range(-(-count // len(batches))):
+        batches.set_epoch(epoch)
+        batches.skip(0)
+        yield from itertools.islice(batches, count - epoch * len(batches))
 
 
 def _kept_share(model: PreTrainedModel) -> float:

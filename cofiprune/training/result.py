@@ -64,6 +64,11 @@ class PruneResult:
     """Training time, over all resumed parts."""
     best_step: int | None = None
     """The step whose weights were kept when `metric_for_best_model` chose them."""
+    method: str = ""
+    """How it was done: a value of `PruneConfig.method`, never "auto"; "no data" for `prune` without any, "" for
+    `finetune`."""
+    reason: str = ""
+    """Where `method="auto"` picked: what and why, in one sentence."""
 
     target: Reached | None = None
     """What was asked for and reached; None for `finetune`."""
@@ -91,6 +96,8 @@ class PruneResult:
         if "hidden" in kept:
             rows.append(("hidden", f"{kept['hidden']} of {self.plan.sizes['hidden']} kept"))
         rows += [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in self.metrics.items()]
+        if self.method:
+            rows.append(("method", self.reason or self.method))
         if self.seconds:
             rows.append(("time", f"{self.seconds / 60:.1f} min, {len(self.history)} history entries"))
         if self.best_step is not None:

@@ -20,6 +20,7 @@ from cofiprune.oneshot.sequential import check_one_shot
 from cofiprune.plain import plain_units
 from cofiprune.selection import check_target
 from cofiprune.target import Target
+from cofiprune.training.budget import check_method
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
@@ -83,7 +84,8 @@ def prune(
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
-    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone.
+    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
+        `method="gates"` and "auto", which can do without labels, None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
@@ -107,9 +109,12 @@ def prune(
     the_one(asked if levels is None else {**asked, "target_sparsity": levels[0]})
     structure = structure_of(model)
     check_weights(model)
+    check_method(config, has_data=train_dataset is not None)
     if config.uniform:
         config = PruneConfig.create(config, units=plain_units(model, structure, config.units))
-    on_data = train_dataset is not None and config.method == "one-shot"
+    if teacher is None and train_dataset is not None and config.method in ("gates", "auto"):
+        teacher = "self"
+    on_data = train_dataset is not None and config.method in ("one-shot", "auto")
     check = check_one_shot if on_data else check_target
     targets = []
     for level in levels or (target_sparsity,):
@@ -173,7 +178,9 @@ class _Order:
             resume=resume,
             teaches_itself=self.teaches_itself,
         )
-        return run.prune(target) if trains else run.one_shot(target)
+        if self.config.method == "auto":
+            run.decide(target)
+        return run.one_shot(target) if run.config.method == "one-shot" else run.prune(target)
 
     def _without_data(
         self, model: PreTrainedModel, target: Target, output_dir: str | Path | None, *, resume: bool
@@ -235,14 +242,16 @@ def finetune(
     """Train a model in place, with or without a teacher: dense, compacted, or with masks attached.
 
     With masks attached, what they keep is trained and they stay as they are. The arguments are those of `prune`;
-    `epochs` and `learning_rate`, when given, mean those of this training and go before `finetune_epochs` and
-    `finetune_learning_rate`.
+    `epochs`, `learning_rate`, `lr_scheduler_type` and `batch_size`, when given, mean those of this training and go
+    before `finetune_epochs` and the like.
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     for plain in ("epochs", "learning_rate", "lr_scheduler_type"):
         if plain in settings:
             settings[f"finetune_{plain}"] = settings.pop(plain)
+    if "batch_size" in settings:
+        settings.setdefault("finetune_batch_size", settings["batch_size"])
     config = PruneConfig.create(config, **settings)
     structure_of(model)
     check_weights(model)
@@ -280,9 +289,14 @@ def _prune_without_data(
     )
     with nullcontext() if teacher is None else evaluating(teacher):
         report = prune_without_data(
-            model, target_sparsity=target, teacher=teacher, units=config.units, seed=config.seed
+            model,
+            target_sparsity=target,
+            teacher=teacher,
+            units=config.units,
+            seed=config.seed,
+            repair=config.repair is not False,
         )
     masks = attach(model)
     masks.set_plan(report.plan)
     found = reached(target, model, report.plan)
-    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity(), target=found)
+    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity(), method="no data", target=found)

@@ -10,8 +10,8 @@ from cofiprune.training.config import PruneConfig, Scheduler
 
 FROM_ONE_SHOT = (0.25, 0.6)
 FROM_WHOLE = (0.4, 0.25)
-"""Shares of the pruning epochs in which the target rises, and in which the structure is decided: gates that start
-on what one shot leaves have less to find out."""
+"""Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
+decided: gates that start on what one shot leaves have less to find out."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Schedule:
         epochs = config.epochs
         rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
         frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
+        if not config.trains_weights:
+            frozen = 0.0  # nothing would learn
         warmup = rising * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
         total = max(round(epochs * per_epoch), 1)
         gated = max(round((epochs - frozen) * per_epoch), 1)
@@ -49,9 +51,6 @@ class Schedule:
     @classmethod
     def for_steps(cls, config: PruneConfig, total: int, per_epoch: int | None) -> Schedule:
         """Lay out pruning inside a run of `total` optimiser steps that somebody else has laid out.
-
-        Without settings that say otherwise the target rises over the first 0.4 of the steps, and the last quarter
-        trains under the decided structure.
 
         :param per_epoch: optimiser steps of an epoch; None where the data have no length.
         :raises SettingsError: when no step is left for the gates, or epochs are meant where there are none.
@@ -65,16 +64,27 @@ class Schedule:
                 raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
             return round(epochs * per_epoch)
 
+        rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
         before = steps("pre_finetune_epochs", 0)
-        after = steps("freeze_epochs", FROM_WHOLE[1] * (total - before))
+        after = steps("freeze_epochs", frozen * (total - before))
         gated = total - before - after
         if gated < 1:
             raise SettingsError(
                 f"of {total} training steps, pre_finetune_epochs takes {before}, freeze_epochs {after}: none is left "
                 "in which gates could learn"
             )
-        ramp = min(steps("sparsity_warmup_epochs", FROM_WHOLE[0] * (total - before)), gated)
+        ramp = min(steps("sparsity_warmup_epochs", rising * (total - before)), gated)
         return cls(per_epoch or total, before, ramp, gated, after)
+
+    @staticmethod
+    def for_recovery(config: PruneConfig, pruning: Schedule, batches: int) -> int:
+        """The steps after the structure is decided: the rest of the pruning phase, and the recovery.
+
+        :param batches: of an epoch per process, in the recovery.
+        """
+        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        rest = math.ceil(pruning.after * per_epoch / pruning.steps_per_epoch)
+        return rest + round(config.recovery_epochs * per_epoch)
 
     @classmethod
     def for_training(cls, epochs: float, config: PruneConfig, batches: int) -> Schedule:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune import accounting
@@ -64,8 +64,7 @@ def start_for(
     batches: Batches,
     config: PruneConfig,
     target: Target,
-    accelerator: Accelerator,
-    on_progress: Callable[[float], None],
+    on_progress: Callable[[float], None] | None = None,
 ) -> Start | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
@@ -78,7 +77,7 @@ def start_for(
     here = target.kept_share(structure_of(model))  # less than 1 where the model is what an earlier run has left
     left = here * ((1 - target.share) / here) ** config.one_shot_share
     try:
-        start = one_shot(model, batches, config, target.at(1 - left), accelerator, on_progress)
+        start = one_shot(model, batches, config, target.at(1 - left), on_progress)
     except (DataError, TargetError):
         return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
     return start if _can_go_on(start, target, config) else None
@@ -89,30 +88,38 @@ def one_shot(
     batches: Batches,
     config: PruneConfig,
     target: Target,
-    accelerator: Accelerator,
-    on_progress: Callable[[float], None],
+    on_progress: Callable[[float], None] | None = None,
 ) -> Start:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
     :param batches: of the whole data set, the same for every process.
     :raises DataError: when there are too few rows for the statistics.
+    :raises TargetError: when no sizes meet the target without cutting hidden dimensions.
     """
+    processes = PartialState()
     batches.set_epoch(0)
     batches.skip(0)
     taken = calibration(model, batches)
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
-    if accelerator.is_main_process:
-        with evaluating(model):
-            run = SequentialPruning(model, taken, target, units=config.units, seed=config.seed)
-            plan, small = run.run(on_progress)
-        outcome = [plan.to_dict()]
-    if accelerator.num_processes > 1:
+    if processes.is_main_process:
+        try:
+            with evaluating(model):
+                run = SequentialPruning(
+                    model, taken, target, units=config.units, seed=config.seed, repair=config.repair is not False
+                )
+                plan, small = run.run(on_progress)
+            outcome = [plan.to_dict()]
+        except (DataError, TargetError) as error:
+            outcome = [error]  # the others wait for what comes of it
+    if processes.num_processes > 1:
         broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
     plan = Plan.from_dict(outcome[0])
     if small is None:
         small = compact(model, plan)
-    if accelerator.num_processes > 1:
+    if processes.num_processes > 1:
         for parameter in small.parameters():
             broadcast(parameter.data)
     return Start(model, small, plan)

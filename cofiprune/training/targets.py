@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cofiprune import accounting
 from cofiprune.benchmark import seen_length
 from cofiprune.errors import TargetError
@@ -20,7 +18,6 @@ from cofiprune.structure import Structure
 from cofiprune.synthetic import synthetic_inputs
 from cofiprune.target import MODEL_SPARSITY, SPARSITY, Scale, Target, check_fraction, check_positive
 from cofiprune.training.config import PruneConfig
-from cofiprune.uniform import uniform_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,16 +79,13 @@ def target_for(
     target = replace(target, round_to=rounded_to(config.round_to, model.device.type))
     if not config.uniform:
         return target
-    target = replace(target, uniform=True, tied_heads=config_sizes(model).head_dim is None)
-    groups = structure.select(config.units)
-    uniform_sizes(structure, {group.name: torch.ones(group.size) for group in groups}, target)  # whether there is any
-    return target
+    return replace(target, uniform=True, tied_heads=config_sizes(model).head_dim is None)
 
 
 def rounded_to(asked: str | int | None, device: str) -> int:
     """The number that kept sizes are multiples of.
 
-    Tensor cores of NVIDIA's GPUs work in pieces of 8 numbers of 16 bits. CPUs were measured to gain nothing.
+    Tensor cores of NVIDIA's GPUs take 16-bit matrices whose sizes are multiples of 8. Elsewhere "auto" rounds nothing.
     """
     if asked == "auto":
         return 8 if device == "cuda" else 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cofiprune.distillation import predictions
-from cofiprune.tasks import forward_names
+from cofiprune.tasks import forward_names, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,7 @@ class Teacher:
         """
         self.token_axis = token_axis
         self.reads = set(forward_names(model))
+        self.options = taken(model, output_hidden_states=bool(layers), return_dict=True)
         self.model = model
         self.layers = tuple(layers)
         self.depth = int(model.config.num_hidden_layers)
@@ -76,7 +77,7 @@ class Teacher:
     @torch.no_grad()
     def _ask(self, inputs: Mapping[str, Tensor]) -> Answers:
         inputs = {name: value for name, value in inputs.items() if name in self.reads}
-        output = self.model(**inputs, output_hidden_states=bool(self.layers), return_dict=True)
+        output = self.model(**inputs, **self.options)
         states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
         return Answers(tuple(part.detach() for part in predictions(output)), states)
 

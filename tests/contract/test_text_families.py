@@ -14,6 +14,8 @@ from cofiprune.conformance.specimens import head_classes, tiny_config
 from cofiprune.structure import UNIT_KINDS
 
 ENGLISH = {"default_language": "en_XX"}
+ROC = {"pronunciation_vocab_size": 30, "pronunciation_embed_dim": 10, "shape_vocab_size": 30, "shape_embed_dim": 11}
+ADDED = {"concat_input": False, "pronunciation_embed_dim": 24, "shape_embed_dim": 24}
 ALL = None
 SOME = ("Model", "ForMaskedLM")
 
@@ -31,6 +33,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...] | None]] = 
     "mpnet": ("mpnet", {}, ALL),
     "ernie": ("ernie", {}, ALL),
     "ernie-tasks": ("ernie", {"use_task_id": True}, SOME),
+    "roc_bert": ("roc_bert", ROC, ALL),
+    "roc_bert-added": ("roc_bert", {**ROC, **ADDED}, SOME),
     "layoutlm": ("layoutlm", {}, ALL),
     "megatron-bert": ("megatron-bert", {}, ALL),
     "roberta-prelayernorm": ("roberta-prelayernorm", {}, ALL),

@@ -141,6 +141,9 @@ def namespace() -> dict[str, Any]:
 
 # What stands for the sizes of a real run, and for what would have to be downloaded: text on a page, text that is run.
 STAND_INS: dict[str, dict[str, str]] = {
+    "docs/how-to/add-an-adapter.md": {
+        'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
+    },
     "docs/tutorial.md": {
         'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
         "docstring_task()": "docstring_task(16, 8)",
@@ -287,6 +290,8 @@ def test_the_table_of_presets_is_what_they_set() -> None:
     configs += [cofiprune.PruneConfig.preset(name) for name in ("glue-small", "glue-large", "squad")]
     assert len(rows) > 10
     for name, cells in rows:
+        if name not in cofiprune.PruneConfig.model_fields:
+            continue  # a table of the values of one setting
         for cell, config in zip(cells.split("|")[:4], configs, strict=True):
             value = getattr(config, name)
             assert (cell.strip() == f"`{shown(value)}`") or (value is None and "`" not in cell.split()[0]), (name, cell)

@@ -224,6 +224,66 @@ def test_classes_of_ones_own(
     assert found["metrics"]["accuracy"] == known["metrics"]["accuracy"]
 
 
+QUESTION = {"id": "1", "context": "the red thing", "question": "a", "answers": {"text": ["red"], "answer_start": [4]}}
+TAGGED = {"tokens": ["the", "red", "thing"], "ner_tags": ["O", "B-x", "I-x"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "file", "rows"),
+    [
+        ("sst2", "dense", "dev.tsv", "sentence\tlabel\nred\t0\nblue\t1\n"),
+        ("ner", "tags", "validation.json", json.dumps([TAGGED] * 2)),
+        ("squad", "answers", "dev.jsonl", "\n".join([json.dumps(QUESTION)] * 2)),
+    ],
+)
+def test_it_takes_no_rows_for_training(
+    script: ModuleType,
+    models: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    task: str,
+    model: str,
+    file: str,
+    rows: str,
+) -> None:
+    (tmp_path / file).write_text(rows)
+    code = script.main([task, models[model], "--data-dir", str(tmp_path), "--tiny", "--json", "--max-length", "64",
+                        *(["--", "--doc-stride", "8"] if task == "squad" else [])])  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert json.loads(printed.out)[0]["rows"] == 2
+
+
+@pytest.mark.parametrize("model", ["dense", "answers"])
+def test_weights_in_a_pickle_do_not_make_a_folder_the_originals(
+    script: ModuleType, models: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    shutil.copytree(models[model], tmp_path / "plain")
+    head = {"dense": BertForSequenceClassification, "answers": BertForQuestionAnswering}[model]
+    torch.save(head.from_pretrained(models[model]).state_dict(), tmp_path / "plain" / "pytorch_model.bin")
+    (tmp_path / "plain" / "model.safetensors").unlink()
+    task, more = ("sst2", []) if model == "dense" else ("squad", ["--max-length", "64", "--", "--doc-stride", "8"])
+    code = script.main([task, models[model], str(tmp_path / "plain"), "--tiny", "--json", *more])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    one, other = json.loads(printed.out)
+    assert one["metrics"] == other["metrics"]
+    assert other["state"] == "dense"
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04}q\x00."])
+def test_damaged_weights_are_told_of(
+    script: ModuleType, models: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes
+) -> None:
+    shutil.copytree(models["dense"], tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    (tmp_path / "broken" / "pytorch_model.bin").write_bytes(content)
+    assert script.main(["sst2", str(tmp_path / "broken"), "--tiny"]) == 2
+    error = capsys.readouterr().err
+    assert "pytorch_model.bin" in error
+    assert error.count("\n") == 1
+
+
 def test_speed_is_that_of_whole_batches_in_their_order(script: ModuleType, models: dict[str, str]) -> None:
     model = BertForSequenceClassification.from_pretrained(models["dense"])
     rows = [{"input_ids": [2] + [7] * (n % 8) + [3], "labels": 0} for n in range(50)]
@@ -251,8 +311,11 @@ MISTAKES: list[tuple[Sequence[str], str]] = [
     (["sst2", "ANSWERS"], "needs a model with a trained head"),
     (["mnli", "DENSE"], "predicts negative, positive, and the labels of mnli are entailment, neutral, contradiction"),
     (["ncbi_disease", "TAGS"], "tags"),
-    (["sst2", "DENSE", "--data-dir", "EMPTY"], "no train"),
+    (["sst2", "DENSE", "--data-dir", "EMPTY"], "no validation"),
     (["sst2", "DENSE", "--data-dir", "WORDS"], "its columns are words, label"),
+    (["sst2", "DENSE", "--data-dir", "EMPTY"], "which is empty"),
+    (["sst2", "DENSE", "--data-dir", "ABOVE"], "which has empty/, words/"),
+    (["squad", "ANSWERS", "--data-dir", "ABOVE"], "which has empty/, words/"),
     (["sst2", "DENSE", "--data-dir", "no-such-folder"], "does not exist"),
     (["sst2", "DENSE", "--device", "nowhere"], "cannot use the device"),
     (["sst2", "DENSE", "--batchsize", "3"], "Did you mean '--batch-size'?"),
@@ -277,7 +340,7 @@ def test_a_mistake_ends_in_one_line(
     for name in ("train", "dev"):
         (tmp_path / "words" / f"{name}.tsv").write_text("words\tlabel\nred\t1\n")
     places = {name.upper(): folder for name, folder in models.items()}
-    places |= {"EMPTY": str(tmp_path / "empty"), "WORDS": str(tmp_path / "words")}
+    places |= {"EMPTY": str(tmp_path / "empty"), "WORDS": str(tmp_path / "words"), "ABOVE": str(tmp_path)}
     given = [places.get(argument, argument) for argument in arguments]
     tiny = [] if "--data-dir" in given or given[0] in ("classification", "ner") else ["--tiny"]
     place = given.index("--") if "--" in given else len(given)

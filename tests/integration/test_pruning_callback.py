@@ -36,6 +36,8 @@ from cofiprune.errors import (
 )
 from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
+from cofiprune.training.callback_run import rows_again
+from cofiprune.training.start import start_for
 
 INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
 INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
@@ -117,7 +119,37 @@ def test_the_model_ends_with_hard_masks_of_exactly_the_target(toy, tmp_path, tar
     assert torch.equal(logits(again), logits(small))
 
 
-def test_the_outcome_is_that_of_prune(toy, tmp_path):
+class Begin(TrainerCallback):
+    """What the gates start on."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.plan = masks_of(model).plan()
+            self.weights = cofiprune.compact(model, self.plan).state_dict()
+
+
+@pytest.mark.parametrize("target", [0.6, 0.9])
+def test_gates_start_on_what_one_shot_leaves(toy, tmp_path, target):
+    """The one-shot part of `prune` by itself, with the same rows in the same order, leaves the same model."""
+    model, rows = toy.student(), toy.rows(96, seed=1)
+    begin, callback = Begin(), PruningCallback(target)
+    trainer = trainer_for(model, rows, tmp_path, callback, more=[begin])
+    batches = rows_again(trainer.get_train_dataloader(), model, callback.config, trainer.args, taught=False)
+    start = start_for(toy.student(), batches, callback.config, target)
+    trainer.train()
+    assert 0.1 < 1 - start.share < target
+    assert begin.plan.keep == start.plan.keep
+    repaired, bare = start.small.state_dict(), cofiprune.compact(toy.student(), start.plan).state_dict()
+    assert all(torch.allclose(begin.weights[name], value, atol=1e-6) for name, value in repaired.items())
+    assert any(not torch.allclose(bare[name], value, atol=1e-4) for name, value in repaired.items())
+    check_outcome(toy, callback, model, toy.teacher, target)
+    kept = callback.plan.keep
+    assert all(set(kept[name]) <= set(start.plan.keep[name]) for name in kept)  # what is gone stays gone
+
+
+@pytest.mark.parametrize("share", [0.75, 0.0])
+def test_the_outcome_is_that_of_prune(toy, tmp_path, share):
+    """The same start, and the same epochs before and after the structure is decided."""
     rows, held_out, target = toy.rows(96, seed=1), toy.rows(96, seed=2), 0.6
     student = toy.student()
     other = cofiprune.prune(
@@ -131,10 +163,11 @@ def test_the_outcome_is_that_of_prune(toy, tmp_path):
         batch_size=16,
         learning_rate=1e-3,
         finetune_learning_rate=1e-3,
+        one_shot_share=share,
         progress=False,
     )
     model = toy.student()
-    callback = PruningCallback(target, toy.teacher, freeze_epochs=3)
+    callback = PruningCallback(target, toy.teacher, freeze_epochs=3, one_shot_share=share)
     trainer_for(model, rows, tmp_path, callback, num_train_epochs=9).train()
     small = check_outcome(toy, callback, model, toy.teacher, target)
     ours, theirs = (evaluate(one, held_out)["accuracy"] for one in (small, other.compact()))
@@ -160,7 +193,7 @@ class Watch(TrainerCallback):
 def test_evaluation_within_training_is_of_the_plain_loss_under_deterministic_gates(toy, tmp_path):
     held_out = toy.rows(48, seed=2)
     watch = Watch(held_out)
-    callback = PruningCallback(0.7, toy.teacher, gate_learning_rate=0.3)
+    callback = PruningCallback(0.7, toy.teacher, gate_learning_rate=0.3, one_shot_share=0)
     trainer = trainer_for(
         toy.student(),
         toy.rows(96, seed=1),
@@ -186,17 +219,20 @@ def test_evaluation_within_training_is_of_the_plain_loss_under_deterministic_gat
         assert entry["loss"] == pytest.approx(parts, abs=1e-4)
 
 
-def test_the_log_says_how_far_pruning_is(toy, tmp_path):
-    callback = PruningCallback(0.5)
+@pytest.mark.parametrize(
+    ("share", "begin", "rising", "gated"), [(0.0, 0.0, 0.4, 0.75), (0.75, 1 - 0.5**0.75, 0.25, 0.4)]
+)
+def test_the_log_says_how_far_pruning_is(toy, tmp_path, share, begin, rising, gated):
+    callback = PruningCallback(0.5, one_shot_share=share)
     trainer = trainer_for(toy.student(), toy.rows(96, seed=1), tmp_path, callback, num_train_epochs=4)
     trainer.train()
     steps = trainer.state.max_steps
     logged = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
-    targets = [logged[step]["target_sparsity"] for step in range(1, round(0.75 * steps))]
-    assert targets[0] == 0
+    targets = [logged[step]["target_sparsity"] for step in range(1, round(gated * steps))]
+    assert targets[0] == pytest.approx(begin, abs=0.02 * bool(share))
     assert targets == sorted(targets)
-    assert targets[round(0.4 * steps)] == 0.5
-    assert all(0 <= logged[step]["expected_sparsity"] <= 1 for step in range(1, round(0.75 * steps)))
+    assert targets[round(rising * steps)] == pytest.approx(0.5)
+    assert all(0 <= logged[step]["expected_sparsity"] <= 1 for step in range(1, round(gated * steps)))
     assert logged[steps]["sparsity"] == callback.result.sparsity
     assert [entry["step"] for entry in callback.history if "loss" in entry] == list(range(1, steps + 1))
     assert {entry["phase"] for entry in callback.history} == {"prune", "recover"}
@@ -238,7 +274,7 @@ def test_accumulated_batches_are_one_step_of_the_gates(toy, tmp_path):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             draws.append(callback._run.hooks.draws)
 
-    callback = PruningCallback(0.5)
+    callback = PruningCallback(0.5, one_shot_share=0)
     trainer = trainer_for(
         toy.student(),
         toy.rows(56, seed=1),  # 7 batches: steps of 3, 3 and 1
@@ -400,7 +436,7 @@ def test_the_scaling_of_a_float16_loss_changes_nothing(toy, tmp_path, scale):
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-4])
 def test_the_trainers_clipping_does_not_stop_the_gates(toy, tmp_path, max_grad_norm):
-    callback = PruningCallback(0.5)
+    callback = PruningCallback(0.5, one_shot_share=0)
     rows = toy.rows(96, seed=1)
     trainer_for(
         toy.student(), rows, tmp_path, callback, num_train_epochs=6, learning_rate=1e-4, max_grad_norm=max_grad_norm
@@ -450,9 +486,9 @@ def test_the_best_model_is_one_with_the_final_structure(toy, tmp_path):
     )
     trainer.compute_metrics = Score()
     trainer.train()
-    assert trainer.state.best_global_step == 18  # the first one with the structure of the end
-    assert callback.result.best_step == 18
-    assert callback.result.metrics["eval_score"] == -9
+    assert trainer.state.best_global_step == 10  # the first one with the structure of the end
+    assert callback.result.best_step == 10
+    assert callback.result.metrics["eval_score"] == -5
     check_outcome(toy, callback, model, toy.teacher, 0.6)
 
 
@@ -463,7 +499,7 @@ class Stop(TrainerCallback):
 
 def test_a_run_that_stops_early_is_cut_to_the_target_with_a_warning(toy, tmp_path):
     model = toy.student()
-    callback = PruningCallback(0.5)
+    callback = PruningCallback(0.5, one_shot_share=0)
     with pytest.warns(UserWarning, match="stopped after 2 of 6 steps, before the structure was decided"):
         trainer_for(model, toy.rows(), tmp_path, callback, more=[Stop()]).train()
     check_outcome(toy, callback, model, toy.teacher, 0.5)
@@ -610,7 +646,7 @@ def test_wrong_models_and_data_are_refused(toy, tmp_path):
 
 def test_an_endless_data_set_works_without_a_look_at_it(toy, tmp_path):
     model = toy.student()
-    callback = PruningCallback(0.5, warm_start=False)
+    callback = PruningCallback(0.5, warm_start=False, one_shot_share=0)
     trainer_for(model, Endless(), tmp_path, callback, max_steps=8).train()
     check_outcome(toy, callback, model, toy.teacher, 0.5)
 

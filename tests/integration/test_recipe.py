@@ -55,6 +55,18 @@ def test_gates_start_on_what_one_shot_leaves_and_from_nothing_in_the_original(to
     assert dict(cofiprune.structure(loops[-1].state.modules["model"]).sizes) == sizes
 
 
+def test_batches_after_pruning_may_have_another_size(toy, loops):
+    settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 2, "finetune_batch_size": 24}
+    result = cofiprune.prune(toy.student(), toy.rows(48), target_sparsity=0.5, **settings)
+    assert [loop.state.step for loop in loops] == [3, 4]
+    assert loops[1].session.batches.batch_size == 24
+    assert result.history[-1]["epoch"] == 3
+    recipe = PruneConfig.preset("glue-small", label_weight=1)
+    for given, steps in (({}, 1), ({"batch_size": 8}, 6), ({"finetune_batch_size": 16}, 3)):
+        cofiprune.finetune(toy.student(), toy.rows(48), config=recipe, epochs=1, progress=False, **given)
+        assert loops[-1].state.step == steps
+
+
 def test_presets_begin_with_the_whole_model():
     for name in ("glue-small", "glue-large", "squad"):
         assert not PruneConfig.preset(name).starts_from_one_shot

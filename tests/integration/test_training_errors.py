@@ -209,7 +209,7 @@ def test_things_that_are_no_encoder_with_an_adapter(toy, run):
     tried(None, "transformers model", "NoneType")
     tried(torch.nn.Linear(2, 2), "transformers model", "Linear")
     tried(torch.nn.DataParallel(toy.student()), "transformers model", "DataParallel")
-    tried(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), "'gpt2'", "bert", "register_adapter")
+    tried(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), "gpt2", "decoder-only", "encoders")
     tried(BertModel(toy.config(is_decoder=True)), "decoder", "is_decoder=False")
 
 

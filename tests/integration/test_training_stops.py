@@ -102,6 +102,7 @@ VARIANTS = {
     "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 8},
     "the best by a metric": {"metric_for_best_model": "loss", "eval_steps": 1, "finetune_learning_rate": 3e-2},
     "warm start": {"warm_start": True, "pre_finetune_epochs": 1},
+    "other batches after pruning": {"finetune_batch_size": 24, "epochs": 1, "freeze_epochs": 0.4, "finetune_epochs": 5},
 }
 
 

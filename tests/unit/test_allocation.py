@@ -14,6 +14,7 @@ from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.allocation import allocate, combination
 from cofiprune.errors import TargetError
+from cofiprune.losses import Losses
 from cofiprune.selection import TOLERANCE
 from cofiprune.structure import Structure
 from cofiprune.target import Target
@@ -55,7 +56,7 @@ def test_the_target_is_met_in_round_sizes(share: float, round_to: int) -> None:
         config = BertConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384)
         structure = structure_of(BertModel(config))
     target = Target.of(structure, share, round_to=round_to)
-    sizes = allocate(structure, worths(structure), target)
+    sizes = allocate(structure, Losses.of(structure, worths(structure)), target)
     left = accounting.layer_parameters(structure).exact(sizes) / target.total
     assert left == pytest.approx(1 - share, abs=TOLERANCE)
     for name, size in sizes.items():
@@ -65,7 +66,7 @@ def test_the_target_is_met_in_round_sizes(share: float, round_to: int) -> None:
 
 def test_what_no_sizes_reach_is_an_error() -> None:
     structure = tiny()
-    worth = {"layers.0.intermediate": torch.rand(64)}
+    worth = Losses.of(structure, {"layers.0.intermediate": torch.rand(64)})
     with pytest.raises(TargetError, match="sparsity 0.9 cannot be met"):
         allocate(structure, worth, Target.of(structure, 0.9))
     assert allocate(structure, worth, Target.of(structure, 0.2), may_empty=False)["layers.0.intermediate"] < 64

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertModel
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, PreTrainedModel
 
-from cofiprune import PruneConfig, accounting, attach
+from cofiprune import PruneConfig, accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
+from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
 from cofiprune.structure import Group
 from cofiprune.target import SPARSITY, Target
@@ -26,7 +27,7 @@ def bert() -> BertModel:
     return BertModel(BertConfig(vocab_size=40, max_position_embeddings=32, **sizes)).eval()
 
 
-def gating(model: BertModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
+def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
     goal = Target(SPARSITY, target, accounting.layer_parameters, total, (1 - target) * total)
@@ -42,7 +43,7 @@ def test_targets_and_sparsities_count_from_the_dense_model(share: float) -> None
     assert found.sparsity() == pytest.approx(1 - share)
     open_gates = found.penalty(24)[1]
     assert float(open_gates) == pytest.approx(1 - share, abs=0.01)
-    plan = found.decide(model)
+    plan = found.decide(lambda plan: compact(model, plan))
     kept = found.cost.exact(plan.kept) / found.cost.exact(found.masks.structure.sizes)
     assert 1 - share * kept == pytest.approx(0.9, abs=0.005)
 
@@ -87,6 +88,23 @@ def test_a_layer_exists_while_one_of_its_blocks_does() -> None:
     assert found.alive_layers().tolist() == [False, True]
     found.masks["layers.1.ffn"] = [0]
     assert found.alive_layers().tolist() == [False, True]
+
+
+def test_a_layer_that_is_applied_several_times_exists_as_often() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 48, "embedding_size": 8}
+    config = AlbertConfig(vocab_size=40, num_hidden_layers=5, num_hidden_groups=2, inner_group_num=1, **sizes)
+    model = AlbertModel(config).eval()
+    found = gating(model)
+    states = model(torch.tensor([[3, 4, 5]]), output_hidden_states=True).hidden_states
+    assert states is not None
+    assert len(found.alive_layers()) == len(states) - 1 == 5
+    found.masks["layers.1.attention"] = found.masks["layers.1.ffn"] = [0]
+    assert found.alive_layers().tolist() == [True, True, True, False, False]
+    chosen = {4: states[5].detach() + 1}
+    projection = hidden_projection(24, 24)
+    loss = layerwise_loss(states[1:], chosen, projection, how="same-index", teacher_depth=5, alive=found.alive_layers())
+    assert float(loss.detach()) == pytest.approx(float((states[3] - chosen[4]).square().mean().detach()))
 
 
 def test_without_importance_nothing_is_closed_at_the_start_and_in_the_original_a_ninth_was() -> None:

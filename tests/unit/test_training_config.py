@@ -178,6 +178,7 @@ def test_presets_are_the_recipe_of_the_paper(name):
     assert found == RECIPE[name]
     assert config.finetune_learning_rate in (1e-5, 2e-5, 3e-5)
     assert config.finetune_epochs == 20
+    assert config.finetune_batch_size == 64
     assert config.finetune_lr_scheduler_type == "constant"
     assert config.lr_scheduler_type == "linear"
     assert config.distill_layers_weight in (0.9, 0.7, 0.5)

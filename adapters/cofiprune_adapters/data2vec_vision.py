@@ -1,0 +1,83 @@
+"""Data2Vec for images (Baevski et al., 2022, arXiv:2202.03555): BEiT's layers, whose modules have other names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Adapter,
+    BlockTable,
+    Family,
+    linear,
+    norm,
+    projection,
+    tensor,
+)
+from cofiprune.structure import Exit
+from cofiprune_adapters.beit import SHARED
+from cofiprune_adapters.vit import embeddings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BIAS = "relative_position_bias"
+ATTENTION = BlockTable(
+    rows=(
+        norm("layernorm_before"),
+        linear("attention.attention.{query,key,value}", reads=HIDDEN, writes=HEADS),
+        tensor(f"attention.attention.{BIAS}", f"{BIAS}_table", None, HEADS.of(1), optional=True),
+        projection("attention.output.dense", reads=HEADS),
+        tensor("", "lambda_1", HIDDEN),
+    ),
+    # The module around these two returns a tuple of one.
+    exit=Exit("attention.output", argument=1, keyword="input_tensor", residual=False),
+    skipped=("layernorm_before", Exit("attention.attention", outputs=2)),
+    dropped=("lambda_1",),
+    attributes=(
+        ("attention.attention", "num_attention_heads", HEADS.of(1)),
+        ("attention.attention", "all_head_size", HEADS),
+    ),
+)
+FFN = BlockTable(
+    rows=(
+        norm("layernorm_after"),
+        linear("intermediate.dense", reads=HIDDEN, writes=INTERMEDIATE),
+        projection("output.dense", reads=INTERMEDIATE),
+        tensor("", "lambda_2", HIDDEN),
+    ),
+    exit=Exit("output", residual=False),
+    skipped=("layernorm_after", "intermediate"),
+    dropped=("lambda_2",),
+)
+
+
+class Data2VecVisionAdapter(Adapter):
+    """Data2Vec's image encoder, bare and for classification; the head for segmentation keeps its hidden dimensions."""
+
+    model_types = ("data2vec-vision",)
+
+    def describe(self, config: PretrainedConfig) -> Family:
+        return Family(
+            sizes={
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "intermediate": config.intermediate_size,
+            },
+            layers="encoder.layer",
+            stem=(
+                *embeddings("cls_token", "mask_token", "position_embeddings"),
+                norm("layernorm", optional=True),
+                norm("pooler.layernorm", optional=True),
+                tensor(f"encoder.{BIAS}", f"{BIAS}_table", optional=True),
+            ),
+            attention=ATTENTION,
+            ffn=FFN,
+            heads={"ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),)},
+            refused={"head": SHARED} if config.use_shared_relative_position_bias else {},
+        )
+
+
+adapter = Data2VecVisionAdapter()

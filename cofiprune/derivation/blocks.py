@@ -1,0 +1,177 @@
+"""Finding the layers of an encoder, and in a layer the two blocks, by watching it run.
+
+A block starts with the matrices that read the residual stream, as it is or behind a norm, and ends with the matrix that
+writes into it. What lies between is the block's own: its inner width is what the last matrix reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cofiprune.conformance.trace import inside
+from cofiprune.derivation.trace import Call, near, same
+from cofiprune.errors import AdapterError
+
+_NORM = "norm"
+
+
+@dataclass
+class Draft:
+    """A block as far as it is known from one run of its layer."""
+
+    entries: list[Tensor]
+    """The residual stream where the block starts, then what norms make of it."""
+    readers: list[Call] = field(default_factory=list)
+    """The matrices that read it."""
+    inner: list[Call] = field(default_factory=list)
+    """Other matrices, in the order in which they ran."""
+    norms: list[Call] = field(default_factory=list)
+    """Norms over the hidden dimensions."""
+    others: list[Call] = field(default_factory=list)
+    """Other modules without children that have parameters."""
+
+    @property
+    def writer(self) -> Call:
+        """The last matrix."""
+        return self.inner[-1]
+
+    @property
+    def leaves(self) -> list[Call]:
+        return [*self.norms, *self.readers, *self.inner, *self.others]
+
+    def starts_with(self, value: Tensor | None) -> bool:
+        return any(same(value, entry) for entry in self.entries)
+
+
+def find_layers(model: nn.Module, count: int | None) -> str:
+    """Return the path of the list of layers: the one with most parameters, every member of it with several matrices.
+
+    :param count: how many layers the configuration speaks of.
+    :raises AdapterError: when there is none.
+    """
+    found: list[tuple[int, str]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or (count is not None and len(module) != count):
+            continue
+        if len(module) and all(sum(is_matrix(each) for each in member.modules()) > 2 for member in module):
+            found.append((sum(value.numel() for value in module.parameters()), path))
+    if not found:
+        raise AdapterError("it has no list of layers whose members hold the matrices of attention and feed-forward")
+    return max(found)[1]
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a projection: a linear map, possibly spelt as a convolution."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding | nn.LayerNorm)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight; of a matrix that is stored [in, out], as GPT-2's `Conv1D` is, [out, in]."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    shape = tuple(weight.shape)
+    return shape[::-1] if is_transposed(module) else shape
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a matrix is stored [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_norm(call: Call) -> bool:
+    """Whether a module normalises the last dimension of what it is given."""
+    module, entry, output = call.module, call.entry, call.output
+    if entry is None or output is None or entry.shape != output.shape or is_matrix(module):
+        return False
+    named = _NORM in type(module).__name__.lower()
+    return named or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+
+
+def norm_kind(call: Call) -> Literal["layer", "rms"]:
+    """`layer` for a norm that takes the mean off, `rms` for one that does not."""
+    entry = call.entry
+    assert entry is not None
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        shifted = call.module(entry + 3)
+    torch.random.set_rng_state(state)
+    return "layer" if near(shifted, call.output) else "rms"
+
+
+def find_blocks(calls: Sequence[Call], layer: str) -> list[Draft]:
+    """Split the calls under a layer into blocks.
+
+    :raises AdapterError: when they are not two, or a block has no last matrix.
+    """
+    whole = next((call for call in calls if call.path == layer), None)
+    if whole is None or whole.entry is None or whole.output is None:
+        raise AdapterError(f"its layer {layer!r} is not called with the states of the layer before it")
+    if whole.entry.shape != whole.output.shape:
+        raise AdapterError(f"its layer {layer!r} changes the shape of the states, so that it cannot be left out")
+    leaves = [call for call in calls if inside(call.path, layer) and _is_leaf(call)]
+    blocks = _split(sorted(leaves, key=lambda call: call.end), whole.entry)
+    if len(blocks) != 2 or not all(block.readers and block.inner for block in blocks):
+        shown = "; ".join(_shown(block, layer) for block in blocks)
+        raise AdapterError(
+            f"its layer {layer!r} has {len(blocks)} blocks instead of attention and feed-forward, as far as they "
+            f"can be told apart: {shown}"
+        )
+    return blocks
+
+
+def _is_leaf(call: Call) -> bool:
+    return not any(True for _ in call.module.children()) and any(True for _ in call.module.parameters(recurse=False))
+
+
+def _split(leaves: Sequence[Call], entry: Tensor) -> list[Draft]:
+    current = Draft([entry])
+    blocks = [current]
+    loose: list[Call] = []
+    width = entry.shape[-1]
+    for call in leaves:
+        value = call.entry
+        if is_norm(call):
+            if current.starts_with(value):
+                current.norms.append(call)
+                assert call.output is not None
+                current.entries.append(call.output)
+            else:
+                loose.append(call)
+        elif not is_matrix(call.module):
+            current.others.append(call)
+        elif current.starts_with(value):
+            current.readers.append(call)
+        else:
+            before = next((norm for norm in reversed(loose) if same(norm.output, value)), None)
+            wrote = any(inner.output is not None and inner.output.shape[-1] == width for inner in current.inner)
+            if before is not None and current.readers and wrote:
+                loose.remove(before)
+                _settle(current, loose)
+                assert before.entry is not None
+                assert before.output is not None
+                current = Draft([before.entry, before.output], norms=[before])
+                blocks.append(current)
+                current.readers.append(call)
+            else:
+                current.inner.append(call)
+    _settle(current, loose)
+    return blocks
+
+
+def _settle(block: Draft, loose: list[Call]) -> None:
+    """Give a block the norms that ran in it: those behind its last matrix are over the hidden dimensions."""
+    for call in loose:
+        behind = bool(block.inner) and call.start > block.writer.end
+        (block.norms if behind else block.others).append(call)
+    loose.clear()
+
+
+def _shown(block: Draft, layer: str) -> str:
+    names = [call.path.removeprefix(f"{layer}.") for call in (*block.readers, *block.inner)]
+    return ", ".join(names) or "none"

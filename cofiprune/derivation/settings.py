@@ -1,0 +1,93 @@
+"""How a configuration spells the sizes that a table needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cofiprune.errors import AdapterError
+from cofiprune.structure import Kind
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Units by kind, and the expressions that give them for a configuration."""
+
+    units: Mapping[Kind, int]
+    spelt: Mapping[Kind, str]
+    """Python expressions in `config`."""
+    query_heads: int | None = None
+    """Where groups of heads share keys and values; `units["heads"]` then counts the groups."""
+    query_spelt: str | None = None
+
+    def of(self, config: PretrainedConfig) -> Settings:
+        """The same for another configuration of the family."""
+        units = {kind: _value(config, text) for kind, text in self.spelt.items()}
+        query = None if self.query_spelt is None else _value(config, self.query_spelt)
+        return Settings(units, self.spelt, query, self.query_spelt)
+
+
+def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediate: int, narrow: int) -> Settings:
+    """Find which settings of a configuration give the sizes that were seen.
+
+    :param width: elements of all query heads.
+    :param narrow: elements of all key heads.
+    :raises AdapterError: when one of them is not to be found.
+    """
+    heads = _spelt(config, ("head",), ("key_value", "kv", "dim", "size", "decoder"), lambda n: n > 0 and width % n == 0)
+    if heads is None:
+        raise AdapterError(f"its configuration does not say how many heads its {width} attention dimensions make up")
+    count = _value(config, heads)
+    query = None
+    if narrow < width and narrow * count % width == 0:
+        keys = _spelt(config, ("key_value", "kv"), ("dim", "size"), lambda n: n == narrow * count // width)
+        if keys is not None:
+            query, heads = heads, keys
+    spelt = {
+        "hidden": _spelt(config, ("hidden", "d_model", "dim", "embed"), (), lambda n: n == hidden) or str(hidden),
+        "heads": heads,
+        "intermediate": _spelt(config, ("",), ("vocab",), lambda n: n == intermediate) or _ratio(config, intermediate),
+    }
+    units: dict[Kind, int] = {kind: _value(config, text) for kind, text in spelt.items()}  # type: ignore[misc]
+    return Settings(units, spelt, None if query is None else count, query)  # type: ignore[arg-type]
+
+
+def _spelt(
+    config: PretrainedConfig, words: tuple[str, ...], without: tuple[str, ...], fits: Callable[[int], bool]
+) -> str | None:
+    """`config.NAME` for the setting whose name has one of some words and whose value fits."""
+    names = [*config.attribute_map, *vars(config)]
+    found = [
+        name
+        for name in dict.fromkeys(names)
+        if any(word in name for word in words)
+        and not any(word in name for word in without)
+        and not name.startswith("_")
+        and type(getattr(config, name, None)) is int
+        and fits(getattr(config, name))
+    ]
+    preferred = ("hidden_size", "num_attention_heads", "intermediate_size", "num_key_value_heads")
+    found.sort(key=lambda name: (name not in preferred, len(name)))
+    return f"config.{found[0]}" if found else None
+
+
+def _ratio(config: PretrainedConfig, size: int) -> str:
+    for name, value in vars(config).items():
+        if "ratio" in name and isinstance(value, int | float) and int(config.hidden_size * value) == size:
+            return f"int(config.hidden_size * config.{name})"
+    return str(size)
+
+
+def _value(config: PretrainedConfig, text: str) -> int:
+    """The value of an expression that `_spelt` or `_ratio` made."""
+    if text.isdigit():
+        return int(text)
+    names = text.replace("int(", "").rstrip(")").split(" * ")
+    product = 1.0
+    for name in names:
+        product *= getattr(config, name.removeprefix("config."))
+    return int(product)

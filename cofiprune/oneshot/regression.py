@@ -1,0 +1,119 @@
+"""Linear regression from statistics that are gathered batch by batch, with a ridge that held-out rows choose.
+
+Shapes: n inputs, K outputs, N rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Weights of the pull towards no change among which held-out rows choose, relative to the mean squared input."""
+HELD_OUT = 5
+"""One part in so many of the rows of every batch, its last, is held out while the ridge is chosen, and counts
+afterwards: hardly an example is in both parts."""
+
+
+class LeastSquares:
+    """Statistics of a weighted linear regression with a bias, in float64, apart for two parts of the rows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        """Start empty; memory is 2 * (inputs + 1) * (inputs + 1 + outputs) numbers, whatever the number of rows."""
+        self._parts = [_Part(inputs, outputs) for _ in range(2)]
+
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows of a batch.
+
+        :param inputs: [N, n].
+        :param targets: [N, K].
+        :param weights: [N], how much each row counts; None for 1.
+        """
+        fitted = len(inputs) - len(inputs) // HELD_OUT
+        for part, rows in zip(self._parts, (slice(fitted), slice(fitted, None)), strict=True):
+            part.add(inputs[rows], targets[rows], None if weights is None else weights[rows])
+
+    @property
+    def gram(self) -> Tensor:
+        """[n + 1, n + 1], the bias last."""
+        return self._parts[0].gram + self._parts[1].gram
+
+    def solve(self, ridge: float, *, bias: bool = True) -> tuple[Tensor, Tensor] | None:
+        """Return weight [K, n] and bias [K] of min ||X W^T + b - Y||^2 + ridge * mean(diag(X^T X)) * ||W||^2.
+
+        Units that are always zero get zero weights; the bias is not penalised.
+
+        :param bias: False fits W alone and returns a bias of zeros.
+        :return: None when the statistics are not finite.
+        """
+        solution = _solved(self.gram, self._parts[0].moment + self._parts[1].moment, ridge, bias=bias)
+        return None if solution is None else (solution[:-1].T, solution[-1])
+
+    def chosen_ridge(self, *, bias: bool = True) -> float:
+        """The ridge whose solution on the one part of the rows fits the other best; the strongest where there is none.
+
+        Batches of fewer than five rows leave nothing to choose by.
+        """
+        best, chosen = float("inf"), RIDGES[-1]
+        fitted, held_out = self._parts
+        for ridge in RIDGES if fitted.rows and held_out.rows else ():
+            solution = _solved(fitted.gram, fitted.moment, ridge, bias=bias)
+            error = float("inf") if solution is None else held_out.error(solution)
+            if error < best:
+                best, chosen = error, ridge
+        return chosen
+
+    def correct(self, module: nn.Linear, ridge: float | None = None) -> None:
+        """Add the solution to a projection whose missing output was the target; nothing where there is none.
+
+        :param ridge: None for the one that held-out rows choose.
+        """
+        bias = module.bias is not None
+        found = self.solve(self.chosen_ridge(bias=bias) if ridge is None else ridge, bias=bias)
+        if found is None:
+            return
+        with torch.no_grad():
+            for value, change in zip((module.weight, module.bias), found, strict=True):
+                if value is not None:
+                    value.copy_(value.cpu().double() + change)
+
+
+class _Part:
+    """Sums over some of the rows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+        self.moment = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+        self.squares = 0.0
+        self.rows = 0
+
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        weighted = extended if weights is None else extended * weights.to(extended).unsqueeze(1)
+        # Products of one batch in the inputs' own precision, sums in float64: seven digits are plenty beside the ridge.
+        self.gram += (weighted.T @ extended).cpu()
+        self.moment += (weighted.T @ targets).cpu()
+        squares = targets.double().square().sum(dim=1)
+        self.squares += float((squares if weights is None else squares * weights.to(squares)).sum())
+        self.rows += len(inputs)
+
+    def error(self, solution: Tensor) -> float:
+        """Summed squared error of a solution [n + 1, K]."""
+        fit = float((solution * (self.gram @ solution)).sum()) - 2 * float((solution * self.moment).sum())
+        return self.squares + fit
+
+
+def _solved(gram: Tensor, moment: Tensor, ridge: float, *, bias: bool) -> Tensor | None:
+    """Weights and, last, biases [n + 1, K]; None when they are not finite."""
+    size = len(gram) - 1
+    rows = float(gram[-1, -1])
+    matrix, right = (gram.clone(), moment) if bias else (gram[:-1, :-1].clone(), moment[:-1])
+    # The tiny second term is for inputs that are zero throughout.
+    matrix.diagonal()[:size] += ridge * gram.diagonal()[:-1].mean() + 1e-12 * max(rows, 1.0)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    solution = torch.cholesky_solve(right, factor)
+    if not bool(torch.isfinite(solution).all()):
+        return None
+    return solution if bias else torch.cat([solution, solution.new_zeros(1, solution.shape[1])])

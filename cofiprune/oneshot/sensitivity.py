@@ -1,0 +1,120 @@
+"""How much a model's answers depend on what its blocks put out, position by position and in which directions.
+
+The answers f of an example change by J d when a block's output changes by d. For r of independent standard normals,
+the gradient g of r . f with respect to the output has E[g g^T] = J^T J: one backward pass per batch estimates the
+Gauss-Newton matrix of every block's output without bias and without labels (as in `fisher`).
+
+Shapes: B examples, T positions, N positions of a batch that are not padding, H hidden, n inputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cofiprune.distillation import predictions
+from cofiprune.oneshot.activations import Batch, Projection, placed, valid_rows
+from cofiprune.oneshot.fisher import counted_outputs
+from cofiprune.tasks import taken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOOR = 0.02
+"""Least weight of a position, relative to the mean: answers that one position gives must not leave a fit of the others
+without any rows."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What passed a block's last projection in a batch, with the derivative of the answers."""
+
+    inputs: Tensor
+    """[N, n]"""
+    gradients: Tensor
+    """[N, H]"""
+    weights: Tensor
+    """[N]: squared norms of the gradients, divided by their mean over the example, at least `FLOOR`."""
+
+
+def passed(
+    model: PreTrainedModel, wanted: Mapping[str, Projection], batches: Sequence[Batch], *, seed: int
+) -> Iterator[dict[str, Passed]]:
+    """Run a model forward and backward and give what passed its blocks, by gate, for every batch.
+
+    :param wanted: the blocks' last projections, by gate.
+    :param batches: on any device; padding is left out of everything.
+    """
+    if not wanted:
+        return
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for batch in batches:
+        with _frozen(model), torch.enable_grad():
+            states, gradients = _run(model, wanted, placed(batch, model), generator)
+        yield {gate: _of(states[gate], gradients[gate], batch) for gate in states}
+
+
+def _run(
+    model: PreTrainedModel, wanted: Mapping[str, Projection], inputs: Batch, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs of the projections, and the gradients of a random projection of the answers to their outputs."""
+    states: dict[str, Tensor] = {}
+    probes: dict[str, Tensor] = {}  # zeros that are added to what the blocks put out
+    with ExitStack() as hooks:
+        for gate, projection in wanted.items():
+
+            def note(module: nn.Module, args: Any, output: Tensor, gate: str = gate) -> Tensor:
+                states[gate] = args[0].detach()
+                probes[gate] = torch.zeros_like(output, requires_grad=True)
+                return output + probes[gate]
+
+            hooks.callback(model.get_submodule(projection.module).register_forward_hook(note).remove)
+        answered = predictions(model(**inputs, **taken(model, return_dict=True)))
+    if not probes:
+        return {}, {}  # none of the projections is called as a module
+    outputs = [counted_outputs(part, inputs) for part in answered]
+    noise = [torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype) for part in outputs]
+    projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
+    found = torch.autograd.grad(projected, list(probes.values()), allow_unused=True)
+    return states, {
+        gate: torch.zeros_like(probe) if gradient is None else gradient
+        for (gate, probe), gradient in zip(probes.items(), found, strict=True)
+    }
+
+
+def _of(states: Tensor, gradient: Tensor, batch: Batch) -> Passed:
+    squares = (
+        gradient.to(torch.promote_types(torch.float32, gradient.dtype)).square().sum(dim=-1, keepdim=True)
+    )  # [B, T, 1]
+    rows = valid_rows(gradient, batch)
+    return Passed(valid_rows(states, batch), rows, _relative(squares, batch))
+
+
+def _relative(squares: Tensor, batch: Batch) -> Tensor:
+    """[N]: squares by their mean over the real positions of the example, with a floor."""
+    mask = batch.get("attention_mask")
+    lined_up = mask is not None and squares.shape[:-1] == mask.shape
+    real = (mask != 0).to(squares).unsqueeze(-1) if lined_up and mask is not None else torch.ones_like(squares)
+    axes = tuple(range(1, squares.dim()))
+    mean = (squares * real).sum(axes, keepdim=True) / real.sum(axes, keepdim=True).clamp(min=1)
+    # Answers that do not depend on the block at all weigh all positions alike.
+    relative = torch.where(mean > 0, squares / mean.clamp(min=torch.finfo(squares.dtype).tiny), 1.0)
+    return valid_rows((1 - FLOOR) * relative + FLOOR, batch)[:, 0]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Spare the gradients of the weights inside."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,149 @@
+"""In which order a block's units go, and what each costs when the units that stay make up for it.
+
+Structured optimal brain surgery (ZipLM, Kurtic et al., 2023, arXiv:2302.04089) under a Kronecker-factored loss (K-FAC,
+Martens and Grosse, 2015, arXiv:1503.05671): a change D of the weights W of a block's last projection raises the loss by
+tr(G D A D^T) / 2, A being the second moments of its inputs, weighted by how much the answers depend on the position,
+and G those of the answers' derivatives with respect to its outputs. Removing the columns M costs least with
+D = -W_M ((A^-1)_MM)^-1 (A^-1)_M, whatever G is, and then
+
+    tr(G W_M ((A^-1)_MM)^-1 W_M^T) / 2.
+
+The cheapest unit goes, the others take over, A^-1 is downdated, and so on: of two units that say the same, only one
+goes cheaply. Because all blocks count in the same loss, their curves compare. The bias is an input that is always 1 and
+stays.
+
+Shapes: n inputs of a projection, u units of b inputs each, H outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cofiprune.oneshot.sensitivity import Passed
+from cofiprune.structure import Side
+
+RIDGE = 1e-3
+"""Added to the second moments, relative to their mean: dead units and constant inputs have none of their own."""
+UNWEIGHTED = 0.01
+"""Part of the second moments in which all positions count alike, for directions that the answers see nothing of yet."""
+AT_ONCE = 0.1
+"""Share of the units left that may go before the rest is looked at again, where a unit is a single input."""
+
+
+class Moments:
+    """Second moments around a block's last projection, summed over batches."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.weighted = torch.zeros(inputs + 1, inputs + 1)
+        self.plain = torch.zeros(inputs + 1, inputs + 1)
+        self.outputs = torch.zeros(outputs, outputs)
+        self.weight = 0.0
+        self.rows = 0
+        self.batches = 0
+
+    def add(self, passed: Passed) -> None:
+        """Add a batch."""
+        rows, gradients = passed.inputs, passed.gradients
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        squares = gradients.square().sum(dim=1)
+        self.weighted += ((rows * squares.unsqueeze(1)).T @ rows).cpu()
+        self.plain += (rows.T @ rows).cpu()
+        self.outputs += (gradients.T @ gradients).cpu()
+        self.weight += float(squares.sum())
+        self.rows += len(rows)
+        self.batches += 1
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is numbers."""
+        return all(bool(torch.isfinite(part).all()) for part in (self.weighted, self.plain, self.outputs))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [n + 1, n + 1] and G [H, H], in float64; G has trace 1."""
+        # Where the answers see nothing of the block, its inputs say in which order its units go, at no cost.
+        floor = UNWEIGHTED * self.weight / max(self.rows, 1) if self.weight else 1.0
+        inputs = (self.weighted + floor * self.plain).double() / max(self.batches, 1)
+        size = len(inputs) - 1
+        inputs.diagonal()[:size] += RIDGE * inputs.diagonal()[:size].mean()
+        inputs.diagonal().add_(1e-12 * float(inputs[-1, -1]) + torch.finfo(torch.float64).tiny)
+        return inputs, self.outputs.double() / max(self.weight, torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What it costs to remove ever more units of a block."""
+
+    order: tuple[int, ...]
+    """The units, the first to go first."""
+    losses: tuple[float, ...]
+    """By how much the loss has risen when each has gone; never falls."""
+
+
+def curve(module: nn.Linear, moments: Moments, side: Side) -> Curve:
+    """Remove the units of a projection one after the other.
+
+    :param moments: finite.
+    :param side: how the inputs of the projection divide into units.
+    """
+    inputs, outputs = moments.factors()
+    bias = torch.zeros(module.out_features) if module.bias is None else module.bias
+    weight = torch.cat([module.weight.detach().cpu(), bias.detach().cpu().unsqueeze(1)], dim=1).double()
+    # One unit after the other, and the bias last.
+    order_of = torch.arange(side.length).view(side.copies, side.units, side.block).transpose(0, 1).flatten()
+    columns = torch.cat([order_of, torch.tensor([side.length])])
+    inverse = torch.linalg.inv(inputs[columns][:, columns])
+    state = _State(weight[:, columns], inverse, outputs, side.copies * side.block)
+    left = torch.arange(side.units)
+    order: list[int] = []
+    losses: list[float] = []
+    while len(left):
+        scores = state.scores(len(left))
+        together = max(1, int(AT_ONCE * len(left))) if state.block == 1 else 1
+        gone = scores.argsort(stable=True)[:together]
+        cost = state.remove(gone, len(left))
+        parts = scores[gone].clamp(min=0) + 1e-30
+        for unit, part in zip(left[gone].tolist(), (parts * cost / parts.sum()).tolist(), strict=True):
+            order.append(unit)
+            losses.append(part + (losses[-1] if losses else 0.0))
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[gone] = False
+        left = left[stays]
+    return Curve(tuple(order), tuple(losses))
+
+
+@dataclass
+class _State:
+    """A projection from which units are removed."""
+
+    weight: Tensor
+    """[H, n + 1], the bias last."""
+    inverse: Tensor
+    """[n + 1, n + 1] of the inputs' second moments."""
+    outputs: Tensor
+    """[H, H]"""
+    block: int
+
+    def scores(self, units: int) -> Tensor:
+        """[u]: what removing each of the units would cost."""
+        block, columns = self.block, units * self.block
+        grid = self.inverse[:columns, :columns].reshape(units, block, units, block)
+        own = torch.linalg.inv(grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1))  # [u, b, b]
+        parts = self.weight[:, :columns].reshape(-1, units, block)
+        seen = (self.outputs @ self.weight[:, :columns]).reshape(-1, units, block)
+        return torch.einsum("hub,huc,ubc->u", parts, seen, own) / 2
+
+    def remove(self, gone: Tensor, units: int) -> float:
+        """Remove some units, let the others take over, and return what it cost."""
+        columns = (gone.unsqueeze(1) * self.block + torch.arange(self.block)).flatten()
+        own = torch.linalg.inv(self.inverse[columns][:, columns])
+        weight = self.weight[:, columns]
+        cost = float((own * (weight.T @ (self.outputs @ weight))).sum()) / 2
+        taken_over = own @ self.inverse[columns]
+        stays = torch.ones(len(self.inverse), dtype=torch.bool)
+        stays[columns] = False
+        self.weight = (self.weight - weight @ taken_over)[:, stays]
+        self.inverse = (self.inverse - self.inverse[:, columns] @ taken_over)[stays][:, stays]
+        return max(cost, 0.0)

@@ -1,0 +1,226 @@
+"""Models that cannot be pruned, named before anything of them is touched, with what to do instead.
+
+What is refused in any case: what is no transformers model, adapters of PEFT, quantised weights, decoders. What is
+refused where no adapter says otherwise: models made of several, code from a model's own repository, decoder-only
+models, mixtures of experts, networks without attention. Everything is told by the model's structure and configuration;
+no other package is imported for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, TypeGuard
+
+from torch import Tensor, nn
+
+from cofiprune.errors import AdapterError
+from cofiprune.record import METHOD
+
+_QUANTISED = ("torch.ao.nn.", "torchao.", "bitsandbytes.", "optimum.quanto.", "gptqmodel.", "awq.", "hqq.", "aqlm.")
+"""Packages whose layers and tensors hold quantised weights."""
+
+
+def refuse(model: object) -> None:
+    """Refuse a model that no adapter can describe.
+
+    :raises AdapterError: saying what it is and what to pass instead.
+    """
+    if isinstance(model, nn.Module):
+        _refuse_peft(model)
+    if not _is_transformers_model(model):
+        raise AdapterError(f"expected a transformers model (a PreTrainedModel), found {_name(model)}{_inside(model)}")
+    _refuse_quantised(model)
+    if getattr(model.config, "is_decoder", False):
+        raise AdapterError(
+            f"{_name(model)} is configured as a decoder; cofiprune prunes encoders. Load it with is_decoder=False."
+        )
+    if has_decoder(model):
+        raise AdapterError(
+            f"{_name(model)} is an encoder with a decoder; cofiprune prunes encoders. {_encoder_of(model)}"
+        )
+
+
+def refuse_undeclared(model: nn.Module) -> None:
+    """Refuse a model of a family without an adapter, where what it is says that none can be derived.
+
+    :raises AdapterError: saying what it is and what to do.
+    """
+    parts = encoders_inside(model)
+    if parts:
+        shown = " or ".join(f"{path} ({_name(part)})" for path, part in parts)
+        raise AdapterError(
+            f"{_name(model)} is made of several models; cofiprune prunes one encoder at a time. Pass {shown}, and put "
+            "what compact() returns back in its place."
+        )
+    if type(model).__module__.partition(".")[0] == "transformers_modules":
+        raise AdapterError(
+            f"{_name(model)} is code from a model's own repository (trust_remote_code); nothing is known about what "
+            "it does. Load it with a class of transformers if there is one, or describe it: subclass "
+            "cofiprune.Adapter and call cofiprune.register_adapter(MyAdapter()), see docs/how-to/add-an-adapter.md."
+        )
+    if _is_causal(model):
+        raise AdapterError(
+            f"{_name(model)} ({_type_of(model)}) is a decoder-only model: each token sees those before it only. "
+            "cofiprune prunes encoders."
+        )
+    experts = [path for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    if experts:
+        raise AdapterError(
+            f"{_name(model)} is a mixture of experts ({experts[0]!r}): which feed-forward dimensions a token passes "
+            "through is up to a router, so that they are no units that could be removed one by one. cofiprune "
+            "prunes encoders whose tokens all take one way."
+        )
+    if not any(_attends(module) for module in model.modules()):
+        convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in model.modules())
+        what = "a convolutional network" if convolutional else "a network"
+        raise AdapterError(
+            f"{_name(model)} ({_type_of(model)}) is {what} without attention, and so without heads to remove. "
+            "cofiprune prunes transformer encoders."
+        )
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a model, or the model under its head, has a decoder beside its encoder."""
+    base = _base(model)
+    return all(isinstance(getattr(base, part, None), nn.Module) for part in ("encoder", "decoder"))
+
+
+def encoders_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the encoders that a model of several is made of, each with the expression that gets it from `model`.
+
+    A model under a head has the head's configuration; a part has one of its own.
+    """
+    own = getattr(model, "config", None)
+    found = list(_outermost(model, "model", lambda part: type(part.config) is not type(own)))
+    return [(path, part) for path, part in found if not _is_causal(part) and not getattr(part.config, "is_decoder", 0)]
+
+
+def _outermost(model: nn.Module, path: str, wanted: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The transformers models that a condition chooses, none inside another, and how to get them from `model`."""
+    for name, child in model.named_children():
+        here = f"{path}[{name}]" if name.isdigit() else f"{path}.{name}"
+        if _is_transformers_model(child) and wanted(child):
+            yield here, child
+        else:
+            yield from _outermost(child, here, wanted)
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    layers = [
+        (path, module)
+        for path, module in model.named_modules()
+        if not {"base_layer", "lora_A"}.isdisjoint({*module._modules, *module._parameters})
+    ]
+    wrapper = hasattr(model, "peft_config") and not _is_transformers_model(model)
+    if not layers and not wrapper:
+        return
+    merged = sum(bool(getattr(module, "merged", False)) for _, module in layers)
+    where = f" in {len(layers)} modules, {layers[0][0]!r} the first" if layers else ""
+    state = f", {merged} of them merged and not taken out" if merged else ""
+    raise AdapterError(
+        f"{_name(model)} has PEFT adapters{where}{state}. Put them into the weights and take them out first: "
+        "model = peft_model.merge_and_unload(), and pass that model; adapters that cannot be merged, such as prompts, "
+        "are left out by peft_model.get_base_model()."
+    )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    stored: Any = getattr(model.config, "quantization_config", None)
+    if stored is not None:
+        entries = stored if isinstance(stored, dict) else stored.to_dict()
+        method = entries.get("quant_method")
+        if method != METHOD:
+            raise AdapterError(f"{_name(model)} is quantised ({getattr(method, 'value', method)}). {_UNQUANTISED}")
+    for path, module in model.named_modules():
+        if f"{type(module).__module__}.".startswith(_QUANTISED):
+            raise AdapterError(f"{_name(model)} is quantised ({path!r} is a {type(module).__name__}). {_UNQUANTISED}")
+    for name, parameter in model.named_parameters():
+        if _is_quantised(parameter):
+            raise AdapterError(f"{_name(model)} is quantised ({name!r} is of {parameter.dtype}). {_UNQUANTISED}")
+
+
+_UNQUANTISED = (
+    "Its weights cannot be cut and scaled exactly: load it without quantisation, prune and compact it, and quantise "
+    "the smaller model."
+)
+
+
+def _is_quantised(parameter: Tensor) -> bool:
+    whole = not (parameter.dtype.is_floating_point or parameter.dtype.is_complex)
+    return whole or parameter.dtype.itemsize == 1 or f"{type(parameter.data).__module__}.".startswith(_QUANTISED)
+
+
+def _inside(model: object) -> str:
+    """What a wrapper holds, and how to get at it."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return " (pass an instance, for example from from_pretrained)"
+    if not isinstance(model, nn.Module):
+        return ""
+    held = list(_outermost(model, "model", lambda part: True))
+    if not held:
+        return (
+            ". A module of one's own becomes one by subclassing transformers.PreTrainedModel; "
+            "docs/how-to/add-an-adapter.md shows how to describe it."
+        )
+    shown = " or ".join(f"{path} ({_name(part)})" for path, part in held)
+    return f". It holds one: pass {shown}, and put what compact() returns back in its place."
+
+
+def _encoder_of(model: nn.Module) -> str:
+    """How to get at the encoder of a model that has a decoder too."""
+    parts = encoders_inside(model)
+    if parts:
+        path, part = parts[0]
+        return f"Pass {path} ({_name(part)}), and put what compact() returns back in its place."
+    module = vars(sys.modules[type(model).__module__])
+    alone = next((name for name in module if name.endswith("EncoderModel")), None)
+    if alone is not None:
+        return f"Load the encoder alone, by {alone}."
+    return "Load or pass the encoder alone; model.get_encoder() returns it."
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether attention looks back only.
+
+    Attention modules say so themselves in transformers. Of models whose modules do not, those are decoders that can
+    generate and neither fill masks nor choose among answers.
+    """
+    flags = {flag for flag in (getattr(module, "is_causal", None) for module in model.modules()) if flag is not None}
+    if flags:
+        return True in flags
+    from transformers.models.auto import modeling_auto as auto
+
+    name = _type_of(model)
+    encodes = name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or name in auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+    return name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module is an attention layer: by its name, and with a projection that is no convolution over an image.
+
+    "Attention" is also what some convolutional networks call the weighting of their channels.
+    """
+    name = type(module).__name__.lower()
+    return ("attention" in name or "attn" in name) and any(value.dim() in (2, 3) for value in module.parameters())
+
+
+def _base(model: nn.Module) -> nn.Module:
+    base: Any = getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _is_transformers_model(model: object) -> TypeGuard[nn.Module]:
+    if not isinstance(model, nn.Module) or "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _type_of(model: nn.Module) -> str:
+    return str(getattr(model.config, "model_type", ""))
+
+
+def _name(model: object) -> str:
+    return model.__name__ if isinstance(model, type) else type(model).__name__

@@ -1,0 +1,184 @@
+"""What a budget buys: `method="auto"` picks the rung of the ladder, and how many epochs of it, that a time allows.
+
+One shot takes a time that is known up to a factor from one step; whatever is left after it goes into epochs on
+what one shot leaves, two thirds with gates and one third of recovery, which is the proportion of the defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from cofiprune.errors import SettingsError
+
+if TYPE_CHECKING:
+    from cofiprune.training.config import PruneConfig
+
+SWEEP = (2.0, 4.0)
+"""What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
+share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0008-one-shot-in-sweeps.md)."""
+MARGIN = 1.2
+"""On what one shot is expected to take."""
+FLOOR = 0.1
+"""Part of a step's time that does not shrink with the model: embeddings, the head, the optimiser."""
+WORTHWHILE_EPOCHS = 1.0
+"""Fewer epochs than this are not tried: gates need some to close and the weights some to follow, and a run that is cut
+short ends below what one shot leaves. A choice on the safe side, not a measured bound."""
+MOST_EPOCHS = 30.0
+"""Where a time budget stops being spent: more epochs are worth asking for by name."""
+_PRUNING = 2 / 3
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])\s*")
+
+Rung = Literal["one-shot", "cofi"]
+
+
+def seconds_of(value: object) -> float:
+    """Read a time: a number of seconds, or a text such as "90s", "10m" or "1h30m".
+
+    :raises ValueError: for anything else, or a time that is not above 0.
+
+    >>> seconds_of("10m"), seconds_of("1h30m"), seconds_of(45)
+    (600.0, 5400.0, 45.0)
+    """
+    found: float | None = None
+    if isinstance(value, str):
+        text = value.strip().lower()
+        parts = _TIME.findall(text)
+        if parts and not _TIME.sub("", text):
+            found = sum(float(number) * _UNITS[unit] for number, unit in parts)
+        elif re.fullmatch(r"\d+(\.\d+)?", text):
+            found = float(text)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        found = float(value)
+    if found is None or not 0 < found < float("inf"):
+        raise ValueError('takes a time above 0: seconds, or a text such as "90s", "10m" or "1h30m"')
+    return found
+
+
+def readable(seconds: float) -> str:
+    """Write a time for people.
+
+    >>> readable(48.3), readable(600), readable(7200)
+    ('48 s', '10 min', '2 h')
+    """
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {name}"
+    return f"{seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured: how fast this machine is with this model and these rows."""
+
+    step: float
+    """Seconds of a training step of the dense model."""
+    teacher: float
+    """Seconds that the teacher needs for the rows of a step; 0 without one."""
+    steps_per_epoch: int
+    one_shot: float
+    """Seconds of one shot, on the safe side."""
+
+    def epoch(self, share: float) -> float:
+        """Seconds of an epoch on a model of which a share of the layers is left."""
+        return self.steps_per_epoch * self.step * (FLOOR + (1 - FLOOR) * share)
+
+    def taught(self, epochs: float) -> float:
+        """Seconds of the teacher, which answers each row once."""
+        return self.steps_per_epoch * self.teacher * min(epochs, 1.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rung that was picked."""
+
+    method: Rung
+    epochs: float
+    finetune_epochs: float
+    reason: str
+    """One sentence, for the user."""
+
+
+def one_shot_steps(shares: Sequence[float]) -> float:
+    """What one shot takes, in training steps of the dense model over the rows that it uses, on the safe side.
+
+    :param shares: of the layers left after each of its sweeps.
+    """
+    before = (1.0, *shares[:-1])
+    return MARGIN * (1 + sum(SWEEP[0] + SWEEP[1] * share for share in before))
+
+
+def choose(pace: Pace, budget: float, *, share: float) -> Choice:
+    """Pick what to do with a time budget.
+
+    :param budget: seconds.
+    :param share: share of the layers that is left while the gates learn, in (0, 1].
+    :raises SettingsError: when not even one shot fits in.
+    """
+    if budget < pace.one_shot:
+        raise SettingsError(
+            f"time_budget is {readable(budget)}, too short for anything: one shot, the quickest method on data, takes "
+            f"about {readable(pace.one_shot)} with this model on this machine. Without data prune(model) takes seconds"
+        )
+    left = budget - pace.one_shot
+    epochs = _affordable(pace, left, share)
+    measured = f"a step takes {pace.step:.2g} s here, one shot about {readable(pace.one_shot)}"
+    if epochs < WORTHWHILE_EPOCHS:
+        return Choice(
+            "one-shot", 0.0, 0.0,
+            f"one-shot: {measured}, and the {readable(left)} that are left of {readable(budget)} pay for "
+            f"{epochs:.2g} epochs, where fewer than {WORTHWHILE_EPOCHS:g} may end below one shot",
+        )  # fmt: skip
+    pruning = round(_PRUNING * min(epochs, MOST_EPOCHS), 2)
+    recovery = round(min(epochs, MOST_EPOCHS) - pruning, 2)
+    return Choice(
+        "cofi", pruning, recovery,
+        f"cofi: {measured}, and the rest of {readable(budget)} pays for {pruning:g} epochs of pruning and "
+        f"{recovery:g} of recovery",
+    )  # fmt: skip
+
+
+def chosen_for_epochs(epochs: float, finetune_epochs: float) -> Choice:
+    """Pick what to do with a number of epochs."""
+    if epochs + finetune_epochs < WORTHWHILE_EPOCHS or not epochs:
+        return Choice(
+            "one-shot", 0.0, 0.0,
+            f"one-shot: epochs is {epochs:g}, and fewer than {WORTHWHILE_EPOCHS:g} may end below one shot",
+        )  # fmt: skip
+    return Choice("cofi", epochs, finetune_epochs, f"cofi: epochs is {epochs:g}, and that pays for training")
+
+
+def check_method(config: PruneConfig, *, has_data: bool) -> None:
+    """Make sure that a method has what it picks by and works on.
+
+    :raises SettingsError: for a budget where nothing is picked, none where it is, and for training without data.
+    """
+    if config.method == "auto":
+        given = config.model_fields_set & {"time_budget", "epochs"}
+        if config.time_budget is None and "epochs" not in given:
+            raise SettingsError("method='auto' picks by a budget: give time_budget='10m', say, or epochs")
+        if config.time_budget is not None and "epochs" in given:
+            raise SettingsError(
+                f"time_budget={config.time_budget:g} and epochs={config.epochs:g} are two budgets; give one of them"
+            )
+    elif config.time_budget is not None:
+        raise SettingsError(f"time_budget is what method='auto' picks by; the method is {config.method!r}")
+    if not has_data and config.method in ("gates", "auto"):
+        raise SettingsError(f"method={config.method!r} needs a train_dataset; without data prune knows one method")
+
+
+def _affordable(pace: Pace, seconds: float, share: float) -> float:
+    """Epochs that fit into a time, the teacher's answers to them included."""
+    per_epoch = pace.epoch(share)
+    whole = (seconds - pace.taught(1.0)) / per_epoch
+    if whole >= 1:
+        return whole
+    return max(seconds / (per_epoch + pace.taught(1.0)), 0.0)
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one of some measurements, the lower of two."""
+    return sorted(values)[(len(values) - 1) // 2]

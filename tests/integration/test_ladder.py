@@ -1,0 +1,129 @@
+"""The rungs between one shot and the full run: gates alone, a budget that picks, and repair after learned gates."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import cofiprune
+from cofiprune.errors import DataError, SettingsError
+
+BATCH = {"input_ids": torch.tensor([[2, 5, 9, 12], [2, 8, 6, 30]])}
+
+
+def unlabelled(rows):
+    return [{"input_ids": row["input_ids"]} for row in rows]
+
+
+def divergence(toy, model):
+    batch = {"input_ids": torch.tensor([row["input_ids"][:4] for row in toy.rows(64, seed=3)])}
+    with torch.no_grad():
+        return float((model.eval()(**batch).logits - toy.teacher.eval()(**batch).logits).square().mean())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_gates_alone_train_no_weights_and_need_no_labels(toy, share):
+    student = toy.student()
+    flags = [parameter.requires_grad for parameter in student.parameters()]
+    before = toy.snapshot(student)
+    result = cofiprune.prune(
+        student, unlabelled(toy.rows(64)), target_sparsity=0.6, method="gates", epochs=2, batch_size=8,
+        one_shot_share=share, repair=False, progress=False,
+    )  # fmt: skip
+    assert abs(result.sparsity - 0.6) <= 0.005
+    assert result.method == "gates"
+    assert {entry["phase"] for entry in result.history} <= {"one-shot", "prune"}
+    assert toy.is_unchanged(student, before)
+    assert [parameter.requires_grad for parameter in student.parameters()] == flags
+    with torch.no_grad():
+        assert (student.eval()(**BATCH).logits - result.compact().eval()(**BATCH).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_gates_leave_is_refitted(toy, share):
+    settings = {"target_sparsity": 0.6, "method": "gates", "epochs": 2, "batch_size": 8, "one_shot_share": share}
+    found = []
+    for repair in (False, None):
+        student = toy.student()
+        result = cofiprune.prune(student, unlabelled(toy.rows(128)), repair=repair, progress=False, **settings)
+        small = result.compact()
+        assert not result.plan.scale or repair is False
+        with torch.no_grad():
+            assert (student.eval()(**BATCH).logits - small.eval()(**BATCH).logits).abs().max() < 1e-5
+        found.append(divergence(toy, small))
+    assert found[1] < found[0]
+
+
+def test_recovery_follows_gates_where_it_is_asked_for(toy):
+    result = cofiprune.prune(
+        toy.student(), unlabelled(toy.rows(64)), target_sparsity=0.6, method="gates", epochs=1, finetune_epochs=1,
+        batch_size=8, logging_steps=1, progress=False,
+    )  # fmt: skip
+    assert "recover" in {entry["phase"] for entry in result.history}
+
+
+def test_repair_after_gates_and_weights_keeps_the_law(toy):
+    student = toy.student()
+    result = cofiprune.prune(
+        student, toy.rows(64), target_sparsity=0.6, teacher=toy.teacher, epochs=1, freeze_epochs=0, finetune_epochs=0,
+        batch_size=8, repair=True, progress=False,
+    )  # fmt: skip
+    assert abs(result.sparsity - 0.6) <= 0.005
+    assert not result.plan.scale
+    with torch.no_grad():
+        assert (student.eval()(**BATCH).logits - result.compact().eval()(**BATCH).logits).abs().max() < 1e-5
+
+
+def test_without_repair_one_shot_leaves_the_weights(toy):
+    student = toy.student()
+    before = toy.snapshot(student)
+    cofiprune.prune(student, toy.rows(64), target_sparsity=0.5, method="one-shot", repair=False, progress=False)
+    assert toy.is_unchanged(student, before)
+    student = toy.student()
+    cofiprune.prune(student, toy.rows(64), target_sparsity=0.5, method="one-shot", progress=False)
+    assert not toy.is_unchanged(student, before)
+
+
+@pytest.mark.filterwarnings("ignore:pruning without data")
+def test_without_repair_and_data_the_weights_stay(toy):
+    student = toy.student()
+    before = toy.snapshot(student)
+    result = cofiprune.prune(student, target_sparsity=0.5, teacher=copy.deepcopy(toy.teacher), repair=False)
+    assert result.method == "no data"
+    assert toy.is_unchanged(student, before)
+
+
+def test_auto_says_what_it_picked_and_why(toy, tmp_path, capsys):
+    arguments = {"target_sparsity": 0.6, "method": "auto", "batch_size": 8}
+    result = cofiprune.prune(toy.student(), toy.rows(64), epochs=0, output_dir=tmp_path, **arguments)
+    assert result.method == "one-shot"
+    assert "epochs is 0" in result.reason
+    assert result.reason in repr(result)
+    assert capsys.readouterr().err.count(result.reason) == 1
+    assert json.loads((tmp_path / "choice.json").read_text())["method"] == "one-shot"
+    result = cofiprune.prune(toy.student(), toy.rows(64), epochs=1, finetune_epochs=1, **arguments)
+    assert (result.method, result.history[-1]["phase"]) == ("cofi", "recover")
+
+
+def test_a_time_budget_is_spent_and_too_short_a_one_is_refused(toy, monkeypatch):
+    student = toy.student()
+    before = toy.snapshot(student)
+    arguments = {"target_sparsity": 0.6, "method": "auto", "batch_size": 8, "progress": False}
+    with pytest.raises(SettingsError, match="too short"):
+        cofiprune.prune(student, toy.rows(64), time_budget=1e-4, **arguments)
+    assert toy.is_unchanged(student, before)
+    assert cofiprune.masking.masks_of(student) is None
+    result = cofiprune.prune(student, unlabelled(toy.rows(64)), time_budget="10m", **arguments)
+    assert result.method == "cofi"
+    assert "epochs of pruning" in result.reason
+
+
+def test_gates_need_rows_for_their_repair_and_say_how_many(toy):
+    student = toy.student()
+    before = toy.snapshot(student)
+    with pytest.raises(DataError, match="at least 48"):
+        cofiprune.prune(
+            student, toy.rows(2), target_sparsity=0.6, method="gates", epochs=1, batch_size=2, progress=False
+        )
+    assert toy.is_unchanged(student, before)
