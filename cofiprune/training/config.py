@@ -39,10 +39,10 @@ class PruneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Literal["cofi", "one-shot", "gates", "auto"] = "cofi"
-    """How `prune` goes about it with data. "one-shot" trains nothing and needs neither labels nor a teacher. "gates"
-    trains the gates alone, for `epochs`, against the teacher's answers (the model's own by default), and refits what is
-    left; recovery follows only where `finetune_epochs` is given. "cofi" trains gates and weights. "auto" picks by
-    `time_budget` or `epochs`, and says what and why."""
+    """How `prune` goes about it with data. "one-shot" decides without training, and needs neither labels nor a
+    teacher. "gates" trains the gates alone, for `epochs`, against the teacher's answers (the model's own by default),
+    and refits what is left. After these two, recovery follows only where `finetune_epochs` is given. "cofi" trains
+    gates and weights. "auto" picks by `time_budget` or `epochs`, and says what and why."""
     time_budget: float | None = None
     """With method="auto": how long `prune` may take, in seconds, or as a text such as "90s", "10m" or "1h30m"."""
     repair: bool | None = None
@@ -197,11 +197,21 @@ class PruneConfig(BaseModel):
     @property
     def trains_weights(self) -> bool:
         """Whether the weights learn along with the gates."""
-        return self.method != "gates"
+        return self.method not in ("gates", "one-shot")
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.method != "one-shot" or self.recovery_epochs > 0
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether a run without a teacher learns from its model as it comes: methods that can do without labels do."""
+        return self.method in ("gates", "auto") or (self.method == "one-shot" and self.trains)
 
     @property
     def recovery_epochs(self) -> float:
-        """Epochs of recovery: with gates alone, only those that were asked for."""
+        """Epochs of recovery: after one shot and after gates alone, only those that were asked for."""
         if not self.trains_weights and "finetune_epochs" not in self.model_fields_set:
             return 0.0
         return self.finetune_epochs

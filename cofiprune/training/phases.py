@@ -108,7 +108,7 @@ class Run:
             shuffle=True,
             seed=config.seed,
             collator=collator,
-            need_labels=teacher is None and config.trains_weights and config.method != "one-shot",
+            need_labels=teacher is None and config.trains_weights,
             name="train_dataset",
         )
         evaluate = held_out(eval_dataset, model, config, collator, compute_metrics)
@@ -163,17 +163,19 @@ class Run:
             self.session.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
 
     def prune(self, target: Target) -> PruneResult:
+        """Prune by the configuration's method, and let what is left recover for the epochs that it has for that."""
         structure = structure_of(self.model)
-        cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
-        check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
+        if self.config.trains:
+            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
+            check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
         schedule = Schedule.for_pruning(self.config, len(self.batches))
         recovery = Schedule.for_recovery(self.config, schedule, len(self._for_recovery()))
         if self.config.metric_for_best_model is not None and not recovery:
             raise SettingsError(
                 "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
-                "finetune_epochs and freeze_epochs are 0"
+                "no epochs are left for it by finetune_epochs and freeze_epochs"
             )
-        if self.config.repairs:
+        if self.config.method != "one-shot" and self.config.repairs:
             check_rows(self.model, self.calibrated)
         saved = self._saved(method="prune", **target.identity())
         with self._running():
@@ -191,42 +193,36 @@ class Run:
         self, masks: MaskRegistry, target: Target, schedule: Schedule, recovery: int, saved: SavedRun | None
     ) -> tuple[Plan, RunState]:
         done = None
-        if saved is None or saved.phase == "prune":
+        if saved is not None and saved.phase == "recover":
+            plan = Plan.from_dict(saved.extra["plan"])
+        elif self.config.method == "one-shot":
+            plan, done = self._one_shot(masks, target)
+        else:
             plan, done = self._learn(masks, target, schedule, saved)
             saved = None
-        else:
-            plan = Plan.from_dict(saved.extra["plan"])
         if recovery:
             return plan.hard, self._recover(plan, recovery, done, saved, pruned=True).state
         assert done is not None
         masks.set_plan(plan)
-        if self.session.evaluate is not None:
+        if self.session.evaluate is not None and self.config.method != "one-shot":
             log(self.session, done.state, self.session.evaluate(self.model))  # what was logged last had other masks
         return plan, done.state
 
-    def one_shot(self, target: Target) -> PruneResult:
+    def _one_shot(self, masks: MaskRegistry, target: Target) -> tuple[Plan, _Finished]:
         """Prune on data without training."""
         started = time.perf_counter()
-        with self._running():
-            take_masks_off(self.model)
-            masks = attach(self.model)
-            try:
-                progress = self._one_shot_progress()
-                found = one_shot(self.model, self.calibrated, self.config, target, progress)
-                left = target.kept_share(structure_of(found.small))
-                if target.measure is None and abs(1 - left - target.share) > target.tolerance:
-                    nearest = target.text(left * target.total)
-                    raise TargetError(f"in one shot, the nearest to {target} is {nearest}")
-            except BaseException:
-                masks.detach()
-                raise
-            whole = Plan.from_values(structure_of(found.small), {})
-            plan = found.write_back(masks, whole)
-            state = RunState("one-shot", {"model": self.model}, torch.optim.SGD(self.model.parameters()))
-            state.seconds = time.perf_counter() - started
-            measured = {} if self.session.evaluate is None else self.session.evaluate(self.model)
-            log(self.session, state, {"sparsity": 1 - found.share, **measured})
-        return self._result(plan, masks, state, self.config.method)
+        try:
+            found = one_shot(self.model, self.calibrated, self.config, target, self._one_shot_progress())
+            left = target.kept_share(structure_of(found.small))
+            if target.measure is None and abs(1 - left - target.share) > target.tolerance:
+                raise TargetError(f"in one shot, the nearest to {target} is {target.text(left * target.total)}")
+        except BaseException:
+            masks.detach()  # nothing was changed yet
+            raise
+        self.seconds_of_start = time.perf_counter() - started
+        state = RunState("one-shot", {"model": self.model}, torch.optim.SGD(self.model.parameters()))
+        self._log_start(state, found)
+        return found.write_back(masks, Plan.from_values(structure_of(found.small), {})), _Finished(state, None)
 
     def finetune(self) -> PruneResult:
         masks = masks_of(self.model)

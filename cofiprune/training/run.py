@@ -85,7 +85,7 @@ def prune(
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
-        `method="gates"` and "auto", which can do without labels, None is "self".
+        methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
@@ -112,7 +112,7 @@ def prune(
     check_method(config, has_data=train_dataset is not None)
     if config.uniform:
         config = PruneConfig.create(config, units=plain_units(model, structure, config.units))
-    if teacher is None and train_dataset is not None and config.method in ("gates", "auto"):
+    if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
     on_data = train_dataset is not None and config.method in ("one-shot", "auto")
     check = check_one_shot if on_data else check_target
@@ -160,9 +160,8 @@ class _Order:
         """Prune one model to one target."""
         if self.train_dataset is None:
             return self._without_data(model, target, output_dir, resume=resume)
-        trains = self.config.method != "one-shot"
-        if trains:
-            check_trainable(model, gated=True)
+        if self.config.trains:
+            check_trainable(model, gated=self.config.method != "one-shot")
         elif resume:
             raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
         run = Run(
@@ -180,7 +179,7 @@ class _Order:
         )
         if self.config.method == "auto":
             run.decide(target)
-        return run.one_shot(target) if run.config.method == "one-shot" else run.prune(target)
+        return run.prune(target)
 
     def _without_data(
         self, model: PreTrainedModel, target: Target, output_dir: str | Path | None, *, resume: bool

@@ -35,8 +35,10 @@ class Schedule:
 
     @classmethod
     def for_pruning(cls, config: PruneConfig, batches: int) -> Schedule:
-        """Lay out the pruning phase over an epoch of `batches` batches per process."""
+        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it."""
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        if config.method == "one-shot":
+            return cls(per_epoch, 0, 0, 0, 0)
         epochs = config.epochs
         rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
         frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)

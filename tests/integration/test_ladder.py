@@ -127,3 +127,23 @@ def test_gates_need_rows_for_their_repair_and_say_how_many(toy):
             student, toy.rows(2), target_sparsity=0.6, method="gates", epochs=1, batch_size=2, progress=False
         )
     assert toy.is_unchanged(student, before)
+
+
+def test_recovery_follows_one_shot_where_it_is_asked_for(toy, tmp_path):
+    settings = {"target_sparsity": 0.6, "method": "one-shot", "batch_size": 8, "progress": False}
+    rows = unlabelled(toy.rows(64))
+    whole = cofiprune.prune(toy.student(), rows, finetune_epochs=2, checkpoint_steps=5, output_dir=tmp_path, **settings)
+    assert whole.history[0]["phase"] == "one-shot"
+    assert {entry["phase"] for entry in whole.history[1:]} == {"recover"}
+    assert abs(whole.sparsity - 0.6) <= 0.005
+    assert whole.history[-1]["epoch"] == 2
+    bare = cofiprune.prune(toy.student(), rows, **settings)
+    assert bare.plan == whole.plan
+    assert divergence(toy, whole.compact()) < divergence(toy, bare.compact())
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    again = cofiprune.prune(
+        toy.student(), rows, finetune_epochs=2, checkpoint_steps=5, output_dir=tmp_path, resume=True, **settings
+    )
+    assert last.is_dir()
+    states = [result.compact().state_dict() for result in (whole, again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
