@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune.errors import CheckpointError
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.target import Target
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from cofiprune.oneshot.divergence import Answers, answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
 from cofiprune.oneshot.repair import Repair
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target, select
+from cofiprune.reach import check_target
+from cofiprune.selection import select
 from cofiprune.structure import Structure, UnitKind
 from cofiprune.synthetic import synthetic_inputs
 from cofiprune.target import Target, check_fraction

@@ -28,7 +28,7 @@ from cofiprune.oneshot.repair import Repair
 from cofiprune.oneshot.sensitivity import passed
 from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.structure import Block, Side, Structure, UnitKind
 from cofiprune.target import Target
 from cofiprune.tasks import label_names

@@ -13,7 +13,7 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TrainingError
 from cofiprune.masking import attach, masks_of
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.target import check_fraction
 from cofiprune.training import callback_state
 from cofiprune.training.callback_checks import callback_config, check_arguments, used_settings

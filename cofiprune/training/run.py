@@ -18,7 +18,7 @@ from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.sequential import check_one_shot
 from cofiprune.plain import plain_units
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.target import Target
 from cofiprune.training.budget import check_method
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off

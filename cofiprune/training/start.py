@@ -22,7 +22,7 @@ from cofiprune.evaluation import evaluating
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 

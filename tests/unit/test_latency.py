@@ -19,7 +19,8 @@ from cofiprune.latency.cache import table_for
 from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target, select
+from cofiprune.reach import check_target
+from cofiprune.selection import select
 from cofiprune.structure import Structure
 from cofiprune.target import SPARSITY, Target
 

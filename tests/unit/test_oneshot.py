@@ -19,7 +19,7 @@ from cofiprune.oneshot.divergence import answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
 from cofiprune.oneshot.repair import Repair
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.synthetic import synthetic_inputs
 from cofiprune.target import Target
 
