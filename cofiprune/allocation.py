@@ -22,8 +22,6 @@ from cofiprune.target import Target
 
 _RESOLUTION = 10_000
 """Steps that the cost of the whole is cut into."""
-_NEAR = 0.6
-"""How near to the target, in tolerances, combinations are compared by what they lose."""
 _LEVELS = 48
 _HIDDEN_LEVELS = 24
 
@@ -36,7 +34,7 @@ def allocate(structure: Structure, lost: Losses, target: Target, *, may_empty: b
     """
     cost = target.cost(structure)
     step = cost.exact(structure.sizes) / _RESOLUTION
-    slack = _NEAR * target.tolerance * target.total
+    slack = target.near * target.total
     candidates: list[tuple[float, float, dict[str, int]]] = []
     for hidden in _hidden_levels(structure, lost, target.round_to):
         full = {**structure.sizes, **({"hidden": hidden} if "hidden" in structure else {})}

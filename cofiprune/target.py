@@ -12,6 +12,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.accounting import Cost, layer_parameters
+from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TargetError
 from cofiprune.plan import Plan
 from cofiprune.structure import Structure
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 0.005
-_ROUNDS = 5
+_NEAR = 0.6
+"""How near to the target, in tolerances, choices are compared by what they lose."""
+_NEAR_IN_TIME = 0.01
+"""The same where what is left is measured, as a share of that, so that a correction has something to go by."""
+_ROUNDS = 8
 _CLOSE = 0.015
-"""Measurements of one model differ by about as much."""
+"""Measurements of one model differ by about as much on a quiet machine."""
 
 CostOf = Callable[[Structure], Cost]
 
@@ -47,7 +52,7 @@ def share_removed(name: str, noun: str) -> Scale:
         name,
         left=lambda asked, total: (1 - asked) * total,
         asked=lambda left, total: 1 - left / total,
-        text=lambda asked: f"{noun} {round(asked, 6):g}",
+        text=lambda asked: f"{noun} {round(asked, 4 if asked < 0.999 else 6):g}",
     )
 
 
@@ -95,6 +100,11 @@ class Target:
         """How far the cost may end from what may be left, as a share of the dense model's."""
         return max(TOLERANCE, self.slack * self.left / self.total)
 
+    @property
+    def near(self) -> float:
+        """How near to what may be left choices are compared by what they lose, as a share of the dense model's cost."""
+        return _NEAR_IN_TIME * self.left / self.total if self.slack else _NEAR * TOLERANCE
+
     def by_levels(self, structure: Structure) -> bool:
         """Whether sizes of whole groups have to be decided together, not unit by unit."""
         return self.uniform or self.round_to > 1 or not self.cost(structure).linear
@@ -110,7 +120,8 @@ class Target:
 
     def removed(self, structure: Structure) -> float:
         """The share that is to go of what a smaller model costs; 0 or less where there is nothing more to do."""
-        return 1 - self.left / self.cost(structure).exact(structure.sizes)
+        here = self.cost(structure).exact(structure.sizes)
+        return 1 - self.left / here if here else 0.0
 
     def kept_share(self, structure: Structure) -> float:
         """The cost of a model by that of the dense one."""
@@ -125,18 +136,26 @@ class Target:
         plan = decide(self)
         if self.measure is None:
             return plan
-        aim, best = self, (float("inf"), plan)
+        measured: list[tuple[Plan, list[float]]] = []
         for _ in range(_ROUNDS):
-            ratio = self.measure(compacted(plan)) / self.left
-            best = min(best, (abs(ratio - 1), plan), key=lambda each: each[0])
-            if abs(ratio - 1) <= _CLOSE:
-                break
-            aim = replace(aim, left=min(aim.left / ratio, self.total))
+            small = compacted(plan)
+            found = next((times for each, times in measured if each == plan), None)
+            if found is None:
+                found = []
+                measured.append((plan, found))
+            found.append(self.measure(small))
+            real = sum(found) / len(found)
+            if abs(real / self.left - 1) <= _CLOSE:
+                if len(found) > 1:
+                    break
+                continue  # once is luck
+            structure = structure_of(small)
+            off = real / self.cost(structure).exact(structure.sizes)
             try:
-                plan = decide(aim)
+                plan = decide(replace(self, left=min(self.left / off, self.total)))
             except TargetError:  # beyond what the structure allows; what was found is as near as it gets
                 break
-        return best[1]
+        return min(measured, key=lambda each: abs(sum(each[1]) / len(each[1]) / self.left - 1))[0]
 
     def text(self, left: float) -> str:
         """An amount of the cost in the words of the argument."""

@@ -31,6 +31,8 @@ _WIDTH_SHARES = (0.125, 0.25, 0.5, 1.0)
 _UNIT_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 _FEW = 8
 """Up to so many units every number of them is measured."""
+_FINE = 64
+"""From so many units on, multiples of 8 are measured."""
 _SECONDS = 1.0
 """For one width and one kind of block, beside the five runs that each size gets in any case."""
 _LONG = 0.25
@@ -175,7 +177,7 @@ def _widths(structure: Structure, cut_hidden: bool) -> tuple[int, ...]:
     if "hidden" not in structure:
         return (0,)
     size = structure["hidden"].size
-    return tuple(sorted({max(1, round(share * size)) for share in _WIDTH_SHARES})) if cut_hidden else (size,)
+    return tuple(sorted({_round(share * size, size) for share in _WIDTH_SHARES})) if cut_hidden else (size,)
 
 
 def _unit_levels(structure: Structure, block: Block) -> list[int]:
@@ -184,7 +186,12 @@ def _unit_levels(structure: Structure, block: Block) -> list[int]:
     size = structure[block.inner].size
     if size <= _FEW:
         return list(range(1, size + 1))
-    return sorted({1, *(max(1, round(share * size)) for share in _UNIT_SHARES)})
+    return sorted({1, *(_round(share * size, size) for share in _UNIT_SHARES)})
+
+
+def _round(size: float, most: int) -> int:
+    """A multiple of 8 where that is fine enough, and the whole: kernels take longer for what lies between."""
+    return most if size >= most else max(1, round(size)) if most < _FINE else max(8, 8 * round(size / 8))
 
 
 def _rising(grid: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,13 @@ def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
     else:
         left = target.measure(compact(model, plan))
     value = target.scale.asked(left, target.total)
+    if target.measure is not None and abs(left / target.left - 1) > target.slack:
+        warnings.warn(
+            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary on "
+            "a busy machine, and no sizes may lie nearer",
+            UserWarning,
+            stacklevel=2,
+        )
     return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
 
 

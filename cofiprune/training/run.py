@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.data_checks import longest_sequence
 from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluating
 from cofiprune.latency.measuring import conditions_of, timed
@@ -27,7 +26,7 @@ from cofiprune.training.loop import Callback
 from cofiprune.training.phases import Run, held_out
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.targets import several, target_for, the_one
+from cofiprune.training.targets import counted_length, several, target_for, the_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -207,8 +206,7 @@ def _sweep(
     if resume and folder is None:
         raise SettingsError("resume=True needs the output_dir that holds the models that are done")
     take_masks_off(model, stacklevel=4)
-    length = min(config.target_seq_len, longest_sequence(model) or config.target_seq_len)
-    size = {"batch_size": config.target_batch_size, "seq_len": length}
+    size = {"batch_size": config.target_batch_size, "seq_len": counted_length(model, config)}
     conditions = conditions_of(model, structure_of(model), **size, cut_hidden=False)
 
     def time_of(small: PreTrainedModel) -> float:

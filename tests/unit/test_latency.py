@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import cofiprune
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TargetError
-from cofiprune.latency import measuring
+from cofiprune.latency import goal, measuring
 from cofiprune.latency.cache import table_for
 from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
@@ -25,11 +27,13 @@ from cofiprune.structure import Structure
 from cofiprune.target import SPARSITY, Target
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+LARGER = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 256}
 
 
-def bert() -> BertForSequenceClassification:
+def bert(**sizes: int) -> BertForSequenceClassification:
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=64, **SIZES)).eval()
+    config = BertConfig(vocab_size=50, max_position_embeddings=64, **{**SIZES, **sizes})
+    return BertForSequenceClassification(config).eval()
 
 
 def made_up(structure: Structure) -> LatencyTable:
@@ -167,17 +171,69 @@ def test_a_decision_is_measured_and_corrected() -> None:
     assert 1.3 * cost(structure).exact(plan.kept) == pytest.approx(target.left, rel=0.02)
 
 
-def test_a_run_is_pruned_to_a_speed_up(tmp_path: Path) -> None:
-    settings = {"target_batch_size": 8, "target_seq_len": 32, "latency_cache": str(tmp_path / "t.json")}
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose times never vary; those of whole models are not what their blocks add up to."""
+
+    def nanoseconds(model: Any) -> float:
+        structure = structure_of(model)
+        sizes = structure.sizes
+        blocks = [
+            2e5 + 900.0 * sizes["hidden"] * sizes[block.inner or ""] ** 0.8
+            for block in structure.blocks
+            if block.gate in structure
+        ]
+        return (5e5 + 1e4 * sizes["hidden"] + sum(blocks)) * (1 + 0.05 * len(blocks))
+
+    @contextmanager
+    def timed(model: Any, conditions: Conditions, *, seconds: float = 1.0) -> Iterator[Any]:
+        yield lambda models: [nanoseconds(each) for each in models]
+
+    monkeypatch.setattr(measuring, "timed", timed)
+    monkeypatch.setattr(goal, "timed", timed)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("units", [None, ("layer", "head", "intermediate")], ids=str)
+@pytest.mark.parametrize("speedup", [1.5, 3.0])
+def test_a_run_is_pruned_to_a_speed_up(speedup: float, units: Any, tmp_path: Path) -> None:
+    model = bert(**LARGER)
     with pytest.warns(UserWarning, match="without data"):
-        result = cofiprune.prune(bert(), target_speedup=1.5, units=("layer", "head", "intermediate"), **settings)
+        result = cofiprune.prune(model, target_speedup=speedup, units=units, latency_cache=str(tmp_path))
     assert result.target is not None
     assert result.target.name == "target_speedup"
-    assert "batch 8 and length 32" in str(result.target)
-    assert result.plan.kept["hidden"] == 32
-    with pytest.raises(TargetError, match="target_batch_size|batch_size is 8 there and 4 here"):
-        cofiprune.prune(bert(), target_speedup=1.5, **{**settings, "units": ("layer",), "target_batch_size": 4})
+    assert result.target.reached == pytest.approx(speedup, rel=0.03)
+    assert "batch 1 and length 64" in str(result.target)
+    assert result.plan.kept["hidden"] == 64 or units is None
+
+
+@pytest.mark.usefixtures("device")
+def test_one_shot_on_data_ends_at_a_time(tmp_path: Path) -> None:
+    rows = [{"input_ids": torch.randint(5, 50, (16,))} for _ in range(64)]
+    result = cofiprune.prune(
+        bert(**LARGER), rows, target_latency_ms=8, method="one-shot", latency_cache=str(tmp_path), progress=False
+    )
+    assert result.target is not None
+    assert result.target.reached == pytest.approx(8, rel=0.03)
+
+
+@pytest.mark.usefixtures("device")
+def test_gates_end_at_a_time(tmp_path: Path) -> None:
+    rows = [{"input_ids": torch.randint(5, 50, (16,)), "labels": index % 2} for index in range(64)]
+    result = cofiprune.prune(
+        bert(**LARGER), rows, target_speedup=2, teacher="self", epochs=1, finetune_epochs=1, progress=False,
+        latency_cache=str(tmp_path),
+    )  # fmt: skip
+    assert result.target is not None
+    assert result.target.reached == pytest.approx(2, rel=0.03)
+
+
+@pytest.mark.usefixtures("device")
+def test_times_that_cannot_be_meant_are_errors(tmp_path: Path) -> None:
+    settings = {"target_batch_size": 8, "target_seq_len": 32, "latency_cache": str(tmp_path / "t.json")}
+    with pytest.raises(TargetError, match="takes .* ms .* already"):
+        cofiprune.prune(bert(), target_latency_ms=1e6, **settings)
+    with pytest.raises(TargetError, match="batch_size is 8 there and 4 here"):
+        cofiprune.prune(bert(), target_speedup=1.5, **{**settings, "target_batch_size": 4})
     with pytest.raises(TargetError, match="above 1"):
         cofiprune.prune(bert(), target_speedup=0.5, **settings)
-    with pytest.raises(TargetError, match="takes .* ms .* already"):
-        cofiprune.prune(bert(), target_latency_ms=1e6, units=("layer", "intermediate"), **settings)
