@@ -44,8 +44,8 @@ def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
     value = target.scale.asked(left, target.total)
     if target.measure is not None and abs(left / target.left - 1) > target.slack:
         warnings.warn(
-            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary on "
-            "a busy machine, and no sizes may lie nearer",
+            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary "
+            "on a busy machine, and no sizes may lie nearer",
             UserWarning,
             stacklevel=2,
         )
