@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -202,6 +202,9 @@ def _sweep(
 ) -> SweepResult:
     """Prune to several targets, each from what the one before has left."""
     config = order.config
+    if config.time_budget is not None:
+        share = config.model_copy(update={"time_budget": config.time_budget / len(targets)})
+        order = replace(order, config=share)
     folder = None if output_dir is None else Path(output_dir)
     if resume and folder is None:
         raise SettingsError("resume=True needs the output_dir that holds the models that are done")
