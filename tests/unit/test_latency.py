@@ -6,9 +6,11 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -24,7 +26,9 @@ from cofiprune.plan import Plan
 from cofiprune.reach import check_target
 from cofiprune.selection import select
 from cofiprune.structure import Structure
+from cofiprune.synthetic import synthetic_inputs
 from cofiprune.target import SPARSITY, Target
+from cofiprune.timing import cpu_threads, in_turn
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LARGER = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 256}
@@ -111,6 +115,29 @@ def test_sizes_are_chosen_by_their_times(speedup: float) -> None:
         check_target(structure, target.at(1 - 1 / 100))
 
 
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose times never vary; those of whole models are not what their blocks add up to."""
+
+    def nanoseconds(model: Any) -> float:
+        structure = structure_of(model)
+        sizes = structure.sizes
+        blocks = [
+            2e5 + 900.0 * sizes["hidden"] * sizes[block.inner or ""] ** 0.8
+            for block in structure.blocks
+            if block.gate in structure
+        ]
+        return (5e5 + 1e4 * sizes["hidden"] + sum(blocks)) * (1 + 0.05 * len(blocks))
+
+    @contextmanager
+    def timed(model: Any, conditions: Conditions, *, seconds: float = 1.0) -> Iterator[Any]:
+        yield lambda models: [nanoseconds(each) for each in models]
+
+    monkeypatch.setattr(measuring, "timed", timed)
+    monkeypatch.setattr(goal, "timed", timed)
+
+
+@pytest.mark.usefixtures("device")
 def test_a_table_is_measured_kept_and_read(tmp_path: Path) -> None:
     model = bert()
     structure = structure_of(model)
@@ -171,28 +198,6 @@ def test_a_decision_is_measured_and_corrected() -> None:
     assert 1.3 * cost(structure).exact(plan.kept) == pytest.approx(target.left, rel=0.02)
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device whose times never vary; those of whole models are not what their blocks add up to."""
-
-    def nanoseconds(model: Any) -> float:
-        structure = structure_of(model)
-        sizes = structure.sizes
-        blocks = [
-            2e5 + 900.0 * sizes["hidden"] * sizes[block.inner or ""] ** 0.8
-            for block in structure.blocks
-            if block.gate in structure
-        ]
-        return (5e5 + 1e4 * sizes["hidden"] + sum(blocks)) * (1 + 0.05 * len(blocks))
-
-    @contextmanager
-    def timed(model: Any, conditions: Conditions, *, seconds: float = 1.0) -> Iterator[Any]:
-        yield lambda models: [nanoseconds(each) for each in models]
-
-    monkeypatch.setattr(measuring, "timed", timed)
-    monkeypatch.setattr(goal, "timed", timed)
-
-
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("units", [None, ("layer", "head", "intermediate")], ids=str)
 @pytest.mark.parametrize("speedup", [1.5, 3.0])
@@ -237,3 +242,21 @@ def test_times_that_cannot_be_meant_are_errors(tmp_path: Path) -> None:
         cofiprune.prune(bert(), target_speedup=1.5, **{**settings, "target_batch_size": 4})
     with pytest.raises(TargetError, match="above 1"):
         cofiprune.prune(bert(), target_speedup=0.5, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.bench
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_this_machine(batch_size: int, tmp_path: Path) -> None:
+    """The real thing, on a quiet machine."""
+    model = bert(hidden_size=192, num_hidden_layers=4, intermediate_size=768)
+    with cpu_threads(1):
+        with pytest.warns(UserWarning, match="without data"):
+            result = cofiprune.prune(model, target_speedup=3, target_batch_size=batch_size, latency_cache=str(tmp_path))
+        small, whole = result.compact(), cofiprune.compact(model, Plan.from_values(structure_of(model), {}))
+        inputs = synthetic_inputs(model, batch_size=batch_size, seq_len=64)
+        with torch.inference_mode():
+            ours, dense = in_turn(
+                [partial(small, **inputs), partial(whole, **inputs)], model.device, seconds=20, own_time=True
+            )
+    assert np.median(dense) / np.median(ours) == pytest.approx(3, rel=0.05)
