@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from cofiprune.compaction import positions
 from cofiprune.oneshot.activations import Batch, LayerWalk, projections, readers, valid_rows
 from cofiprune.oneshot.heads import repair_head
 from cofiprune.oneshot.regression import LeastSquares
+from cofiprune.oneshot.stream import AffineFit, norms_of, norms_outside, refit_outside
 from cofiprune.plan import Plan
 from cofiprune.structure import Structure
 
@@ -58,18 +61,22 @@ class Repair:
         """
         above = LayerWalk(self.reference, self.reference_structure, self.batches)
         walk = LayerWalk(self.small, self.small_structure, self.batches)
+        below, on_top = self._norms_outside(walk)
+        refit_outside(self.reference, self.small, below, self._hidden, walk.batches)
         layers = len(self.reference_structure.layers)
         for layer in range(layers):
             wanted = self._maps(layer)
             targets = self._targets(above, [path for paths in wanted for path in paths])
             for paths in wanted:
-                self._refit(walk, paths, targets)
+                refit = self._refit_norm if paths[0] in self._norms else self._refit
+                refit(walk, paths, targets)
             for index in range(len(walk.batches)):
                 walk.look(index, settle=True)
             above.advance()
             walk.advance()
             if on_progress is not None:
                 on_progress((layer + 1) / layers)
+        refit_outside(self.reference, self.small, on_top, self._hidden, walk.batches)
         if self.everything:
             repair_head(self.reference, self.small, self.small_structure, walk.batches)
 
@@ -83,11 +90,30 @@ class Repair:
         for block in self.small_structure.blocks:
             if self.small_structure[block.gate].layer != layer:
                 continue
+            norms = [[path] for path in norms_of(self.small_structure, block) if path in self._norms]
+            if not block.exit.residual:
+                found += norms
             if self.everything and not self._shares_layers:
                 found.append([path for path in readers(self.small, self.small_structure, block) if self._learns(path)])
             if block.gate in left and block.gate in whole and self._learns(left[block.gate].module):
                 found.append([left[block.gate].module])
+            if block.exit.residual:
+                found += norms
         return [paths for paths in found if paths]
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        """The hidden dimensions of the reference that the small model has."""
+        return torch.tensor(self.plan.keep.get("hidden", ()))
+
+    @cached_property
+    def _norms(self) -> set[str]:
+        """The norms that are refitted: all of them where hidden dimensions are gone, else none."""
+        whole = self.reference_structure.sizes.get("hidden", 0)
+        return {norm.module for norm in self.small_structure.norms} if len(self._hidden) < whole else set()
+
+    def _norms_outside(self, walk: LayerWalk) -> tuple[list[str], list[str]]:
+        return norms_outside(self.small, self.small_structure, walk.batches[0]) if self._norms else ([], [])
 
     @property
     def _shares_layers(self) -> bool:
@@ -126,6 +152,15 @@ class Repair:
         for path, module in modules.items():
             assert isinstance(module, nn.Linear)
             fits[path].correct(module, self.ridge)
+
+    def _refit_norm(self, walk: LayerWalk, paths: Sequence[str], targets: Mapping[str, Sequence[Tensor]]) -> None:
+        """Let a norm put out, in the dimensions that are left, what it did in the whole model, on average."""
+        (path,) = paths
+        fit = AffineFit(len(self._hidden))
+        for index, batch in enumerate(walk.batches):
+            for passage in walk.look(index, paths).values():
+                fit.add(valid_rows(passage.outputs, batch), targets[path][index])
+        fit.correct(self.small.get_submodule(path))
 
     def _weights(self, path: str, index: int) -> Tensor | None:
         """How much the positions count for a block's last projection; all alike for the maps that read."""

@@ -9,13 +9,14 @@ Shapes: B examples, T positions, N positions of a batch that are not padding, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cofiprune.distillation import predictions
 from cofiprune.oneshot.activations import Batch, Projection, placed, valid_rows
@@ -32,14 +33,18 @@ without any rows."""
 
 @dataclass(frozen=True)
 class Passed:
-    """What passed a block's last projection in a batch, with the derivative of the answers."""
+    """What passed a place in a batch, with the derivative of the answers."""
 
     inputs: Tensor
-    """[N, n]"""
+    """[N, n]: of the map there."""
     gradients: Tensor
-    """[N, H]"""
+    """[N, H] with respect to its output, or [N, n] with respect to its input."""
     weights: Tensor
     """[N]: squared norms of the gradients, divided by their mean over the example, at least `FLOOR`."""
+
+
+Places = Mapping[str, Sequence[str]]
+"""Paths of linear maps by the name of the place where they are; those of one place read the same."""
 
 
 def passed(
@@ -47,43 +52,86 @@ def passed(
 ) -> Iterator[dict[str, Passed]]:
     """Run a model forward and backward and give what passed its blocks, by gate, for every batch.
 
-    :param wanted: the blocks' last projections, by gate.
+    :param wanted: the blocks' last projections, by gate; gradients are those with respect to what they put out.
     :param batches: on any device; padding is left out of everything.
     """
-    if not wanted:
+    places = {gate: (projection.module,) for gate, projection in wanted.items()}
+    return _passed(model, places, batches, _watched_outputs, seed=seed)
+
+
+def entered(
+    model: PreTrainedModel, places: Places, batches: Sequence[Batch], *, seed: int
+) -> Iterator[dict[str, Passed]]:
+    """The same for what maps read; gradients are those with respect to it, summed over the maps of a place."""
+    return _passed(model, places, batches, _watched_inputs, seed=seed)
+
+
+class _Seen:
+    """What the hooks of a forward pass have noted."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Tensor] = {}
+        self.probes: dict[str, Tensor] = {}
+        """Zeros that are added to what is looked at."""
+
+    def probe(self, place: str, like: Tensor) -> Tensor:
+        """The zeros of a place: the same for all maps there."""
+        if place not in self.probes:
+            self.probes[place] = torch.zeros_like(like, requires_grad=True)
+        return self.probes[place]
+
+
+Watch = Callable[[nn.Module, str, _Seen], RemovableHandle]
+
+
+def _watched_outputs(module: nn.Module, place: str, seen: _Seen) -> RemovableHandle:
+    def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.states[place] = args[0].detach()
+        return output + seen.probe(place, output)
+
+    return module.register_forward_hook(note)
+
+
+def _watched_inputs(module: nn.Module, place: str, seen: _Seen) -> RemovableHandle:
+    def note(module: nn.Module, args: Any) -> tuple[Any, ...]:
+        seen.states[place] = args[0].detach()
+        return (args[0] + seen.probe(place, args[0]), *args[1:])
+
+    return module.register_forward_pre_hook(note)
+
+
+def _passed(
+    model: PreTrainedModel, places: Places, batches: Sequence[Batch], watch: Watch, *, seed: int
+) -> Iterator[dict[str, Passed]]:
+    if not places:
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for batch in batches:
         with _frozen(model), torch.enable_grad():
-            states, gradients = _run(model, wanted, placed(batch, model), generator)
-        yield {gate: _of(states[gate], gradients[gate], batch) for gate in states}
+            states, gradients = _run(model, places, placed(batch, model), watch, generator)
+        yield {place: _of(states[place], gradients[place], batch) for place in states}
 
 
 def _run(
-    model: PreTrainedModel, wanted: Mapping[str, Projection], inputs: Batch, generator: torch.Generator
+    model: PreTrainedModel, places: Places, inputs: Batch, watch: Watch, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs of the projections, and the gradients of a random projection of the answers to their outputs."""
-    states: dict[str, Tensor] = {}
-    probes: dict[str, Tensor] = {}  # zeros that are added to what the blocks put out
+    """The inputs of the maps, and the gradients of a random projection of the answers."""
+    seen = _Seen()
     with ExitStack() as hooks:
-        for gate, projection in wanted.items():
-
-            def note(module: nn.Module, args: Any, output: Tensor, gate: str = gate) -> Tensor:
-                states[gate] = args[0].detach()
-                probes[gate] = torch.zeros_like(output, requires_grad=True)
-                return output + probes[gate]
-
-            hooks.callback(model.get_submodule(projection.module).register_forward_hook(note).remove)
+        for place, paths in places.items():
+            for path in paths:
+                hooks.callback(watch(model.get_submodule(path), place, seen).remove)
         answered = predictions(model(**inputs, **taken(model, return_dict=True)))
+    probes = seen.probes
     if not probes:
-        return {}, {}  # none of the projections is called as a module
+        return {}, {}  # none of the maps is called as a module
     outputs = [counted_outputs(part, inputs) for part in answered]
     noise = [torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype) for part in outputs]
     projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
     found = torch.autograd.grad(projected, list(probes.values()), allow_unused=True)
-    return states, {
-        gate: torch.zeros_like(probe) if gradient is None else gradient
-        for (gate, probe), gradient in zip(probes.items(), found, strict=True)
+    return seen.states, {
+        place: torch.zeros_like(probe) if gradient is None else gradient
+        for (place, probe), gradient in zip(probes.items(), found, strict=True)
     }
 
 

@@ -26,6 +26,7 @@ from cofiprune.oneshot.activations import Batch, Projection, counted, projection
 from cofiprune.oneshot.decision import Candidate, decide
 from cofiprune.oneshot.repair import Repair
 from cofiprune.oneshot.sensitivity import passed
+from cofiprune.oneshot.stream import hidden_curve
 from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.plan import Plan
 from cofiprune.reach import check_target
@@ -120,7 +121,9 @@ class SequentialPruning:
         self.structure = structure_of(model)
         self.target = target
         self.pending = set(_inner(self.structure, units))
-        self.may_empty = any(group.unit == "layer" for group in self.structure.select(_listed(units)))
+        chosen = self.structure.select(_listed(units))
+        self.may_empty = any(group.unit == "layer" for group in chosen)
+        self.cuts_hidden = units is not None and any(group.kind == "hidden" for group in chosen)
         self.seed = seed
         self.repair = repair
         self.scored = _scored(model, self.structure, batches)
@@ -167,9 +170,10 @@ class SequentialPruning:
             Candidate(block, found, in_part=block.inner in self.pending, as_a_whole=self.may_empty)
             for block, found in self._curves(small, structure)
         ]
+        stream = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
 
         def plan_for(aim: Target) -> Plan:
-            return decide(structure, candidates, aim)
+            return decide(structure, candidates, aim, stream)
 
         return goal.settle(plan_for, lambda plan: compact(small, plan))
 

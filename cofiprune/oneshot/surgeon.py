@@ -17,6 +17,7 @@ Shapes: n inputs of a projection, u units of b inputs each, H outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,15 +96,35 @@ def curve(module: nn.Linear, moments: Moments, side: Side) -> Curve:
     order_of = torch.arange(side.length).view(side.copies, side.units, side.block).transpose(0, 1).flatten()
     columns = torch.cat([order_of, torch.tensor([side.length])])
     inverse = torch.linalg.inv(inputs[columns][:, columns])
-    state = _State(weight[:, columns], inverse, outputs, side.copies * side.block)
-    left = torch.arange(side.units)
+    return _removed([_State(weight[:, columns], inverse, outputs, side.copies * side.block)], side.units)
+
+
+def stream_curve(places: Sequence[Moments]) -> Curve:
+    """Remove dimensions of the residual stream one after the other, from all places that read it at once.
+
+    Whatever reads the stream gives up the same dimensions, and each place makes up for them by itself: W is the
+    identity, and G is that of the derivatives with respect to what is read there.
+
+    :param places: moments of what is read, with the derivatives with respect to it; finite, at least one.
+    """
+    states = []
+    for moments in places:
+        inputs, outputs = moments.factors()
+        size = len(inputs) - 1
+        states.append(_State(torch.eye(size, size + 1, dtype=torch.float64), torch.linalg.inv(inputs), outputs, 1))
+    return _removed(states, size)
+
+
+def _removed(states: Sequence[_State], units: int) -> Curve:
+    """Remove units that several projections share, the cheapest first, until none is left."""
+    left = torch.arange(units)
     order: list[int] = []
     losses: list[float] = []
     while len(left):
-        scores = state.scores(len(left))
-        together = max(1, int(AT_ONCE * len(left))) if state.block == 1 else 1
+        scores = torch.stack([state.scores(len(left)) for state in states]).sum(dim=0)
+        together = max(1, int(AT_ONCE * len(left))) if states[0].block == 1 else 1
         gone = scores.argsort(stable=True)[:together]
-        cost = state.remove(gone, len(left))
+        cost = sum(state.remove(gone, len(left)) for state in states)
         parts = scores[gone].clamp(min=0) + 1e-30
         for unit, part in zip(left[gone].tolist(), (parts * cost / parts.sum()).tolist(), strict=True):
             order.append(unit)

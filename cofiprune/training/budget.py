@@ -1,7 +1,8 @@
 """What a budget buys: `method="auto"` picks the rung of the ladder, and how many epochs of it, that a time allows.
 
-One shot takes a time that is known up to a factor from one step; whatever is left after it goes into epochs on
-what one shot leaves, two thirds with gates and one third of recovery, which is the proportion of the defaults.
+One shot takes a time that is known up to a factor from one step; whatever is left after it goes into epochs of
+recovery. Gates are not picked: after one shot they were measured to bring nothing that recovery does not, for more time
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cofiprune.errors import SettingsError
 
@@ -24,15 +25,12 @@ MARGIN = 1.2
 FLOOR = 0.1
 """Part of a step's time that does not shrink with the model: embeddings, the head, the optimiser."""
 WORTHWHILE_EPOCHS = 1.0
-"""Fewer epochs than this are not tried: gates need some to close and the weights some to follow, and a run that is cut
-short ends below what one shot leaves. A choice on the safe side, not a measured bound."""
+"""Fewer epochs than this are not tried: training begins with a loss, and a run that is cut short ends below what one
+shot leaves. A choice on the safe side, not a measured bound."""
 MOST_EPOCHS = 30.0
 """Where a time budget stops being spent: more epochs are worth asking for by name."""
-_PRUNING = 2 / 3
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])\s*")
-
-Rung = Literal["one-shot", "cofi"]
 
 
 def seconds_of(value: object) -> float:
@@ -95,9 +93,8 @@ class Pace:
 class Choice:
     """The rung that was picked."""
 
-    method: Rung
-    epochs: float
     finetune_epochs: float
+    """Of recovery, after one shot; 0 for none."""
     reason: str
     """One sentence, for the user."""
 
@@ -115,7 +112,7 @@ def choose(pace: Pace, budget: float, *, share: float) -> Choice:
     """Pick what to do with a time budget.
 
     :param budget: seconds.
-    :param share: share of the layers that is left while the gates learn, in (0, 1].
+    :param share: share of the layers that one shot leaves, in (0, 1].
     :raises SettingsError: when not even one shot fits in.
     """
     if budget < pace.one_shot:
@@ -128,27 +125,25 @@ def choose(pace: Pace, budget: float, *, share: float) -> Choice:
     measured = f"a step takes {pace.step:.2g} s here, one shot about {readable(pace.one_shot)}"
     if epochs < WORTHWHILE_EPOCHS:
         return Choice(
-            "one-shot", 0.0, 0.0,
+            0.0,
             f"one-shot: {measured}, and the {readable(left)} that are left of {readable(budget)} pay for "
             f"{epochs:.2g} epochs, where fewer than {WORTHWHILE_EPOCHS:g} may end below one shot",
         )  # fmt: skip
-    pruning = round(_PRUNING * min(epochs, MOST_EPOCHS), 2)
-    recovery = round(min(epochs, MOST_EPOCHS) - pruning, 2)
+    epochs = round(min(epochs, MOST_EPOCHS), 2)
     return Choice(
-        "cofi", pruning, recovery,
-        f"cofi: {measured}, and the rest of {readable(budget)} pays for {pruning:g} epochs of pruning and "
-        f"{recovery:g} of recovery",
-    )  # fmt: skip
+        epochs,
+        f"one-shot: {measured}, and the rest of {readable(budget)} pays for {epochs:g} epochs of recovery",
+    )
 
 
 def chosen_for_epochs(epochs: float, finetune_epochs: float) -> Choice:
-    """Pick what to do with a number of epochs."""
-    if epochs + finetune_epochs < WORTHWHILE_EPOCHS or not epochs:
+    """Pick what to do with a number of epochs: those of pruning and of recovery are all for recovery."""
+    total = epochs + finetune_epochs if epochs else 0.0
+    if total < WORTHWHILE_EPOCHS:
         return Choice(
-            "one-shot", 0.0, 0.0,
-            f"one-shot: epochs is {epochs:g}, and fewer than {WORTHWHILE_EPOCHS:g} may end below one shot",
-        )  # fmt: skip
-    return Choice("cofi", epochs, finetune_epochs, f"cofi: epochs is {epochs:g}, and that pays for training")
+            0.0, f"one-shot: epochs is {epochs:g}, and fewer than {WORTHWHILE_EPOCHS:g} may end below one shot"
+        )
+    return Choice(total, f"one-shot: epochs is {epochs:g}, and recovery brings as much as gates do, in less time")
 
 
 def check_method(config: PruneConfig, *, has_data: bool) -> None:

@@ -36,8 +36,8 @@ class PruningCallback(TrainerCallback):
 
     Gates, the sparsity constraint and, with a teacher, distillation run inside the Trainer's steps, whatever its loop
     does besides. As in `cofiprune.prune` part of the model goes in one shot when training begins (`one_shot_share`).
-    The target rises over the first quarter of the steps; after 0.4 of them the structure is decided, at exactly the
-    target, and the rest trains what is left. The model ends with masks of zeros and ones attached, for
+    The target rises over the first eighth of the steps; then the structure is decided, at exactly the target, and the
+    rest trains what is left. The model ends with masks of zeros and ones attached, for
     `cofiprune.compact(model)`.
 
     After training `result` holds a `PruneResult`.
@@ -109,7 +109,7 @@ class PruningCallback(TrainerCallback):
             check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
         self._batches = _length(loader)
         steps = None if self._batches is None else math.ceil(self._batches / args.gradient_accumulation_steps)
-        schedule = Schedule.for_steps(self.config, state.max_steps, steps)
+        Schedule.for_steps(self.config, state.max_steps, steps)  # whether there are enough of them
         self._fingerprint = {
             "target_sparsity": self.target,
             "family": structure.family,
@@ -126,7 +126,9 @@ class PruningCallback(TrainerCallback):
         if saved is not None:
             start = begun(saved, model)
         else:
-            start = None if rows is None else start_for(model, rows, self.config, target)
+            # The model stays as wide as it is while the Trainer has it.
+            start = None if rows is None else start_for(model, rows, self.config, target, cuts_hidden=False)
+        schedule = Schedule.for_steps(self.config, state.max_steps, steps, from_one_shot=start is not None)
         masks = attach(model)
         try:
             run = CallbackRun(

@@ -100,9 +100,9 @@ class Loop:
         state, session = self.state, self.session
         session.display.begin(state.phase, total=self.total, done=state.step)
         started = time.perf_counter() - state.seconds
-        groups = self._groups()
+        groups, drops_out = self._groups(), self._drops_out()
         while state.step < self.total:
-            self.model.train()
+            self.model.train(drops_out)
             parts = self._step(next(groups))
             state.step += 1
             state.total_steps += 1
@@ -115,6 +115,15 @@ class Loop:
                 self.save()
             if self._interrupted():
                 self._stop()
+
+    def _drops_out(self) -> bool:
+        """Whether the model trains in train mode: with its dropout, and whatever else it leaves out at random."""
+        if self.session.config.dropout is not None:
+            return self.session.config.dropout
+        # Gradient checkpointing looks at the mode too.
+        modules = self.state.modules["model"].modules()
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in modules)
+        return self.objective.teacher is None or checkpointing
 
     def _groups(self) -> Iterator[list[Batch]]:
         """Give the batches of one optimiser step at a time, from the state's position on, epoch after epoch."""

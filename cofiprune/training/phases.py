@@ -149,14 +149,13 @@ class Run:
         elif config.time_budget is None:
             choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
         else:
-            share = (1 - target.share) ** config.one_shot_share if config.starts_from_one_shot else 1.0
             steps = Schedule.for_training(1, config, len(self.batches)).total
             pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target.share)
-            choice = choose(pace, config.time_budget, share=share)
+            choice = choose(pace, config.time_budget, share=1 - target.share)
         if saved is not None and self.session.accelerator.is_main_process:
             saved.parent.mkdir(parents=True, exist_ok=True)
             saved.write_text(json.dumps(asdict(choice)))
-        settings = {"method": choice.method, "epochs": choice.epochs, "finetune_epochs": choice.finetune_epochs}
+        settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs}
         self.config = self.session.config = config.model_copy(update={**settings, "time_budget": None})
         self.reason = choice.reason
         if config.progress and self.session.accelerator.is_main_process:
@@ -182,23 +181,24 @@ class Run:
             take_masks_off(self.model, quietly=self.resume)
             masks = attach(self.model)
             try:
-                plan, state = self._phases(masks, target, schedule, recovery, saved)
+                plan, state = self._phases(masks, target, saved)
             except Exception:
                 masks.detach()
                 raise
         plan.check(structure)
         return self._result(plan, masks, state, self.config.method, target)
 
-    def _phases(
-        self, masks: MaskRegistry, target: Target, schedule: Schedule, recovery: int, saved: SavedRun | None
-    ) -> tuple[Plan, RunState]:
+    def _phases(self, masks: MaskRegistry, target: Target, saved: SavedRun | None) -> tuple[Plan, RunState]:
         done = None
         if saved is not None and saved.phase == "recover":
-            plan = Plan.from_dict(saved.extra["plan"])
-        elif self.config.method == "one-shot":
-            plan, done = self._one_shot(masks, target)
+            plan, recovery = Plan.from_dict(saved.extra["plan"]), int(saved.extra["steps"])
         else:
-            plan, done = self._learn(masks, target, schedule, saved)
+            if self.config.method == "one-shot":
+                schedule = Schedule.for_pruning(self.config, len(self.batches))
+                plan, done = self._one_shot(masks, target)
+            else:
+                plan, done, schedule = self._learn(masks, target, saved)
+            recovery = Schedule.for_recovery(self.config, schedule, len(self._for_recovery()))
             saved = None
         if recovery:
             return plan.hard, self._recover(plan, recovery, done, saved, pruned=True).state
@@ -244,18 +244,17 @@ class Run:
             done = self._recover(plan, max(schedule.total, 1), None, saved)
         return self._result(plan.hard, masks, done.state, "")
 
-    def _learn(
-        self, masks: MaskRegistry, target: Target, schedule: Schedule, saved: SavedRun | None
-    ) -> tuple[Plan, _Finished]:
+    def _learn(self, masks: MaskRegistry, target: Target, saved: SavedRun | None) -> tuple[Plan, _Finished, Schedule]:
         """The pruning phase: gates and weights learn together; then the plan is decided."""
         try:
             start = self._start(target, saved)
         except BaseException:
             masks.detach()  # nothing was changed yet
             raise
+        schedule = Schedule.for_pruning(self.config, len(self.batches), from_one_shot=start is not None)
         if start is None:
             decided, done = self._learn_on(self.model, masks, 1.0, target, schedule, saved, None)
-            return self._refitted(self.model, masks, decided, None), done
+            return self._refitted(self.model, masks, decided, None), done, schedule
         with attach(start.small) as inner:
             try:
                 decided, done = self._learn_on(start.small, inner, start.share, target, schedule, saved, start)
@@ -265,7 +264,7 @@ class Run:
                 start.write_back(masks, Plan.from_masks(inner))
                 raise
             decided = self._refitted(start.small, inner, decided, start)
-        return start.write_back(masks, decided), done
+        return start.write_back(masks, decided), done, schedule
 
     def _refitted(self, model: PreTrainedModel, masks: MaskRegistry, decided: Plan, start: Start | None) -> Plan:
         """Refit what a plan leaves of a model, where that is asked for; the scales of the plan are then in its weights.
@@ -352,6 +351,8 @@ class Run:
             self._loop(state, model, projection, rates, steps, gating, saved).run()
         plan = self._decided(gating, model)
         gating.settle()
+        if projection is not None and "hidden" in plan.keep:
+            projection = cut_projection(projection, plan.keep["hidden"])
         return plan, _Finished(state, projection)
 
     def _decided(self, gating: Gating, model: PreTrainedModel) -> Plan:
@@ -407,7 +408,7 @@ class Run:
         modules = self._modules(small, projection, **({"full": self.model} if pruned else {}))
         learning_rate = recovery_rate(config, _kept_share(small))
         state = RunState("recover", modules, torch.optim.AdamW(groups, lr=learning_rate))
-        state.extra = {"plan": plan.to_dict()}
+        state.extra = {"plan": plan.to_dict(), "steps": steps}
         if before is not None:
             previous = before.state
             state.total_steps, state.batches = previous.total_steps, previous.batches
@@ -527,7 +528,7 @@ class Run:
         if self.teacher is None or not self.config.distill_layers_weight:
             return None
         if learned is not None and plan is not None:
-            return cut_projection(learned, plan.keep["hidden"]) if "hidden" in plan.keep else learned
+            return learned
         width, wanted = hidden_width(model), hidden_width(self.teacher)
         same_depth = model.config.num_hidden_layers == self.teacher.config.num_hidden_layers
         if plan is None and width == wanted and same_depth:

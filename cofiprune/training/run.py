@@ -110,7 +110,10 @@ def prune(
     check_weights(model)
     check_method(config, has_data=train_dataset is not None)
     if config.uniform:
-        config = PruneConfig.create(config, units=plain_units(model, structure, config.units))
+        units = plain_units(model, structure, config.units)
+        if config.units is None and config.method in ("one-shot", "auto"):
+            units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
+        config = PruneConfig.create(config, units=units)
     if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
     on_data = train_dataset is not None and config.method in ("one-shot", "auto")

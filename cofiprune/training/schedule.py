@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import PruneConfig, Scheduler
 
-FROM_ONE_SHOT = (0.25, 0.6)
+FROM_ONE_SHOT = (0.125, 0.875)
 FROM_WHOLE = (0.4, 0.25)
 """Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
-decided: gates that start on what one shot leaves have less to find out."""
+decided: gates that start on what one shot leaves have little to find out, and what they lose must be learned again."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,16 @@ class Schedule:
         return self.before + self.gated + self.after
 
     @classmethod
-    def for_pruning(cls, config: PruneConfig, batches: int) -> Schedule:
-        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it."""
+    def for_pruning(cls, config: PruneConfig, batches: int, *, from_one_shot: bool | None = None) -> Schedule:
+        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it.
+
+        :param from_one_shot: whether the gates start on what one shot leaves; None for whether they are meant to.
+        """
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         if config.method == "one-shot":
             return cls(per_epoch, 0, 0, 0, 0)
         epochs = config.epochs
-        rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
+        rising, frozen = _shares(config, from_one_shot)
         frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
         if not config.trains_weights:
             frozen = 0.0  # nothing would learn
@@ -51,7 +54,9 @@ class Schedule:
         return cls(per_epoch, round(config.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
 
     @classmethod
-    def for_steps(cls, config: PruneConfig, total: int, per_epoch: int | None) -> Schedule:
+    def for_steps(
+        cls, config: PruneConfig, total: int, per_epoch: int | None, *, from_one_shot: bool | None = None
+    ) -> Schedule:
         """Lay out pruning inside a run of `total` optimiser steps that somebody else has laid out.
 
         :param per_epoch: optimiser steps of an epoch; None where the data have no length.
@@ -66,7 +71,7 @@ class Schedule:
                 raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
             return round(epochs * per_epoch)
 
-        rising, frozen = FROM_ONE_SHOT if config.starts_from_one_shot else FROM_WHOLE
+        rising, frozen = _shares(config, from_one_shot)
         before = steps("pre_finetune_epochs", 0)
         after = steps("freeze_epochs", frozen * (total - before))
         gated = total - before - after
@@ -93,6 +98,11 @@ class Schedule:
         """Lay out plain training."""
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         return cls(per_epoch, round(epochs * per_epoch), 0, 0, 0)
+
+
+def _shares(config: PruneConfig, from_one_shot: bool | None) -> tuple[float, float]:
+    started = config.starts_from_one_shot if from_one_shot is None else from_one_shot
+    return FROM_ONE_SHOT if started else FROM_WHOLE
 
 
 def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:

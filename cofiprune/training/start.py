@@ -23,11 +23,17 @@ from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.reach import check_target
+from cofiprune.structure import Structure
 from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_ESTIMATE = 0.15
+"""How much more than what is asked for one shot leaves where that is measured in the end, as a share of it: estimates
+may be off by as much, and gates cannot give back what is gone."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +71,27 @@ def start_for(
     config: PruneConfig,
     target: Target,
     on_progress: Callable[[float], None] | None = None,
+    *,
+    cuts_hidden: bool = True,
 ) -> Start | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
-    :param target: what the gates are to reach in the end.
+    :param target: what the gates are to reach in the end; one shot stops a unit short of it at least.
+    :param cuts_hidden: whether hidden dimensions may go, where the configuration's units name them.
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
         a configuration that leaves it out.
     """
     if not config.starts_from_one_shot or not can_start(structure_of(model), config.units) or target.uniform:
         return None
-    here = target.kept_share(structure_of(model))  # less than 1 where the model is what an earlier run has left
-    left = here * ((1 - target.share) / here) ** config.one_shot_share
+    whole = structure_of(model)
+    here = target.kept_share(whole)  # less than 1 where the model is what an earlier run has left
+    left = max(
+        here * ((1 - target.share) / here) ** config.one_shot_share, 1 - target.share + _short_of(whole, target, config)
+    )
+    if left >= here:
+        return None
     try:
-        start = one_shot(model, batches, config, target.at(1 - left), on_progress)
+        start = one_shot(model, batches, config, target.at(1 - left), on_progress, cuts_hidden=cuts_hidden)
     except (DataError, TargetError):
         return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
     return start if _can_go_on(start, target, config) else None
@@ -89,6 +103,8 @@ def one_shot(
     config: PruneConfig,
     target: Target,
     on_progress: Callable[[float], None] | None = None,
+    *,
+    cuts_hidden: bool = True,
 ) -> Start:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
@@ -103,10 +119,11 @@ def one_shot(
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if processes.is_main_process:
+        units = config.units if cuts_hidden else tuple(unit for unit in config.units or () if unit != "hidden") or None
         try:
             with evaluating(model):
                 run = SequentialPruning(
-                    model, taken, target, units=config.units, seed=config.seed, repair=config.repair is not False
+                    model, taken, target, units=units, seed=config.seed, repair=config.repair is not False
                 )
                 plan, small = run.run(on_progress)
             outcome = [plan.to_dict()]
@@ -123,6 +140,19 @@ def one_shot(
         for parameter in small.parameters():
             broadcast(parameter.data)
     return Start(model, small, plan)
+
+
+def _short_of(structure: Structure, target: Target, config: PruneConfig) -> float:
+    """How far from a target one shot stops at least, as a share of the dense model's cost."""
+    cost, sizes = target.cost(structure), structure.sizes
+    whole = cost.exact(sizes)
+    inner = [group for group in structure.present(config.units) if group.kind in ("heads", "intermediate")]
+    unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
+    return max(
+        unit,
+        target.tolerance if target.by_levels(structure) else 0.0,
+        _ESTIMATE * (1 - target.share) if target.measure is not None else 0.0,
+    )
 
 
 def _can_go_on(start: Start, target: Target, config: PruneConfig) -> bool:

@@ -226,7 +226,8 @@ def test_evaluation_within_training_is_of_the_plain_loss_under_deterministic_gat
     ("share", "begin", "rising", "gated"), [(0.0, 0.0, 0.4, 0.75), (0.75, 1 - 0.5**0.75, 0.25, 0.4)]
 )
 def test_the_log_says_how_far_pruning_is(toy, tmp_path, share, begin, rising, gated):
-    callback = PruningCallback(0.5, one_shot_share=share)
+    laid_out = {"sparsity_warmup_epochs": 4 * rising, "freeze_epochs": 4 * (1 - gated)}
+    callback = PruningCallback(0.5, one_shot_share=share, **laid_out)
     trainer = trainer_for(toy.student(), toy.rows(96, seed=1), tmp_path, callback, num_train_epochs=4)
     trainer.train()
     steps = trainer.state.max_steps
@@ -419,7 +420,7 @@ def test_the_scaling_of_a_float16_loss_changes_nothing(toy, tmp_path, scale):
     plans, models, logged = [], [], []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)):
         model = toy.student()
-        callback = PruningCallback(0.6, toy.teacher)
+        callback = PruningCallback(0.6, toy.teacher, freeze_epochs=2.4)
         rows = toy.rows(96, seed=1)  # not clipped, since the Trainer unscales only float16 before it clips
         trainer = trainer_for(model, rows, tmp_path, callback, num_train_epochs=4, max_grad_norm=0.0)
         trainer.accelerator.scaler = scaler
@@ -471,7 +472,7 @@ def test_the_best_model_is_one_with_the_final_structure(toy, tmp_path):
             return {"score": -self.calls}
 
     model = toy.student()
-    callback = PruningCallback(0.6)
+    callback = PruningCallback(0.6, freeze_epochs=2.4)
     trainer = trainer_for(
         model,
         toy.rows(96, seed=1),

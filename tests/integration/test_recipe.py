@@ -35,7 +35,7 @@ def of_phase(result, phase, key="loss"):
 def test_gates_start_on_what_one_shot_leaves_and_from_nothing_in_the_original(toy, loops):
     student, rows = toy.student(), toy.rows(32)
     sizes = dict(cofiprune.structure(student).sizes)
-    settings = {**BRIEF, "epochs": 2, "freeze_epochs": 0, "finetune_epochs": 0}
+    settings = {**BRIEF, "epochs": 2, "freeze_epochs": 0, "sparsity_warmup_epochs": 1, "finetune_epochs": 0}
     result = cofiprune.prune(student, rows, target_sparsity=0.7, one_shot_share=0.5, **settings)
     (first,) = of_phase(result, "one-shot", "sparsity")
     assert result.history[0] == first
@@ -77,7 +77,7 @@ def test_presets_begin_with_the_whole_model():
 @pytest.mark.parametrize(
     ("settings", "ramp", "after"),
     [
-        ({}, 250, 600),
+        ({}, 125, 875),
         ({"one_shot_share": 0}, 400, 250),
         ({"freeze_epochs": 0, "sparsity_warmup_epochs": 2}, 200, 0),
         ({"freeze_epochs": 3, "sparsity_warmup_epochs": 0}, 0, 300),
@@ -218,3 +218,22 @@ def test_the_map_to_the_teachers_states_starts_as_the_identity_or_fitted(toy, mo
     assert (same, other) == ("hidden_projection", "fitted_projection")
     assert torch.equal(weight, torch.eye(16))
     assert fitted.shape == (24, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "taught", "on"), [(None, True, False), (None, False, True), (True, True, True), (False, False, False)]
+)
+def test_dropout_is_off_where_a_teacher_is_learned_from_or_as_it_is_said(toy, given, taught, on):
+    student, modes = toy.student(), set()
+    student.register_forward_pre_hook(lambda module, args, kwargs: modes.add(module.training), with_kwargs=True)
+    cofiprune.finetune(student, toy.rows(16), teacher=toy.teacher if taught else None, epochs=1, dropout=given, **BRIEF)
+    assert on in modes
+
+
+def test_gradient_checkpointing_keeps_train_mode(toy, loops):
+    student = toy.student()
+    # The method's name changes between the releases of transformers.
+    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    cofiprune.finetune(student, toy.rows(16), teacher=toy.teacher, epochs=1, **BRIEF)
+    assert loops[0]._drops_out()

@@ -1,0 +1,160 @@
+"""Hidden dimensions in one shot: which go, what the norms make up for, and that the budget is met all the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+from cofiprune import accounting, compact
+from cofiprune.adapter import structure as structure_of
+from cofiprune.conformance.specimens import specimen
+from cofiprune.oneshot.activations import placed
+from cofiprune.oneshot.repair import Repair
+from cofiprune.oneshot.sequential import SequentialPruning
+from cofiprune.oneshot.stream import AffineFit, hidden_curve, norms_outside
+from cofiprune.plan import Plan
+from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target
+
+ALL = ("layer", "head", "intermediate", "hidden")
+
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 3}
+
+
+def bert(seed=0):
+    config = BertConfig(vocab_size=40, max_position_embeddings=32, **SIZES)
+    return specimen(BertForSequenceClassification(config), torch.Generator().manual_seed(seed)).eval()
+
+
+def batches_of(model):
+    generator = torch.Generator().manual_seed(9)
+    return [synthetic_inputs(model, batch_size=8, seq_len=20, generator=generator, padding=True) for _ in range(4)]
+
+
+def cost_of(model):
+    structure = structure_of(model)
+    return structure, accounting.layer_parameters(structure)
+
+
+def vit(seed=0):
+    config = ViTConfig(image_size=16, patch_size=4, **SIZES)
+    return specimen(ViTForImageClassification(config), torch.Generator().manual_seed(seed)).eval()
+
+
+def images(count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(count)]
+
+
+def logits(model, batches):
+    with torch.no_grad():
+        return torch.cat([model(**batch).logits for batch in batches])
+
+
+def silence(model, dimensions):
+    """Let nothing read some hidden dimensions."""
+    structure = structure_of(model)
+    for spec in structure.parameters:
+        for axis, side in enumerate(spec.sides):
+            if (
+                side is not None
+                and side.group == "hidden"
+                and len(spec.shape) == 2
+                and axis == 1
+                and spec.rows != (0, 0)
+            ):
+                with torch.no_grad():
+                    model.get_parameter(spec.name)[:, dimensions] = 0.0
+    return model
+
+
+def test_dimensions_that_nothing_reads_go_first():
+    model = silence(bert(), [3, 17, 20])
+    found = hidden_curve(model, structure_of(model), batches_of(model), seed=0)
+    assert set(found.order[:3]) == {3, 17, 20}
+    assert sorted(found.order) == list(range(24))
+    assert list(found.losses) == sorted(found.losses)
+    assert found.losses[2] < 1e-3 * found.losses[-1]
+
+
+@pytest.mark.parametrize(("make", "rows"), [(bert, batches_of), (vit, lambda model: images())], ids=["post", "pre"])
+def test_hidden_dimensions_go_where_they_are_asked_for_and_the_budget_is_met(make, rows):
+    model = make()
+    structure, cost = cost_of(model)
+    sizes = structure.sizes
+    one_head = cost.exact(sizes) - cost.exact({**sizes, "layers.0.heads": 3})
+    plan, small = SequentialPruning(model, rows(model), Target.of(structure_of(model), 0.6), units=ALL, seed=0).run()
+    assert abs(cost.exact(plan.kept) - 0.4 * cost.exact(structure.sizes)) <= one_head
+    assert 0 < plan.kept["hidden"] < 24
+    shapes = {name: value.shape for name, value in compact(model, plan).state_dict().items()}
+    assert {name: value.shape for name, value in small.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize(("make", "rows"), [(bert, batches_of), (vit, lambda model: images())], ids=["post", "pre"])
+def test_repair_brings_a_narrower_model_nearer(make, rows):
+    model = make()
+    batches = [placed(batch, model) for batch in rows(model)]
+    structure = structure_of(model)
+    order = hidden_curve(model, structure, batches, seed=0).order
+    values = torch.ones(24, dtype=torch.float64)
+    values[list(order[:6])] = 0.0
+    plan = Plan.from_values(structure, {"hidden": values})
+    bare = compact(model, plan).eval()
+    small = copy.deepcopy(bare)
+    Repair(model, structure, small, structure_of(small), plan, batches, ridge=None, everything=True).run()
+    wanted = logits(model, batches)
+    before, after = ((logits(one, batches) - wanted).norm() for one in (bare, small))
+    assert after < 0.8 * before
+    norms = {norm.module for norm in structure.norms}
+    changed = [
+        path for path in norms if not torch.equal(*(one.get_parameter(f"{path}.weight") for one in (bare, small)))
+    ]
+    assert set(changed) == norms
+
+
+def test_the_norms_stay_where_no_hidden_dimension_goes():
+    model = bert()
+    plan, small = SequentialPruning(model, batches_of(model), Target.of(structure_of(model), 0.4), seed=0).run()
+    assert plan.kept["hidden"] == 24
+    kept = {norm.module for norm in structure_of(small).norms}
+    assert all(
+        torch.equal(small.get_parameter(f"{path}.weight"), model.get_parameter(f"{path}.weight")) for path in kept
+    )
+
+
+def test_norms_outside_of_the_layers_are_told_apart_by_when_they_run():
+    model = bert()
+    batch = placed(batches_of(model)[0], model)
+    assert norms_outside(model, structure_of(model), batch) == (["bert.embeddings.LayerNorm"], [])
+    model = vit()
+    assert norms_outside(model, structure_of(model), images()[0]) == ([], ["vit.layernorm"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_takes_over_factors_and_shifts(bias):
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.LayerNorm(5, bias=bias).double()
+    inputs = torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    factor = torch.rand(5, generator=generator, dtype=torch.float64) + 0.5
+    shift = torch.randn(5, generator=generator, dtype=torch.float64) * bias
+    with torch.no_grad():
+        wanted = norm(inputs) * factor + shift
+        fit = AffineFit(5)
+        for part in range(0, 200, 50):
+            fit.add(norm(inputs[part : part + 50]), wanted[part : part + 50])
+        fit.correct(norm)
+        assert torch.allclose(norm(inputs), wanted, atol=5e-3)
+
+
+def test_frozen_norms_stay():
+    norm = nn.LayerNorm(5)
+    norm.weight.requires_grad_(False)
+    fit = AffineFit(5)
+    fit.add(torch.randn(20, 5), torch.randn(20, 5))
+    fit.correct(norm)
+    assert torch.equal(norm.weight, torch.ones(5))
