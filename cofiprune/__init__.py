@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cofiprune.training.config import PruneConfig
     from cofiprune.training.result import PruneResult
     from cofiprune.training.run import finetune, prune
+    from cofiprune.training.sweep import SweepResult
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _LAZY = {
     "PruneConfig": "cofiprune.training.config",
     "PruneResult": "cofiprune.training.result",
     "PruningCallback": "cofiprune.training.callback",
+    "SweepResult": "cofiprune.training.sweep",
     "finetune": "cofiprune.training.run",
     "prune": "cofiprune.training.run",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "PruneResult",
     "PruningCallback",
     "Summary",
+    "SweepResult",
     "adapter_for",
     "attach",
     "benchmark",

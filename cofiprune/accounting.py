@@ -9,9 +9,10 @@ counts at the sums of P(z > 0) (the gates are independent, and no side appears t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +22,29 @@ from cofiprune.structure import Parameter, Structure
 Term = tuple[str, ...]
 
 
+class Cost(Protocol):
+    """What a model costs, as a function of the sizes of its groups: parameters, operations or time.
+
+    A removed block has a size of 0 for its gate, and then costs nothing.
+    """
+
+    @property
+    def linear(self) -> bool:
+        """Whether each further unit of a group costs the same, whatever the number of them."""
+
+    def exact(self, kept: Mapping[str, int]) -> int:
+        """Evaluate at whole numbers of kept units."""
+
+    def along(self, kept: Mapping[str, int], name: str, counts: Sequence[int]) -> list[int]:
+        """Evaluate with one group at each of several sizes, the others as in `kept`."""
+
+    def expected(self, sizes: Tensor) -> Tensor:
+        """Evaluate at expected sizes, [groups] in the order of `Structure.groups`; a scalar, differentiable."""
+
+
 @dataclass(frozen=True)
-class Cost:
-    """A cost of a model as a polynomial in the sizes of its groups."""
+class Polynomial:
+    """A cost that is a polynomial in the sizes of the groups, of degree one in each."""
 
     groups: tuple[str, ...]
     """Names of the variables, in the order of `Structure.groups`."""
@@ -38,6 +59,17 @@ class Cost:
                 coefficient *= kept[name]
             total += coefficient
         return total
+
+    @property
+    def linear(self) -> bool:
+        """Whether each further unit of a group costs the same: it does."""
+        return True
+
+    def along(self, kept: Mapping[str, int], name: str, counts: Sequence[int]) -> list[int]:
+        """Evaluate with one group at each of several sizes, the others as in `kept`."""
+        nothing = self.exact({**kept, name: 0})
+        each = self.exact({**kept, name: 1}) - nothing
+        return [nothing + count * each for count in counts]
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, Tensor]:
@@ -67,28 +99,28 @@ class Cost:
         return cache[key]
 
 
-def layer_parameters(structure: Structure) -> Cost:
+def layer_parameters(structure: Structure) -> Polynomial:
     """Parameters of the encoder's layers: weights, biases and norms. What `sparsity` divides by."""
     return _parameters(structure, structure.in_layers)
 
 
-def model_parameters(structure: Structure) -> Cost:
+def model_parameters(structure: Structure) -> Polynomial:
     """Every parameter of the model."""
     return _parameters(structure, lambda parameter: True)
 
 
-def embedding_parameters(structure: Structure) -> Cost:
+def embedding_parameters(structure: Structure) -> Polynomial:
     """Parameters of the embedding tables."""
     tables = set(structure.embeddings)
     return _parameters(structure, lambda parameter: parameter.name in tables)
 
 
-def layer_macs(structure: Structure, seq_len: int) -> Cost:
+def layer_macs(structure: Structure, seq_len: int) -> Polynomial:
     """Multiply-accumulates of the encoder's layers for one example of `seq_len` tokens."""
     return _macs(structure, seq_len, structure.in_layers)
 
 
-def model_macs(structure: Structure, seq_len: int) -> Cost:
+def model_macs(structure: Structure, seq_len: int) -> Polynomial:
     """Multiply-accumulates of the whole model for one example of `seq_len` tokens; lookups cost nothing."""
     return _macs(structure, seq_len, lambda parameter: True)
 
@@ -103,19 +135,19 @@ def _term(parameter: Parameter) -> Term:
     return tuple(sorted([*names, *([parameter.gate] if parameter.gate else [])]))
 
 
-def _collect(structure: Structure, entries: Iterable[tuple[Term, int]]) -> Cost:
+def _collect(structure: Structure, entries: Iterable[tuple[Term, int]]) -> Polynomial:
     terms: defaultdict[Term, int] = defaultdict(int)
     for names, coefficient in entries:
         if coefficient:
             terms[names] += coefficient
-    return Cost(tuple(structure), dict(terms))
+    return Polynomial(tuple(structure), dict(terms))
 
 
-def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Cost:
+def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Polynomial:
     return _collect(structure, ((_term(p), p.fixed) for p in structure.parameters if chosen(p)))
 
 
-def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Cost:
+def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Polynomial:
     entries = [(_term(p), p.fixed * (p.rows[0] * seq_len + p.rows[1])) for p in structure.parameters if chosen(p)]
     for block in structure.blocks:
         names = tuple(sorted(name for name in (block.gate, block.inner) if name))

@@ -174,6 +174,18 @@ class BlockTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfigSizes:
+    """How a configuration calls the sizes of a model that has the same shape in every layer."""
+
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    intermediate: str = "intermediate_size"
+    head_dim: str | None = None
+    """The setting that states the width of a head; None where it is the hidden size over the number of heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RestTable:
     """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
     `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
@@ -205,6 +217,8 @@ class Family:
     """Path of the encoder in models with a head whose class does not name it as their base model."""
     applications: tuple[int, ...] | None = None
     """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
+    config: ConfigSizes | None = None
+    """How the configuration calls its sizes; None where a smaller one cannot be said so, as when layers differ."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,
     with the reason. A block can always be removed."""

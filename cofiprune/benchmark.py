@@ -172,7 +172,7 @@ def _row(
         synthetic_inputs(one, batch_size=size, seq_len=length, generator=torch.Generator().manual_seed(seed))
         for one in pair
     ]
-    seen = [_seen_length(one, batch, length) for one, batch in zip(pair, inputs, strict=True)]
+    seen = [seen_length(one, batch, length) for one, batch in zip(pair, inputs, strict=True)]
     passes = [partial(one, **batch) for one, batch in zip(pair, inputs, strict=True)]
     times = in_turn(passes, pair[0].device, runs=runs, warmup=warmup, seconds=seconds)
     timings = [timing(one, size) for one in times]
@@ -181,7 +181,7 @@ def _row(
     return BenchmarkRow(size, seen[0], timings[0], timings[1] if len(pair) == 2 else None, ideal)
 
 
-def _seen_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], asked: int) -> int:
+def seen_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], asked: int) -> int:
     """Length of the sequence that the encoder's first layer reads."""
     try:
         layer = model.get_submodule(structure(model).layers[0])

@@ -26,19 +26,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def compact(model: PreTrainedModel, plan: Plan | None = None) -> PreTrainedModel:
+def compact(model: PreTrainedModel, plan: Plan | None = None, *, plain: bool = False) -> PreTrainedModel:
     """Return a smaller copy of a model in which what the plan removes is not there.
 
     :param plan: what to keep; the masks attached to the model by default, everything without masks.
+    :param plain: state the sizes in the configuration itself, so that the result loads without cofiprune. For plans of
+        the same shape in every layer that stays, in families whose configuration can say it.
     :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are
         those of the masked model; `model` itself is left as it was.
-    :raises PlanError: when the plan belongs to another model.
+    :raises PlanError: when the plan belongs to another model, or cannot be made plain.
     """
     structure = structure_of(model)
     masks = masks_of(model)
     if plan is None:
         plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
     plan.check(structure)
+    if plain:
+        from cofiprune.plain import as_plain  # which calls this function
+
+        return as_plain(model, plan)
     cut = {
         spec.name: None if _is_gone(spec, plan.kept) else sliced(parameter.detach(), spec, plan)
         for spec, parameter in _parameters(model, structure)

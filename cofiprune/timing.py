@@ -34,6 +34,7 @@ def in_turn(
     runs: int | None = None,
     warmup: int = 3,
     seconds: float = 5.0,
+    own_time: bool = False,
 ) -> list[list[float]]:
     """Time each of several computations, one after the other and again from the start.
 
@@ -41,18 +42,21 @@ def in_turn(
     none always follows the same other.
 
     :param runs: rounds; by default at least 5, and more within `seconds`.
+    :param own_time: take the processor time of this thread, to which other programs add nothing while they hold the
+        processor; for computations that have no other threads.
     :return: seconds of every run of each.
     """
+    clock = time.thread_time if own_time else time.perf_counter
     for _ in range(warmup):
         for one in passes:
-            _seconds(one, device)
+            _seconds(one, device, clock)
     times: list[list[float]] = [[] for _ in passes]
-    begin = time.perf_counter()
+    begin = clock()
     done = 0
-    while not _enough(done, runs, time.perf_counter() - begin, seconds):
+    while not _enough(done, runs, clock() - begin, seconds):
         order = range(len(passes)) if done % 2 == 0 else reversed(range(len(passes)))
         for index in order:
-            times[index].append(_seconds(passes[index], device))
+            times[index].append(_seconds(passes[index], device, clock))
         done += 1
     return times
 
@@ -69,12 +73,12 @@ def _enough(done: int, runs: int | None, spent: float, seconds: float) -> bool:
     return done >= _MOST_RUNS or (done >= _LEAST_RUNS and spent >= seconds)
 
 
-def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+def _seconds(compute: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     _wait(device)
-    begin = time.perf_counter()
+    begin = clock()
     compute()
     _wait(device)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def _wait(device: torch.device) -> None:

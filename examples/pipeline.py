@@ -11,9 +11,9 @@ from results import Result, finish, finished, resumable, say
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.accounting import layer_parameters
 from cofiprune.errors import CheckpointError
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
+from cofiprune.target import Target
 
 if TYPE_CHECKING:
     from common import Task
@@ -80,7 +80,7 @@ def train_teacher(options: argparse.Namespace, task: "Task", config: cofiprune.P
         model = new_model(options, task, options.model)
         if options.target_sparsity is not None:  # before hours of training, not after them
             structure = cofiprune.structure(model)
-            check_target(structure, layer_parameters(structure), options.target_sparsity, config.units)
+            check_target(structure, Target.of(structure, options.target_sparsity), config.units)
         trained = cofiprune.finetune(model, task.train, **training(options, task, config, folder))
         if PartialState().is_main_process:
             save(model, task, folder)

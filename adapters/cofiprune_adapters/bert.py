@@ -10,6 +10,7 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ConfigSizes,
     Family,
     embedding,
     linear,
@@ -62,6 +63,7 @@ class BertAdapter(Adapter):
                 "intermediate": config.intermediate_size,
             },
             layers="encoder.layer",
+            config=ConfigSizes(),
             stem=(
                 embedding("embeddings.{word,position,token_type}_embeddings"),
                 norm("embeddings.LayerNorm"),

@@ -14,6 +14,7 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ConfigSizes,
     Family,
     embedding,
     linear,
@@ -56,6 +57,7 @@ class DistilBertAdapter(Adapter):
         return Family(
             sizes={"hidden": config.dim, "heads": config.n_heads, "intermediate": config.hidden_dim},
             layers="transformer.layer",
+            config=ConfigSizes(layers="n_layers", hidden="dim", heads="n_heads", intermediate="hidden_dim"),
             stem=(embedding("embeddings.{word,position}_embeddings"), norm("embeddings.LayerNorm")),
             attention=ATTENTION,
             ffn=FFN,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HIDDEN, Adapter, Family, embedding, linear, norm
+from cofiprune.adapter import HIDDEN, Adapter, ConfigSizes, Family, embedding, linear, norm
 from cofiprune_adapters.bert import ATTENTION, FFN
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class RobertaAdapter(Adapter):
                 "intermediate": config.intermediate_size,
             },
             layers="encoder.layer",
+            config=ConfigSizes(),
             stem=(
                 embedding("embeddings.{word,position,token_type}_embeddings"),
                 norm("embeddings.LayerNorm"),

@@ -17,6 +17,7 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ConfigSizes,
     Family,
     Row,
     embedding,
@@ -64,6 +65,7 @@ class PostNormAdapter(Adapter):
                 "intermediate": config.intermediate_size,
             },
             layers="layers",
+            config=ConfigSizes(head_dim="head_dim"),
             stem=(
                 embedding("embeddings.word_embeddings"),
                 embedding("embeddings.token_type_embeddings", optional=True),

@@ -15,6 +15,7 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ConfigSizes,
     Family,
     Row,
     linear,
@@ -74,6 +75,7 @@ class ViTAdapter(Adapter):
                 "intermediate": config.intermediate_size,
             },
             layers="layers",
+            config=ConfigSizes(),
             stem=(
                 *embeddings("cls_token", "distillation_token", "mask_token", "position_embeddings", others=others),
                 norm("layernorm"),

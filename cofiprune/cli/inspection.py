@@ -99,7 +99,7 @@ def _verdict(structure: Structure) -> list[str]:
 
 def _highest(structure: Structure) -> float:
     from cofiprune.accounting import layer_parameters
-    from cofiprune.selection import reachable
+    from cofiprune.reach import reachable
 
     return reachable(structure, layer_parameters(structure)).highest
 

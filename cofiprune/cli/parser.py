@@ -96,6 +96,14 @@ def number(text: str) -> float:
     return float(text)
 
 
+def numbers(text: str) -> list[float]:
+    """The type of an argument that is one or several numbers, joined by commas."""
+    return [float(part) for part in text.split(",")]
+
+
+numbers.__name__ = "number"  # argparse names it when the text is none
+
+
 def writable_directory(text: str, *, other_than: Sequence[str | None] = ()) -> Path:
     """Check that a directory can be written to, or made, before anything is computed; nothing is made yet.
 

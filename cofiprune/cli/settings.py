@@ -21,6 +21,7 @@ _PLACEHOLDERS: Mapping[Any, str] = {int: "N", float: "X", str: "NAME"}
 # Settings of gates, of which a training without them has none, and of what follows them.
 _OF_GATES = (
     "pre_finetune_epochs", "sparsity_warmup_epochs", "freeze_epochs", "gate_learning_rate", "units",
+    "target_seq_len", "target_batch_size", "latency_cache", "round_to", "uniform",
     "gate_temperature", "gate_stretch", "warm_start", "warm_start_spread", "finetune_batch_size",
     "method", "time_budget", "repair",
 )  # fmt: skip

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cofiprune.cli.loading import Loaded, add_data_options, load
 from cofiprune.cli.models import add_model_options, load_model, model_name
-from cofiprune.cli.parser import number, one_of, writable_directory
+from cofiprune.cli.parser import number, numbers, one_of, writable_directory
 from cofiprune.cli.settings import PRESETS, add_finetune_settings, add_prune_settings, finetune_config, prune_config
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import PruneConfig
@@ -18,21 +20,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cofiprune.training.result import PruneResult
+    from cofiprune.training.sweep import SweepResult
 
     Teacher = PreTrainedModel | Literal["self"] | None
 _RESULT = "result.json"
+TARGETS = {
+    "target_sparsity": "share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9); "
+    "several, joined by commas, give a model each, in folders of their own",
+    "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
+    "target_macs": "multiply-accumulates that may be left, at --target-seq-len tokens",
+    "target_speedup": "times faster on this device, measured at --target-batch-size and --target-seq-len",
+    "target_latency_ms": "milliseconds per batch on this device, measured likewise",
+}
 
 
 def add_prune_options(parser: argparse.ArgumentParser) -> None:
     """Add what `prune` takes."""
     add_model_options(parser)
-    parser.add_argument(
-        "--target-sparsity",
-        type=number,
-        default=0.9,
-        metavar="X",
-        help="share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9)",
-    )
+    targets = parser.add_argument_group("targets (one at most)")
+    for name, text in TARGETS.items():
+        kind = numbers if name == "target_sparsity" else number
+        targets.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
     _add_run_options(parser)
@@ -51,16 +59,15 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 def prune(options: argparse.Namespace) -> None:
     """Prune a model, save what is left, and print the result and the summary of the smaller model."""
     config = prune_config(options, options.preset)
-    from cofiprune.selection import check_fraction
-
-    check_fraction(options.target_sparsity)
+    target = _target(options)
     loaded, teacher, folder = _prepare(options, config, labelled=options.teacher is None)
     from cofiprune.training import run
+    from cofiprune.training.sweep import SweepResult
 
     result = run.prune(
         loaded.model,
         loaded.datasets.get("train_file"),
-        target_sparsity=options.target_sparsity,
+        **target,
         teacher=teacher,
         eval_dataset=loaded.datasets.get("validation_file"),
         data_collator=loaded.collator,
@@ -68,7 +75,10 @@ def prune(options: argparse.Namespace) -> None:
         output_dir=folder,
         resume=options.resume,
     )
-    _save(result, result.compact(), loaded, folder, {"target_sparsity": options.target_sparsity}, config)
+    if isinstance(result, SweepResult):
+        _save_sweep(result, loaded, folder)
+    else:
+        _save(result, result.compact(), loaded, folder, target, config)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -90,6 +100,32 @@ def finetune(options: argparse.Namespace) -> None:
         resume=options.resume,
     )
     _save(result, result.model, loaded, folder, {}, config)
+
+
+def _target(options: argparse.Namespace) -> dict[str, Any]:
+    """The target that was given, checked as far as that goes without the model."""
+    from cofiprune.training.targets import several, the_one
+
+    asked = {name: getattr(options, name) for name in TARGETS}
+    listed = asked["target_sparsity"]
+    if listed is not None:
+        asked["target_sparsity"] = listed[0]
+    name, value = the_one(asked)
+    return {name: several(listed) if listed is not None and len(listed) > 1 else value}
+
+
+def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
+    """The models are on disk already; the tokenizer goes beside each, and the table is printed."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    for point in result:
+        if loaded.tokenizer is not None and point.folder is not None:
+            loaded.tokenizer.save_pretrained(point.folder)
+    if importlib.util.find_spec("matplotlib") is not None:
+        result.plot(folder / "curve.png")
+    print(f"{result}\n\nsaved in {folder}")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +178,7 @@ def _save(
     result.plan.save(folder / "plan.json")
     entries = {
         **asked,
+        "target": None if result.target is None else asdict(result.target),
         "sparsity": result.sparsity,
         "model_sparsity": result.model_sparsity,
         "metrics": result.metrics,

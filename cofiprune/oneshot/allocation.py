@@ -49,6 +49,29 @@ def scores(
     return found
 
 
+def worth(
+    structure: Structure,
+    importance: Mapping[str, Tensor],
+    units: str | Sequence[UnitKind] | None = None,
+) -> dict[str, Tensor]:
+    """Return what is lost with each unit that may be removed, [n] by group name, for choosing sizes of whole groups.
+
+    A block is worth 1 in its units, and by its rank among the blocks up to 1 more when it goes as a whole; a hidden
+    dimension is worth its share of every block.
+    """
+    chosen = structure.select(units if units is None or isinstance(units, str) else tuple(units))
+    found: dict[str, Tensor] = {}
+    gates = [group for group in chosen if group.kind in ("attention", "ffn")]
+    if gates:
+        for group, rank in zip(gates, _rank(torch.cat([importance[group.name] for group in gates])), strict=True):
+            found[group.name] = 1 + rank.reshape(1)
+    for group in chosen:
+        if group.name not in found:
+            shares = importance[group.name] / importance[group.name].sum()
+            found[group.name] = shares * (len(structure.blocks) if group.kind == "hidden" else 1)
+    return found
+
+
 def _order(values: Tensor) -> Tensor:
     """How many values are below each, [n]; of equal ones the first is below the others."""
     order = torch.empty_like(values)

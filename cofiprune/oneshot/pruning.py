@@ -8,13 +8,13 @@ synthetic inputs that the fit has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
@@ -23,14 +23,16 @@ from cofiprune.data_checks import longest_sequence
 from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
 from cofiprune.masking import masks_of
 from cofiprune.oneshot.activations import Batch, counted, projections
-from cofiprune.oneshot.allocation import scores
+from cofiprune.oneshot.allocation import scores, worth
 from cofiprune.oneshot.divergence import Answers, answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
 from cofiprune.oneshot.repair import Repair
 from cofiprune.plan import Plan
-from cofiprune.selection import check_fraction, check_target, select
+from cofiprune.reach import check_target
+from cofiprune.selection import select
 from cofiprune.structure import Structure, UnitKind
 from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target, check_fraction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +71,7 @@ class OneShotReport:
 def prune_without_data(
     model: PreTrainedModel,
     *,
-    target_sparsity: float,
+    target_sparsity: float | Target,
     teacher: PreTrainedModel | Literal["self"] | None = None,
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
@@ -84,7 +86,7 @@ def prune_without_data(
     as it is. The result depends on the weights and the seed alone.
 
     :param model: without masks attached.
-    :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1).
+    :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); or any other target.
     :param teacher: whose answers the pruned model should give; "self" for the model as it is. A teacher of the same
         structure is also what the repair reproduces, block by block; otherwise that is the model as it is.
     :param units: unit kinds that may be removed; None for all that the model has.
@@ -96,26 +98,40 @@ def prune_without_data(
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
     """
     structure = structure_of(model)
-    cost = accounting.layer_parameters(structure)
-    target = check_fraction(target_sparsity)
-    check_target(structure, cost, target, units)
-    samples = _samples(cost.exact(structure.sizes)) if samples is None else samples
+    target = target_sparsity
+    if not isinstance(target, Target):
+        target = Target.of(structure, check_fraction(target))
+    check_target(structure, target, units)
+    parameters = accounting.layer_parameters(structure).exact(structure.sizes)
+    samples = _samples(parameters) if samples is None else samples
     _check(model, teacher, samples)
     report = on_progress or (lambda phase, share: None)
     report("importance", 0.0)
     importance = weight_importance(model, structure)
     if teacher is None:
-        return OneShotReport(select(structure, scores(structure, importance, units), cost, target))
+        return OneShotReport(_decided(model, structure, importance, target, units))
     reference = model if isinstance(teacher, str) else teacher
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model, reference):
         batches = _synthetic(model, structure, samples, generator)
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         measured = activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
-        plan = select(structure, scores(structure, {**importance, **measured}, units), cost, target)
+        plan = _decided(model, structure, {**importance, **measured}, target, units)
         if not repair:
             return OneShotReport(plan)
         return _repaired(_Pruned(model, structure, plan, reference), batches, held_out, report)
+
+
+def _decided(
+    model: PreTrainedModel,
+    structure: Structure,
+    importance: Mapping[str, Tensor],
+    target: Target,
+    units: str | Sequence[UnitKind] | None,
+) -> Plan:
+    """Choose what stays; where the cost is an estimate, what is decided is measured."""
+    ranked, valued = scores(structure, importance, units), worth(structure, importance, units)
+    return target.settle(lambda goal: select(structure, ranked, goal, worth=valued), lambda plan: compact(model, plan))
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cofiprune.accounting import Cost
 from cofiprune.adapter import structure as structure_of
 from cofiprune.batches import ROWS
 from cofiprune.compaction import compact
 from cofiprune.errors import DataError, TargetError
 from cofiprune.oneshot.activations import Batch, Projection, counted, projections
-from cofiprune.oneshot.budgeting import Option, give_up, savings
+from cofiprune.oneshot.decision import Candidate, decide
 from cofiprune.oneshot.repair import Repair
 from cofiprune.oneshot.sensitivity import passed
 from cofiprune.oneshot.stream import hidden_curve
 from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
 from cofiprune.structure import Block, Side, Structure, UnitKind
+from cofiprune.target import Target
 from cofiprune.tasks import label_names
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ NARROWEST = 8
 """One hidden dimension in so many stays: norms over a handful leave nothing to repair."""
 
 
-def check_one_shot(structure: Structure, cost: Cost, target: float, units: str | Sequence[UnitKind] | None) -> None:
+def check_one_shot(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None) -> None:
     """Make sure that a target can be met without cutting hidden dimensions.
 
     :raises TargetError: saying what can be reached.
@@ -56,7 +56,7 @@ def check_one_shot(structure: Structure, cost: Cost, target: float, units: str |
     if not can_start(structure, units):
         raise TargetError('one shot on data cuts heads and feed-forward dimensions: units must include "head" or '
                           '"intermediate"')  # fmt: skip
-    check_target(structure, cost, target, kinds)
+    check_target(structure, target, kinds)
 
 
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
@@ -103,9 +103,8 @@ class SequentialPruning:
         self,
         model: PreTrainedModel,
         batches: Sequence[Batch],
-        cost: Cost,
+        target: Target,
         *,
-        target: float,
         units: str | Sequence[UnitKind] | None = None,
         seed: int = 0,
         repair: bool = True,
@@ -114,17 +113,14 @@ class SequentialPruning:
 
         :param model: without masks, in evaluation mode; what its blocks put out is what the repair aims at.
         :param batches: see `calibration`; at least one.
-        :param cost: what the target is a share of.
-        :param target: share of the cost to remove, in (0, 1). Met as nearly as whole units allow.
+        :param target: met as nearly as whole units allow.
         :param units: kinds that may be cut; of them only heads and feed-forward dimensions are, and with "layer" also
-            the blocks of which nothing would be left.
+            whole blocks.
         :param repair: whether what is left is refitted after every sweep.
         """
         self.model = model
         self.batches = batches
-        self.cost = cost
         self.structure = structure_of(model)
-        self.whole = cost.exact(self.structure.sizes)
         self.target = target
         self.pending = set(_inner(self.structure, units))
         chosen = self.structure.select(_listed(units))
@@ -144,57 +140,61 @@ class SequentialPruning:
         weights = position_weights(self.model, self.batches, seed=self.seed) if self.repair else {}
         plan = Plan.from_values(self.structure, {})
         small = compact(self.model, plan)
-        shares = sweeps(1 - self.target)
-        for number, share in enumerate(shares):
-            cut = self._cut(small, share * self.whole)
+        goals = self._goals()
+        for number, goal in enumerate(goals):
+            try:
+                cut = self._cut(small, goal)
+            except TargetError:
+                if goal is self.target:
+                    raise
+                continue  # sizes that go in large steps need not meet what lies on the way
             small, plan = compact(small, cut), plan.then(cut)
             if not self.repair:
-                report((number + 1) / len(shares))
+                report((number + 1) / len(goals))
                 continue
             repair = Repair(
                 self.model, self.structure, small, structure_of(small), plan, self.batches,
                 ridge=None, weights=weights, everything=True,
             )  # fmt: skip
-            repair.run(lambda done, before=number: report((before + done) / len(shares)))  # type: ignore[misc]
+            repair.run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
         return plan, small
 
-    def _cut(self, small: PreTrainedModel, wanted: float) -> Plan:
-        """What to take out of the small model so that about `wanted` of the cost is left."""
-        structure = structure_of(small)
-        absent = {name: 0 for name in self.structure if name not in structure}
-        sizes = {**structure.sizes, **absent}
-        blocks = {}
-        for block, found in self._curves(small, structure):
-            assert block.inner is not None
-            blocks[block.inner] = block, found
-        stream = self._stream(small, structure, sizes)
-        options = {inner: self._option(block, found, sizes) for inner, (block, found) in blocks.items()}
-        gone = give_up({**options, **stream}, self.cost.exact(sizes) - wanted)
-        if gone.get("hidden"):
-            # With fewer hidden dimensions a unit of a block costs less: what the blocks give up is counted again.
-            sizes["hidden"] -= gone["hidden"]
-            options = {inner: self._option(block, found, sizes) for inner, (block, found) in blocks.items()}
-            gone |= give_up(options, self.cost.exact(sizes) - wanted)
-        masks = {}
-        for name, option in {**options, **stream}.items():
-            masks[name] = torch.ones(structure[name].size, dtype=torch.float64)
-            masks[name][list(option.curve.order[: gone[name]])] = 0.0
-        return Plan.from_values(structure, masks)
+    def _goals(self) -> list[Target]:
+        """What each sweep is to leave; the last one the target itself."""
+        here = self.target.kept_share(self.structure)
+        shares = sweeps((1 - self.target.share) / here)
+        return [*(self.target.at(1 - share * here) for share in shares[:-1]), self.target]
 
-    def _stream(self, small: PreTrainedModel, structure: Structure, sizes: Mapping[str, int]) -> dict[str, Option]:
-        """What it costs to take out hidden dimensions, where they may be cut; some of the dense model's stay."""
-        if not self.cuts_hidden:
-            return {}
-        found = hidden_curve(small, structure, self.scored, seed=self.seed)
+    def _stream(self, small: PreTrainedModel, structure: Structure) -> Curve | None:
+        """What it costs to take out hidden dimensions, where they may be cut; infinitely much, of those that stay."""
+        found = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
         if found is None:
-            return {}
-        saved = savings(lambda units: self.cost.exact({**sizes, "hidden": units}), sizes["hidden"])
-        most = max(sizes["hidden"] - max(self.structure["hidden"].size // NARROWEST, 2), 0)
-        return {"hidden": Option(Curve(found.order[:most], found.losses[:most]), saved[: most + 1])}
+            return None
+        stays = max(self.structure["hidden"].size // NARROWEST, 2)
+        most = max(len(found.order) - stays, 0)
+        return Curve(found.order, (*found.losses[:most], *[math.inf] * (len(found.order) - most)))
+
+    def _cut(self, small: PreTrainedModel, goal: Target) -> Plan:
+        """What to take out of the small model; where the goal is measured, what is decided is."""
+        structure = structure_of(small)
+        candidates = [
+            Candidate(block, found, in_part=block.inner in self.pending, as_a_whole=self.may_empty)
+            for block, found in self._curves(small, structure)
+        ]
+        stream = self._stream(small, structure)
+
+        def plan_for(aim: Target) -> Plan:
+            return decide(structure, candidates, aim, stream)
+
+        return goal.settle(plan_for, lambda plan: compact(small, plan))
 
     def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[Block, Curve]]:
-        """What it costs to take units out of each block that may be cut."""
-        blocks = {block.gate: block for block in structure.blocks if block.inner in self.pending}
+        """What it costs to take units out of each block that may be cut, or go."""
+        blocks = {
+            block.gate: block
+            for block in structure.blocks
+            if block.inner in self.pending or (self.may_empty and block.inner in structure)
+        }
         wanted = {gate: last for gate, last in projections(small, structure).items() if gate in blocks}
         moments = {gate: Moments(*_shape(small, last)) for gate, last in wanted.items()}
         for seen in passed(small, wanted, self.scored, seed=self.seed):
@@ -213,18 +213,6 @@ class SequentialPruning:
             assert isinstance(module, torch.nn.Linear)
             if side is not None and found.rows:  # weights that another module reads itself are not seen
                 yield blocks[gate], curve(module, found, side)
-
-    def _option(self, block: Block, found: Curve, sizes: Mapping[str, int]) -> Option:
-        inner, gate = block.inner, block.gate
-        assert inner is not None
-
-        def cost(units: int) -> float:
-            return self.cost.exact({**sizes, inner: units, **({} if units else {gate: 0})})
-
-        saved = savings(cost, sizes[inner])
-        if not self.may_empty:
-            found, saved = Curve(found.order[:-1], found.losses[:-1]), saved[:-1]
-        return Option(found, saved)
 
 
 def position_weights(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int) -> dict[str, list[Tensor]]:

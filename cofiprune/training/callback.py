@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
-from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TrainingError
 from cofiprune.masking import attach, masks_of
 from cofiprune.plan import Plan
-from cofiprune.selection import check_fraction, check_target
+from cofiprune.reach import check_target
+from cofiprune.target import check_fraction
 from cofiprune.training import callback_state
 from cofiprune.training.callback_checks import callback_config, check_arguments, used_settings
 from cofiprune.training.callback_run import CallbackRun, begun, rows_again
@@ -23,6 +23,7 @@ from cofiprune.training.config import PruneConfig
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
 from cofiprune.training.start import start_for
+from cofiprune.training.targets import target_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +94,8 @@ class PruningCallback(TrainerCallback):
         model: PreTrainedModel = kwargs["model"]
         loader = kwargs.get("train_dataloader")
         structure = structure_of(model)
-        check_target(structure, accounting.layer_parameters(structure), self.target, self.config.units)
+        target = target_for(model, structure, self.config, {"target_sparsity": self.target})
+        check_target(structure, target, self.config.units)
         check_weights(model)
         check_trainable(model, gated=True)
         check_arguments(args, state, model, taught=self.teacher is not None)
@@ -125,12 +127,12 @@ class PruningCallback(TrainerCallback):
             start = begun(saved, model)
         else:
             # The model stays as wide as it is while the Trainer has it.
-            start = None if rows is None else start_for(model, rows, self.config, self.target, cuts_hidden=False)
+            start = None if rows is None else start_for(model, rows, self.config, target, cuts_hidden=False)
         schedule = Schedule.for_steps(self.config, state.max_steps, steps, from_one_shot=start is not None)
         masks = attach(model)
         try:
             run = CallbackRun(
-                model, teacher, masks, self.target, self.config, schedule, rows, args, start=start, fresh=fresh
+                model, teacher, masks, target, self.config, schedule, rows, args, start=start, fresh=fresh
             )
             if saved is not None:
                 run.restore(saved)

@@ -28,6 +28,7 @@ from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.oneshot.sequential import can_start
 from cofiprune.plan import Plan
+from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.hooks import ForwardHooks
@@ -50,7 +51,7 @@ class CallbackRun:
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
         masks: MaskRegistry,
-        target: float,
+        target: Target,
         config: PruneConfig,
         schedule: Schedule,
         batches: Batches | None,
@@ -201,7 +202,12 @@ class CallbackRun:
     def decide(self) -> None:
         """Choose what stays, bring the factors of its gates into the weights, and run under that from now on."""
         self.masks.unbind()
-        plan = self.gating.decide() if self.started is None else self.started.then(self.gating.decide())
+        started = self.started
+
+        def whole(plan: Plan) -> Plan:
+            return plan if started is None else started.then(plan)
+
+        plan = whole(self.gating.decide(lambda found: compact(self.model, whole(found))))
         restore(self.model, compact(self.model, plan), plan)
         self.plan = plan.hard
         self.masks.set_plan(self.plan)

@@ -87,6 +87,20 @@ class PruneConfig(BaseModel):
 
     units: tuple[UnitKind, ...] | None = None
     """Kinds of units to prune; None for all that the model has."""
+    target_seq_len: Count = 128
+    """Length at which `target_macs` is counted and time is measured: tokens, or frames of audio. An image has the
+    length that it has."""
+    target_batch_size: Count = 1
+    """Batch size at which time is measured, for `target_speedup` and `target_latency_ms`."""
+    latency_cache: str | None = None
+    """Where latency tables are kept: a folder, or one file that ends in `.json`. None for a folder in the user's
+    cache."""
+    round_to: Count | Literal["auto"] | None = None
+    """Kept feed-forward and hidden dimensions are multiples of it. "auto" is 8, for which matrix kernels are made; None
+    is the same with a target in time, otherwise 1."""
+    uniform: bool = False
+    """Keep the same shape in every layer, so that a plain configuration can state it and the result loads without
+    cofiprune. Layers go as a whole; heads only together with hidden dimensions in most families."""
     gate_temperature: Positive = 2 / 3
     gate_stretch: tuple[float, float] = (-0.1, 1.1)
     one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.97

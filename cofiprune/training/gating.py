@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cofiprune import accounting
 from cofiprune.constraint import Constraint, target_at
 from cofiprune.gates import COFI_LIMIT, Gates
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.selection import select
+from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TIE_BREAK = 1e-3
 
@@ -26,7 +30,7 @@ class Gating:
         self,
         masks: MaskRegistry,
         chosen: Sequence[str],
-        target: float,
+        target: Target,
         config: PruneConfig,
         schedule: Schedule,
         *,
@@ -34,21 +38,24 @@ class Gating:
     ) -> None:
         """Set up gates for the chosen groups, on the device of the masks.
 
-        :param target: sparsity to reach, in (0, 1), relative to the dense model.
+        :param target: of the dense model; shares of its cost are what the constraint compares.
         :param share: parameters in the layers of the masks' model by those of the dense model, in (1 - target, 1].
         """
         self.masks = masks
+        structure = masks.structure
         self.share = share
-        self.target = 1 - (1 - target) / share
+        self.goal = target
+        self.here = target.kept_share(structure)
+        """What the masks' model costs, by what the dense one does."""
+        self.target = target.removed(structure)
         """What is left to remove, relative to the masks' model."""
         self.config = config
         self.schedule = schedule
-        structure = masks.structure
         device = next(iter(masks.values())).device
         groups = [structure[name] for name in chosen]
         self.gates = Gates(groups, temperature=config.gate_temperature, stretch=config.gate_stretch).to(device)
         self.constraint = Constraint().to(device)
-        self.cost = accounting.layer_parameters(structure)
+        self.cost = target.cost(structure)
         self.dense = self.cost.exact(structure.sizes)
         order = {name: index for index, name in enumerate(structure)}
         self.positions = torch.tensor([order[group.name] for group in groups], device=device)
@@ -65,8 +72,8 @@ class Gating:
         self.masks.bind(self.gates.sample(self.config.seed, draw))
 
     def target_at(self, step: int) -> float:
-        """The sparsity asked for at a step, relative to the dense model."""
-        return 1 - self.share * (1 - self._target_at(step))
+        """The share asked for at a step to have gone of the dense model's cost."""
+        return 1 - self.here * (1 - self._target_at(step))
 
     def _target_at(self, step: int) -> float:
         return target_at(step, target=self.target, warmup_steps=self.schedule.ramp, start_step=self.schedule.before)
@@ -76,14 +83,14 @@ class Gating:
         return 1 - self.share * (1 - self.masks.sparsity())
 
     def _expected_sparsity(self) -> Tensor:
-        """Expected removed share of the layers' parameters of the masks' model, a differentiable scalar."""
+        """Expected removed share of the cost of the masks' model, a differentiable scalar."""
         sizes = self.sizes.index_copy(0, self.positions, self.gates.expected_sizes())
         return 1 - self.cost.expected(sizes) / self.dense
 
     def penalty(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the Lagrangian term of a step, and the expected sparsity relative to the dense model."""
+        """Return the Lagrangian term of a step, and the share expected to have gone of the dense model's cost."""
         sparsity = self._expected_sparsity()
-        return self.constraint(sparsity, self._target_at(step)), 1 - self.share * (1 - sparsity.detach())
+        return self.constraint(sparsity, self._target_at(step)), 1 - self.here * (1 - sparsity.detach())
 
     def alive_layers(self) -> Tensor:
         """[layers] bool: whether the attention or the feed-forward block of a layer is there.
@@ -106,20 +113,53 @@ class Gating:
                 value = value.new_zeros(len(value)).index_fill(0, value.argmax(), 1.0)
             self.masks[name] = value
 
-    def decide(self) -> Plan:
-        """Choose the plan of exactly the target sparsity that the gates' locations speak for.
+    def decide(self, compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
+        """Choose the plan of exactly the target that the gates' locations speak for.
 
         Units whose gates are undecided come first. Those that sit at their limits, which differ with the size of
         the group, count alike within the range that all kinds share, and by their share of the limit beyond it.
+
+        :param compacted: returns the model that a plan leaves, which is measured where the cost is an estimate.
         """
+        self.masks.unbind()
         scores, values = {}, {}
         for group, part in zip(self.gates.groups, self._parts(), strict=True):
             limit = self.gates.limit_of(group)
             scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
             soft = torch.sigmoid(0.8 * part / self.config.gate_temperature)
             values[group.name] = soft
-        return select(self.masks.structure, scores, self.cost, self.target, values=values)
+        structure, worth = self.masks.structure, self._worth()
+
+        def plan_for(target: Target) -> Plan:
+            return select(structure, scores, target, values=values, worth=worth)
+
+        return self.goal.settle(plan_for, compacted)
+
+    def _worth(self) -> dict[str, Tensor]:
+        """What the gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
+        structure, found = self.masks.structure, {}
+        chances = {
+            group.name: chance.double().cpu()
+            for group, chance in zip(
+                self.gates.groups, torch.split(self.gates.open_probability().detach(), self._sizes()), strict=True
+            )
+        }
+        sizes = structure.sizes
+        for block in structure.blocks:
+            costs = (self.dense - self.cost.exact({**sizes, block.gate: 0})) / self.dense
+            there = float(chances[block.gate]) if block.gate in chances else 1.0
+            if block.gate in chances:
+                found[block.gate] = chances[block.gate] * costs
+            if block.inner in chances:
+                assert block.inner is not None
+                found[block.inner] = there * chances[block.inner] * costs / sizes[block.inner]
+        if "hidden" in chances:
+            costs = (self.dense - self.cost.exact({**sizes, "hidden": 1})) / self.dense
+            found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
+        return found
+
+    def _sizes(self) -> list[int]:
+        return [group.size for group in self.gates.groups]
 
     def _parts(self) -> tuple[Tensor, ...]:
-        sizes = [group.size for group in self.gates.groups]
-        return torch.split(self.gates.log_alpha.detach(), sizes)
+        return torch.split(self.gates.log_alpha.detach(), self._sizes())

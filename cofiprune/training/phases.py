@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from cofiprune.accounting import layer_parameters
@@ -30,9 +30,9 @@ from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
-from cofiprune.selection import TOLERANCE
 from cofiprune.summary import dense_structure
 from cofiprune.table import Table
+from cofiprune.target import Target
 from cofiprune.tasks import label_names
 from cofiprune.training.budget import Choice, choose, chosen_for_epochs
 from cofiprune.training.checks import (
@@ -51,7 +51,7 @@ from cofiprune.training.probe import measure_pace
 from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
 from cofiprune.training.refit import check_rows, refit
-from cofiprune.training.result import PruneResult
+from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 from cofiprune.training.start import Start, one_shot, start_for
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
@@ -137,7 +137,7 @@ class Run:
         device: torch.device = self.session.accelerator.device
         return device
 
-    def decide(self, target: float) -> None:
+    def decide(self, target: Target) -> None:
         """Pick a method and epochs by the budget, say so, and go by it.
 
         :raises SettingsError: when the budget is too small for anything.
@@ -150,8 +150,8 @@ class Run:
             choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
         else:
             steps = Schedule.for_training(1, config, len(self.batches)).total
-            pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target)
-            choice = choose(pace, config.time_budget, share=1 - target)
+            pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target.share)
+            choice = choose(pace, config.time_budget, share=1 - target.share)
         if saved is not None and self.session.accelerator.is_main_process:
             saved.parent.mkdir(parents=True, exist_ok=True)
             saved.write_text(json.dumps(asdict(choice)))
@@ -161,7 +161,7 @@ class Run:
         if config.progress and self.session.accelerator.is_main_process:
             self.session.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
 
-    def prune(self, target: float) -> PruneResult:
+    def prune(self, target: Target) -> PruneResult:
         """Prune by the configuration's method, and let what is left recover for the epochs that it has for that."""
         structure = structure_of(self.model)
         if self.config.trains:
@@ -176,7 +176,7 @@ class Run:
             )
         if self.config.method != "one-shot" and self.config.repairs:
             check_rows(self.model, self.calibrated)
-        saved = self._saved(method="prune", target_sparsity=target)
+        saved = self._saved(method="prune", **target.identity())
         with self._running():
             take_masks_off(self.model, quietly=self.resume)
             masks = attach(self.model)
@@ -186,9 +186,9 @@ class Run:
                 masks.detach()
                 raise
         plan.check(structure)
-        return self._result(plan, masks, state, self.config.method)
+        return self._result(plan, masks, state, self.config.method, target)
 
-    def _phases(self, masks: MaskRegistry, target: float, saved: SavedRun | None) -> tuple[Plan, RunState]:
+    def _phases(self, masks: MaskRegistry, target: Target, saved: SavedRun | None) -> tuple[Plan, RunState]:
         done = None
         if saved is not None and saved.phase == "recover":
             plan, recovery = Plan.from_dict(saved.extra["plan"]), int(saved.extra["steps"])
@@ -208,13 +208,14 @@ class Run:
             log(self.session, done.state, self.session.evaluate(self.model))  # what was logged last had other masks
         return plan, done.state
 
-    def _one_shot(self, masks: MaskRegistry, target: float) -> tuple[Plan, _Finished]:
+    def _one_shot(self, masks: MaskRegistry, target: Target) -> tuple[Plan, _Finished]:
         """Prune on data without training."""
         started = time.perf_counter()
         try:
             found = one_shot(self.model, self.calibrated, self.config, target, self._one_shot_progress())
-            if abs(1 - found.share - target) > TOLERANCE:
-                raise TargetError(f"block by block, the nearest to sparsity {target:g} is {1 - found.share:.4f}")
+            left = target.kept_share(structure_of(found.small))
+            if target.measure is None and abs(1 - left - target.share) > target.tolerance:
+                raise TargetError(f"in one shot, the nearest to {target} is {target.text(left * target.total)}")
         except BaseException:
             masks.detach()  # nothing was changed yet
             raise
@@ -243,7 +244,7 @@ class Run:
             done = self._recover(plan, max(schedule.total, 1), None, saved)
         return self._result(plan.hard, masks, done.state, "")
 
-    def _learn(self, masks: MaskRegistry, target: float, saved: SavedRun | None) -> tuple[Plan, _Finished, Schedule]:
+    def _learn(self, masks: MaskRegistry, target: Target, saved: SavedRun | None) -> tuple[Plan, _Finished, Schedule]:
         """The pruning phase: gates and weights learn together; then the plan is decided."""
         try:
             start = self._start(target, saved)
@@ -280,7 +281,7 @@ class Run:
             above=None if start is None else start.plan, seed=self.config.seed,
         )  # fmt: skip
 
-    def _start(self, target: float, saved: SavedRun | None) -> Start | None:
+    def _start(self, target: Target, saved: SavedRun | None) -> Start | None:
         """What the gates start on: what one shot leaves, or what it left when the run was saved."""
         if saved is not None:
             if "start" not in saved.extra:
@@ -309,7 +310,7 @@ class Run:
         model: PreTrainedModel,
         masks: MaskRegistry,
         share: float,
-        target: float,
+        target: Target,
         schedule: Schedule,
         saved: SavedRun | None,
         start: Start | None,
@@ -324,7 +325,7 @@ class Run:
             gating.gates.initialise_from(importance, spread=config.warm_start_spread)
         projection = self._projection(model, None)
         gate_lr = gate_rate(config, schedule.gated)
-        learning_rate = pruning_rate(config, target)
+        learning_rate = pruning_rate(config, target.share)
         groups = self._learning(model, projection) if config.trains_weights else []
         trained = len(groups)
         groups += [
@@ -348,11 +349,22 @@ class Run:
 
         with self._frozen(model, projection):
             self._loop(state, model, projection, rates, steps, gating, saved).run()
-        plan = gating.decide()
+        plan = self._decided(gating, model)
         gating.settle()
         if projection is not None and "hidden" in plan.keep:
             projection = cut_projection(projection, plan.keep["hidden"])
         return plan, _Finished(state, projection)
+
+    def _decided(self, gating: Gating, model: PreTrainedModel) -> Plan:
+        """What stays; where that is measured, the first process does."""
+        accelerator = self.session.accelerator
+        if accelerator.num_processes == 1 or gating.goal.measure is None:
+            return gating.decide(lambda plan: compact(model, plan))
+        outcome: list[Any] = [None]
+        if accelerator.is_main_process:
+            outcome = [gating.decide(lambda plan: compact(model, plan)).to_dict()]
+        broadcast_object_list(outcome)
+        return Plan.from_dict(outcome[0])
 
     def _learning(self, model: PreTrainedModel, projection: nn.Linear | None) -> list[dict[str, Any]]:
         """The optimiser's groups of everything that learns but gates."""
@@ -574,7 +586,9 @@ class Run:
             return None
         return load_checkpoint(self.session.output_dir, self.session.fingerprint)
 
-    def _result(self, plan: Plan, masks: MaskRegistry | None, state: RunState, method: str) -> PruneResult:
+    def _result(
+        self, plan: Plan, masks: MaskRegistry | None, state: RunState, method: str, target: Target | None = None
+    ) -> PruneResult:
         evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
         if state.best is not None:
             evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
@@ -593,6 +607,7 @@ class Run:
             state.best["step"] if state.best is not None else None,
             method,
             self.reason,
+            None if target is None else reached(target, self.model, plan),
         )
 
 

@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import html
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact
 from cofiprune.plan import Plan
+from cofiprune.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The target of a run, and what came of it."""
+
+    name: str
+    """The argument that asked for it: `target_sparsity`, `target_macs` and so on."""
+    asked: float
+    reached: float
+    """The same figure of the compacted model."""
+    text: str
+    """Both in words."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
+    """What a plan comes to; where the cost is an estimate, it is measured.
+
+    :param model: that the plan is for.
+    """
+    if target.measure is None:
+        left: float = target.cost(structure_of(model)).exact(plan.kept)
+    else:
+        left = target.measure(compact(model, plan))
+    value = target.scale.asked(left, target.total)
+    if target.measure is not None and abs(left / target.left - 1) > target.slack:
+        warnings.warn(
+            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary "
+            "on a busy machine, and no sizes may lie nearer",
+            UserWarning,
+            stacklevel=2,
+        )
+    return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
 
 
 @dataclass(repr=False)
@@ -39,15 +78,21 @@ class PruneResult:
     reason: str = ""
     """Where `method="auto"` picked: what and why, in one sentence."""
 
+    target: Reached | None = None
+    """What was asked for and reached; None for `finetune`."""
+    plain: bool = False
+    """Whether every layer has the same shape (`uniform`), so that the smaller model is a plain one."""
+
     def compact(self) -> PreTrainedModel:
-        """Return the smaller model; the same as `cofiprune.compact(result.model)`."""
-        return compact(self.model)
+        """Return the smaller model: `cofiprune.compact(result.model)`, with `plain=True` after `uniform`."""
+        return compact(self.model, plain=self.plain)
 
     def _rows(self) -> list[tuple[str, str]]:
         kept = {name: len(indices) for name, indices in self.plan.keep.items()}
         blocks = [name for name in kept if name.endswith((".attention", ".ffn"))]
         rows = [
             ("model", f"{type(self.model).__name__} ({self.plan.family})"),
+            *([] if self.target is None or self.target.name == "target_sparsity" else [("target", str(self.target))]),
             ("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"),
             ("blocks", f"{sum(kept[name] for name in blocks)} of {len(blocks)} kept"),
         ]

@@ -22,11 +22,18 @@ from cofiprune.evaluation import evaluating
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
-from cofiprune.selection import check_target
+from cofiprune.reach import check_target
+from cofiprune.structure import Structure
+from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_ESTIMATE = 0.15
+"""How much more than what is asked for one shot leaves where that is measured in the end, as a share of it: estimates
+may be off by as much, and gates cannot give back what is gone."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +69,31 @@ def start_for(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
-    target: float,
+    target: Target,
     on_progress: Callable[[float], None] | None = None,
     *,
     cuts_hidden: bool = True,
 ) -> Start | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
-    :param target: the sparsity that the gates are to reach in the end; one shot stops short of it by a unit at least.
+    :param target: what the gates are to reach in the end; one shot stops a unit short of it at least.
     :param cuts_hidden: whether hidden dimensions may go, where the configuration's units name them.
     :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
         a configuration that leaves it out.
     """
-    if not config.starts_from_one_shot or not can_start(structure_of(model), config.units):
+    if not config.starts_from_one_shot or not can_start(structure_of(model), config.units) or target.uniform:
         return None
-    sparsity = min(1 - (1 - target) ** config.one_shot_share, target - _largest_unit(model, config))
-    if sparsity <= 0:
+    whole = structure_of(model)
+    here = target.kept_share(whole)  # less than 1 where the model is what an earlier run has left
+    left = max(
+        here * ((1 - target.share) / here) ** config.one_shot_share, 1 - target.share + _short_of(whole, target, config)
+    )
+    if left >= here:
         return None
     try:
-        start = one_shot(model, batches, config, sparsity, on_progress, cuts_hidden=cuts_hidden)
-    except DataError:
-        return None  # too few rows for statistics; gates need none
+        start = one_shot(model, batches, config, target.at(1 - left), on_progress, cuts_hidden=cuts_hidden)
+    except (DataError, TargetError):
+        return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
     return start if _can_go_on(start, target, config) else None
 
 
@@ -90,7 +101,7 @@ def one_shot(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
-    sparsity: float,
+    target: Target,
     on_progress: Callable[[float], None] | None = None,
     *,
     cuts_hidden: bool = True,
@@ -99,6 +110,7 @@ def one_shot(
 
     :param batches: of the whole data set, the same for every process.
     :raises DataError: when there are too few rows for the statistics.
+    :raises TargetError: when no sizes meet the target without cutting hidden dimensions.
     """
     processes = PartialState()
     batches.set_epoch(0)
@@ -107,17 +119,20 @@ def one_shot(
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if processes.is_main_process:
-        cost = accounting.layer_parameters(structure_of(model))
         units = config.units if cuts_hidden else tuple(unit for unit in config.units or () if unit != "hidden") or None
-        with evaluating(model):
-            run = SequentialPruning(
-                model, taken, cost, target=sparsity, units=units, seed=config.seed,
-                repair=config.repair is not False,
-            )  # fmt: skip
-            plan, small = run.run(on_progress)
-        outcome = [plan.to_dict()]
+        try:
+            with evaluating(model):
+                run = SequentialPruning(
+                    model, taken, target, units=units, seed=config.seed, repair=config.repair is not False
+                )
+                plan, small = run.run(on_progress)
+            outcome = [plan.to_dict()]
+        except (DataError, TargetError) as error:
+            outcome = [error]  # the others wait for what comes of it
     if processes.num_processes > 1:
         broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
     plan = Plan.from_dict(outcome[0])
     if small is None:
         small = compact(model, plan)
@@ -127,24 +142,27 @@ def one_shot(
     return Start(model, small, plan)
 
 
-def _largest_unit(model: PreTrainedModel, config: PruneConfig) -> float:
-    """The largest unit inside a block, as a share of the layers' parameters."""
-    structure = structure_of(model)
-    cost, sizes = accounting.layer_parameters(structure), structure.sizes
+def _short_of(structure: Structure, target: Target, config: PruneConfig) -> float:
+    """How far from a target one shot stops at least, as a share of the dense model's cost."""
+    cost, sizes = target.cost(structure), structure.sizes
     whole = cost.exact(sizes)
     inner = [group for group in structure.present(config.units) if group.kind in ("heads", "intermediate")]
-    return max(1 - cost.exact({**sizes, group.name: group.size - 1}) / whole for group in inner)
+    unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
+    return max(
+        unit,
+        target.tolerance if target.by_levels(structure) else 0.0,
+        _ESTIMATE * (1 - target.share) if target.measure is not None else 0.0,
+    )
 
 
-def _can_go_on(start: Start, target: float, config: PruneConfig) -> bool:
+def _can_go_on(start: Start, target: Target, config: PruneConfig) -> bool:
     """Whether the target can be reached from what is left; where units go in large steps it need not be."""
     structure = structure_of(start.small)
     units = tuple({group.unit for group in structure.present(config.units)})
-    if not units or start.share <= 1 - target:
+    if not units or target.removed(structure) <= 0:
         return False
-    left = 1 - (1 - target) / start.share
     try:
-        check_target(structure, accounting.layer_parameters(structure), left, units)
+        check_target(structure, target, units)
     except TargetError:
         return False
     return True

@@ -13,6 +13,7 @@ from cofiprune.conformance.specimens import specimen, tiny_config
 from cofiprune.oneshot.divergence import answers, divergence
 from cofiprune.oneshot.sequential import SequentialPruning
 from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target
 
 MODELS = [
     ("albert", "AlbertForSequenceClassification"),
@@ -42,7 +43,7 @@ def test_one_shot_is_exact_and_repair_comes_nearer(model_type, name):
     whole = answers(model, unseen)
     found = []
     for repair in (False, True):
-        plan, small = SequentialPruning(model, seen, cost, target=0.5, repair=repair).run()
+        plan, small = SequentialPruning(model, seen, Target.of(structure, 0.5), repair=repair).run()
         assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(0.5, abs=0.05)
         assert cofiprune.summary(small).layer_parameters == cost.exact(plan.kept)
         found.append(divergence(small, whole, unseen))

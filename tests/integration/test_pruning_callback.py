@@ -25,6 +25,7 @@ from transformers import (
 
 import cofiprune
 from cofiprune import PruneConfig, PruningCallback
+from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import (
     AdapterError,
     CheckpointError,
@@ -36,6 +37,7 @@ from cofiprune.errors import (
 )
 from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
+from cofiprune.target import Target
 from cofiprune.training.callback_run import rows_again
 from cofiprune.training.start import start_for
 
@@ -135,7 +137,8 @@ def test_gates_start_on_what_one_shot_leaves(toy, tmp_path, target):
     begin, callback = Begin(), PruningCallback(target)
     trainer = trainer_for(model, rows, tmp_path, callback, more=[begin])
     batches = rows_again(trainer.get_train_dataloader(), model, callback.config, trainer.args, taught=False)
-    start = start_for(toy.student(), batches, callback.config, target)
+    goal = Target.of(structure_of(toy.student()), target)
+    start = start_for(toy.student(), batches, callback.config, goal)
     trainer.train()
     assert 0.1 < 1 - start.share < target
     assert begin.plan.keep == start.plan.keep

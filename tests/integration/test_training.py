@@ -22,7 +22,7 @@ import cofiprune
 from cofiprune.accounting import layer_parameters
 from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
-from cofiprune.selection import reachable
+from cofiprune.reach import reachable
 from cofiprune.structure import UNIT_KINDS
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]

@@ -9,11 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, PreTrainedModel
 
-from cofiprune import PruneConfig, accounting, attach
+from cofiprune import PruneConfig, accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
 from cofiprune.structure import Group
+from cofiprune.target import SPARSITY, Target
 from cofiprune.training.gating import Gating
 from cofiprune.training.schedule import Schedule
 
@@ -28,18 +29,21 @@ def bert() -> BertModel:
 
 def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
     masks = attach(model)
-    return Gating(masks, list(masks.structure), target, PruneConfig(), SCHEDULE, share=share)
+    total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
+    goal = Target(SPARSITY, target, accounting.layer_parameters, total, (1 - target) * total)
+    return Gating(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, share=share)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_targets_and_sparsities_count_from_the_dense_model(share: float) -> None:
-    found = gating(bert(), 0.9, share=share)
+    model = bert()
+    found = gating(model, 0.9, share=share)
     asked = [found.target_at(step) for step in (0, 5, 10, 15, 24)]
     assert asked == pytest.approx([1 - share, 1 - share, (1 - share + 0.9) / 2, 0.9, 0.9])
     assert found.sparsity() == pytest.approx(1 - share)
     open_gates = found.penalty(24)[1]
     assert float(open_gates) == pytest.approx(1 - share, abs=0.01)
-    plan = found.decide()
+    plan = found.decide(lambda plan: compact(model, plan))
     kept = found.cost.exact(plan.kept) / found.cost.exact(found.masks.structure.sizes)
     assert 1 - share * kept == pytest.approx(0.9, abs=0.005)
 

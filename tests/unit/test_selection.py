@@ -11,8 +11,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 import cofiprune
 from cofiprune import accounting
 from cofiprune.errors import TargetError
-from cofiprune.selection import TOLERANCE, check_fraction, check_target, reachable, select
+from cofiprune.reach import check_target, reachable
+from cofiprune.selection import select
 from cofiprune.structure import UNIT_KINDS
+from cofiprune.target import SPARSITY, TOLERANCE, Target, check_fraction
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]
 TARGETS = (0.01, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99)
@@ -48,13 +50,13 @@ def test_every_target_is_met_or_refused_beforehand(units, size):
     met = 0
     for number, target in enumerate(TARGETS):
         try:
-            check_target(structure, cost, target, units)
+            check_target(structure, Target.of(structure, target), units)
         except TargetError:
             continue
         met += 1
         # Saturated gates tie; a tie must not keep a target from being met.
         scores = scores_of(structure, units, seed=number, clamp=(None, 1.0, 0.0)[number % 3])
-        plan = select(structure, scores, cost, target)
+        plan = select(structure, scores, Target.of(structure, target))
         assert abs(sparsity_of(structure, cost, plan) - target) <= TOLERANCE
         for name, indices in plan.keep.items():
             gone = name not in scores and not indices  # with its block
@@ -80,8 +82,8 @@ def test_what_is_called_reachable_is(units, size):
         else [*found.levels[1 :: 1 + len(found.levels) // 5], found.levels[-1]]
     )
     for level in levels:
-        check_target(structure, cost, level, units)
-        plan = select(structure, scores_of(structure, units), cost, level)
+        check_target(structure, Target.of(structure, level), units)
+        plan = select(structure, scores_of(structure, units), Target.of(structure, level))
         assert abs(sparsity_of(structure, cost, plan) - level) <= TOLERANCE
 
 
@@ -116,9 +118,9 @@ def test_a_whole_model_is_fine_whatever_its_size():
     ],
 )
 def test_an_unreachable_target_says_what_is_reachable(units, target, words):
-    structure, cost = parts("small")
+    structure, _ = parts("small")
     with pytest.raises(TargetError) as caught:
-        check_target(structure, cost, target, units)
+        check_target(structure, Target.of(structure, target), units)
     for word in words:
         assert word in str(caught.value)
 
@@ -129,7 +131,7 @@ def test_nothing_left_to_remove_is_an_error():
     gone = {name: torch.zeros(1) for name in structure if name.endswith((".attention", ".ffn"))}
     empty = cofiprune.structure(cofiprune.compact(model, cofiprune.Plan.from_values(structure, gone)))
     with pytest.raises(TargetError, match="nothing is left"):
-        check_target(empty, accounting.layer_parameters(empty), 0.5)
+        check_target(empty, Target(SPARSITY, 0.5, accounting.layer_parameters, 100, 50.0))
 
 
 @pytest.mark.parametrize("target", [0.5, 1e-9, 1 - 1e-9, np.float32(0.5), np.float64(0.25)])
@@ -165,10 +167,10 @@ def test_other_things_than_fractions(target, words):
 
 
 def test_a_higher_score_is_not_worse_within_a_group():
-    structure, cost = parts("small")
+    structure, _ = parts("small")
     for seed in range(8):
         scores = scores_of(structure, seed=seed)
-        plan = select(structure, scores, cost, (0.3, 0.6, 0.8, 0.95)[seed % 4])
+        plan = select(structure, scores, Target.of(structure, (0.3, 0.6, 0.8, 0.95)[seed % 4]))
         for name, kept in plan.keep.items():
             if kept and len(kept) < structure[name].size:
                 inside = torch.zeros(structure[name].size, dtype=torch.bool)
@@ -177,22 +179,22 @@ def test_a_higher_score_is_not_worse_within_a_group():
 
 
 def test_a_kept_unit_stays_when_its_score_rises_and_a_removed_one_when_it_falls():
-    structure, cost = parts("small")
+    structure, _ = parts("small")
     scores = scores_of(structure, seed=5)
-    plan = select(structure, scores, cost, 0.6)
+    plan = select(structure, scores, Target.of(structure, 0.6))
     generator = torch.Generator().manual_seed(1)
     for name, group in structure.items():
         unit = int(torch.randint(group.size, (), generator=generator))
         kept = unit in plan.keep[name]
         moved = {key: value.clone() for key, value in scores.items()}
         moved[name][unit] += 20 if kept else -20
-        assert (unit in select(structure, moved, cost, 0.6).keep[name]) == kept, name
+        assert (unit in select(structure, moved, Target.of(structure, 0.6)).keep[name]) == kept, name
 
 
 def test_a_higher_target_keeps_no_more():
     structure, cost = parts("wide")
     scores = scores_of(structure, seed=3)
-    plans = [select(structure, scores, cost, target) for target in (0.2, 0.4, 0.6, 0.8)]
+    plans = [select(structure, scores, Target.of(structure, target)) for target in (0.2, 0.4, 0.6, 0.8)]
     kept = [cost.exact(plan.kept) for plan in plans]
     assert kept == sorted(kept, reverse=True)
     for low, high in itertools.pairwise(plans):
@@ -207,37 +209,37 @@ def test_scores_that_speak_clearly_are_followed():
     for name in doomed:
         scores[name] -= 6
     share = 1 / 3
-    plan = select(structure, scores, cost, share)
+    plan = select(structure, scores, Target.of(structure, share))
     assert sparsity_of(structure, cost, plan) == pytest.approx(share)
     assert [name for name in structure if not plan.keep[name]] == doomed
 
 
 def test_groups_without_scores_stay_whole():
-    structure, cost = parts("small")
+    structure, _ = parts("small")
     scores = {"layers.0.intermediate": torch.arange(64.0)}
-    plan = select(structure, scores, cost, 0.1)
+    plan = select(structure, scores, Target.of(structure, 0.1))
     assert [name for name in structure if len(plan.keep[name]) < structure[name].size] == ["layers.0.intermediate"]
     kept = plan.keep["layers.0.intermediate"]
     assert kept == tuple(range(64 - len(kept), 64))
     with pytest.raises(TargetError, match="nearest plan"):
-        select(structure, scores, cost, 0.9)
+        select(structure, scores, Target.of(structure, 0.9))
 
 
 def test_values_are_folded_into_what_is_kept():
-    structure, cost = parts("small")
+    structure, _ = parts("small")
     scores = scores_of(structure, seed=2)
     values = {name: torch.sigmoid(score) for name, score in scores.items()}
-    plan = select(structure, scores, cost, 0.6, values=values)
-    assert plan.keep == select(structure, scores, cost, 0.6).keep
+    plan = select(structure, scores, Target.of(structure, 0.6), values=values)
+    assert plan.keep == select(structure, scores, Target.of(structure, 0.6)).keep
     for name, kept in plan.keep.items():
         assert plan.scale.get(name, ()) == pytest.approx(values[name].double()[list(kept)].tolist())
     # A kept unit whose value is 0 stays, unscaled: the plan decides, not the value.
     nothing = {name: torch.zeros_like(score) for name, score in scores.items()}
-    assert select(structure, scores, cost, 0.6, values=nothing).keep == plan.keep
+    assert select(structure, scores, Target.of(structure, 0.6), values=nothing).keep == plan.keep
 
 
 def test_the_head_of_the_model_does_not_matter():
-    plans = [select(s, scores_of(s), c, 0.7) for s, c in (parts("small"), parts("small", BertForMaskedLM))]
+    plans = [select(s, scores_of(s), Target.of(s, 0.7)) for s, c in (parts("small"), parts("small", BertForMaskedLM))]
     assert plans[0].keep == plans[1].keep
 
 
@@ -245,6 +247,6 @@ def test_one_hidden_dimension_always_stays():
     structure, cost = parts("small")
     scores = scores_of(structure)
     scores["hidden"] -= 100
-    plan = select(structure, scores, cost, 0.97)
+    plan = select(structure, scores, Target.of(structure, 0.97))
     assert len(plan.keep["hidden"]) >= 1
     assert abs(sparsity_of(structure, cost, plan) - 0.97) <= TOLERANCE

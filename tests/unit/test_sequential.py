@@ -24,6 +24,7 @@ from cofiprune.oneshot.activations import valid_rows
 from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target
 
 INNER = ("head", "intermediate")
 
@@ -63,9 +64,8 @@ def cost_of(model):
 
 
 def pruned(model, target=0.5, *, units=None, batches=None, seed=0):
-    cost = cost_of(model)[1]
     batches = batches_of(model) if batches is None else batches
-    return SequentialPruning(model, batches, cost, target=target, units=units, seed=seed).run()
+    return SequentialPruning(model, batches, Target.of(structure_of(model), target), units=units, seed=seed).run()
 
 
 def largest_unit(structure, cost):
@@ -190,8 +190,8 @@ def test_linear_maps_learn_and_norms_and_embeddings_stay():
 
 def test_without_repair_nothing_learns():
     model = bert()
-    cost = cost_of(model)[1]
-    plan, small = SequentialPruning(model, batches_of(model), cost, target=0.5, repair=False).run()
+    target = Target.of(structure_of(model), 0.5)
+    plan, small = SequentialPruning(model, batches_of(model), target, repair=False).run()
     assert not changed_modules(model, plan, small)
 
 
@@ -287,6 +287,53 @@ def test_a_compacted_model_is_pruned_further():
     assert repaired[-1] < cut[-1]
 
 
+def test_attention_goes_as_a_whole_where_layers_may_and_heads_may_not():
+    model = bert(num_hidden_layers=3)
+    structure, cost = cost_of(model)
+    plan, _ = pruned(model, 0.8, units=("layer", "intermediate"))
+    wanted = 0.2 * cost.exact(structure.sizes)
+    assert abs(cost.exact(plan.kept) - wanted) <= largest_unit(structure, cost)
+    kept = [plan.kept[f"layers.{layer}.heads"] for layer in range(3)]
+    assert set(kept) == {0, structure["layers.0.heads"].size}
+
+
+def test_round_sizes_are_met_in_sweeps():
+    model = bert(num_hidden_layers=3, intermediate_size=160)
+    structure, cost = cost_of(model)
+    target = Target.of(structure, 0.8, round_to=2)
+    plan, small = SequentialPruning(model, batches_of(model), target).run()
+    assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(0.8, abs=target.tolerance)
+    for layer in range(3):
+        assert plan.kept[f"layers.{layer}.intermediate"] % 2 == 0
+    found = structure_of(small)
+    assert target.kept_share(found) == pytest.approx(0.2, abs=target.tolerance)
+
+
+def test_costs_that_are_not_linear_are_met_in_sweeps():
+    """Each block costs by itself and units less than in proportion; every sweep decides by the same cost."""
+
+    class Rooted:
+        linear = False
+
+        def __init__(self, structure):
+            self.structure = structure
+
+        def exact(self, kept):
+            blocks = [block for block in self.structure.blocks if kept[block.gate]]
+            return sum(round(1000 + 1000 * (kept[block.inner] / SIZE[block.inner]) ** 0.5) for block in blocks)
+
+        def along(self, kept, name, counts):
+            return [self.exact({**kept, name: count}) for count in counts]
+
+    model = bert(num_hidden_layers=3)
+    structure = structure_of(model)
+    SIZE = structure.sizes
+    target = Target.of(structure, 0.6, cost=Rooted)
+    plan, small = SequentialPruning(model, batches_of(model), target).run()
+    assert target.kept_share(structure_of(small)) == pytest.approx(0.4, abs=target.tolerance)
+    assert Rooted(structure).exact(plan.kept) / target.total == pytest.approx(0.4, abs=target.tolerance)
+
+
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM, BertModel])
 def test_a_model_with_one_layer_and_any_head(cls):
     model = bert(cls, num_hidden_layers=1)
@@ -328,7 +375,7 @@ def test_dead_units_and_constant_inputs_do_no_harm():
 def test_progress_rises_to_one():
     model = bert(num_hidden_layers=3)
     told = []
-    SequentialPruning(model, batches_of(model), cost_of(model)[1], target=0.8).run(told.append)
+    SequentialPruning(model, batches_of(model), Target.of(structure_of(model), 0.8)).run(told.append)
     assert told == sorted(set(told))
     assert len(told) == 2 * 3  # sweeps and layers
     assert told[-1] == 1

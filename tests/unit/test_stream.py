@@ -18,6 +18,7 @@ from cofiprune.oneshot.sequential import SequentialPruning
 from cofiprune.oneshot.stream import AffineFit, hidden_curve, norms_outside
 from cofiprune.plan import Plan
 from cofiprune.synthetic import synthetic_inputs
+from cofiprune.target import Target
 
 ALL = ("layer", "head", "intermediate", "hidden")
 
@@ -87,7 +88,7 @@ def test_hidden_dimensions_go_where_they_are_asked_for_and_the_budget_is_met(mak
     structure, cost = cost_of(model)
     sizes = structure.sizes
     one_head = cost.exact(sizes) - cost.exact({**sizes, "layers.0.heads": 3})
-    plan, small = SequentialPruning(model, rows(model), cost, target=0.6, units=ALL, seed=0).run()
+    plan, small = SequentialPruning(model, rows(model), Target.of(structure_of(model), 0.6), units=ALL, seed=0).run()
     assert abs(cost.exact(plan.kept) - 0.4 * cost.exact(structure.sizes)) <= one_head
     assert 0 < plan.kept["hidden"] < 24
     shapes = {name: value.shape for name, value in compact(model, plan).state_dict().items()}
@@ -118,8 +119,7 @@ def test_repair_brings_a_narrower_model_nearer(make, rows):
 
 def test_the_norms_stay_where_no_hidden_dimension_goes():
     model = bert()
-    _, cost = cost_of(model)
-    plan, small = SequentialPruning(model, batches_of(model), cost, target=0.4, seed=0).run()
+    plan, small = SequentialPruning(model, batches_of(model), Target.of(structure_of(model), 0.4), seed=0).run()
     assert plan.kept["hidden"] == 24
     kept = {norm.module for norm in structure_of(small).norms}
     assert all(

@@ -1,0 +1,205 @@
+"""Several sparsities from one run: each starts from what the one before has left.
+
+The points are a family: a smaller one keeps nothing that a larger one has lost. With an `output_dir` each is on disk
+as soon as it is done, and a run that was cut off goes on with the next.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction import restore
+from cofiprune.errors import CheckpointError
+from cofiprune.masking import attach
+from cofiprune.plan import Plan
+from cofiprune.rendering import amount, as_text, html_report, html_table, rich_table
+from cofiprune.target import Target
+from cofiprune.training.result import PruneResult
+from cofiprune.training.state import has_checkpoints
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+_POINT, _PLAN = "point.json", "plan.json"
+RunOne = Callable[["PreTrainedModel", Target, Path | None, bool], PruneResult]
+"""Prunes a model to a target of the dense one: model, target, folder for checkpoints, whether to resume."""
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One of the models of a sweep."""
+
+    target: float
+    sparsity: float
+    """Removed share of the parameters of the encoder's layers, of the model that the sweep began with."""
+    parameters: int
+    """Of the whole model."""
+    metrics: dict[str, float]
+    latency_ms: float | None
+    """Median of a forward pass at `target_batch_size` and `target_seq_len`; None where it was not measured."""
+    seconds: float
+    plan: Plan = field(repr=False)
+    """What is kept, in terms of the model that the sweep began with."""
+    model: PreTrainedModel = field(repr=False)
+    """The compacted model."""
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class SweepResult(Sequence[SweepPoint]):
+    """The models of a sweep, from the largest to the smallest; prints as a table, and renders in notebooks."""
+
+    points: tuple[SweepPoint, ...]
+    setting: str = ""
+    """Where latencies were measured."""
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @overload
+    def __getitem__(self, index: int) -> SweepPoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SweepPoint]: ...
+    def __getitem__(self, index: int | slice) -> SweepPoint | Sequence[SweepPoint]:
+        return self.points[index]
+
+    def __iter__(self) -> Iterator[SweepPoint]:
+        return iter(self.points)
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
+        header = ["target", "sparsity", "parameters", "latency", *(name.removeprefix("eval_") for name in names), "min"]
+        rows = []
+        for point in self.points:
+            row = [f"{point.target:g}", f"{point.sparsity:.4f}", amount(point.parameters)]
+            row.append("" if point.latency_ms is None else f"{point.latency_ms:.2f} ms")
+            row += [f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names]
+            rows.append([*row, f"{point.seconds / 60:.1f}"])
+        return header, rows
+
+    def __rich__(self) -> Table:
+        return rich_table(*self._cells())
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_report("Sweep", self.setting, html_table(*self._cells(), left=()))
+
+    def plot(self, path: str | Path, *, metric: str | None = None) -> None:
+        """Draw the metric, or the size where nothing was evaluated, over sparsity and over latency.
+
+        :param metric: by default the first that is no loss.
+        :raises SettingsError: when matplotlib is not installed, or the metric was not measured.
+        """
+        from cofiprune.training.curve import draw
+
+        draw(self, Path(path), metric)
+
+
+def sweep(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    run: RunOne,
+    time_of: Callable[[PreTrainedModel], float],
+    *,
+    output_dir: Path | None,
+    resume: bool,
+    identity: dict[str, Any],
+    setting: str,
+) -> SweepResult:
+    """Prune to each target in turn; `model` ends with the last one's weights and masks.
+
+    :param targets: of the model as it is, ascending in what goes.
+    :param time_of: milliseconds of a forward pass.
+    :param identity: plain values that a resumed sweep must have in common with this one.
+    :raises CheckpointError: when the folder holds another sweep.
+    """
+    check_folder(output_dir, identity, resume=resume)
+    points: list[SweepPoint] = []
+    current, plan = model, Plan.from_values(structure_of(model), {})
+    for target in targets:
+        folder = None if output_dir is None else output_dir / f"sparsity-{target.asked:g}"
+        done = None if folder is None or not resume else _read(folder, target, type(model))
+        if done is None:
+            done = _next(current, plan, target, run, time_of, folder, resume=resume)
+        points.append(done)
+        current, plan = done.model, done.plan
+    restore(model, current, plan)
+    attach(model).set_plan(plan)
+    return SweepResult(tuple(points), setting)
+
+
+def check_folder(folder: Path | None, identity: dict[str, Any], *, resume: bool) -> None:
+    """Make sure that a folder is this sweep's, and write down whose it is.
+
+    :raises CheckpointError: when it holds another one, or this one and it was not asked to go on.
+    """
+    if folder is None:
+        return
+    file = folder / "sweep.json"
+    if file.exists():
+        if not resume:
+            raise CheckpointError(
+                f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder"
+            )
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in json.loads(json.dumps(identity)).items():
+            if found.get(name) != value:
+                raise CheckpointError(f"{folder} holds another sweep: {name} is {found.get(name)}, asked for {value}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+
+
+def _next(
+    current: PreTrainedModel,
+    plan: Plan,
+    target: Target,
+    run: RunOne,
+    time_of: Callable[[PreTrainedModel], float],
+    folder: Path | None,
+    *,
+    resume: bool,
+) -> SweepPoint:
+    """Go on from the model of the point before, which stays as it is."""
+    runs = None if folder is None else folder / "run"
+    goes_on = resume and runs is not None and has_checkpoints(runs)
+    result = run(copy.deepcopy(current), target, runs, goes_on)
+    small, whole = result.compact(), plan.then(result.plan.hard)
+    point = SweepPoint(
+        target=target.asked,
+        sparsity=1 - target.kept_share(structure_of(small)),
+        parameters=sum(parameter.numel() for parameter in small.parameters()),
+        metrics=dict(result.metrics),
+        latency_ms=time_of(small),
+        seconds=result.seconds,
+        plan=whole,
+        model=small,
+        folder=folder,
+    )
+    if folder is not None:
+        small.save_pretrained(folder)
+        whole.save(folder / _PLAN)
+        kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
+        entries = {name: getattr(point, name) for name in kept}
+        (folder / _POINT).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    return point
+
+
+def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoint | None:
+    """A point that is on disk; None for one that is not, or not whole."""
+    file = folder / _POINT
+    if not file.exists():
+        return None
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    return SweepPoint(**entries, plan=Plan.load(folder / _PLAN), model=cls.from_pretrained(folder), folder=folder)

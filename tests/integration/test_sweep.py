@@ -1,0 +1,94 @@
+"""Several sparsities from one run: a family of models, on disk, and a run that goes on where it was cut off."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+import cofiprune
+from cofiprune.errors import CheckpointError, SettingsError, TargetError
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SETTINGS: dict[str, Any] = {
+    "teacher": "self", "epochs": 1, "finetune_epochs": 1, "batch_size": 8, "progress": False, "target_seq_len": 16,
+}  # fmt: skip
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **SIZES)).eval()
+
+
+def rows(count: int = 24) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(5, 50, (9,), generator=generator), "labels": n % 2} for n in range(count)]
+
+
+def test_each_point_is_a_part_of_the_one_before_and_on_disk(tmp_path: Path) -> None:
+    model, inputs = bert(), {"input_ids": torch.tensor([[2, 7, 9, 11]])}
+    result = cofiprune.prune(
+        model, rows(), target_sparsity=[0.8, 0.4], eval_dataset=rows(8), output_dir=tmp_path, **SETTINGS
+    )
+    assert isinstance(result, cofiprune.SweepResult)
+    assert [point.target for point in result] == [0.4, 0.8]
+    for point in result:
+        assert point.sparsity == pytest.approx(point.target, abs=0.005)
+        assert point.parameters == sum(parameter.numel() for parameter in point.model.parameters())
+        assert point.latency_ms is not None
+        assert point.latency_ms > 0
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"sparsity-{point.target:g}").eval()
+        small = point.model.eval()
+        assert torch.allclose(loaded(**inputs).logits, small(**inputs).logits, atol=1e-6)
+    for larger, smaller in pairwise(result):
+        assert all(set(smaller.plan.keep[name]) <= set(larger.plan.keep[name]) for name in larger.plan.keep)
+    assert torch.allclose(model.eval()(**inputs).logits, result[-1].model(**inputs).logits, atol=1e-5)
+    assert "0.4" in str(result)
+    assert "accuracy" in str(result)
+    pytest.importorskip("matplotlib")
+    result.plot(tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    with pytest.raises(SettingsError, match="Did you mean 'accuracy'"):
+        result.plot(tmp_path / "curve.svg", metric="acuracy")
+
+
+def test_a_sweep_goes_on_with_what_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**SETTINGS, "output_dir": tmp_path}
+    first = cofiprune.prune(bert(), rows(), target_sparsity=[0.3], **settings)
+    (tmp_path / "sweep.json").unlink()
+    again = cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.6], resume=True, **settings)
+    assert again[0].plan == first[0].plan
+    assert again[0].seconds == first[0].seconds
+    assert again[1].sparsity == pytest.approx(0.6, abs=0.005)
+    with pytest.raises(CheckpointError, match="resume=True"):
+        cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.6], **settings)
+    with pytest.raises(CheckpointError, match=r"another sweep: targets is \[0.3, 0.6\], asked for \[0.3, 0.7\]"):
+        cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.7], resume=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [([], "at least one"), ([0.5, 0.5], "different"), ([0.5, 50], "0.5"), ([0.2, 0.9], "cannot be reached")],
+)
+def test_a_list_that_cannot_be_meant_is_an_error_before_anything_runs(targets: list[float], words: str) -> None:
+    with pytest.raises(TargetError, match=words):
+        cofiprune.prune(bert(), rows(), target_sparsity=targets, units=("head",), **SETTINGS)
+
+
+def test_one_shot_on_data_gives_a_family() -> None:
+    result = cofiprune.prune(
+        bert(), rows(80), target_sparsity=[0.3, 0.6], method="one-shot", target_seq_len=16, progress=False
+    )
+    assert [point.sparsity for point in result] == pytest.approx([0.3, 0.6], abs=0.005)
+    for larger, smaller in pairwise(result):
+        assert all(set(smaller.plan.keep[name]) <= set(larger.plan.keep[name]) for name in larger.plan.keep)
+
+
+def test_without_data_too() -> None:
+    with pytest.warns(UserWarning, match="without data"):
+        result = cofiprune.prune(bert(), target_sparsity=(0.3, 0.5), target_seq_len=16)
+    assert [point.sparsity for point in result] == pytest.approx([0.3, 0.5], abs=0.005)
