@@ -34,6 +34,10 @@ SIZE, LEVELS, CLASSES = 8, 16, 10
 TEST, VALIDATION = 400, 200
 SETTINGS = {
     "epochs": 15.0,
+    # So many epochs leave gates the time to find out more by themselves.
+    "one_shot_share": 0.75,
+    "sparsity_warmup_epochs": 3.75,
+    "freeze_epochs": 9.0,
     "finetune_epochs": 15.0,
     "batch_size": 32,
     "learning_rate": 1e-3,
