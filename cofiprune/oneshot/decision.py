@@ -6,6 +6,7 @@ measured time, or sizes are round or the same in every layer, the sizes of all g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from cofiprune.plan import Plan
 from cofiprune.selection import sizes_for
 from cofiprune.structure import Block, Structure
 from cofiprune.target import Target
+
+_NEVER = 1e12
+"""A loss that nothing is worth, where sums of losses are compared."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def decide(structure: Structure, candidates: Sequence[Candidate], target: Target
     """Choose what stays so that as much of the cost is left as the target says, as nearly as units allow.
 
     :param structure: of the dense model, or of what earlier sweeps have left of it.
-    :param stream: what it loses to take out hidden dimensions, where they may go; one of them stays.
+    :param stream: what it loses to take out hidden dimensions, where they may go; those of infinite loss stay.
     :raises TargetError: when sizes are chosen for whole groups and none come near the target.
     """
     by = _by_levels if target.by_levels(structure) else _by_units
@@ -67,7 +71,8 @@ def _by_units(
     hidden = 0
     if stream is not None:
         saved = savings(lambda units: cost.exact({**sizes, "hidden": units}), sizes["hidden"])
-        narrower = Option(Curve(stream.order[:-1], stream.losses[:-1]), saved[:-1])
+        most = sum(map(math.isfinite, stream.losses[:-1]))
+        narrower = Option(Curve(stream.order[:most], stream.losses[:most]), saved[: most + 1])
         hidden = give_up({**options, "hidden": narrower}, cost.exact(sizes) - target.left)["hidden"]
         # With fewer hidden dimensions a unit of a block costs less: what the blocks give up is counted again.
         sizes["hidden"] -= hidden
@@ -97,7 +102,7 @@ def _by_levels(
     """Units that go, by group."""
     curves = {each.inner: each.curve for each in candidates if each.in_part}
     curves |= {} if stream is None else {"hidden": stream}
-    by_count = {name: np.array([0.0, *curve.losses])[::-1] for name, curve in curves.items()}
+    by_count = {name: np.minimum([0.0, *curve.losses], _NEVER)[::-1] for name, curve in curves.items()}
     gates = {each.block.gate: each.curve.losses[-1] for each in candidates if each.as_a_whole}
     sizes = sizes_for(structure, Losses(by_count, gates), target, may_empty=False)
     left = {each.inner: sizes[each.inner] if sizes[each.block.gate] else 0 for each in candidates}

@@ -43,6 +43,8 @@ FIT_POSITIONS, FIT_PER_INPUT = 10_000, 4
 """Tokens, patches or frames that the maps are fitted on: so many, and at least four for each input of the widest."""
 SCORED_POSITIONS = 6_000
 """What the curves are measured on."""
+NARROWEST = 8
+"""One hidden dimension in so many stays: norms over a handful leave nothing to repair."""
 
 
 def check_one_shot(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None) -> None:
@@ -163,6 +165,15 @@ class SequentialPruning:
         shares = sweeps((1 - self.target.share) / here)
         return [*(self.target.at(1 - share * here) for share in shares[:-1]), self.target]
 
+    def _stream(self, small: PreTrainedModel, structure: Structure) -> Curve | None:
+        """What it costs to take out hidden dimensions, where they may be cut; infinitely much, of those that stay."""
+        found = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
+        if found is None:
+            return None
+        stays = max(self.structure["hidden"].size // NARROWEST, 2)
+        most = max(len(found.order) - stays, 0)
+        return Curve(found.order, (*found.losses[:most], *[math.inf] * (len(found.order) - most)))
+
     def _cut(self, small: PreTrainedModel, goal: Target) -> Plan:
         """What to take out of the small model; where the goal is measured, what is decided is."""
         structure = structure_of(small)
@@ -170,7 +181,7 @@ class SequentialPruning:
             Candidate(block, found, in_part=block.inner in self.pending, as_a_whole=self.may_empty)
             for block, found in self._curves(small, structure)
         ]
-        stream = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
+        stream = self._stream(small, structure)
 
         def plan_for(aim: Target) -> Plan:
             return decide(structure, candidates, aim, stream)
