@@ -138,7 +138,7 @@ def _fitted(structure: Structure, lost: Losses, target: Target, sizes: dict[str,
             moves = []
             for name, units in inner:
                 count = sizes[name] + direction * units
-                if units <= count <= structure[name].size:
+                if units <= count <= structure[name].size and np.isfinite(lost.by_count[name][count]):
                     change = abs(cost.exact({**sizes, name: count}) - here)
                     worth = abs(lost.by_count[name][count] - lost.by_count[name][sizes[name]])
                     if 0 < change <= 2 * abs(here - target.left):
@@ -164,4 +164,5 @@ def _hidden_levels(structure: Structure, lost: Losses, step: int) -> list[int]:
     if "hidden" not in lost.by_count:
         return [size]
     spread = {max(step, step * round(level * size / _HIDDEN_LEVELS / step)) for level in range(1, _HIDDEN_LEVELS)}
-    return sorted({size, *(count for count in spread if count <= size)}, reverse=True)
+    allowed = {count for count in spread if count <= size and np.isfinite(lost.by_count["hidden"][count])}
+    return sorted({size, *allowed}, reverse=True)

@@ -19,7 +19,8 @@ class Losses:
     """Losses by the number of units that stay; groups that are not named stay whole."""
 
     by_count: Mapping[str, Array]
-    """By group name, [1 + units]: what is lost with 0, 1, ... units left; 0 with all of them."""
+    """By group name, [1 + units]: what is lost with 0, 1, ... units left; 0 with all of them, infinite where so few may
+    not be left."""
     gates: Mapping[str, float] = field(default_factory=dict)
     """What is lost at least with the whole of a block, by its gate; blocks that are not named go only where all of
     their units may."""

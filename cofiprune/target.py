@@ -27,7 +27,7 @@ _NEAR_IN_TIME = 0.01
 """The same where what is left is measured, as a share of that, so that a correction has something to go by."""
 _CLOSE = 0.015
 """Measurements of one model differ by about as much on a quiet machine."""
-_ROUNDS, _LAST = 8, 4
+_ROUNDS, _LAST = 8, 6
 """Measurements at most, and of how many the mean is what the next decision goes by: on a busy machine single ones of
 one model were seen to differ by 3 % (standard deviation)."""
 

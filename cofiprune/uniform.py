@@ -65,7 +65,7 @@ def uniform_sizes(structure: Structure, lost: Losses, target: Target) -> dict[st
         for index, layer in enumerate(layers):
             kept = index in shape.layers
             loss += layer.heads[shape.heads] + layer.intermediate[intermediate] if kept else layer.whole
-        if best is None or loss < best[0]:
+        if loss < (float("inf") if best is None else best[0]):
             best = loss, sizes
     if best is None:
         off = nearest / target.total

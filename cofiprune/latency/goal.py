@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cofiprune.compaction import compact
 from cofiprune.errors import TargetError
 from cofiprune.latency.cache import table_for
@@ -62,10 +64,13 @@ def latency_target(
 def _measured(
     small: PreTrainedModel, *, whole: PreTrainedModel, conditions: Conditions, relative: bool, total: int
 ) -> float:
-    """Nanoseconds of a smaller model; for a speed-up as a share of the whole model's, measured in turn with it."""
+    """Nanoseconds of a smaller model, in the median.
+
+    :param relative: take them by the whole model's in the same round, whatever else the machine does then.
+    """
     with timed(whole, conditions, seconds=_SECONDS) as stopwatch:
         ours, dense = stopwatch([small, whole])
-    return ours / dense * total if relative else ours
+    return float(np.median(ours / dense * total if relative else ours))
 
 
 def _speedup(setting: str) -> Scale:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cofiprune.compaction import compact
 from cofiprune.evaluation import evaluating
@@ -83,7 +84,7 @@ def measure(
     """
     alike = _alike(structure)
     with timed(model, conditions) as stopwatch:
-        dense = stopwatch([compact(model, Plan.from_values(structure, {}))])[0]
+        dense = float(np.median(stopwatch([compact(model, Plan.from_values(structure, {}))])))
         together = 1 if dense > _LONG * 1e9 else len(structure.blocks)
         fixed: list[float] = []
         grids: dict[str, list[list[float]]] = {name: [] for name in alike}
@@ -95,7 +96,8 @@ def measure(
                 models = [
                     _with(model, structure, width, several, units) for units in _unit_levels(structure, blocks[0])
                 ]
-                times = stopwatch([_same_tables(empty, each, structure) for each in [empty, *models]])
+                several_times = stopwatch([_same_tables(empty, each, structure) for each in [empty, *models]])
+                times = [float(time) for time in np.median(several_times, axis=1)]
                 grids[name].append([max(time - times[0], 0.0) / len(several) for time in times[1:]])
                 rows.append(times[0])
                 if on_progress is not None:
@@ -108,14 +110,18 @@ def measure(
     return LatencyTable(conditions, dense, tuple(np.maximum.accumulate(fixed).tolist()), surfaces, stands_for)
 
 
-Stopwatch = Callable[[Sequence["PreTrainedModel"]], list[float]]
+Stopwatch = Callable[[Sequence["PreTrainedModel"]], NDArray[np.float64]]
+"""From some models to the nanoseconds of their forward passes, [models, rounds], measured in turn."""
 
 
 @contextmanager
 def timed(model: PreTrainedModel, conditions: Conditions, *, seconds: float = _SECONDS) -> Iterator[Stopwatch]:
-    """What measures models in turn under some conditions: nanoseconds of a forward pass of each, in medians."""
+    """What measures models under some conditions.
 
-    def stopwatch(models: Sequence[PreTrainedModel]) -> list[float]:
+    :param seconds: for all of them together, beside the five rounds that there are in any case.
+    """
+
+    def stopwatch(models: Sequence[PreTrainedModel]) -> NDArray[np.float64]:
         with ExitStack() as stack:
             passes = []
             for each in models:
@@ -124,7 +130,7 @@ def timed(model: PreTrainedModel, conditions: Conditions, *, seconds: float = _S
                 passes.append(partial(each, **inputs))
             own = model.device.type == "cpu" and torch.get_num_threads() == 1
             rounds = in_turn(passes, model.device, seconds=seconds, warmup=2, own_time=own)
-        return [1e9 * float(np.median(times)) for times in rounds]
+        return 1e9 * np.asarray(rounds)
 
     with torch.inference_mode():
         generator = torch.Generator().manual_seed(0)

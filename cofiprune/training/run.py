@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError
 from cofiprune.evaluation import evaluating
@@ -217,7 +219,7 @@ def _sweep(
 
     def time_of(small: PreTrainedModel) -> float:
         with timed(small, conditions) as stopwatch:
-            return stopwatch([small])[0] / 1e6
+            return float(np.median(stopwatch([small]))) / 1e6
 
     def run(current: PreTrainedModel, target: Target, runs: Path | None, goes_on: bool) -> PruneResult:
         return order.carry_out(current, target, runs, resume=goes_on)

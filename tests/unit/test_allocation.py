@@ -63,6 +63,15 @@ def test_the_target_is_met_in_round_sizes(share: float, round_to: int) -> None:
             assert size % round_to == 0, name
 
 
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_hidden_dimensions_of_infinite_loss_stay(share: float) -> None:
+    structure = tiny()
+    found = Losses.of(structure, worths(structure))
+    hidden = np.where(np.arange(33) < 20, np.inf, 1e-6 * found.by_count["hidden"])  # the others are as good as free
+    sizes = allocate(structure, Losses({**found.by_count, "hidden": hidden}, found.gates), Target.of(structure, share))
+    assert 20 <= sizes["hidden"] < 32
+
+
 def test_what_no_sizes_reach_is_an_error() -> None:
     structure = tiny()
     worth = Losses.of(structure, {"layers.0.intermediate": torch.rand(64)})

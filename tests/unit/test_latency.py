@@ -131,7 +131,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def timed(model: Any, conditions: Conditions, *, seconds: float = 1.0) -> Iterator[Any]:
-        yield lambda models: [nanoseconds(each) for each in models]
+        yield lambda models: np.array([[nanoseconds(each)] for each in models])
 
     monkeypatch.setattr(measuring, "timed", timed)
     monkeypatch.setattr(goal, "timed", timed)
