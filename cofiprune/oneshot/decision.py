@@ -22,9 +22,6 @@ from cofiprune.selection import sizes_for
 from cofiprune.structure import Block, Structure
 from cofiprune.target import Target
 
-_NEVER = 1e12
-"""A loss that nothing is worth, where sums of losses are compared."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -102,7 +99,7 @@ def _by_levels(
     """Units that go, by group."""
     curves = {each.inner: each.curve for each in candidates if each.in_part}
     curves |= {} if stream is None else {"hidden": stream}
-    by_count = {name: np.minimum([0.0, *curve.losses], _NEVER)[::-1] for name, curve in curves.items()}
+    by_count = {name: np.array([0.0, *curve.losses])[::-1] for name, curve in curves.items()}
     gates = {each.block.gate: each.curve.losses[-1] for each in candidates if each.as_a_whole}
     sizes = sizes_for(structure, Losses(by_count, gates), target, may_empty=False)
     left = {each.inner: sizes[each.inner] if sizes[each.block.gate] else 0 for each in candidates}

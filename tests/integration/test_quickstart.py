@@ -34,6 +34,7 @@ def glue(example: Callable[[str], ModuleType]) -> ModuleType:
     return example("quickstart_glue")
 
 
+@pytest.mark.slow
 def test_docstring_task_is_large_balanced_and_split_by_module(data: ModuleType) -> None:
     task = data.docstring_task()
     train, validation = task.counts(task.train), task.counts(task.validation)

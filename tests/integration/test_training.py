@@ -405,7 +405,7 @@ def test_history_and_callbacks(toy):
     assert 0 < evaluated[0]["sparsity"] < 0.5
     assert [entry["phase"] for entry in losses] == ["prune"] * 3 + ["recover"] * 4
     assert all({"expected_sparsity", "target_sparsity", "constraint"} <= entry.keys() for entry in losses[:3])
-    assert losses[2]["target_sparsity"] == 0.5
+    assert losses[2]["target_sparsity"] == pytest.approx(0.5)
     assert all("expected_sparsity" not in entry for entry in losses[3:])
     assert all("sparsity" in entry for entry in evaluated[:3])
     assert [entry["epoch"] for entry in evaluated] == [0, 1, 2, 3, 4]
