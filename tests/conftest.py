@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -61,3 +62,14 @@ def randomise() -> Callable[..., None]:
                 masks[name] = specimens.random_values(len(masks[name]), generator, fractional=fractional)
 
     return change
+
+
+@pytest.fixture
+def started_by_hand() -> Iterator[None]:
+    """Signals act as in a program that was started by hand; jobs in the background of a script ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -64,12 +64,12 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         seen.append(states.numel() // states.shape[-1])
-        raise _Seen
+        raise Enough
 
     handle = model.get_submodule(structure.layers[0]).register_forward_pre_hook(note, with_kwargs=True)
     try:
         model(**placed(batch, model))
-    except _Seen:
+    except Enough:
         pass
     finally:
         handle.remove()
@@ -129,7 +129,7 @@ class Passage:
         return self.outputs if self.entry is None else self.outputs + self.entry
 
 
-class _Seen(Exception):  # noqa: N818 -- it is no error
+class Enough(Exception):  # noqa: N818 -- it is no error
     """Raised to leave a forward pass when all that was asked for has passed."""
 
 
@@ -175,7 +175,7 @@ class LayerWalk:
         with torch.no_grad(), _replaced(self.layers[: self.depth], self._below[index]):
             try:
                 self.model(**self.batches[index])
-            except _Seen:
+            except Enough:
                 return
 
 
@@ -190,7 +190,7 @@ class _Passing:
     def _arrived(self, *what: str) -> None:
         self._pending.discard((what[0], what[1]))
         if not self._pending:
-            raise _Seen
+            raise Enough
 
     def watch(self, model: nn.Module, path: str, block: Block | None) -> Iterator[RemovableHandle]:
         """Watch a map, and the exit of the block whose last projection it is, where that adds the residual."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.oneshot.activations import Batch, placed, readers, valid_rows
+from cofiprune.oneshot.activations import Batch, Enough, placed, readers, valid_rows
 from cofiprune.oneshot.heads import head_maps
 from cofiprune.oneshot.sensitivity import entered
 from cofiprune.oneshot.surgeon import Curve, Moments, stream_curve
@@ -105,20 +105,16 @@ def _output(model: nn.Module, path: str, batch: Batch) -> Tensor:
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
         found.append(output.clone())
-        raise _Enough
+        raise Enough
 
     handle = model.get_submodule(path).register_forward_hook(note)
     try:
         model(**batch)
-    except _Enough:
+    except Enough:
         pass
     finally:
         handle.remove()
     return found[0]
-
-
-class _Enough(Exception):  # noqa: N818 -- it is no error
-    """Raised to leave a forward pass."""
 
 
 class AffineFit:

@@ -1,8 +1,8 @@
 """What a budget buys: `method="auto"` picks the rung of the ladder, and how many epochs of it, that a time allows.
 
 One shot takes a time that is known up to a factor from one step; whatever is left after it goes into epochs of
-recovery. Gates are not picked: after one shot they were measured to bring nothing that recovery does not, for more time
-(docs/benchmarks.md).
+recovery. Gates are not picked: in the one comparison made, after one shot they brought nothing that recovery did not,
+for more time (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def chosen_for_epochs(epochs: float, finetune_epochs: float) -> Choice:
         return Choice(
             0.0, f"one-shot: epochs is {epochs:g}, and fewer than {WORTHWHILE_EPOCHS:g} may end below one shot"
         )
-    return Choice(total, f"one-shot: epochs is {epochs:g}, and recovery brings as much as gates do, in less time")
+    return Choice(total, f"one-shot: epochs is {epochs:g}, all of them for recovery")
 
 
 def check_method(config: PruneConfig, *, has_data: bool) -> None:

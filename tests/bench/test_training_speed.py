@@ -98,8 +98,10 @@ def test_training_steps_beside_plain_ones() -> None:
     for name, ratio in ratios.items():
         low, high = (value / plain for value in statistics.quantiles(seconds[name], n=4)[::2])
         print(f"{name}: {ratio:.2f} (quartiles {low:.2f} to {high:.2f})")
-    assert ratios["finetune"] < 1.15
-    assert ratios["finetune, taught"] < 1.5
+    # What was measured (docs/benchmarks.md) and about 0.2 for the noise of a shared machine.
+    assert ratios["finetune"] < 1.3
+    assert ratios["finetune, taught"] < 1.45
+    assert ratios["gates on the whole model, taught"] < 1.5
 
 
 def test_accounting_and_gates_of_a_large_encoder() -> None:

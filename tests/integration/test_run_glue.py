@@ -208,7 +208,7 @@ def test_models_that_disagree_on_the_labels_are_refused(
 GRID = ("--task", "sst2", "--grid", "--grid-alphas", "0.9,0.1", "--target-sparsity", "0.5", "--grid-learning-rates")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("started_by_hand")
 def test_the_grid_skips_finished_cells_and_goes_on_with_others(
     example: Callable[[str], ModuleType],
     code: Callable[..., int],

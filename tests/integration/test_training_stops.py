@@ -23,15 +23,7 @@ ROWS = 48  # 3 batches an epoch
 PRUNING, RECOVERY = 6, 9  # optimiser steps: a quarter of 3 epochs, and 2 epochs more
 
 
-@pytest.fixture(autouse=True)
-def handled():
-    """Signals act as in a program that was started by hand, whatever started the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("started_by_hand")
 
 
 def settings_of(toy, **changes):
