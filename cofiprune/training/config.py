@@ -134,6 +134,11 @@ class PruneConfig(BaseModel):
     """Whether the embedding tables learn. None: in `finetune` of a model from which nothing was removed, and not
     otherwise, as in the original."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    torch_compile: bool = False
+    """Compile the forward and backward pass of what is trained with `torch.compile`, when a phase begins. That takes
+    from seconds to minutes, and pays only in runs that are long enough."""
+    torch_compile_backend: str | None = None
+    """None: "inductor". Others: `torch.compiler.list_backends()`."""
     seed: int = 57
     logging_steps: Count = 50
     eval_steps: Count | None = None

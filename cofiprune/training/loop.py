@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cofiprune.batches import ROWS, Batch, Batches, to_model
 from cofiprune.errors import SettingsError, TrainingError, suggest
 from cofiprune.training.checks import check_weights
+from cofiprune.training.compiling import compiled
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.interrupt import Interrupt
@@ -75,7 +76,7 @@ class Loop:
         # the autocast around each step does as well, and copies of the model would keep the replacement.
         several = session.accelerator.num_processes > 1
         inner = state.modules["model"]
-        self.model = session.accelerator.prepare_model(inner) if several else inner
+        self.model = compiled(session.accelerator.prepare_model(inner) if several else inner, session.config)
         self.optimizer = session.accelerator.prepare_optimizer(state.optimizer)
         self.last_saved = state.total_steps
         beside = [module for name, module in state.modules.items() if name not in ("model", "full", "teacher")]
@@ -297,7 +298,7 @@ class Loop:
 
     def _leave(self) -> None:
         """Give the model back as it was handed in: unwrapped, and out of training's random samples."""
-        inner = self.session.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        inner = self.session.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if self.model is not inner:
             inner.__dict__.pop("forward", None)  # Accelerate leaves the class's own one behind on the instance
         if self.gating is not None:

@@ -42,6 +42,7 @@ from cofiprune.training.checks import (
     check_output_dir,
     take_masks_off,
 )
+from cofiprune.training.compiling import check_compile
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.interrupt import Interrupt
@@ -117,6 +118,7 @@ class Run:
         called = check_callbacks(callbacks)
         folder = check_output_dir(output_dir, resume=resume)
         accelerator = _accelerator(config)
+        check_compile(config, accelerator.device)
         set_seed(config.seed, device_specific=True)
         self.calibrated = batches.shard(0, 1)
         self.batches = batches.shard(accelerator.process_index, accelerator.num_processes)
