@@ -11,7 +11,7 @@ Shapes: U units of all groups together, G groups, n units of one group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -265,3 +265,13 @@ class Gates(nn.Module):
                 else:
                     yield [group.name]
         yield from together.values()
+
+
+def gate_cut(gates: Gates, keep: Mapping[str, Sequence[int]]) -> Callable[[Tensor], Tensor]:
+    """What cuts a tensor with an element for every gate to those that are kept, by group."""
+    rows, first = [], 0
+    for group in gates.groups:
+        rows.append(torch.tensor(keep[group.name], dtype=torch.long) + first)
+        first += group.size
+    index = torch.cat(rows)
+    return lambda value: value.detach().index_select(0, index.to(value.device))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cofiprune.accounting import layer_parameters
 from cofiprune.constraint import Constraint, target_at
-from cofiprune.gates import COFI_LIMIT, Gates
+from cofiprune.gates import COFI_LIMIT, Gates, gate_cut
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.selection import select
@@ -46,9 +47,9 @@ class Gating:
         self.share = share
         self.goal = target
         self.here = target.kept_share(structure)
-        """What the masks' model costs, by what the dense one does."""
+        """What the masks' model cost when the phase began, by what the dense one does."""
         self.target = target.removed(structure)
-        """What is left to remove, relative to the masks' model."""
+        """What was left to remove then, relative to the masks' model."""
         self.config = config
         self.schedule = schedule
         device = next(iter(masks.values())).device
@@ -57,11 +58,27 @@ class Gating:
         self.constraint = Constraint().to(device)
         self.cost = target.cost(structure)
         self.dense = self.cost.exact(structure.sizes)
+        """What the masks' model cost when the phase began."""
         order = {name: index for index, name in enumerate(structure)}
         self.positions = torch.tensor([order[group.name] for group in groups], device=device)
         self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
         applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
         self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
+
+    def on(self, masks: MaskRegistry, plan: Plan) -> Gating:
+        """The same gates and multipliers on what a plan leaves of the model; costs count from where these do.
+
+        :param masks: of that smaller model.
+        """
+        chosen = [group.name for group in self.gates.groups if plan.kept[group.name]]
+        cost = layer_parameters(self.masks.structure)
+        share = self.share * cost.exact(plan.kept) / cost.exact(self.masks.structure.sizes)
+        smaller = Gating(masks, chosen, self.goal, self.config, self.schedule, share=share)
+        smaller.constraint, smaller.dense = self.constraint, self.dense
+        smaller.here, smaller.target = self.here, self.target
+        with torch.no_grad():
+            smaller.gates.log_alpha.copy_(gate_cut(self.gates, plan.keep)(self.gates.log_alpha))
+        return smaller
 
     def is_active(self, step: int) -> bool:
         """Whether the gates learn at a step of the phase."""
@@ -145,8 +162,9 @@ class Gating:
             )
         }
         sizes = structure.sizes
+        whole = self.cost.exact(sizes)
         for block in structure.blocks:
-            costs = (self.dense - self.cost.exact({**sizes, block.gate: 0})) / self.dense
+            costs = (whole - self.cost.exact({**sizes, block.gate: 0})) / whole
             there = float(chances[block.gate]) if block.gate in chances else 1.0
             if block.gate in chances:
                 found[block.gate] = chances[block.gate] * costs
@@ -154,7 +172,7 @@ class Gating:
                 assert block.inner is not None
                 found[block.inner] = there * chances[block.inner] * costs / sizes[block.inner]
         if "hidden" in chances:
-            costs = (self.dense - self.cost.exact({**sizes, "hidden": 1})) / self.dense
+            costs = (whole - self.cost.exact({**sizes, "hidden": 1})) / whole
             found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
         return found
 

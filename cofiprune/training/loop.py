@@ -86,23 +86,26 @@ class Loop:
             for parameter in self.beside:
                 broadcast(parameter.data)
 
-    def run(self) -> None:
-        """Train to the end of the phase.
+    def run(self, until: int | None = None) -> None:
+        """Train to the end of the phase, or until so many of its steps are done, to go on later.
 
         :raises TrainingError: when the loss is not a number.
         :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written.
         """
+        paused = False
         try:
-            self._run()
+            self._run(self.total if until is None else until)
+            paused = self.state.step < self.total
         finally:
-            self._leave()
+            if not paused:
+                self.leave()
 
-    def _run(self) -> None:
+    def _run(self, until: int) -> None:
         state, session = self.state, self.session
         session.display.begin(state.phase, total=self.total, done=state.step)
         started = time.perf_counter() - state.seconds
         groups, drops_out = self._groups(), self._drops_out()
-        while state.step < self.total:
+        while state.step < until:
             self.model.train(drops_out)
             parts = self._step(next(groups))
             state.step += 1
@@ -296,7 +299,7 @@ class Loop:
             "A lower learning_rate, or mixed_precision='bf16' instead of 'fp16', usually helps."
         )
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Give the model back as it was handed in: unwrapped, and out of training's random samples."""
         inner = self.session.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if self.model is not inner:

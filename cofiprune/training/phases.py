@@ -53,8 +53,9 @@ from cofiprune.training.progress import Display
 from cofiprune.training.projection import cut_projection, fitted_projection, hidden_width
 from cofiprune.training.refit import check_rows, refit
 from cofiprune.training.result import PruneResult, reached
-from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
-from cofiprune.training.start import Start, one_shot, start_for
+from cofiprune.training.schedule import Schedule, gate_rate, gated_rates, pruning_rate, rate, recovery_rate
+from cofiprune.training.shrinking import Learner, Shut, looks
+from cofiprune.training.start import Start, can_go_on, one_shot, start_for
 from cofiprune.training.state import RunState, SavedRun, load_checkpoint
 from cofiprune.training.teacher import Teacher
 
@@ -325,37 +326,70 @@ class Run:
             self.batches.set_epoch(0)
             importance = measured_importance(model, masks, chosen, self.batches, seed=config.seed)
             gating.gates.initialise_from(importance, spread=config.warm_start_spread)
-        projection = self._projection(model, None)
-        gate_lr = gate_rate(config, schedule.gated)
-        learning_rate = pruning_rate(config, target.share)
+        learner = self._learner(model, gating)
+        learner.state.extra = {} if start is None else {"start": start.plan.to_dict()}
+        if start is not None and saved is None:
+            self._log_start(learner.state, start)
+        try:
+            self._learn_and_shrink(learner, schedule, saved)
+            decided = self._decided(learner.gating, learner.model)
+            learner.gating.settle()
+        finally:
+            learner.write_back(model, masks)
+        projection = learner.projection
+        if projection is not None and "hidden" in decided.keep:
+            projection = cut_projection(projection, decided.keep["hidden"])
+        plan = decided if learner.plan is None else learner.plan.then(decided)
+        return plan, _Finished(learner.state, projection)
+
+    def _learner(self, model: PreTrainedModel, gating: Gating) -> Learner:
+        """A model under gates, at the beginning of the phase."""
+        shut, projection = Shut(gating.gates), self._projection(model, None)
+        return Learner(model, gating, shut, projection, self._learning_state(model, gating, shut, projection))
+
+    def _learning_state(
+        self, model: PreTrainedModel, gating: Gating, shut: Shut, projection: nn.Linear | None, **more: nn.Module
+    ) -> RunState:
+        config = self.config
         groups = self._learning(model, projection) if config.trains_weights else []
-        trained = len(groups)
         groups += [
             {"params": list(gating.gates.parameters()), "weight_decay": 0.0},
-            gating.constraint.ascent_group(gate_lr),
+            gating.constraint.ascent_group(gate_rate(config, gating.schedule.gated)),
         ]
-        modules = self._modules(model, projection, gates=gating.gates, constraint=gating.constraint)
-        state = RunState("prune", modules, torch.optim.AdamW(groups, lr=learning_rate))
-        if start is not None:
-            state.extra = {"start": start.plan.to_dict()}
-            if saved is None:
-                self._log_start(state, start)
-        steps = schedule.before + schedule.gated
+        modules = self._modules(model, projection, gates=gating.gates, constraint=gating.constraint, shut=shut, **more)
+        return RunState("prune", modules, torch.optim.AdamW(groups, lr=pruning_rate(config, gating.goal.share)))
 
-        def rates(step: int) -> list[float]:
-            # The decay is restarted when the gates start, as in the original.
-            begin, end = (0, schedule.before) if step < schedule.before else (schedule.before, steps + schedule.after)
-            warmup = round(config.warmup_ratio * (end - begin))
-            factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
-            return [learning_rate * factor] * trained + [gate_lr] * 2
+    def _learn_and_shrink(self, learner: Learner, schedule: Schedule, saved: SavedRun | None) -> None:
+        """Run the phase; at each look at the gates, go on with a smaller model where enough has long been shut."""
+        config, steps = self.config, schedule.before + schedule.gated
 
-        with self._frozen(model, projection):
-            self._loop(state, model, projection, rates, steps, gating, saved).run()
-        plan = self._decided(gating, model)
-        gating.settle()
-        if projection is not None and "hidden" in plan.keep:
-            projection = cut_projection(projection, plan.keep["hidden"])
-        return plan, _Finished(state, projection)
+        whole = learner.model
+
+        def with_optimizer(smaller: Learner) -> RunState:
+            return self._learning_state(smaller.model, smaller.gating, smaller.shut, smaller.projection, full=whole)
+
+        def begin(saved: SavedRun | None = None) -> Loop:
+            trained = len(learner.state.optimizer.param_groups) - 2
+            rates = gated_rates(config, schedule, learner.gating.goal.share, trained)
+            return self._loop(learner.state, learner.model, learner.projection, rates, steps, learner.gating, saved)
+
+        if saved is not None and "shrunk" in saved.extra:
+            learner.shrink(Plan.from_dict(saved.extra["shrunk"]), with_optimizer)
+        goal, structure = learner.gating.goal, learner.gating.masks.structure
+        shrinks = config.compact_in_training and config.trains_weights and not goal.by_levels(structure)
+        pauses = [*(looks(schedule) if shrinks else []), steps]
+        with self._frozen(learner.model, learner.projection):
+            loop = begin(saved)
+            while learner.state.step < steps:
+                if learner.state.step in pauses:
+                    learner.gating.masks.unbind()
+                    learner.shut.look(learner.gating.gates)
+                    plan = learner.shut.plan(learner.gating.gates, learner.gating.masks, goal)
+                    if plan is not None and can_go_on(compact(learner.model, plan), goal, config):
+                        loop.leave()
+                        learner.shrink(plan, with_optimizer)
+                        loop = begin()
+                loop.run(next(step for step in pauses if step > learner.state.step))
 
     def _decided(self, gating: Gating, model: PreTrainedModel) -> Plan:
         """What stays; where that is measured, the first process does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cofiprune.errors import SettingsError
@@ -135,6 +136,24 @@ def gate_rate(config: PruneConfig, gated_steps: int) -> float:
 def pruning_rate(config: PruneConfig, target: float) -> float:
     """Return the learning rate of the weights while gates learn towards a target sparsity in (0, 1)."""
     return 0.5 * _rate_for(1 - target) if config.learning_rate is None else config.learning_rate
+
+
+def gated_rates(config: PruneConfig, schedule: Schedule, target: float, trained: int) -> Callable[[int], list[float]]:
+    """Return the rates of a pruning phase by step: of the groups of weights, of the gates and of the multipliers.
+
+    :param target: sparsity, in (0, 1).
+    :param trained: number of groups of weights.
+    """
+    gates, weights = gate_rate(config, schedule.gated), pruning_rate(config, target)
+
+    def rates(step: int) -> list[float]:
+        # The decay is restarted when the gates start, as in the original.
+        begin, end = (0, schedule.before) if step < schedule.before else (schedule.before, schedule.total)
+        warmup = round(config.warmup_ratio * (end - begin))
+        factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
+        return [weights * factor] * trained + [gates] * 2
+
+    return rates
 
 
 def recovery_rate(config: PruneConfig, share: float) -> float:

@@ -94,7 +94,7 @@ def start_for(
         start = one_shot(model, batches, config, target.at(1 - left), on_progress, cuts_hidden=cuts_hidden)
     except (DataError, TargetError):
         return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
-    return start if _can_go_on(start, target, config) else None
+    return start if can_go_on(start.small, target, config) else None
 
 
 def one_shot(
@@ -155,9 +155,9 @@ def _short_of(structure: Structure, target: Target, config: PruneConfig) -> floa
     )
 
 
-def _can_go_on(start: Start, target: Target, config: PruneConfig) -> bool:
+def can_go_on(small: PreTrainedModel, target: Target, config: PruneConfig) -> bool:
     """Whether the target can be reached from what is left; where units go in large steps it need not be."""
-    structure = structure_of(start.small)
+    structure = structure_of(small)
     units = tuple({group.unit for group in structure.present(config.units)})
     if not units or target.removed(structure) <= 0:
         return False

@@ -72,6 +72,12 @@ class RunState:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
+    def take_over(self, other: RunState) -> None:
+        """Stand where another state stands, whose modules and optimiser these take the places of."""
+        self.step, self.total_steps, self.batches = other.step, other.total_steps, other.batches
+        self.seconds, self.history, self.best = other.seconds, other.history, other.best
+        self.sums, self.summed, self.scaler = other.sums, other.summed, other.scaler
+
     def restore(self, captured: dict[str, Any]) -> None:
         """Take up what `capture` returned; the modules and the optimiser must be set up alike.
 
