@@ -96,8 +96,9 @@ class PruneConfig(BaseModel):
     """Where latency tables are kept: a folder, or one file that ends in `.json`. None for a folder in the user's
     cache."""
     round_to: Count | Literal["auto"] | None = None
-    """Kept feed-forward and hidden dimensions are multiples of it. "auto" is 8, for which matrix kernels are made; None
-    is the same with a target in time, otherwise 1."""
+    """Kept feed-forward and hidden dimensions are multiples of it. "auto" measures on this device, at
+    `target_batch_size` and `target_seq_len`, with which multiple (1, 8, 16, 32, 64) a unit takes least time; None is 8
+    with a target in time, otherwise 1."""
     uniform: bool = False
     """Keep the same shape in every layer, so that a plain configuration can state it and the result loads without
     cofiprune. Layers go as a whole; heads only together with hidden dimensions in most families."""

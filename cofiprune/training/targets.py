@@ -13,6 +13,7 @@ from cofiprune.data_checks import longest_sequence
 from cofiprune.errors import TargetError
 from cofiprune.evaluation import evaluating
 from cofiprune.latency.goal import latency_target
+from cofiprune.latency.rounding import best_multiple
 from cofiprune.plain import config_sizes
 from cofiprune.rendering import amount
 from cofiprune.structure import Structure
@@ -27,9 +28,9 @@ DEFAULT_SPARSITY = 0.9
 """What is pruned to when no target is given."""
 IN_TIME = ("target_speedup", "target_latency_ms")
 ROUND = 8
-"""Sizes that matrix kernels like. Tensor cores of NVIDIA's GPUs take 16-bit matrices in pieces of 8. On an AMD EPYC in
-float32, a feed-forward block of 135 dimensions takes 1.06 times (128 positions) to 1.26 times (4096) as long as one of
-136."""
+"""Sizes that matrix kernels like, where the target is a time: others take longer than the next one. Tensor cores of
+NVIDIA's GPUs take 16-bit matrices in pieces of 8. On an AMD EPYC in float32, a feed-forward block of 135 dimensions
+takes 1.06 times (128 positions) to 1.26 times (4096) as long as one of 136."""
 
 
 def the_one(asked: Mapping[str, Any]) -> tuple[str, float]:
@@ -82,20 +83,16 @@ def target_for(
     """
     name, value = the_one(asked)
     target = _counted(model, structure, config, name, value, on_progress)
-    target = replace(target, round_to=rounded_to(config.round_to, in_time=name in IN_TIME))
+    multiple = config.round_to
+    if multiple == "auto":
+        rows = config.target_batch_size * counted_length(model, config)
+        multiple = best_multiple(model, structure, rows=rows)
+    elif multiple is None:
+        multiple = ROUND if name in IN_TIME else 1
+    target = replace(target, round_to=multiple)
     if not config.uniform:
         return target
     return replace(target, uniform=True, tied_heads=config_sizes(model).head_dim is None)
-
-
-def rounded_to(asked: str | int | None, *, in_time: bool) -> int:
-    """The number that kept sizes are multiples of.
-
-    :param in_time: the target is a time. Sizes are round then by themselves: others take longer than the next one.
-    """
-    if asked == "auto" or (asked is None and in_time):
-        return ROUND
-    return 1 if asked is None else int(asked)
 
 
 def counted_length(model: PreTrainedModel, config: PruneConfig) -> int:
