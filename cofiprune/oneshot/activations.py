@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cofiprune.fusion import is_linear
 from cofiprune.masking import entry_of
+from cofiprune.siblings import is_linear
 from cofiprune.structure import Block, Structure
 
 Batch = Mapping[str, Tensor]

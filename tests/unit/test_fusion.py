@@ -7,6 +7,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import cofiprune
-from cofiprune import fusion
+from cofiprune import fusion, siblings
 from cofiprune.conformance.specimens import outputs, specimen, tiny_config
-from cofiprune.fusion import FusedLinear, Siblings
+from cofiprune.siblings import FusedLinear, Siblings
 
 Batch = dict[str, Tensor]
 EXACT = 1e-12
@@ -54,7 +57,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(weight.shape))
         return F.linear(states, weight, bias)
 
-    monkeypatch.setattr(fusion, "product", note)
+    monkeypatch.setattr(siblings, "product", note)
     return seen
 
 
@@ -123,6 +126,7 @@ def test_parameters_are_those_of_an_ordinary_model(
     assert all(torch.equal(value, fused.state_dict()[name]) for name, value in plain.state_dict().items())
     assert cofiprune.structure(fused) == cofiprune.structure(plain)
     assert cofiprune.summary(fused).parameters == cofiprune.summary(plain).parameters
+    outputs(fused, batch)
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in fused.parameters()}
     assert sum(stored.values()) == sum(value.nbytes for value in fused.parameters())  # nothing is held twice
     fused.save_pretrained(tmp_path)
@@ -324,3 +328,56 @@ def test_plain_models_can_be_fused(model: PreTrainedModel, batch: Batch, tmp_pat
     assert len(groups(small)) == 2
     assert largest(expected, outputs(small, batch)) <= EXACT
     assert small.config.intermediate_size == 10
+
+
+def test_several_threads_may_run_one_model(model: PreTrainedModel, batch_of: Callable[..., Batch]) -> None:
+    fused = cofiprune.compact(model, fuse=True)
+    batches = [batch_of(model, seed) for seed in range(4)] * 10
+    expected = [outputs(model, batch)["logits"] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda batch: outputs(fused, batch)["logits"], batches))
+    assert all((left - right).abs().max() <= EXACT * 10 for left, right in zip(expected, found, strict=True))
+
+
+def test_a_replica_computes_with_its_own_weights(model: PreTrainedModel) -> None:
+    key = cofiprune.compact(model, fuse=True).bert.encoder.layer[0].attention.self.key
+    replica = key._replicate_for_data_parallel()  # as nn.DataParallel makes one for each further device
+    replica.weight, replica.bias = key.weight.detach() * 2, key.bias.detach() * 2
+    states = torch.randn(2, 5, 24, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(replica(states), key(states) * 2, rtol=EXACT, atol=EXACT)
+
+
+def test_a_fused_model_can_be_pruned(model: PreTrainedModel) -> None:
+    rows = [{"input_ids": list(range(3, 3 + size)), "labels": [0] * size} for size in range(4, 14)]
+    plans = []
+    for each in (cofiprune.compact(model, fuse=True), model):
+        settings: dict[str, Any] = {"method": "one-shot", "finetune_epochs": 0, "target_sparsity": 0.5}
+        plans.append(cofiprune.prune(each.float(), rows, progress=False, **settings).plan.kept)
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_savers_that_look_for_shared_weights_find_none(
+    model: PreTrainedModel, batch: Batch, tmp_path: Path, moved: bool, accelerated: bool
+) -> None:
+    fused = cofiprune.compact(model, fuse=True)
+    expected = outputs(fused, batch)
+    if moved:
+        fused.to("cpu")  # where it is already
+    if accelerated:
+        Accelerator().save_model(fused, tmp_path)
+    else:
+        save_model(fused, str(tmp_path / "model.safetensors"))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.zero_()
+    load_model(other, tmp_path / "model.safetensors")
+    assert largest(expected, outputs(other, batch)) <= EXACT
+    state = fused.state_dict()
+    for value in state.values():
+        value.zero_()  # a state dict refers to the parameters themselves
+    assert all(not value.any() for value in fused.parameters())
+    assert not outputs(fused, batch)["logits"].any()
