@@ -256,6 +256,16 @@ def test_only_the_maps_that_get_the_same_tensor_take_pieces(model: PreTrainedMod
         torch.testing.assert_close(attention.key(one), stock.key(one), rtol=EXACT, atol=EXACT)
 
 
+def test_a_weight_that_is_replaced_between_siblings_is_not_overlooked(model: PreTrainedModel) -> None:
+    attention = cofiprune.compact(model, fuse=True).bert.encoder.layer[0].attention.self
+    states = torch.randn(2, 5, 24, dtype=torch.float64)
+    with torch.no_grad():
+        attention.query(states)
+        expected = F.linear(states, attention.key.weight * 2, attention.key.bias)
+        attention.key.weight = nn.Parameter(attention.key.weight * 2)  # as masks do for one call, or offloading
+        torch.testing.assert_close(attention.key(states), expected, rtol=EXACT, atol=EXACT)
+
+
 def test_nothing_is_held_after_a_pass_or_an_error(model: PreTrainedModel, batch: Batch) -> None:
     fused = cofiprune.compact(model, fuse=True)
     outputs(fused, batch)
