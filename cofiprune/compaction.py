@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import PlanError
+from cofiprune.fusion import fuse as fuse_maps
+from cofiprune.fusion import unfuse
 from cofiprune.masking import given, leave, masks_of
 from cofiprune.plan import Plan
 from cofiprune.record import record, recorded_sizes
@@ -26,12 +28,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def compact(model: PreTrainedModel, plan: Plan | None = None, *, plain: bool = False) -> PreTrainedModel:
+def compact(
+    model: PreTrainedModel, plan: Plan | None = None, *, plain: bool = False, fuse: bool = False
+) -> PreTrainedModel:
     """Return a smaller copy of a model in which what the plan removes is not there.
 
     :param plan: what to keep; the masks attached to the model by default, everything without masks.
     :param plain: state the sizes in the configuration itself, so that the result loads without cofiprune. For plans of
         the same shape in every layer that stays, in families whose configuration can say it.
+    :param fuse: for inference: linear maps that read the same tensor are computed in one product, and float32 products
+        on a CPU by the library that is faster there. Weights, names and what is saved are the same, outputs equal
+        within rounding. A model loaded from a file has separate products again; compact it to fuse them.
     :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are
         those of the masked model; `model` itself is left as it was.
     :raises PlanError: when the plan belongs to another model, or cannot be made plain.
@@ -44,7 +51,15 @@ def compact(model: PreTrainedModel, plan: Plan | None = None, *, plain: bool = F
     if plain:
         from cofiprune.plain import as_plain  # which calls this function
 
-        return as_plain(model, plan)
+        small = as_plain(model, plan)
+    else:
+        small = _sliced_copy(model, structure, plan)
+    if fuse:
+        fuse_maps(small)
+    return small
+
+
+def _sliced_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
     cut = {
         spec.name: None if _is_gone(spec, plan.kept) else sliced(parameter.detach(), spec, plan)
         for spec, parameter in _parameters(model, structure)
@@ -53,6 +68,7 @@ def compact(model: PreTrainedModel, plan: Plan | None = None, *, plain: bool = F
     copied = masks_of(small)
     if copied is not None:
         copied.detach()
+    unfuse(small)
     finish(small, structure, plan.kept, plan.keep)
     return small
 

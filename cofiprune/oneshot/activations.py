@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cofiprune.masking import entry_of
+from cofiprune.siblings import is_linear
 from cofiprune.structure import Block, Structure
 
 Batch = Mapping[str, Tensor]
@@ -106,7 +107,7 @@ def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
     for spec in structure.parameters:
         path, _, name = spec.name.rpartition(".")
         inside = spec.gate == block.gate and spec.name not in last and name == "weight" and len(spec.shape) == 2
-        if inside and spec.sides[0] is not None and type(model.get_submodule(path)) is nn.Linear:
+        if inside and spec.sides[0] is not None and is_linear(model.get_submodule(path)):
             found.append(path)
     return found
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cofiprune.oneshot.activations import Batch, valid_rows
 from cofiprune.oneshot.regression import LeastSquares
+from cofiprune.siblings import is_linear
 from cofiprune.structure import Structure
 
 _LARGEST = 4096
@@ -35,7 +36,7 @@ def head_maps(model: nn.Module, structure: Structure, batch: Batch) -> list[str]
         last = model.get_submodule(structure.layers[-1])
         hooks.callback(last.register_forward_hook(lambda *_: above.append(True)).remove)
         for path, module in model.named_modules():
-            if type(module) is not nn.Linear or path.startswith(inside) or module.out_features > _LARGEST:
+            if not is_linear(module) or path.startswith(inside) or module.out_features > _LARGEST:
                 continue
             alone = owners.count(owners[names.index(f"{path}.weight")]) == 1
             if alone and module.weight.requires_grad:

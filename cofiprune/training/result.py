@@ -83,9 +83,12 @@ class PruneResult:
     plain: bool = False
     """Whether every layer has the same shape (`uniform`), so that the smaller model is a plain one."""
 
-    def compact(self) -> PreTrainedModel:
-        """Return the smaller model: `cofiprune.compact(result.model)`, with `plain=True` after `uniform`."""
-        return compact(self.model, plain=self.plain)
+    def compact(self, *, fuse: bool = False) -> PreTrainedModel:
+        """Return the smaller model: `cofiprune.compact(result.model)`, with `plain=True` after `uniform`.
+
+        :param fuse: as in `cofiprune.compact`.
+        """
+        return compact(self.model, plain=self.plain, fuse=fuse)
 
     def _rows(self) -> list[tuple[str, str]]:
         kept = {name: len(indices) for name, indices in self.plan.keep.items()}

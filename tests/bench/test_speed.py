@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
 from cofiprune.plan import Plan
+from cofiprune.products import onednn_is_faster
 
 pytestmark = pytest.mark.bench
 
@@ -45,6 +46,18 @@ def test_compacted_bert_base_against_dense() -> None:
     print(f"\ncompact: {statistics.median(times):.2f} s (median of 3)\n{report}")
     speedups = [row.speedup for row in report.rows]
     assert min(speedups) > 5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fused_against_separate(threads: int) -> None:
+    torch.manual_seed(0)
+    dense = BertForSequenceClassification(BertConfig()).eval()
+    small = cofiprune.compact(dense, structure_at_95_percent(dense))
+    fused = cofiprune.compact(small, fuse=True)
+    report = cofiprune.benchmark(fused, small, batch_size=(1, 32), seq_len=(128,), threads=threads, seconds=10)
+    print(f"\noneDNN is faster than F.linear here: {onednn_is_faster()}\n{report}")
+    speedups = [row.speedup for row in report.rows]
+    assert min(speedups) > (1.2 if onednn_is_faster() else 0.9)
 
 
 def test_import_costs_little_more_than_transformers() -> None:

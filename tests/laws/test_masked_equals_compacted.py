@@ -18,6 +18,7 @@ from cofiprune.structure import Structure
 LAW = settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 
 EXACT = 1e-10
+FUSED = 1e-12
 
 CONFIGS = {
     "Bert": transformers.BertConfig,
@@ -113,3 +114,17 @@ def test_compacting_in_two_steps_is_compacting_in_one(data: st.DataObject, model
     (one,) = specimens.outputs(cofiprune.compact(model, at_once), batch).values()
     (two,) = specimens.outputs(twice, batch).values()
     assert (one - two).abs().max().item() <= EXACT * max(1.0, one.abs().max().item())
+
+
+@LAW
+@given(st.data(), models())
+def test_fused_and_compacted_models_agree(data: st.DataObject, model: transformers.PreTrainedModel) -> None:
+    batch = specimens.inputs(model, torch.Generator().manual_seed(0))
+    rows = masks_for(data.draw, cofiprune.structure(model), ("layer", "head", "intermediate", "hidden"))
+    with cofiprune.attach(model) as masks:
+        masks.update(rows)
+        separate, fused = cofiprune.compact(model), cofiprune.compact(model, fuse=True)
+    (one,) = specimens.outputs(separate, batch).values()
+    (two,) = specimens.outputs(fused, batch).values()
+    assert (one - two).abs().max().item() <= FUSED * max(1.0, one.abs().max().item())
+    assert all(torch.equal(value, fused.state_dict()[name]) for name, value in separate.state_dict().items())
