@@ -25,7 +25,7 @@ pytestmark = pytest.mark.bench
 
 WHOLE = 8000
 ROWS = int(os.environ.get("BENCH_ROWS", WHOLE))
-"""Fewer while the benchmark is worked on; nothing is published or compared then, as one shot costs much the same."""
+"""Fewer (from 128) while the benchmark is worked on; nothing is published or compared then: one shot costs as much."""
 EPOCHS, SAMPLED = 6, 24
 BAR = 0.7
 
