@@ -22,7 +22,7 @@ help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
 	@echo "make test    the default test run"
 	@echo "make check   ruff, mypy and import-linter"
-	@echo "make bench   the benchmarks (on a quiet machine)"
+	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
 	@echo "make clean   remove the environment, caches and build output"
 
 # torch goes first and alone: where pip is configured with a local folder of wheels, the build found there is the one
@@ -49,8 +49,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# The profile is made whatever failed before it; make fails in the end all the same.
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/bench -m bench -s $(ARGS)
+	$(BIN)/python -m pytest tests/bench -m bench -s -rs --tables docs/benchmarks.md $(ARGS); failed=$$?; \
+	$(BIN)/python tests/bench/profile_step.py --tables docs/benchmarks.md && exit $$failed
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Ratios that the documentation states, measured in turn in one process; `make bench` prints them."""
+"""How fast the compacted BERT-base is beside the dense one, in turn in one process; and what importing costs."""
 
 from __future__ import annotations
 
@@ -6,69 +6,106 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
-from cofiprune.plan import Plan
+from bench_models import bert, copy_bandwidth, structure_at_95_percent, weight_bytes
 from cofiprune.products import onednn_is_faster
 
 pytestmark = pytest.mark.bench
 
-HEADS = (2, 0, 3, 0, 0, 2, 3, 0, 2, 0, 3, 0)
-FFN = (150, 142, 118, 0, 131, 96, 149, 88, 0, 145, 133, 104)
-HIDDEN = 600
+CPU = torch.device("cpu")
+PUBLISHED = 12.1
+"""Speed-up of CoFi at 95 %, BERT-base, batch 128 on a V100: Table 1 of Xia et al. (2022), arXiv:2204.00408."""
 
 
-def structure_at_95_percent(model: BertForSequenceClassification) -> Plan:
-    """A structure that the original's training arrives at for BERT-base and a target of 0.95."""
-    structure = cofiprune.structure(model)
-    values = {"hidden": (torch.arange(768) < HIDDEN).float()}
-    for layer, (heads, ffn) in enumerate(zip(HEADS, FFN, strict=True)):
-        values[f"layers.{layer}.heads"] = (torch.arange(12) < heads).float()
-        values[f"layers.{layer}.intermediate"] = (torch.arange(3072) < ffn).float()
-    return Plan.from_values(structure, values)
-
-
-def test_compacted_bert_base_against_dense() -> None:
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    dense = BertForSequenceClassification(BertConfig()).eval()
-    plan = structure_at_95_percent(dense)
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        small = cofiprune.compact(dense, plan)
-        times.append(time.perf_counter() - begun)
-    report = cofiprune.benchmark(small, dense, batch_size=(1, 32), seq_len=(128,))
-    print(f"\ncompact: {statistics.median(times):.2f} s (median of 3)\n{report}")
-    speedups = [row.speedup for row in report.rows]
-    assert min(speedups) > 5
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_fused_against_separate(threads: int) -> None:
-    torch.manual_seed(0)
-    dense = BertForSequenceClassification(BertConfig()).eval()
+def test_compacted_bert_base_against_dense(table: Callable[..., Any]) -> None:
+    hand_in = table("bert-base-95", on=CPU)
+    dense = bert({}).eval()
     small = cofiprune.compact(dense, structure_at_95_percent(dense))
-    fused = cofiprune.compact(small, fuse=True)
-    report = cofiprune.benchmark(fused, small, batch_size=(1, 32), seq_len=(128,), threads=threads, seconds=10)
-    print(f"\noneDNN is faster than F.linear here: {onednn_is_faster()}\n{report}")
-    speedups = [row.speedup for row in report.rows]
-    assert min(speedups) > (1.2 if onednn_is_faster() else 0.9)
+    report = cofiprune.benchmark(small, dense, batch_size=(1, 32), seq_len=(128,))
+    read, bandwidth = weight_bytes(small), copy_bandwidth(CPU)
+    floor = 1e3 * read / bandwidth
+    one, many = report.rows
+    hand_in(
+        ["", "batch 1", "batch 32"],
+        [
+            ["speed-up", *(f"{row.speedup:.1f}" for row in report.rows)],
+            ["ideal: ratio of multiply-accumulates", *(f"{row.ideal_speedup:.1f}" for row in report.rows)],
+            ["milliseconds, dense", *(f"{row.baseline.median_ms:.1f}" for row in report.rows)],
+            ["milliseconds, compacted", *(f"{row.model.median_ms:.2f}" for row in report.rows)],
+            [f"floor: {read / 2**20:.0f} MiB of weights at {bandwidth / 1e9:.0f} GB/s", f"{floor:.2f}", ""],
+        ],
+    )
+    # Measured were 15.5 and 18.4 on a shared machine; a third of that for noise.
+    assert one.speedup > 10
+    assert many.speedup > 12
 
 
-def test_import_costs_little_more_than_transformers() -> None:
+def test_fused_against_separate(table: Callable[..., Any]) -> None:
+    hand_in = table("bert-base-95-fused", on=CPU)
+    dense = bert({}).eval()
+    small = cofiprune.compact(dense, structure_at_95_percent(dense))
+    fused, dense_fused = cofiprune.compact(small, fuse=True), cofiprune.compact(dense, fuse=True)
+    found = {
+        "speed-up over the compacted model without it": (fused, small),
+        "speed-up over the dense model": (fused, dense),
+        "speed-up over the dense model with `fuse=True` too": (fused, dense_fused),
+        "dense model with `fuse=True` over the dense model": (dense_fused, dense),
+    }
+    reports = {
+        name: cofiprune.benchmark(one, other, batch_size=(1, 32), seq_len=(128,))
+        for name, (one, other) in found.items()
+    }
+    hand_in(
+        ["", "batch 1", "batch 32"],
+        [[name, *(f"{row.speedup:.2f}" for row in report.rows)] for name, report in reports.items()],
+    )
+    gains = [row.speedup for row in reports["speed-up over the compacted model without it"].rows]
+    assert min(gains) > (1.15 if onednn_is_faster() else 0.9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="BERT-base at batch 128 is measured on a GPU")
+def test_compacted_bert_base_at_batch_128_on_a_gpu(table: Callable[..., Any]) -> None:
+    hand_in = table("bert-base-95-batch-128", on=torch.device("cuda"))
+    dense = bert({}).eval().cuda()
+    small = cofiprune.compact(dense, structure_at_95_percent(dense))
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        (found[dtype],) = cofiprune.benchmark(small, dense, batch_size=128, seq_len=128, dtype=dtype).rows
+    hand_in(
+        ["", "bfloat16", "float32"],
+        [
+            ["speed-up", *(f"{row.speedup:.1f}" for row in found.values())],
+            ["ideal: ratio of multiply-accumulates", *(f"{row.ideal_speedup:.1f}" for row in found.values())],
+            ["milliseconds, dense", *(f"{row.baseline.median_ms:.2f}" for row in found.values())],
+            ["milliseconds, compacted", *(f"{row.model.median_ms:.2f}" for row in found.values())],
+        ],
+    )
+    # Medians of a GPU that does nothing else are within a few percent of one another.
+    assert min(row.speedup for row in found.values()) > 0.95 * PUBLISHED
+
+
+def test_import_costs_little_more_than_transformers(table: Callable[..., Any]) -> None:
+    hand_in = table("import", on=CPU)
     stock = "import torch, transformers.modeling_utils"
-    ratios = []
+    seconds: list[list[float]] = [[], []]
     for _ in range(7):
-        seconds = []
-        for code in (stock, f"{stock}, cofiprune"):
+        for found, code in zip(seconds, (stock, f"{stock}, cofiprune"), strict=True):
             begun = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True)
-            seconds.append(time.perf_counter() - begun)
-        ratios.append(seconds[1] / seconds[0])
-    print(f"\nimport cofiprune: {statistics.median(ratios):.3f} of importing torch and transformers' modelling code")
-    assert statistics.median(ratios) < 1.1
+            found.append(time.perf_counter() - begun)
+    ratio = statistics.median(after / before for before, after in zip(*seconds, strict=True))
+    hand_in(
+        ["", "seconds", "ratio"],
+        [
+            ["torch and transformers' modelling code", f"{statistics.median(seconds[0]):.2f}", "1"],
+            ["and cofiprune", f"{statistics.median(seconds[1]):.2f}", f"{ratio:.3f}"],
+        ],
+    )
+    assert ratio < 1.1
