@@ -25,7 +25,8 @@ from cofiprune.training.budget import check_method
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.loop import Callback
-from cofiprune.training.phases import Run, held_out
+from cofiprune.training.phases import Run
+from cofiprune.training.preparation import held_out
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.targets import counted_length, several, target_for, the_one

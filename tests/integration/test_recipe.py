@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 import cofiprune
 from cofiprune import PruneConfig
-from cofiprune.training import phases
+from cofiprune.training import stage
 from cofiprune.training.schedule import Schedule
 
 BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
@@ -19,12 +19,12 @@ def loops(monkeypatch):
     """The phases of the runs of a test, as they were when they ended."""
     found = []
 
-    class Kept(phases.Loop):
-        def run(self):
-            super().run()
+    class Kept(stage.Loop):
+        def leave(self):
+            super().leave()
             found.append(self)
 
-    monkeypatch.setattr(phases, "Loop", Kept)
+    monkeypatch.setattr(stage, "Loop", Kept)
     return found
 
 
@@ -210,7 +210,7 @@ def test_the_map_to_the_teachers_states_starts_as_the_identity_or_fitted(toy, mo
         return noted
 
     for name in ("hidden_projection", "fitted_projection"):
-        monkeypatch.setattr(phases, name, noting(getattr(phases, name)))
+        monkeypatch.setattr(stage, name, noting(getattr(stage, name)))
     for teacher in (toy.teacher, toy.bert(seed=3, hidden_size=24)):
         settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0}
         cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, teacher=teacher, **settings)
