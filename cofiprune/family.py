@@ -1,0 +1,233 @@
+"""The words in which an adapter describes a family: axes, rows, blocks, and the table that they make.
+
+A row says which side of which parameter belongs to heads, feed-forward dimensions or the hidden size; a block's table,
+where its output leaves it. All of it is data, which JSON can hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cofiprune.errors import CheckpointError
+from cofiprune.structure import Exit, Kind, Role, Shared
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One prunable direction of a parameter, before it meets a model."""
+
+    kind: Kind
+    copies: int = 1
+    role: Role = "slice"
+    block: int | None = None
+    """Elements per unit; None derives it from the parameter's shape."""
+
+    def times(self, copies: int) -> Axis:
+        """The same axis, `copies` of it after one another (a fused projection)."""
+        return replace(self, copies=copies)
+
+    def of(self, block: int) -> Axis:
+        """The same axis with `block` elements per unit, checked against the parameter's shape."""
+        return replace(self, block=block)
+
+    @property
+    def scaled(self) -> Axis:
+        """The same axis, multiplied by the mask."""
+        return replace(self, role="scale")
+
+    @property
+    def zeroed(self) -> Axis:
+        """The same axis, zero where the mask is zero."""
+        return replace(self, role="zero")
+
+
+HIDDEN = Axis("hidden", block=1)
+HEADS = Axis("heads")
+INTERMEDIATE = Axis("intermediate")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules of one shape, and the axes of their parameters."""
+
+    modules: str
+    """Path relative to the layer (in blocks), to the encoder (in the stem) or to the model (in heads);
+    braces list alternatives: `attention.self.{query,key,value}`."""
+    tensors: Mapping[str, tuple[Axis | None, ...]]
+    """Axes by parameter name inside the module; dimensions beyond those named are not prunable."""
+    gated: bool = False
+    rows: tuple[int, int] = (0, 0)
+    norm: Literal["layer", "rms"] | None = None
+    read_by: str | None = None
+    """For a norm whose only reader is a matrix: that matrix's path from the model. When it is tied to an
+    embedding table, which carries the mask already, compaction folds nothing into the norm."""
+    table: bool = False
+    optional: bool = False
+    read_in: str | None = None
+    """Path of the module that reads these parameters itself, where the modules that hold them are not called."""
+
+
+def linear(
+    modules: str,
+    *,
+    reads: Axis | None = None,
+    writes: Axis | None = None,
+    rows: tuple[int, int] = (1, 0),
+    optional: bool = False,
+) -> Row:
+    """A projection: weight [out, in, ...] and, where there is one, bias [out].
+
+    :param reads: the axis of the input side.
+    :param writes: the axis of the output side.
+    :param rows: (a, b) when the matrix is applied to a * sequence_length + b rows per example.
+    """
+    return Row(modules, {"weight": (writes, reads), "bias": (writes,)}, rows=rows, optional=optional)
+
+
+def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Row:
+    """The last projection of a block: from its inner units into the residual stream.
+
+    Masks of inner units, of hidden dimensions and of the block itself all scale it.
+
+    :param read_in: path of the module that reads its weight and bias, where the projection itself is not called.
+    """
+    tensors = {"weight": (HIDDEN.scaled, reads.scaled), "bias": (HIDDEN.scaled,)}
+    return Row(modules, tensors, gated=True, rows=(1, 0), read_in=read_in)
+
+
+def embedding(modules: str, *, writes: Axis | None = HIDDEN, optional: bool = False) -> Row:
+    """A lookup table [entries, width] that is added into the residual stream."""
+    axis = None if writes is None else writes.scaled
+    return Row(modules, {"weight": (None, axis)}, table=True, optional=optional)
+
+
+def norm(
+    modules: str,
+    *,
+    kind: Literal["layer", "rms"] = "layer",
+    read_by: str | None = None,
+    optional: bool = False,
+) -> Row:
+    """A normalisation over the hidden dimension, with or without a bias."""
+    tensors = {"weight": (HIDDEN.scaled,), "bias": (HIDDEN.scaled,)}
+    return Row(modules, tensors, norm=kind, read_by=read_by, optional=optional)
+
+
+def tensor(module: str, name: str, *axes: Axis | None, optional: bool = False) -> Row:
+    """A parameter that a module holds itself."""
+    return Row(module, {name: axes}, optional=optional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTable:
+    """The rows of one block kind, relative to a layer, and where its output leaves it."""
+
+    rows: tuple[Row, ...]
+    exit: Exit
+    skipped: tuple[str | Exit, ...] = ()
+    """Modules that do not run when the block is gone: a path for one that hands its first argument on; an `Exit` with
+    `residual=False` for one that gives zeros because the exit above adds the residual to them."""
+    dropped: tuple[str, ...] = ()
+    """What the layer itself holds for this block, where it has it: a parameter, in whose place a single 0 stays when
+    the block is gone, or a module that the layer can do without, in whose place None stays."""
+    shared: tuple[Shared, ...] = ()
+    """What modules of the block get from outside the layer for all inner units of the dense model."""
+    attributes: tuple[tuple[str, str, Axis], ...] = ()
+    """(module, attribute, axis): integers that the module keeps about its own size. The axis's block is
+    the number per unit; None means that it counts elements, derived like a parameter's."""
+    pairwise: int = 0
+    """Multiply-accumulates per inner element and pair of tokens, beyond attention's own two products."""
+    per_token: int = 0
+    """Multiply-accumulates per inner element and token, beyond the parameters' own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigSizes:
+    """How a configuration calls the sizes of a model that has the same shape in every layer."""
+
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    intermediate: str = "intermediate_size"
+    head_dim: str | None = None
+    """The setting that states the width of a head; None where it is the hidden size over the number of heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestTable:
+    """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
+    `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
+
+    rows: tuple[Row, ...] = ()
+    """Its rows, relative to a layer."""
+    exits: tuple[str | Exit, ...] = ()
+    """Where it joins the residual stream, so that the laws can look at a layer without it: a path for a module that
+    the stream runs through; an `Exit` with `residual=False` for one whose output is added to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the units of a family live, for one configuration."""
+
+    sizes: Mapping[Kind, int]
+    """Units of `hidden`, and per layer of `heads` and `intermediate`, as the configuration says."""
+    layers: str
+    """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way."""
+    stem: tuple[Row, ...]
+    """Everything outside the layers that every model of the family may have, relative to the encoder."""
+    attention: BlockTable
+    ffn: BlockTable
+    rest: RestTable = RestTable()
+    """What every layer holds beside these two."""
+    heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    """Rows of the task heads by the ending of the class's name, relative to the whole model."""
+    encoder: str = ""
+    """Path of the encoder in models with a head whose class does not name it as their base model."""
+    applications: tuple[int, ...] | None = None
+    """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
+    config: ConfigSizes | None = None
+    """How the configuration calls its sizes; None where a smaller one cannot be said so, as when layers differ."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,
+    with the reason. A block can always be removed."""
+
+
+def expand(pattern: str) -> list[str]:
+    """Expand braces: `a.{b,c}.d` gives `a.b.d` and `a.c.d`.
+
+    >>> expand("attention.{query,key}")
+    ['attention.query', 'attention.key']
+    """
+    parts = re.split(r"\{([^}]*)\}", pattern)
+    choices = [part.split(",") if odd % 2 else [part] for odd, part in enumerate(parts)]
+    return ["".join(pieces) for pieces in itertools.product(*choices)]
+
+
+def family_entries(family: Family) -> dict[str, Any]:
+    """A table as plain values, which JSON can hold."""
+    entries: dict[str, Any] = _family_schema().dump_python(family, mode="json", exclude_defaults=True)
+    return entries
+
+
+def family_from(entries: Mapping[str, Any]) -> Family:
+    """The inverse of `family_entries`.
+
+    :raises CheckpointError: for entries that make no table.
+    """
+    try:
+        family: Family = _family_schema().validate_python(entries)
+    except ValueError as error:
+        raise CheckpointError(f"the table that this model carries cannot be read: {error}") from None
+    return family
+
+
+@functools.cache
+def _family_schema() -> Any:
+    from pydantic import TypeAdapter  # imported late: loading a model of an installed family does not need it
+
+    return TypeAdapter(Family)
