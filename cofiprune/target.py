@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.accounting import Cost, layer_parameters
@@ -28,8 +29,8 @@ _NEAR_IN_TIME = 0.01
 _CLOSE = 0.015
 """Measurements of one model differ by about as much on a quiet machine."""
 _ROUNDS, _LAST = 8, 6
-"""Measurements at most, and of how many the mean is what the next decision goes by: on a busy machine single ones of
-one model were seen to differ by 3 % (standard deviation)."""
+"""Measurements at most, and of how many the median is what the next decision goes by: on a busy machine single ones
+of one model were seen to differ by 3 % (standard deviation), and some by much more."""
 
 CostOf = Callable[[Structure], Cost]
 
@@ -149,7 +150,7 @@ class Target:
             if len(tried) > 1 and max(distance for distance, _ in tried[-2:]) <= _CLOSE:
                 break  # once is luck
             try:
-                plan = decide(replace(self, left=min(self.left * len(off[-_LAST:]) / sum(off[-_LAST:]), self.total)))
+                plan = decide(replace(self, left=min(self.left / median(off[-_LAST:]), self.total)))
             except TargetError:  # beyond what the structure allows; what was found is as near as it gets
                 return min(tried, key=lambda each: each[0])[1]
         return plan
