@@ -226,6 +226,7 @@ class Run:
         last = evaluated[-1] if evaluated else {}
         metrics = {name: value for name, value in last.items() if name.startswith("eval_")}
         if self.session.output_dir is not None and self.session.accelerator.is_main_process:
+            self.session.output_dir.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
             plan.save(self.session.output_dir / "plan.json")
         return PruneResult(
             self.model,

@@ -24,7 +24,7 @@ def test_sparsity_is_exact_and_compact_follows(toy, target, tmp_path):
         target_sparsity=target,
         method="one-shot",
         eval_dataset=toy.rows(32, seed=2),
-        output_dir=tmp_path,
+        output_dir=tmp_path / "not" / "there",
         progress=False,
     )
     small = result.compact()
@@ -35,7 +35,7 @@ def test_sparsity_is_exact_and_compact_follows(toy, target, tmp_path):
         assert (student.eval()(**batch).logits - small.eval()(**batch).logits).abs().max() < 1e-5
     assert [entry["phase"] for entry in result.history] == ["one-shot"]
     assert result.metrics["eval_accuracy"] == cofiprune.evaluate(small, toy.rows(32, seed=2))["accuracy"]
-    assert cofiprune.Plan.load(tmp_path / "plan.json") == result.plan
+    assert cofiprune.Plan.load(tmp_path / "not" / "there" / "plan.json") == result.plan
 
 
 def test_repair_on_data_comes_nearer_than_the_plan_alone(toy):
