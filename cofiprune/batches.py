@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from cofiprune.table import Table, widened
 from cofiprune.tasks import LABELS, Task
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class RowBatches(Batches):
         self.shuffle = shuffle
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
         self.with_rows = False
+        self.multiple = 1
+        """What the length of a batch of token rows is a multiple of."""
+        self.longest: int | None = None
+        """What the model reads at most, where there is a limit."""
 
     @property
     def total(self) -> int:
@@ -145,6 +150,8 @@ class RowBatches(Batches):
     def _iterate(self, start: int) -> Iterator[Batch]:
         for indices in self.indices()[start:]:
             batch = self.rows.batch(indices)
+            if isinstance(self.rows, Table):
+                batch = widened(batch, self.multiple, self.rows.fills, self.longest)
             yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
 
 

@@ -76,6 +76,32 @@ class Table:
         }
 
 
+def widened(
+    batch: dict[str, Tensor], multiple: int, fills: Mapping[str, int], longest: int | None
+) -> dict[str, Tensor]:
+    """Pad a batch of token rows further, to a multiple of a length; one of anything else stays as it is.
+
+    :param longest: what the model reads at most; None for no limit.
+    """
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if multiple == 1 or ids is None or mask is None or mask.shape != ids.shape:
+        return batch
+    length = ids.shape[-1]
+    more = -length % multiple
+    names = [name for name in (*_TRIMMED, "labels") if name in batch and batch[name].shape == ids.shape]
+    others = (value for name, value in batch.items() if name not in names)
+    if (
+        not more
+        or (longest is not None and length + more > longest)
+        or any(length in each.shape[1:] for each in others)
+    ):
+        return batch
+    return {
+        name: torch.nn.functional.pad(value, (0, more), value=fills.get(name, 0)) if name in names else value
+        for name, value in batch.items()
+    }
+
+
 def pad(cells: Sequence[Array], fill: int = 0) -> Tensor:
     """Stack arrays of different shapes, filled at the end of each dimension: [cells, ...].
 

@@ -23,6 +23,7 @@ from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.objective import Objective
+from cofiprune.training.prefetch import loaded
 from cofiprune.training.progress import Display
 from cofiprune.training.state import RunState, has_checkpoints, save_checkpoint
 
@@ -137,7 +138,7 @@ class Loop:
             batches.set_epoch(epoch)
             batches.skip(done)
             group: list[Batch] = []
-            for position, batch in enumerate(batches, start=done + 1):
+            for position, batch in enumerate(loaded(batches, self.session.accelerator.device), start=done + 1):
                 group.append(batch)
                 if len(group) == size or position == len(batches):
                     self.state.batches += len(group)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import set_seed
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import Batches
+from cofiprune.batches import Batches, RowBatches
 from cofiprune.data import prepare
+from cofiprune.data_checks import longest_sequence
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
@@ -27,7 +28,7 @@ from cofiprune.training.gated import GatedPhase
 from cofiprune.training.interrupt import Interrupt
 from cofiprune.training.loop import Callback, Session, log
 from cofiprune.training.opening import Opening
-from cofiprune.training.preparation import accelerator_for, held_out
+from cofiprune.training.preparation import accelerator_for, held_out, padding_multiple
 from cofiprune.training.probe import measure_pace
 from cofiprune.training.progress import Display
 from cofiprune.training.recovery import Recovery
@@ -84,6 +85,9 @@ class Run:
         folder = check_output_dir(output_dir, resume=resume)
         accelerator = accelerator_for(config)
         check_compile(config, accelerator.device)
+        if isinstance(batches, RowBatches):
+            batches.longest = longest_sequence(model)
+            batches.multiple = padding_multiple(config, model, accelerator.device)
         set_seed(config.seed, device_specific=True)
         self.session = Session(
             accelerator,

@@ -55,5 +55,13 @@ def accelerator_for(config: PruneConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
 
 
+def padding_multiple(config: PruneConfig, model: PreTrainedModel, device: torch.device) -> int:
+    """What batches of token rows are padded to a multiple of: tensor cores take 16-bit matrices in pieces of 8."""
+    if config.pad_to_multiple_of is not None:
+        return config.pad_to_multiple_of
+    half = config.mixed_precision != "no" or model.dtype in (torch.float16, torch.bfloat16)
+    return 8 if device.type == "cuda" and half else 1
+
+
 def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
     return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in metrics.items()}

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 import cofiprune
 from cofiprune import PruneConfig
-from cofiprune.training import stage
+from cofiprune.training import prefetch, stage
 from cofiprune.training.schedule import Schedule
 
 BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
@@ -237,3 +237,29 @@ def test_gradient_checkpointing_keeps_train_mode(toy, loops):
     enable({"use_reentrant": False})
     cofiprune.finetune(student, toy.rows(16), teacher=toy.teacher, epochs=1, **BRIEF)
     assert loops[0]._drops_out()
+
+
+def test_batches_are_padded_to_a_multiple_where_that_is_asked_for(toy):
+    student, lengths = toy.student(), set()
+
+    def seen(module, args, kwargs):
+        lengths.add(kwargs["input_ids"].shape[1])
+
+    student.register_forward_pre_hook(seen, with_kwargs=True)
+    cofiprune.finetune(student, toy.rows(48), epochs=1, pad_to_multiple_of=4, **{**BRIEF, "batch_size": 4})
+    assert lengths <= {4, 8, 12, 16}
+    assert len(lengths) > 1
+
+
+def test_a_run_with_batches_made_ahead_is_the_same_run(toy, monkeypatch):
+    def run():
+        settings = {**BRIEF, "epochs": 2, "finetune_epochs": 1}
+        return cofiprune.prune(toy.student(), toy.rows(48), target_sparsity=0.6, teacher=toy.teacher, **settings)
+
+    plain = run()
+    ahead = prefetch.ahead
+    monkeypatch.setattr("cofiprune.training.loop.loaded", lambda batches, device: ahead(iter(batches), pin=False))
+    made_ahead = run()
+    assert made_ahead.plan == plain.plan
+    pairs = zip(plain.model.state_dict().values(), made_ahead.model.state_dict().values(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)

@@ -1,0 +1,97 @@
+"""Batches made ahead come in their order, with their errors, and leave no thread behind; padding to multiples."""
+
+import threading
+
+import pytest
+import torch
+
+import cofiprune
+from cofiprune.table import widened
+from cofiprune.training.prefetch import ahead, loaded
+
+
+def batches(count):
+    for index in range(count):
+        yield {"input_ids": torch.full((2, 3), index)}
+
+
+def threads():
+    return [each for each in threading.enumerate() if each.name == "cofiprune-batches"]
+
+
+def test_all_batches_come_in_their_order():
+    found = [int(batch["input_ids"][0, 0]) for batch in ahead(batches(20), pin=False)]
+    assert found == list(range(20))
+    assert not threads()
+
+
+def test_an_error_comes_where_it_happened():
+    def failing():
+        yield from batches(3)
+        raise ValueError("a row is broken")
+
+    source = ahead(failing(), pin=False)
+    assert [int(next(source)["input_ids"][0, 0]) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="a row is broken"):
+        next(source)
+    assert not threads()
+
+
+def test_whoever_stops_early_leaves_no_thread():
+    source = ahead(batches(1000), pin=False)
+    next(source)
+    assert threads()
+    source.close()
+    assert not threads()
+
+
+def test_on_a_cpu_nothing_is_made_ahead():
+    class Plain:
+        def __iter__(self):
+            return batches(2)
+
+    assert len(list(loaded(Plain(), torch.device("cpu")))) == 2
+    assert not threads()
+
+
+def rows(length):
+    ids = torch.arange(2 * length).view(2, length) + 1
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
+
+
+def test_token_rows_are_padded_to_a_multiple():
+    found = widened(rows(13), 8, {"input_ids": 7}, None)
+    assert found["input_ids"].shape == found["attention_mask"].shape == (2, 16)
+    assert (found["input_ids"][:, 13:] == 7).all()
+    assert (found["attention_mask"][:, 13:] == 0).all()
+    assert torch.equal(found["input_ids"][:, :13], rows(13)["input_ids"])
+    assert found["labels"].shape == (2,)
+
+
+def test_labels_of_tokens_are_padded_with_what_does_not_count():
+    batch = {**rows(5), "labels": torch.ones(2, 5, dtype=torch.long)}
+    assert (widened(batch, 4, {"labels": -100}, None)["labels"][:, 5:] == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "multiple", "longest"),
+    [
+        (rows(16), 8, None),
+        (rows(13), 1, None),
+        (rows(13), 8, 15),
+        ({**rows(13), "pairs": torch.zeros(2, 13, 13)}, 8, None),
+        ({"pixel_values": torch.zeros(2, 3, 5, 5)}, 8, None),
+    ],
+)
+def test_what_fits_or_cannot_be_padded_stays(batch, multiple, longest):
+    assert widened(batch, multiple, {}, longest) is batch
+
+
+def test_padding_further_changes_no_answer(build):
+    model = build("BertForSequenceClassification").eval()
+    batch = {name: value for name, value in rows(5).items() if name != "labels"}
+    with torch.no_grad():
+        one, other = model(**batch).logits, model(**widened(batch, 8, {}, None)).logits
+    assert (one - other).abs().max() < 1e-12
+    with pytest.raises(cofiprune.CofipruneError, match="pad_to_multiple_of"):
+        cofiprune.PruneConfig(pad_to_multiple_of=0)
