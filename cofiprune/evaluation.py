@@ -112,6 +112,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Let no parameter of some modules learn inside."""
+    learning = [value for module in modules for value in module.parameters() if value.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Callable[[Any, Any], Any] | None) -> Any:
     """Predictions and labels of a batch, on the CPU, nested as the Trainer nests them."""
     ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}

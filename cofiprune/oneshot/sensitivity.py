@@ -10,7 +10,7 @@ Shapes: B examples, T positions, N positions of a batch that are not padding, H 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cofiprune.distillation import predictions
+from cofiprune.evaluation import frozen
 from cofiprune.oneshot.activations import Batch, Projection, placed, valid_rows
 from cofiprune.oneshot.fisher import counted_outputs
 from cofiprune.tasks import taken
@@ -107,7 +108,7 @@ def _passed(
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for batch in batches:
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             states, gradients = _run(model, places, placed(batch, model), watch, generator)
         yield {place: _of(states[place], gradients[place], batch) for place in states}
 
@@ -153,16 +154,3 @@ def _relative(squares: Tensor, batch: Batch) -> Tensor:
     # Answers that do not depend on the block at all weigh all positions alike.
     relative = torch.where(mean > 0, squares / mean.clamp(min=torch.finfo(squares.dtype).tiny), 1.0)
     return valid_rows((1 - FLOOR) * relative + FLOOR, batch)[:, 0]
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Spare the gradients of the weights inside."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

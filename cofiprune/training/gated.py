@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 
 from cofiprune.compaction import compact
 from cofiprune.errors import TrainingError
+from cofiprune.evaluation import frozen
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
@@ -134,20 +133,24 @@ class GatedPhase:
             )
 
         if saved is not None and "shrunk" in saved.extra:
-            learner.shrink(Plan.from_dict(saved.extra["shrunk"]), with_optimizer)
+            plan = Plan.from_dict(saved.extra["shrunk"])
+            learner.shrink(plan, compact(learner.model, plan), with_optimizer)
         goal, structure = learner.gating.goal, learner.gating.masks.structure
         shrinks = config.compact_in_training and config.trains_weights and not goal.by_levels(structure)
         pauses = [*(looks(schedule) if shrinks else []), steps]
-        with self._frozen(learner.model, learner.projection):
+        modules = [each for each in (learner.model, learner.projection) if each is not None]
+        with frozen(*([] if config.trains_weights else modules)):  # gates alone learn, or weights too
             loop = begin(saved)
             while learner.state.step < steps:
                 if learner.state.step in pauses:
                     learner.gating.masks.unbind()
                     learner.shut.look(learner.gating.gates)
-                    plan = learner.shut.plan(learner.gating.gates, learner.gating.masks, goal)
-                    if plan is not None and can_go_on(compact(learner.model, plan), goal, config):
-                        loop.leave()
-                        learner.shrink(plan, with_optimizer)
+                    found = learner.shut.plan(learner.gating.gates, learner.gating.masks, goal)
+                    if found is not None:
+                        loop.leave()  # a copy would keep what Accelerate has put on the model
+                        small = compact(learner.model, found)
+                        if can_go_on(small, goal, config):
+                            learner.shrink(found, small, with_optimizer)
                         loop = begin()
                 loop.run(next(step for step in pauses if step > learner.state.step))
 
@@ -176,16 +179,3 @@ class GatedPhase:
             outcome = [gating.decide(lambda plan: compact(model, plan)).to_dict()]
         broadcast_object_list(outcome)
         return Plan.from_dict(outcome[0])
-
-    @contextmanager
-    def _frozen(self, model: PreTrainedModel, projection: nn.Linear | None) -> Iterator[None]:
-        """Weights do not learn inside, where gates alone do."""
-        modules = [] if self.stage.config.trains_weights else [model, *([] if projection is None else [projection])]
-        learning = [value for module in modules for value in module.parameters() if value.requires_grad]
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)

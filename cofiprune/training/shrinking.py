@@ -1,8 +1,8 @@
 """Compaction while gates learn: units whose gates have long been shut are taken out, and a smaller model learns on.
 
-What the smaller model computes is what the larger one computed under the gates' deterministic values. Weights, their
-optimiser's moments and the gates are cut to what is left; the multipliers, the target and its course stay as they
-were, because costs are counted from where the phase began.
+What the smaller model computes is what the larger one computes under the same values of the gates that are left, with
+the others shut. Weights, their optimiser's moments and the gates are cut to what is left; the multipliers, the target
+and its course stay as they were, because costs are counted from where the phase began.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact, restore, sliced
+from cofiprune.compaction import restore, sliced
 from cofiprune.gates import Gates, gate_cut
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
@@ -95,14 +95,14 @@ class Learner:
     plan: Plan | None = None
     """What is left of the model of the beginning; None for all."""
 
-    def shrink(self, plan: Plan, with_optimizer: Callable[[Learner], RunState]) -> None:
+    def shrink(self, plan: Plan, small: PreTrainedModel, with_optimizer: Callable[[Learner], RunState]) -> None:
         """Go on with what a plan leaves of the model; nothing of the model itself is changed.
 
         :param plan: hard, for the model that learns now.
+        :param small: what it leaves.
         :param with_optimizer: returns a new state for a learner, whose optimiser has its parameters.
         """
-        was, small = (self.model, self.gating, self.projection, self.state), compact(self.model, plan)
-        model, gating, projection, state = was
+        model, gating, projection, state = self.model, self.gating, self.projection, self.state
         self.model, self.gating = small, gating.on(attach(small), plan)
         self.shut = self.shut.cut(gating.gates, plan, self.gating.gates)
         if projection is not None and "hidden" in plan.keep:

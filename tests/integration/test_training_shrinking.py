@@ -38,9 +38,9 @@ def shrunk(monkeypatch):
     found = []
     original = Learner.shrink
 
-    def watched(self, plan, with_optimizer):
+    def watched(self, plan, small, with_optimizer):
         model, gating, state = self.model, self.gating, self.state
-        original(self, plan, with_optimizer)
+        original(self, plan, small, with_optimizer)
         found.append((model, gating, state, plan, self.model, self.gating, self.state))
         compare_answers(model, gating, plan, self.model, self.gating)
         compare_moments(model, gating, state, plan, self)
