@@ -5,7 +5,7 @@ After a change that is meant to move figures, record them anew:
     python -m pytest tests/golden -m slow -n 0 --record-golden [-k "some cases"]
 
 and say in the commit which figures moved, and why. Models are in float64, so that another order of summation moves no
-figure; some are in float32 to go the way that models usually go.
+figure. Some are in float32, as models usually are: their figures are those of one thread, and of one order of sums.
 """
 
 from __future__ import annotations
