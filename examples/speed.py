@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from cofiprune.batches import to_model
-from cofiprune.data import prepare
-from cofiprune.evaluation import evaluating
-from cofiprune.tasks import label_names
+from cofiprune.data.batches import to_model
+from cofiprune.data.prepare import prepare
+from cofiprune.data.tasks import label_names
+from cofiprune.hooks import evaluating
 from cofiprune.timing import cpu_threads, in_turn
 
 

@@ -61,7 +61,7 @@ def prune(options: argparse.Namespace) -> None:
     config = prune_config(options, options.preset)
     target = _target(options)
     loaded, teacher, folder = _prepare(options, config, labelled=options.teacher is None)
-    from cofiprune.training import run
+    from cofiprune.training import prune as run
     from cofiprune.training.sweep import SweepResult
 
     result = run.prune(
@@ -87,7 +87,7 @@ def finetune(options: argparse.Namespace) -> None:
         raise SettingsError("finetune needs --train-file")
     config = finetune_config(options)
     loaded, teacher, folder = _prepare(options, config, labelled=not options.teacher, trained=True)
-    from cofiprune.training import run
+    from cofiprune.training import prune as run
 
     result = run.finetune(
         loaded.model,
@@ -168,7 +168,7 @@ def _save(
     """Write the model, its tokenizer, the plan and the result, and print what came out."""
     from accelerate import PartialState
 
-    from cofiprune.summary import summary
+    from cofiprune.measure.summary import summary
 
     if not PartialState().is_main_process:
         return

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compact
 from cofiprune.errors import TargetError
 from cofiprune.latency.cache import table_for
 from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.measuring import Progress, conditions_of, timed
 from cofiprune.latency.table import Conditions
 from cofiprune.plan import Plan
+from cofiprune.selection.target import Scale, Target
 from cofiprune.structure import Structure
-from cofiprune.target import Scale, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from cofiprune.accounting import Cost
-from cofiprune.losses import Losses
 from cofiprune.oneshot.budgeting import Option, give_up, savings
-from cofiprune.oneshot.surgeon import Curve
+from cofiprune.oneshot.loss_curves import Curve
 from cofiprune.plan import Plan
-from cofiprune.selection import sizes_for
+from cofiprune.selection.by_score import sizes_for
+from cofiprune.selection.curves import Losses
+from cofiprune.selection.target import Target
 from cofiprune.structure import Block, Structure
-from cofiprune.target import Target
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
+from cofiprune.data.tasks import taken, task_of
 from cofiprune.distillation import PredictionKind, logit_loss, predictions
-from cofiprune.oneshot.activations import Batch, placed
-from cofiprune.tasks import taken, task_of
+from cofiprune.oneshot.layerwise import Batch, placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

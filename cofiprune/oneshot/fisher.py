@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cofiprune.batches import ROWS
+from cofiprune.data.batches import ROWS
+from cofiprune.data.tasks import label_names, taken
 from cofiprune.distillation import predictions
 from cofiprune.masks import MaskRegistry
-from cofiprune.tasks import label_names, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cofiprune.data.tasks import taken
 from cofiprune.distillation import predictions
-from cofiprune.evaluation import frozen
-from cofiprune.oneshot.activations import Batch, Projection, placed, valid_rows
+from cofiprune.hooks import frozen
 from cofiprune.oneshot.fisher import counted_outputs
-from cofiprune.tasks import taken
+from cofiprune.oneshot.layerwise import Batch, Projection, placed, valid_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from cofiprune.batches import Batches, RowBatches
-from cofiprune.data_checks import check
+from cofiprune.data.batches import Batches, RowBatches
+from cofiprune.data.checks import check
+from cofiprune.data.table import Table
+from cofiprune.data.tasks import label_names, taken, task_of
 from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError
 from cofiprune.masking import masks_of
-from cofiprune.table import Table
-from cofiprune.tasks import label_names, taken, task_of
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.objective import label_weight
 from cofiprune.training.projection import hidden_width

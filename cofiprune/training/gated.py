@@ -8,14 +8,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compact
 from cofiprune.errors import TrainingError
-from cofiprune.evaluation import frozen
+from cofiprune.hooks import frozen
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.gating import Gating
 from cofiprune.training.loop import Loop
 from cofiprune.training.opening import Opening

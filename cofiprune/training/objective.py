@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.batches import ROWS
+from cofiprune.data.batches import ROWS
+from cofiprune.data.tasks import IGNORED, Task, label_names, taken
 from cofiprune.distillation import PredictionKind, layerwise_loss, logit_loss, predictions
 from cofiprune.errors import TrainingError
-from cofiprune.tasks import IGNORED, Task, label_names, taken
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.teacher import Teacher
 

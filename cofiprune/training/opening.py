@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compact
 from cofiprune.errors import TargetError
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.loop import log
 from cofiprune.training.stage import Finished, Stage
 from cofiprune.training.start import Start, one_shot, start_for

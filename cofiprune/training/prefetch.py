@@ -8,8 +8,8 @@ from threading import Event, Thread
 
 import torch
 
-from cofiprune.batches import Batch, Batches, RowBatches
-from cofiprune.table import Table
+from cofiprune.data.batches import Batch, Batches, RowBatches
+from cofiprune.data.table import Table
 
 _DEPTH = 2
 """Batches that wait, ready."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cofiprune.batches import ROWS, Batch
+from cofiprune.data.batches import ROWS, Batch
+from cofiprune.data.tasks import forward_names, label_names, taken
 from cofiprune.distillation import hidden_projection
 from cofiprune.record import recorded_sizes
-from cofiprune.tasks import forward_names, label_names, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

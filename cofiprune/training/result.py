@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compact
 from cofiprune.plan import Plan
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

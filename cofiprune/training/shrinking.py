@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import restore, sliced
+from cofiprune.compaction.slicing import restore, sliced
 from cofiprune.gates import Gates, gate_cut
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.gating import Gating
 from cofiprune.training.projection import cut_projection
 from cofiprune.training.schedule import Schedule

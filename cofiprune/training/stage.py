@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import ROWS, Batch, Batches, RowBatches
+from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches
+from cofiprune.data.table import Table
+from cofiprune.data.tasks import label_names
 from cofiprune.distillation import hidden_projection, teacher_layers
 from cofiprune.plan import Plan
-from cofiprune.table import Table
-from cofiprune.tasks import label_names
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.gating import Gating
 from cofiprune.training.loop import Loop, Session, decay_groups, metric_name

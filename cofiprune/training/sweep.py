@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import restore
+from cofiprune.compaction.slicing import restore
 from cofiprune.errors import CheckpointError
 from cofiprune.masking import attach
+from cofiprune.measure.report import amount, as_text, html_report, html_table, rich_table
 from cofiprune.plan import Plan
-from cofiprune.rendering import amount, as_text, html_report, html_table, rich_table
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.result import PruneResult
 from cofiprune.training.state import has_checkpoints
 

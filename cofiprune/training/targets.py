@@ -8,17 +8,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import accounting
-from cofiprune.benchmark import seen_length
-from cofiprune.data_checks import longest_sequence
+from cofiprune.compaction.uniform_config import config_sizes
+from cofiprune.data.checks import longest_sequence
+from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
-from cofiprune.evaluation import evaluating
+from cofiprune.hooks import evaluating
 from cofiprune.latency.goal import latency_target
 from cofiprune.latency.rounding import best_multiple
-from cofiprune.plain import config_sizes
-from cofiprune.rendering import amount
+from cofiprune.measure.benchmark import seen_length
+from cofiprune.measure.report import amount
+from cofiprune.selection.target import MODEL_SPARSITY, SPARSITY, Scale, Target, check_fraction, check_positive
 from cofiprune.structure import Structure
-from cofiprune.synthetic import synthetic_inputs
-from cofiprune.target import MODEL_SPARSITY, SPARSITY, Scale, Target, check_fraction, check_positive
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:

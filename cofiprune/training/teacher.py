@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cofiprune.data.tasks import forward_names, taken
 from cofiprune.distillation import predictions
-from cofiprune.tasks import forward_names, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import cofiprune
 from cofiprune.adapter import temporarily
-from cofiprune.data_checks import vocabulary_size
+from cofiprune.data.checks import vocabulary_size
+from cofiprune.data.tasks import taken
 from cofiprune.errors import DataError, SettingsError
-from cofiprune.tasks import taken
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "custom_adapter.py"

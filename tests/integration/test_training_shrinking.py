@@ -171,7 +171,7 @@ def test_a_run_that_is_stopped_after_it_has_shrunk_leaves_the_model_usable(toy, 
 
 def test_a_plan_beyond_the_target_is_not_taken(toy):
     from cofiprune.gates import Gates
-    from cofiprune.target import Target
+    from cofiprune.selection.target import Target
     from cofiprune.training.shrinking import Shut
 
     model = toy.bert()

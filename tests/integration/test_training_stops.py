@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 import cofiprune
 from cofiprune.errors import CheckpointError, TrainingError
-from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
-from cofiprune.oneshot.sequential import calibration
+from cofiprune.measure.evaluation import evaluate
+from cofiprune.oneshot.with_data import calibration
 
 ROWS = 48  # 3 batches an epoch
 PRUNING, RECOVERY = 6, 9  # optimiser steps: a quarter of 3 epochs, and 2 epochs more

@@ -19,11 +19,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from cofiprune.batches import shuffled, to_model
-from cofiprune.data import prepare
-from cofiprune.data_checks import longest_sequence
+from cofiprune.data.batches import shuffled, to_model
+from cofiprune.data.checks import longest_sequence
+from cofiprune.data.prepare import prepare
+from cofiprune.data.tasks import task_of
 from cofiprune.errors import DataError
-from cofiprune.tasks import task_of
 
 SMALL = {
     "vocab_size": 50,

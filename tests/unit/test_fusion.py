@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import cofiprune
-from cofiprune import fusion, siblings
 from cofiprune.conformance.specimens import outputs, specimen, tiny_config
-from cofiprune.siblings import FusedLinear, Siblings
+from cofiprune.inference import fusion, siblings
+from cofiprune.inference.siblings import FusedLinear, Siblings
 
 Batch = dict[str, Tensor]
 EXACT = 1e-12

@@ -13,8 +13,8 @@ from cofiprune import PruneConfig, accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
+from cofiprune.selection.target import SPARSITY, Target
 from cofiprune.structure import Group
-from cofiprune.target import SPARSITY, Target
 from cofiprune.training.gating import Gating
 from cofiprune.training.schedule import Schedule
 

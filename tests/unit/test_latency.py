@@ -17,17 +17,17 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
 from cofiprune.adapter import structure as structure_of
+from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
 from cofiprune.latency import goal, measuring
 from cofiprune.latency.cache import table_for
 from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
 from cofiprune.plan import Plan
-from cofiprune.reach import check_target
-from cofiprune.selection import select
+from cofiprune.selection.by_score import select
+from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import SPARSITY, Target
 from cofiprune.structure import Structure
-from cofiprune.synthetic import synthetic_inputs
-from cofiprune.target import SPARSITY, Target
 from cofiprune.timing import cpu_threads, in_turn
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

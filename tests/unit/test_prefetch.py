@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cofiprune
-from cofiprune.table import widened
+from cofiprune.data.table import widened
 from cofiprune.training.prefetch import ahead, loaded
 
 

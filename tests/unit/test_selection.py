@@ -11,10 +11,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 import cofiprune
 from cofiprune import accounting
 from cofiprune.errors import TargetError
-from cofiprune.reach import check_target, reachable
-from cofiprune.selection import select
+from cofiprune.selection.by_score import select
+from cofiprune.selection.reachable import check_target, reachable
+from cofiprune.selection.target import SPARSITY, TOLERANCE, Target, check_fraction
 from cofiprune.structure import UNIT_KINDS
-from cofiprune.target import SPARSITY, TOLERANCE, Target, check_fraction
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]
 TARGETS = (0.01, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99)
