@@ -113,7 +113,7 @@ def check_adapter(
             battery.check(adapter_or_model)
         return battery.report()
     with temporarily(adapter_or_model), torch.random.fork_rng():
-        settings = adapter_or_model.trial_settings
+        settings = adapter_or_model.test_settings
         stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
         chosen = list(stock if configs is None else configs)
         for config in chosen:
