@@ -112,7 +112,7 @@ def check_adapter(
         battery.check(adapter_or_model)
         return battery.report()
     with temporarily(adapter_or_model):
-        settings = adapter_or_model.trial_settings
+        settings = adapter_or_model.test_settings
         stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
         chosen = list(stock if configs is None else configs)
         for config in chosen:

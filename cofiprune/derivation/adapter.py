@@ -14,6 +14,7 @@ from cofiprune.conformance.laws import compared
 from cofiprune.conformance.specimens import inputs, outputs, random_values
 from cofiprune.derivation.derive import Derived, derive
 from cofiprune.errors import AdapterError, CofipruneError
+from cofiprune.hooks import evaluating
 from cofiprune.masking import attach
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
         if weights.is_meta:
             return
         generator = torch.Generator().manual_seed(2)
-        training = model.training
-        model.train(False)
-        try:
+        with evaluating(model):
             batch = {name: value.to(weights.device) for name, value in inputs(model, generator).items()}
             batch = {k: v.to(weights.dtype) if v.is_floating_point() else v for k, v in batch.items()}
             with attach(model) as masks:
@@ -100,8 +99,6 @@ def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
                 masked = outputs(model, batch)
                 plan = masks.plan()
                 cut = outputs(compact(model), batch)
-        finally:
-            model.train(training)
         difference = compared(masked, cut, plan)
         size = max(float(value.abs().max()) for value in masked.values())
         if not difference <= _TOLERANCE.get(weights.dtype, _COARSE) * max(size, 1.0):

@@ -35,7 +35,9 @@ def answers(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Answers]:
 
     :raises TeacherError: when its output holds none that are known.
     """
-    return [predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches]
+    return [
+        predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
+    ]
 
 
 @torch.no_grad()
