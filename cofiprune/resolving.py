@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cofiprune.errors import AdapterError, suggest
-from cofiprune.family import Axis, BlockTable, Family, Row, expand
+from cofiprune.family import Axis, BlockTable, Family, Weights, expand
 from cofiprune.structure import (
     Block,
     Exit,
@@ -104,7 +104,7 @@ class Resolver:
             rest=tuple(_placed(each, path) for path in paths for each in self.family.rest.exits),
         )
 
-    def _repeated(self, row: Row, layer: int) -> Row:
+    def _repeated(self, row: Weights, layer: int) -> Weights:
         """A row of a layer that may be applied several times."""
         times = self.applications[layer]
         return replace(row, rows=(times * row.rows[0], times * row.rows[1]))
@@ -128,7 +128,7 @@ class Resolver:
             raise AdapterError(f"{self._who()}: sizes has {', '.join(self.family.sizes) or 'nothing'}, and no {kind!r}")
         return int(self.family.sizes[kind])
 
-    def _head_rows(self) -> tuple[Row, ...]:
+    def _head_rows(self) -> tuple[Weights, ...]:
         """Rows of the task head; without a description of it, the hidden size cannot be pruned."""
         if not self.base:
             return ()
@@ -203,7 +203,7 @@ class Resolver:
     def _refuses(self, kind: Kind) -> bool:
         return unit_of(kind) in self.refused
 
-    def _row(self, row: Row, root: str, layer: str | None, gate: str | None = None) -> None:
+    def _row(self, row: Weights, root: str, layer: str | None, gate: str | None = None) -> None:
         for path in (_join(root, pattern) for pattern in expand(row.modules)):
             module = self.modules.get(path)
             if module is None:
@@ -228,7 +228,7 @@ class Resolver:
         self,
         parameter: nn.Parameter,
         name: str,
-        row: Row,
+        row: Weights,
         axes: tuple[Axis | None, ...],
         layer: str | None,
         gate: str | None,

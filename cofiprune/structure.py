@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from cofiprune.errors import StructureError, suggest
+from cofiprune.errors import StructureError, UnknownGroupError, suggest
 
 Kind = Literal["hidden", "attention", "heads", "ffn", "intermediate"]
 Role = Literal["slice", "zero", "scale"]
@@ -223,10 +223,7 @@ class Structure(Mapping[str, Group]):
         try:
             return self._by_name[name]
         except KeyError:
-            raise StructureError(self._missing(name)) from None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._by_name
+            raise UnknownGroupError(self._missing(name)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

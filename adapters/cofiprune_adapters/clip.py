@@ -22,7 +22,7 @@ from cofiprune.adapter import (
     Adapter,
     BlockTable,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
@@ -61,7 +61,7 @@ POOLING = (
 
 
 def pair(
-    config: PretrainedConfig, stem: tuple[Row, ...], refused: dict[str, str] | None = None, encoder: str = ""
+    config: PretrainedConfig, stem: tuple[Weights, ...], refused: dict[str, str] | None = None, encoder: str = ""
 ) -> Family:
     """The table of one encoder of a pair."""
     return Family(
@@ -80,7 +80,7 @@ def pair(
     )
 
 
-def patches(*rows: Row, others: int = 0) -> tuple[Row, ...]:
+def patches(*rows: Weights, others: int = 0) -> tuple[Weights, ...]:
     """The rows of the image embeddings.
 
     :param others: rows of the residual stream that are no patches.
@@ -117,7 +117,7 @@ class SiglipVisionAdapter(Adapter):
     """The image encoders of SigLIP and SigLIP 2, which is given its patches cut and flattened."""
 
     model_types = ("siglip_vision_model", "siglip2_vision_model")
-    trial_settings = MappingProxyType({"num_patches": 4})
+    test_settings = MappingProxyType({"num_patches": 4})
 
     def describe(self, config: PretrainedConfig) -> Family:
         refused = {"hidden": POOLING} if getattr(config, "vision_use_head", True) else {}

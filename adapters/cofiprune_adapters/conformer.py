@@ -23,7 +23,7 @@ from cofiprune.adapter import (
     BlockTable,
     Family,
     RestTable,
-    Row,
+    Weights,
     linear,
     norm,
     projection,
@@ -101,7 +101,7 @@ def attention(config: PretrainedConfig) -> BlockTable:
             linear("self_attn.linear_{q,k,v}", reads=HIDDEN, writes=HEADS),
             # Applied to the 2 * T - 1 distances of T tokens, as wide as the hidden size ever was.
             linear("self_attn.linear_pos", writes=HEADS, rows=(2, -1), optional=True),
-            Row("self_attn.distance_embedding", {"weight": ()}, optional=True),
+            Weights("self_attn.distance_embedding", {"weight": ()}, optional=True),
             tensor("self_attn", "pos_bias_u", HEADS.of(1)),
             tensor("self_attn", "pos_bias_v", HEADS.of(1)),
             projection("self_attn.linear_out", reads=HEADS),
@@ -114,14 +114,14 @@ def attention(config: PretrainedConfig) -> BlockTable:
     )
 
 
-def unused(sound: bool) -> Iterator[Row]:
+def unused(sound: bool) -> Iterator[Weights]:
     """The convolution for positions of wav2vec 2.0, which the conformer has and does not run."""
     if sound:
         yield linear("encoder.pos_conv_embed.conv", rows=(0, 0))
-        yield Row("encoder.pos_conv_embed.conv.parametrizations.weight", {"original0": (), "original1": ()})
+        yield Weights("encoder.pos_conv_embed.conv.parametrizations.weight", {"original0": (), "original1": ()})
 
 
-def behind(config: PretrainedConfig) -> Iterator[Row]:
+def behind(config: PretrainedConfig) -> Iterator[Weights]:
     """What may stand behind the layers: half a feed-forward block, and convolutions that make the sequence shorter.
 
     Their first layer alone reads hidden dimensions, after a projection to another width if there is one.

@@ -18,7 +18,7 @@ from cofiprune.adapter import (
     Adapter,
     BlockTable,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
@@ -76,7 +76,7 @@ class ModernBertAdapter(Adapter):
         )
 
 
-def classifier(*, pooled: bool) -> tuple[Row, ...]:
+def classifier(*, pooled: bool) -> tuple[Weights, ...]:
     """The rows of a prediction head and its classifier, applied to one vector per example or to every token."""
     rows = (0, 1) if pooled else (1, 0)
     return (

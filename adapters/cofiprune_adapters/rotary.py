@@ -19,7 +19,7 @@ from cofiprune.adapter import (
     BlockTable,
     ConfigSizes,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
@@ -91,7 +91,7 @@ class PostNormAdapter(Adapter):
         )
 
 
-def masked_lm(transform: str, decoder: str) -> tuple[Row, ...]:
+def masked_lm(transform: str, decoder: str) -> tuple[Weights, ...]:
     """The rows of a masked language modelling head: a dense transform with a norm, and a decoder."""
     return (
         linear(f"{transform}.dense", reads=HIDDEN, writes=HIDDEN),

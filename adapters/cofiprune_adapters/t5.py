@@ -20,7 +20,7 @@ from cofiprune.adapter import (
     Adapter,
     BlockTable,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
@@ -59,7 +59,7 @@ class T5Adapter(Adapter):
 
     def describe(self, config: PretrainedConfig) -> Family:
         shares = config.model_type != "umt5"
-        own = () if shares else (Row(TABLE, {"weight": (None, HEADS)}),)
+        own = () if shares else (Weights(TABLE, {"weight": (None, HEADS)}),)
         common = (embedding(f"encoder.block.0.{TABLE}", writes=None),) if shares else ()
         return Family(
             sizes={"hidden": config.d_model, "heads": config.num_heads, "intermediate": config.d_ff},

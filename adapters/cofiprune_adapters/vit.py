@@ -17,7 +17,7 @@ from cofiprune.adapter import (
     BlockTable,
     ConfigSizes,
     Family,
-    Row,
+    Weights,
     linear,
     norm,
     projection,
@@ -50,7 +50,7 @@ FFN = BlockTable(
 MASKED_IMAGE = (linear("decoder.0", reads=HIDDEN),)
 
 
-def embeddings(*vectors: str, others: int = 1) -> tuple[Row, ...]:
+def embeddings(*vectors: str, others: int = 1) -> tuple[Weights, ...]:
     """The rows of the image embeddings: the patches' convolution, and the vectors by name, each [1, length, hidden].
 
     :param others: rows of the residual stream that are no patches, such as the class token's.

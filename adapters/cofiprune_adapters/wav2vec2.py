@@ -25,7 +25,7 @@ from cofiprune.adapter import (
     BlockTable,
     Family,
     RestTable,
-    Row,
+    Weights,
     linear,
     norm,
     projection,
@@ -98,7 +98,7 @@ class Wav2Vec2Adapter(Adapter):
         )
 
 
-def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Row]:
+def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Weights]:
     """The convolutions over the sound wave, with the number of rows that each makes for the layers' T.
 
     :param per_row: how many of theirs become one row of the layers.
@@ -110,7 +110,7 @@ def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Row]:
         per_row, more = stride * per_row, stride * more + kernel - stride
 
 
-def positions(config: PretrainedConfig) -> Iterator[Row]:
+def positions(config: PretrainedConfig) -> Iterator[Weights]:
     """The grouped convolutions, one or several after one another; an even kernel makes T + 1 rows."""
     path = "encoder.pos_conv_embed"
     if config.model_type == "data2vec-audio":
@@ -120,8 +120,8 @@ def positions(config: PretrainedConfig) -> Iterator[Row]:
     rows = (1, 1 - config.num_conv_pos_embeddings % 2)
     yield linear(f"{path}.conv", rows=rows)
     # Where its weight is normalised, a magnitude and a direction take its place.
-    yield Row(f"{path}.conv.parametrizations.weight", {"original0": ()}, optional=True)
-    yield Row(f"{path}.conv.parametrizations.weight", {"original1": ()}, rows=rows, optional=True)
+    yield Weights(f"{path}.conv.parametrizations.weight", {"original0": ()}, optional=True)
+    yield Weights(f"{path}.conv.parametrizations.weight", {"original1": ()}, rows=rows, optional=True)
 
 
 adapter = Wav2Vec2Adapter()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import Axis, BlockTable, Family, Row
+from cofiprune.adapter import Axis, BlockTable, Family, Weights
 from cofiprune.conformance.specimens import head_classes
 from cofiprune.derivation.derive import Derived, derive
 from cofiprune.derivation.twin import small_config
@@ -46,7 +46,7 @@ def _is_bare(name: str) -> bool:
     return name.endswith(("Model", "Encoder"))
 
 
-def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[Row, ...]]) -> str:
+def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[Weights, ...]]) -> str:
     """Return the text of a Python file with an adapter that describes what was derived.
 
     :param model_type: of the family.
@@ -98,7 +98,7 @@ _IMPORTS = (
     "Adapter",
     "BlockTable",
     "Family",
-    "Row",
+    "Weights",
     "embedding",
     "linear",
     "norm",
@@ -131,7 +131,7 @@ def _refused(family: Family) -> Iterable[str]:
         yield "            },"
 
 
-def _rows(rows: Iterable[Row], indent: int) -> str:
+def _rows(rows: Iterable[Weights], indent: int) -> str:
     return _tuple((_row(row) for row in rows), indent)
 
 
@@ -143,7 +143,7 @@ def _tuple(parts: Iterable[str], indent: int) -> str:
     return "\n".join(["(", *(f"{margin}{part}," for part in found), " " * indent + ")"])
 
 
-def _row(row: Row) -> str:
+def _row(row: Weights) -> str:
     """A row by the function that makes it; by the class where none does."""
     more = ["optional=True"] if row.optional else []
     name = _quoted(row.modules)
@@ -172,7 +172,7 @@ def _row(row: Row) -> str:
     )
     gated = ["gated=True"] if row.gated else []
     rows = [] if row.rows == (0, 0) else [f"rows={row.rows}"]
-    return f"Row({', '.join([name, '{' + tensors + '}', *gated, *rows, *more])})"
+    return f"Weights({', '.join([name, '{' + tensors + '}', *gated, *rows, *more])})"
 
 
 def _axis(axis: Axis | None) -> str:

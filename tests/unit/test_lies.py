@@ -22,7 +22,7 @@ from cofiprune.adapter import (
     HIDDEN,
     INTERMEDIATE,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
@@ -48,18 +48,18 @@ class Liar(Adapter):
         self.true = true
         self.change = change
         self.model_types = true.model_types[:1]
-        self.trial_settings = true.trial_settings
+        self.test_settings = true.test_settings
 
     def describe(self, config: PretrainedConfig) -> Family:
         return self.change(self.true.describe(config))
 
 
-def exchanged(rows: tuple[Row, ...], modules: str, *new: Row) -> tuple[Row, ...]:
+def exchanged(rows: tuple[Weights, ...], modules: str, *new: Weights) -> tuple[Weights, ...]:
     assert modules in [row.modules for row in rows]
     return tuple(row for old in rows for row in (new if old.modules == modules else (old,)))
 
 
-def block(name: str, modules: str | None = None, *new: Row, **settings: Any) -> Change:
+def block(name: str, modules: str | None = None, *new: Weights, **settings: Any) -> Change:
     """Other rows for some modules of a block, or other settings of its table."""
 
     def change(family: Family) -> Family:
@@ -70,7 +70,7 @@ def block(name: str, modules: str | None = None, *new: Row, **settings: Any) -> 
     return change
 
 
-def added(name: str, row: Row) -> Change:
+def added(name: str, row: Weights) -> Change:
     def change(family: Family) -> Family:
         table = getattr(family, name)
         return replace(family, **{name: replace(table, rows=(*table.rows, row))})
@@ -78,11 +78,11 @@ def added(name: str, row: Row) -> Change:
     return change
 
 
-def stem(modules: str, *new: Row) -> Change:
+def stem(modules: str, *new: Weights) -> Change:
     return lambda family: replace(family, stem=exchanged(family.stem, modules, *new))
 
 
-def head(name: str, *rows: Row) -> Change:
+def head(name: str, *rows: Weights) -> Change:
     return lambda family: replace(family, heads={**family.heads, name: rows})
 
 
@@ -100,8 +100,8 @@ def each(*changes: Change) -> Change:
     return change
 
 
-def unscaled(path: str, weight: Any, bias: Any) -> Row:
-    return Row(path, {"weight": weight, "bias": bias}, gated=True, rows=(1, 0))
+def unscaled(path: str, weight: Any, bias: Any) -> Weights:
+    return Weights(path, {"weight": weight, "bias": bias}, gated=True, rows=(1, 0))
 
 
 CLASSIFIER, TAGS, MASKED = "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"
@@ -364,7 +364,7 @@ def toy() -> Iterator[Adapter]:
 def lie_about(true: Adapter, change: Change, head_class: str, units: str | None, named: str) -> None:
     liar = Liar(true, change)
     layers = 2 if true is albert else 1
-    config = tiny_config(liar.model_types[0], **{**liar.trial_settings, "num_hidden_layers": layers})
+    config = tiny_config(liar.model_types[0], **{**liar.test_settings, "num_hidden_layers": layers})
     with pytest.raises((LawError, AdapterError), match=re.compile(named, re.DOTALL)):
         check_adapter(liar, heads=head_class, units=units, configs=[config])
 
@@ -391,5 +391,5 @@ def test_a_forgotten_row_of_a_tied_decoder_is_named() -> None:
 def test_the_truth_passes_where_the_lies_do_not(units: str, toy: Adapter) -> None:
     for true, head_class in ((toy, CLASSIFIER), (mpnet, CLASSIFIER), (albert, CLASSIFIER), (t5, "EncoderModel")):
         liar = Liar(true, lambda family: family)
-        config = tiny_config(liar.model_types[0], **liar.trial_settings)
+        config = tiny_config(liar.model_types[0], **liar.test_settings)
         assert check_adapter(liar, heads=head_class, units=units, configs=[config]).cases
