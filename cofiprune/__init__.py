@@ -6,26 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import Adapter, adapter_for, derive_by, register_adapter, structure
-from cofiprune.benchmark import BenchmarkReport, benchmark
-from cofiprune.checkpoint import record_parts  # this module also registers the loader of compacted models
 from cofiprune.compaction import compact
+from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
 from cofiprune.errors import CofipruneError
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
+from cofiprune.measure.benchmark import BenchmarkReport, benchmark
+from cofiprune.measure.summary import Summary, summary
 from cofiprune.plan import Plan
-from cofiprune.summary import Summary, summary
 
 if TYPE_CHECKING:
     from cofiprune.cofi_checkpoint import load_cofi_checkpoint
     from cofiprune.conformance import check_adapter
     from cofiprune.constraint import Constraint
-    from cofiprune.evaluation import evaluate
     from cofiprune.gates import Gates
-    from cofiprune.training.callback import PruningCallback
+    from cofiprune.measure.evaluation import evaluate
     from cofiprune.training.config import PruneConfig
+    from cofiprune.training.prune import finetune, prune
     from cofiprune.training.result import PruneResult
-    from cofiprune.training.run import finetune, prune
     from cofiprune.training.sweep import SweepResult
+    from cofiprune.training.trainer.callback import PruningCallback
 
 __version__ = "0.1.0"
 
@@ -34,14 +34,14 @@ _LAZY = {
     "Constraint": "cofiprune.constraint",
     "Gates": "cofiprune.gates",
     "check_adapter": "cofiprune.conformance",
-    "evaluate": "cofiprune.evaluation",
+    "evaluate": "cofiprune.measure.evaluation",
     "load_cofi_checkpoint": "cofiprune.cofi_checkpoint",
     "PruneConfig": "cofiprune.training.config",
     "PruneResult": "cofiprune.training.result",
-    "PruningCallback": "cofiprune.training.callback",
+    "PruningCallback": "cofiprune.training.trainer.callback",
     "SweepResult": "cofiprune.training.sweep",
-    "finetune": "cofiprune.training.run",
-    "prune": "cofiprune.training.run",
+    "finetune": "cofiprune.training.prune",
+    "prune": "cofiprune.training.prune",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cofiprune.evaluation import evaluating
+from cofiprune.hooks import evaluating
 
 POOLING = ("mean", "cls")
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from splits import Row, hub_splits, need_columns, numbered, read_split
 
+from cofiprune.data.tasks import IGNORED
 from cofiprune.errors import DataError, suggest
-from cofiprune.tasks import IGNORED
 
 LABEL_NAMES = {
     "wnut17": (

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune.errors import CheckpointError
-from cofiprune.reach import check_target
-from cofiprune.target import Target
+from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import Target
 
 if TYPE_CHECKING:
     from common import Task

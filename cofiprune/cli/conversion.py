@@ -24,7 +24,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Write the model anew and print its summary."""
     from cofiprune import cofi_checkpoint
-    from cofiprune.summary import summary
+    from cofiprune.measure.summary import summary
 
     model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
     print(f"{summary(model)}\n\nsaved in {options.out}")

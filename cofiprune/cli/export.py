@@ -107,9 +107,9 @@ def example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]
     """Made-up inputs with padding, and with both token types where a model tells them apart."""
     import torch
 
-    from cofiprune.data_checks import longest_sequence
-    from cofiprune.synthetic import synthetic_inputs
-    from cofiprune.tasks import forward_names
+    from cofiprune.data.checks import longest_sequence
+    from cofiprune.data.synthetic import synthetic_inputs
+    from cofiprune.data.tasks import forward_names
 
     limit = longest_sequence(model) if model.main_input_name == "input_ids" else None
     generator = torch.Generator().manual_seed(0)

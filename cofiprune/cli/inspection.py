@@ -33,7 +33,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Print size and structure."""
     model = load_model(model_name(options), options.task)
     from cofiprune.adapter import structure
-    from cofiprune.summary import summary
+    from cofiprune.measure.summary import summary
 
     if options.write_adapter:
         _write_adapter(model, options.write_adapter)
@@ -43,7 +43,7 @@ def inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_entries(table, report)))
         return
-    from cofiprune.rendering import as_text, rich_table
+    from cofiprune.measure.report import as_text, rich_table
 
     rows = [
         [name, f"{units:,}", f"{parameters:,}", f"{parameters / units:,.0f}"]
@@ -99,7 +99,7 @@ def _verdict(structure: Structure) -> list[str]:
 
 def _highest(structure: Structure) -> float:
     from cofiprune.accounting import layer_parameters
-    from cofiprune.reach import reachable
+    from cofiprune.selection.reachable import reachable
 
     return reachable(structure, layer_parameters(structure)).highest
 

@@ -13,8 +13,8 @@ from cofiprune.cli.labels import Head
 from cofiprune.cli.models import TASKS, load_config, load_model, load_tokenizer, model_name, task_by_architecture
 from cofiprune.cli.parser import at_least
 from cofiprune.cli.tokens import CLASSIFIERS, tokenised
+from cofiprune.data.tasks import IGNORED
 from cofiprune.errors import DataError
-from cofiprune.tasks import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -141,7 +141,7 @@ def _check_labelled(row: Row, columns: Columns, task: str, where: str) -> None:
 
 def _length(asked: int | None, task: str, model: PreTrainedModel) -> int:
     """Tokens after which a text is cut: never more than the model reads."""
-    from cofiprune.data_checks import longest_sequence
+    from cofiprune.data.checks import longest_sequence
 
     length = asked or (_MAX_LENGTH_OF_PASSAGES if task == "question-answering" else _MAX_LENGTH)
     limit = longest_sequence(model)

@@ -47,7 +47,7 @@ def evaluate(options: argparse.Namespace) -> None:
     loaded = load(options, labelled=True)
     from transformers import set_seed
 
-    from cofiprune import evaluation
+    from cofiprune.measure import evaluation
 
     set_seed(options.seed)
     rows = loaded.datasets["validation_file"]
@@ -66,7 +66,7 @@ def benchmark(options: argparse.Namespace) -> None:
     """Print latency and throughput."""
     import torch
 
-    from cofiprune.benchmark import benchmark as measure
+    from cofiprune.measure.benchmark import benchmark as measure
 
     dtype = getattr(torch, options.dtype)
     names = [model_name(options), *([options.baseline] if options.baseline else [])]

@@ -8,8 +8,8 @@ from typing import Any
 from cofiprune.cli.columns import Columns, column
 from cofiprune.cli.files import Row
 from cofiprune.cli.labels import Head
+from cofiprune.data.tasks import IGNORED
 from cofiprune.errors import DataError
-from cofiprune.tasks import IGNORED
 
 CLASSIFIERS = ("sequence-classification", "image-classification", "audio-classification")
 

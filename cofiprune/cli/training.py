@@ -61,7 +61,7 @@ def prune(options: argparse.Namespace) -> None:
     config = prune_config(options, options.preset)
     target = _target(options)
     loaded, teacher, folder = _prepare(options, config, labelled=options.teacher is None)
-    from cofiprune.training import run
+    from cofiprune.training import prune as run
     from cofiprune.training.sweep import SweepResult
 
     result = run.prune(
@@ -87,7 +87,7 @@ def finetune(options: argparse.Namespace) -> None:
         raise SettingsError("finetune needs --train-file")
     config = finetune_config(options)
     loaded, teacher, folder = _prepare(options, config, labelled=not options.teacher, trained=True)
-    from cofiprune.training import run
+    from cofiprune.training import prune as run
 
     result = run.finetune(
         loaded.model,
@@ -104,14 +104,14 @@ def finetune(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
     """The target that was given, checked as far as that goes without the model."""
-    from cofiprune.training.targets import several, the_one
+    from cofiprune.selection.arguments import parse_sparsities, parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
     listed = asked["target_sparsity"]
     if listed is not None:
         asked["target_sparsity"] = listed[0]
-    name, value = the_one(asked)
-    return {name: several(listed) if listed is not None and len(listed) > 1 else value}
+    name, value = parse_target(asked)
+    return {name: parse_sparsities(listed) if listed is not None and len(listed) > 1 else value}
 
 
 def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
@@ -168,7 +168,7 @@ def _save(
     """Write the model, its tokenizer, the plan and the result, and print what came out."""
     from accelerate import PartialState
 
-    from cofiprune.summary import summary
+    from cofiprune.measure.summary import summary
 
     if not PartialState().is_main_process:
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cofiprune.compaction import positions
+from cofiprune.compaction.slicing import positions
 from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import gap, record
 from cofiprune.conformance.wording import layout, module_of, role_of

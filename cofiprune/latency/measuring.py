@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from cofiprune.compaction import compact
-from cofiprune.evaluation import evaluating
+from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.hooks import evaluating
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_to_record
 from cofiprune.structure import Block, Structure
-from cofiprune.synthetic import synthetic_inputs
 from cofiprune.timing import in_turn
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Pruning without data: importance from weights and synthetic inputs, and a least-squares repair."""
 
-from cofiprune.oneshot.pruning import OneShotReport, prune_without_data
+from cofiprune.oneshot.data_free import OneShotReport, prune_without_data
 
 __all__ = ["OneShotReport", "prune_without_data"]

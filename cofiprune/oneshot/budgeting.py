@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cofiprune.oneshot.surgeon import Curve
+from cofiprune.oneshot.loss_curves import Curve
 
 
 @dataclass(frozen=True)

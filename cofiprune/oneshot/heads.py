@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.oneshot.activations import Batch, valid_rows
+from cofiprune.inference.siblings import is_linear
+from cofiprune.oneshot.layerwise import Batch, valid_rows
 from cofiprune.oneshot.regression import LeastSquares
-from cofiprune.siblings import is_linear
 from cofiprune.structure import Structure
 
 _LARGEST = 4096

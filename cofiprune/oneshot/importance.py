@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.oneshot.activations import Batch, placed, valid_rows
+from cofiprune.oneshot.layerwise import Batch, placed, valid_rows
 from cofiprune.structure import Parameter, Side, Structure
 
 

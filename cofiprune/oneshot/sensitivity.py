@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cofiprune.data.tasks import supported_kwargs
 from cofiprune.distillation import predictions
-from cofiprune.evaluation import frozen
-from cofiprune.oneshot.activations import Batch, Projection, placed, valid_rows
+from cofiprune.hooks import frozen
 from cofiprune.oneshot.fisher import counted_outputs
-from cofiprune.tasks import taken
+from cofiprune.oneshot.layerwise import Batch, Projection, placed, valid_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +122,7 @@ def _run(
         for place, paths in places.items():
             for path in paths:
                 hooks.callback(watch(model.get_submodule(path), place, seen).remove)
-        answered = predictions(model(**inputs, **taken(model, return_dict=True)))
+        answered = predictions(model(**inputs, **supported_kwargs(model, return_dict=True)))
     probes = seen.probes
     if not probes:
         return {}, {}  # none of the maps is called as a module

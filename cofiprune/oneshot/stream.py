@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.oneshot.activations import Batch, Enough, placed, readers, valid_rows
 from cofiprune.oneshot.heads import head_maps
+from cofiprune.oneshot.layerwise import Batch, Enough, placed, readers, valid_rows
+from cofiprune.oneshot.loss_curves import Curve, Moments, stream_curve
 from cofiprune.oneshot.sensitivity import entered
-from cofiprune.oneshot.surgeon import Curve, Moments, stream_curve
 from cofiprune.structure import Block, Structure
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from torch import nn
 
 from cofiprune.compaction import compact
 from cofiprune.errors import TrainingError
-from cofiprune.evaluation import frozen
+from cofiprune.hooks import frozen
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.gating import Gating
 from cofiprune.training.loop import Loop
 from cofiprune.training.opening import Opening
@@ -136,7 +136,7 @@ class GatedPhase:
             plan = Plan.from_dict(saved.extra["shrunk"])
             learner.shrink(plan, compact(learner.model, plan), with_optimizer)
         goal, structure = learner.gating.goal, learner.gating.masks.structure
-        shrinks = config.compact_in_training and config.trains_weights and not goal.by_levels(structure)
+        shrinks = config.compact_in_training and config.trains_weights and not goal.needs_levels(structure)
         pauses = [*(looks(schedule) if shrinks else []), steps]
         modules = [each for each in (learner.model, learner.projection) if each is not None]
         with frozen(*([] if config.trains_weights else modules)):  # gates alone learn, or weights too

@@ -13,8 +13,8 @@ from cofiprune.constraint import Constraint, target_at
 from cofiprune.gates import COFI_LIMIT, Gates, gate_cut
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
-from cofiprune.selection import select
-from cofiprune.target import Target
+from cofiprune.selection.by_score import select
+from cofiprune.selection.target import Target
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.schedule import Schedule
 

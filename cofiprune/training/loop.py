@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from cofiprune.batches import ROWS, Batch, Batches, to_model
+from cofiprune.data.batches import ROWS, Batch, Batches, to_model
 from cofiprune.errors import SettingsError, TrainingError, suggest
 from cofiprune.training.checks import check_weights
 from cofiprune.training.compiling import compiled

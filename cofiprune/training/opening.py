@@ -12,7 +12,7 @@ from cofiprune.compaction import compact
 from cofiprune.errors import TargetError
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.loop import log
 from cofiprune.training.stage import Finished, Stage
 from cofiprune.training.start import Start, one_shot, start_for

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import set_seed
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import Batches, RowBatches
-from cofiprune.data import prepare
-from cofiprune.data_checks import longest_sequence
+from cofiprune.data.batches import Batches, RowBatches
+from cofiprune.data.checks import longest_sequence
+from cofiprune.data.prepare import prepare
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.masking import attach, masks_of
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 from cofiprune.training.budget import Choice, choose, chosen_for_epochs
 from cofiprune.training.checks import check_callbacks, check_learnable, check_output_dir, take_masks_off
 from cofiprune.training.compiling import check_compile
@@ -86,8 +86,7 @@ class Run:
         accelerator = accelerator_for(config)
         check_compile(config, accelerator.device)
         if isinstance(batches, RowBatches):
-            batches.longest = longest_sequence(model)
-            batches.multiple = padding_multiple(config, model, accelerator.device)
+            batches.pad_to(padding_multiple(config, model, accelerator.device), longest_sequence(model))
         set_seed(config.seed, device_specific=True)
         self.session = Session(
             accelerator,

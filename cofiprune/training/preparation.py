@@ -10,9 +10,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from cofiprune.data import prepare
+from cofiprune.data.prepare import prepare
 from cofiprune.errors import SettingsError
-from cofiprune.evaluation import evaluate_batches
+from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.training.checks import check_measurable
 from cofiprune.training.config import PruneConfig
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import ROWS, Batch, Batches, to_model
+from cofiprune.data.batches import ROWS, Batch, Batches, to_model
+from cofiprune.data.tasks import label_names, supported_kwargs
 from cofiprune.distillation import predictions
-from cofiprune.oneshot.activations import counted
-from cofiprune.oneshot.sequential import FIT_POSITIONS, sweeps
-from cofiprune.tasks import label_names, taken
+from cofiprune.oneshot.layerwise import counted
+from cofiprune.oneshot.with_data import FIT_POSITIONS, sweeps
 from cofiprune.training.budget import Pace, median, one_shot_steps
 
 if TYPE_CHECKING:
@@ -85,4 +85,4 @@ def _ask(teacher: PreTrainedModel, batch: Batch) -> None:
 
 
 def _answers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
-    return predictions(model(**batch, **taken(model, return_dict=True)))
+    return predictions(model(**batch, **supported_kwargs(model, return_dict=True)))

@@ -11,8 +11,8 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact, restore
 from cofiprune.errors import TrainingError
 from cofiprune.masking import masks_of
+from cofiprune.measure.summary import dense_structure
 from cofiprune.plan import Plan
-from cofiprune.summary import dense_structure
 from cofiprune.training.schedule import rate, recovery_rate
 from cofiprune.training.stage import Finished, Stage
 from cofiprune.training.state import RunState, SavedRun

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import Batches
 from cofiprune.compaction import compact, restore
-from cofiprune.evaluation import evaluating
+from cofiprune.data.batches import Batches
+from cofiprune.hooks import evaluating
 from cofiprune.masks import MaskRegistry
-from cofiprune.oneshot.repair import Repair
-from cofiprune.oneshot.sequential import calibration, position_weights
+from cofiprune.oneshot.reconstruction import Repair
+from cofiprune.oneshot.with_data import calibration, position_weights
 from cofiprune.plan import Plan
 
 if TYPE_CHECKING:

@@ -15,16 +15,16 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.batches import Batches
 from cofiprune.compaction import compact, restore
+from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
-from cofiprune.evaluation import evaluating
+from cofiprune.hooks import evaluating
 from cofiprune.masks import MaskRegistry
-from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
+from cofiprune.oneshot.with_data import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
-from cofiprune.reach import check_target
+from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.target import Target
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _short_of(structure: Structure, target: Target, config: PruneConfig) -> floa
     unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
     return max(
         unit,
-        target.tolerance if target.by_levels(structure) else 0.0,
+        target.tolerance if target.needs_levels(structure) else 0.0,
         _ESTIMATE * (1 - target.share) if target.measure is not None else 0.0,
     )
 

@@ -14,7 +14,7 @@ import torch
 
 import cofiprune
 from bench_models import bert, copy_bandwidth, structure_at_95_percent, weight_bytes
-from cofiprune.products import onednn_is_faster
+from cofiprune.inference.products import onednn_is_faster
 
 pytestmark = pytest.mark.bench
 

@@ -19,7 +19,7 @@ import pytest
 
 import cofiprune
 from bench_models import BATCH, MINILM, PlainLoop, Rows, bert, macs, teacher_seconds, token_rows
-from cofiprune.batches import shuffled
+from cofiprune.data.batches import shuffled
 
 pytestmark = pytest.mark.bench
 

@@ -10,10 +10,10 @@ import cofiprune
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen, tiny_config
+from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.oneshot.divergence import answers, divergence
-from cofiprune.oneshot.sequential import SequentialPruning
-from cofiprune.synthetic import synthetic_inputs
-from cofiprune.target import Target
+from cofiprune.oneshot.with_data import SequentialPruning
+from cofiprune.selection.target import Target
 
 MODELS = [
     ("albert", "AlbertForSequenceClassification"),

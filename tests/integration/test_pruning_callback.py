@@ -35,11 +35,11 @@ from cofiprune.errors import (
     TeacherError,
     TrainingError,
 )
-from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
-from cofiprune.target import Target
-from cofiprune.training.callback_run import rows_again
+from cofiprune.measure.evaluation import evaluate
+from cofiprune.selection.target import Target
 from cofiprune.training.start import start_for
+from cofiprune.training.trainer.run import rows_again
 
 INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
 INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()

@@ -20,9 +20,9 @@ from transformers import (
 
 import cofiprune
 from cofiprune.accounting import layer_parameters
-from cofiprune.evaluation import evaluate
 from cofiprune.masking import masks_of
-from cofiprune.reach import reachable
+from cofiprune.measure.evaluation import evaluate
+from cofiprune.selection.reachable import reachable
 from cofiprune.structure import UNIT_KINDS
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]

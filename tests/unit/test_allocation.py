@@ -12,11 +12,11 @@ from transformers import BertConfig, BertModel
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.allocation import allocate, combination
 from cofiprune.errors import TargetError
-from cofiprune.losses import Losses
+from cofiprune.selection.curves import Losses
+from cofiprune.selection.knapsack import allocate, combination
+from cofiprune.selection.target import TOLERANCE, Target
 from cofiprune.structure import Structure
-from cofiprune.target import TOLERANCE, Target
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

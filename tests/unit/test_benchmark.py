@@ -15,9 +15,9 @@ from transformers import (
 
 import cofiprune
 from cofiprune import timing
-from cofiprune.benchmark import benchmark
 from cofiprune.errors import DataError, SettingsError
-from cofiprune.summary import summary
+from cofiprune.measure.benchmark import benchmark
+from cofiprune.measure.summary import summary
 
 SMALL = {
     "vocab_size": 30,

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from cofiprune.errors import DataError
-from cofiprune.evaluation import evaluate, evaluating
+from cofiprune.hooks import evaluating
+from cofiprune.measure.evaluation import evaluate
 
 
 def bert(cls=BertForSequenceClassification, **changes):

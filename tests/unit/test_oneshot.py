@@ -11,17 +11,17 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from cofiprune import accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen, tiny_config, unit_choices
+from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import DataError, MaskError, SettingsError, TargetError, TeacherError
 from cofiprune.oneshot import prune_without_data
-from cofiprune.oneshot.activations import LayerWalk, counted, projections, valid_rows
 from cofiprune.oneshot.allocation import scores
 from cofiprune.oneshot.divergence import answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
-from cofiprune.oneshot.repair import Repair
+from cofiprune.oneshot.layerwise import LayerWalk, counted, projections, valid_rows
+from cofiprune.oneshot.reconstruction import Repair
 from cofiprune.plan import Plan
-from cofiprune.reach import check_target
-from cofiprune.synthetic import synthetic_inputs
-from cofiprune.target import Target
+from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import Target
 
 SAMPLES = 600
 

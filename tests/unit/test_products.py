@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cofiprune import products
-from cofiprune.products import onednn_is_faster, product
+from cofiprune.inference import products
+from cofiprune.inference.products import onednn_is_faster, product
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ from transformers import (
 from cofiprune import accounting, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen
+from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import DataError
 from cofiprune.masking import masks_of
-from cofiprune.oneshot import sequential
-from cofiprune.oneshot.activations import valid_rows
-from cofiprune.oneshot.sequential import SequentialPruning, calibration, can_start
+from cofiprune.oneshot import with_data as sequential
+from cofiprune.oneshot.layerwise import valid_rows
+from cofiprune.oneshot.with_data import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
-from cofiprune.synthetic import synthetic_inputs
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 
 INNER = ("head", "intermediate")
 

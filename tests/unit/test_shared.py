@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import MPNetModel, PreTrainedModel
 
 import cofiprune
+from cofiprune.compaction.removal import Pick
 from cofiprune.conformance.specimens import outputs
-from cofiprune.removal import Pick
 
 
 def kept(model: PreTrainedModel, layer: int) -> list[int] | None:

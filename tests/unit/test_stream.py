@@ -12,13 +12,13 @@ from transformers import BertConfig, BertForSequenceClassification, ViTConfig, V
 from cofiprune import accounting, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen
-from cofiprune.oneshot.activations import placed
-from cofiprune.oneshot.repair import Repair
-from cofiprune.oneshot.sequential import SequentialPruning
+from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.oneshot.layerwise import placed
+from cofiprune.oneshot.reconstruction import Repair
 from cofiprune.oneshot.stream import AffineFit, hidden_curve, norms_outside
+from cofiprune.oneshot.with_data import SequentialPruning
 from cofiprune.plan import Plan
-from cofiprune.synthetic import synthetic_inputs
-from cofiprune.target import Target
+from cofiprune.selection.target import Target
 
 ALL = ("layer", "head", "intermediate", "hidden")
 
@@ -66,7 +66,7 @@ def silence(model, dimensions):
                 and side.group == "hidden"
                 and len(spec.shape) == 2
                 and axis == 1
-                and spec.rows != (0, 0)
+                and spec.applications != (0, 0)
             ):
                 with torch.no_grad():
                     model.get_parameter(spec.name)[:, dimensions] = 0.0

@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import cofiprune
 from cofiprune.errors import SettingsError
-from cofiprune.summary import summary
+from cofiprune.measure.summary import summary
 
 CONFIG = {
     "vocab_size": 60,

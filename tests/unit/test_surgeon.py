@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cofiprune.oneshot.budgeting import Option, give_up, savings
+from cofiprune.oneshot.loss_curves import Curve, Moments, curve
 from cofiprune.oneshot.sensitivity import Passed
-from cofiprune.oneshot.surgeon import Curve, Moments, curve
 from cofiprune.structure import Side
 
 

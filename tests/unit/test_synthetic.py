@@ -16,8 +16,8 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from cofiprune.data.synthetic import ordinary_ids, synthetic_inputs
 from cofiprune.errors import DataError
-from cofiprune.synthetic import ordinary_ids, synthetic_inputs
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 TEXT = {**SMALL, "vocab_size": 12, "max_position_embeddings": 20}

@@ -1,0 +1,141 @@
+"""Loading compacted models by plain `from_pretrained`.
+
+transformers lets a package change a model's skeleton before the weights are read by registering a
+quantisation method. The method `cofiprune` gives the skeleton, which is built on the meta device with
+the original sizes, the sizes recorded in the configuration, and then gets out of the way: what comes
+back is an ordinary model, which can be saved, trained and loaded again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cofiprune.adapter import adapter_for
+from cofiprune.compaction.slicing import reshape_skeleton
+from cofiprune.errors import CheckpointError
+from cofiprune.record import METHOD, record_of_parts, recorded_parts, recorded_sizes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class CompactedConfig(QuantizationConfigMixin):
+    """The record of a compacted model as transformers reads it from `config.json`."""
+
+    def __init__(self, **entries: Any) -> None:
+        entries.setdefault("quant_method", METHOD)
+        self.quant_method = entries["quant_method"]
+        self.entries = entries
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.entries)
+
+
+class CompactedLoader(HfQuantizer):
+    """Shapes the skeleton of a compacted model before its weights are loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.config.quantization_config = self.quantization_config.to_dict()
+        own, parts = recorded_sizes(model.config), recorded_parts(model.config)
+        if own is None and not parts:
+            raise CheckpointError("the configuration names the method 'cofiprune' but records no sizes")
+        if own is not None:
+            reshape_skeleton(model, adapter_for(model).structure(model, dense=True), own)
+        for path, entry in parts.items():
+            part = _part(model, path)
+            part.config.quantization_config = entry
+            reshape_skeleton(part, adapter_for(part).structure(part, dense=True), recorded_sizes(part.config) or {})
+        self.shapes = _shapes(model)
+        return model
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Leave an ordinary model behind: nothing about it is quantised.
+
+        :raises CheckpointError: when weights have other shapes than the recorded sizes say. Older releases of
+            transformers do not look, where there is a quantisation method.
+        """
+        for name, shape in _shapes(model).items():
+            if shape != self.shapes.get(name, shape):
+                raise CheckpointError(
+                    f"weight {name!r} has shape {shape}; the recorded sizes and the configuration say "
+                    f"{self.shapes[name]}"
+                )
+        model.config.quantization_config = self.quantization_config.to_dict()
+        model.__dict__.pop("hf_quantizer", None)
+        model.__dict__.pop("quantization_method", None)
+        model.__dict__["is_quantized"] = False
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def record_parts(model: PreTrainedModel) -> None:
+    """Write into a model's configuration which models inside it are compacted, so that it can be saved whole.
+
+    For a model of several, one of whose encoders was replaced by what `compact` returned; it then loads by plain
+    `from_pretrained`.
+
+    :raises CheckpointError: when none is, when the model is one that was compacted itself, or when a part has lost
+        hidden dimensions, because what reads its output is built for all of them.
+    """
+    if recorded_sizes(model.config) is not None:
+        raise CheckpointError(f"{type(model).__name__} is compacted itself; save_pretrained saves it as it is")
+    parts: dict[str, PretrainedConfig] = {}
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        inside = any(path.startswith(f"{found}.") for found in parts)
+        if config is None or config is model.config or inside or not hasattr(module, "base_model_prefix"):
+            continue
+        sizes = recorded_sizes(config)
+        if sizes is None:
+            continue
+        if "hidden" in sizes and sizes["hidden"] < getattr(config, "hidden_size", 0):
+            raise CheckpointError(
+                f"{path} ({type(module).__name__}) has {sizes['hidden']} of {config.hidden_size} hidden dimensions "
+                f"left; what reads its output in {type(model).__name__} is built for all of them. Leave 'hidden' out "
+                "of units."
+            )
+        parts[path] = config
+    if not parts:
+        raise CheckpointError(
+            f"no model inside {type(model).__name__} is compacted; put what compact() returns in the place of one "
+            "first, for example model.vision_model = cofiprune.compact(model.vision_model)"
+        )
+    model.config.quantization_config = record_of_parts(parts)
+
+
+def _part(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    try:
+        part: Any = model.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"sizes are recorded for {path!r}, which {type(model).__name__} does not have") from None
+    return cast("PreTrainedModel", part)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(CompactedConfig)
+    register_quantizer(METHOD)(CompactedLoader)

@@ -1,0 +1,179 @@
+"""Physical slicing: a smaller model of the same class, with fractional masks folded into its weights.
+
+The new weights are cut first, parameter by parameter, and a deep copy of the model is then made
+*around* them, so that tied weights stay tied and the dense weights are never copied. The modules of
+a removed block are replaced by `removal.Passthrough`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cofiprune.compaction.removal import pick, remove_block
+from cofiprune.errors import PlanError
+from cofiprune.inference.fusion import unfuse
+from cofiprune.masking import masks_of
+from cofiprune.plan import Plan
+from cofiprune.record import record, recorded_sizes
+from cofiprune.structure import Parameter, Side, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compacted(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
+    """Return a smaller copy of a model; `compact` with a structure that is known.
+
+    :param plan: one that was checked against the structure.
+    """
+    cut = {
+        spec.name: None if _is_gone(spec, plan.kept) else sliced(parameter.detach(), spec, plan)
+        for spec, parameter in _parameters(model, structure)
+    }
+    small = _copy_around(model, cut)
+    copied = masks_of(small)
+    if copied is not None:
+        copied.detach()
+    unfuse(small)
+    finish(small, structure, plan.kept, plan.keep)
+    return small
+
+
+def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
+    """Cut one parameter to its kept units and fold fractional masks into it; a new tensor.
+
+    :param weight: of shape `spec.shape`.
+    """
+    value = weight
+    for dim, side in enumerate(spec.sides):
+        if side is None:
+            continue
+        keep = plan.keep[side.group]
+        if len(keep) < side.units:
+            value = value.index_select(dim, positions(side, keep).to(value.device))
+        if side.role == "scale" and side.group in plan.scale:
+            factors = torch.tensor(plan.scale[side.group], dtype=torch.float64).repeat_interleave(side.block)
+            factors = factors.repeat(side.copies).view(-1, *[1] * (value.dim() - dim - 1))
+            value = (value.double() * factors.to(value.device)).to(weight.dtype)
+    if spec.gated and spec.gate is not None and spec.gate in plan.scale:
+        value = (value.double() * plan.scale[spec.gate][0]).to(weight.dtype)
+    return value.clone() if value is weight else value.contiguous()
+
+
+@torch.no_grad()
+def write_back(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> None:
+    """Write the weights of a compacted model back to their places; `restore` with a structure that is known."""
+    source = dict(small.named_parameters())
+    for spec, parameter in _parameters(model, structure):
+        if _is_gone(spec, plan.kept):
+            continue
+        index = [
+            torch.arange(length) if side is None else positions(side, plan.keep[side.group])
+            for side, length in zip(spec.sides, spec.shape, strict=True)
+        ]
+        grid = torch.meshgrid(*(row.to(parameter.device) for row in index), indexing="ij")
+        parameter[grid] = source[spec.name].to(parameter.device, parameter.dtype)
+
+
+def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
+    """Indices along a dimension of the elements of the kept units, [copies * kept * block]."""
+    layout = torch.arange(side.length).view(side.copies, side.units, side.block)
+    return layout[:, list(keep)].flatten()
+
+
+def sliced_shape(spec: Parameter, kept: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a parameter with `kept` units of each group."""
+    sides = zip(spec.sides, spec.shape, strict=True)
+    return tuple(length if side is None else side.copies * kept[side.group] * side.block for side, length in sides)
+
+
+def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
+    """Give a model on the meta device the smaller shapes of a compacted one, in place.
+
+    :raises PlanError: when sizes are recorded that the structure does not have or exceed its own.
+    """
+    for name, size in kept.items():
+        if name not in structure or size > structure[name].size:
+            raise PlanError(f"recorded size {size} for group {name!r} does not fit this {structure.family} model")
+    new: dict[int, nn.Parameter] = {}
+    for spec, parameter in _parameters(model, structure):
+        shape = sliced_shape(spec, kept)
+        if shape != spec.shape and not _is_gone(spec, kept):
+            empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+            new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and id(value) in new:
+                module._parameters[name] = new[id(value)]
+    finish(model, structure, kept)
+
+
+def finish(
+    model: PreTrainedModel,
+    structure: Structure,
+    kept: Mapping[str, int],
+    keep: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Make the modules agree with their new parameters: removed blocks, size attributes, the record.
+
+    :param kept: sizes of the groups afterwards.
+    :param keep: the indices kept; None when they are loaded from a file later.
+    """
+    for block in structure.blocks:
+        if not kept[block.gate]:
+            remove_block(model, structure, block)
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        _follow_shape(module)
+    for attribute in structure.attributes:
+        if attribute.module in modules:
+            setattr(modules[attribute.module], attribute.name, kept[attribute.group] * attribute.per_unit)
+    for block in structure.blocks:
+        if kept[block.gate] and block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
+            for shared in block.shared:
+                index = torch.arange(kept[block.inner]) if keep is None else torch.tensor(keep[block.inner])
+                pick(modules[shared.module], shared, index)
+    if any(kept[name] != size for name, size in structure.sizes.items()):
+        sizes = {**(recorded_sizes(model.config) or {}), **kept}
+        model.config.quantization_config = record(sizes, structure.table)
+
+
+def _follow_shape(module: nn.Module) -> None:
+    """Set the size attributes of torch's own modules, and of transformers' `Conv1D`, from their weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+
+
+def _is_gone(spec: Parameter, kept: Mapping[str, int]) -> bool:
+    return spec.gate is not None and not kept[spec.gate]
+
+
+def _parameters(model: nn.Module, structure: Structure) -> list[tuple[Parameter, nn.Parameter]]:
+    return list(zip(structure.parameters, model.parameters(), strict=True))
+
+
+def _copy_around(model: PreTrainedModel, cut: Mapping[str, Tensor | None]) -> PreTrainedModel:
+    """Deep-copy a model with other parameters in the place of its own; None leaves one element."""
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        value = cut[name]
+        new = parameter.detach().new_zeros(1) if value is None else value
+        memo[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)

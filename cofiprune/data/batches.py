@@ -1,0 +1,258 @@
+"""Batches of rows in an order that depends on (seed, epoch) alone and can be taken up anywhere.
+
+Rows of similar length share a batch, so that little padding is computed: the shuffled rows are cut
+into megabatches, each is sorted by length and cut into batches, and the batches are shuffled again.
+The order is the same in every process; `shard` gives each its part, of about the same lengths at
+the same step.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, DistributedSampler
+
+from cofiprune.data.rows import Batch as Batch
+from cofiprune.data.rows import Padding, located
+from cofiprune.data.tasks import LABELS, Task, label_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Collate = Callable[[list[Any]], Batch]
+ROWS = "__rows__"
+"""Key of the numbers of a batch's rows, [rows], where `with_rows` asks for them."""
+_MEGABATCH = 50
+"""Batches that are sorted together; the value of transformers' LengthGroupedSampler."""
+
+
+class Batches(ABC):
+    """Batches on the CPU, epoch after epoch: iterating gives one epoch from where `skip` says."""
+
+    def __init__(self, task: Task, *, labelled: bool, seed: int) -> None:
+        self.task: Task = task
+        """What the labels mean."""
+        self.labelled = labelled
+        """Whether the batches carry labels, so that the model can compute its loss."""
+        self.seed = seed
+        self.with_rows = False
+        """Whether batches carry the numbers of their rows."""
+        self.epoch = 0
+        self._start = 0
+        self._rank, self._processes = 0, 1
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """Number of batches of an epoch over all processes."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether rows are held in memory, so that no code of the user's runs when a batch is made."""
+        return False
+
+    @abstractmethod
+    def _iterate(self, start: int) -> Iterator[Batch]:
+        """Give the batches of this process from position `start` on."""
+
+    def __len__(self) -> int:
+        """Number of batches of a whole epoch in this process, whatever `skip` says."""
+        return -(-self.total // self._processes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self._start = self._start, 0
+        return self._iterate(start)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration; epochs count from 0."""
+        self.epoch = epoch
+
+    def skip(self, batches: int) -> None:
+        """Let the next iteration begin at a position in the epoch, as if `batches` had been taken already."""
+        if not 0 <= batches <= len(self):
+            raise ValueError(f"cannot skip {batches} batches of an epoch of {len(self)}")
+        self._start = batches
+
+    def shard(self, rank: int, processes: int) -> Self:
+        """Return the part of one of several processes; every part has the same number of batches.
+
+        Where the batches do not divide evenly, the first ones of the epoch are given a second time.
+        """
+        if not 0 <= rank < processes:
+            raise ValueError(f"rank {rank} is not among {processes} processes")
+        part = copy.copy(self)
+        part._rank, part._processes = rank, processes
+        return part
+
+
+class RowBatches(Batches):
+    """Batches made of rows that can be read in any order."""
+
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        collate: Collate,
+        task: Task,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        labelled: bool,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        """Cut rows into batches.
+
+        :param collate: makes a batch of rows.
+        :param lengths: of each row, to group rows by; None to take them in order or shuffled.
+        """
+        super().__init__(task, labelled=labelled, seed=seed)
+        self.rows = rows
+        self.collate = collate
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
+
+    @property
+    def total(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.collate, Padding)
+
+    def pad_to(self, multiple: int, longest: int | None) -> None:
+        """Pad batches of tokens to a multiple of a length, as long as the model reads so many: `longest`."""
+        if isinstance(self.collate, Padding):
+            self.collate = replace(self.collate, multiple=multiple, longest=longest)
+
+    def resized(self, batch_size: int) -> Self:
+        """Return the same rows in batches of another size."""
+        part = copy.copy(self)
+        part.batch_size = batch_size
+        return part
+
+    def indices(self) -> list[list[int]]:
+        """Return the rows of each batch of this epoch in this process."""
+        everything = np.arange(len(self.rows))
+        if self.shuffle:
+            order = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, self.epoch, self._processes)
+        elif self.lengths is not None:
+            # The longest first: what does not fit into memory fails at once, not at the end.
+            order = _cut(everything[np.argsort(-self.lengths, kind="stable")], self.batch_size)
+        else:
+            order = _cut(everything, self.batch_size)
+        own = range(self._rank, len(self) * self._processes, self._processes)
+        return [order[position % len(order)].tolist() for position in own]
+
+    def _iterate(self, start: int) -> Iterator[Batch]:
+        for indices in self.indices()[start:]:
+            with located(f"among the rows {indices[:8]}: "):
+                batch = self.collate([self.rows[index] for index in indices])
+            yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
+
+
+class LoaderBatches(Batches):
+    """The batches that a DataLoader of the user's makes, in the loader's own order.
+
+    The order is drawn from (seed, epoch), unless the loader has a generator or a sampler that goes its own way.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        accept: Callable[[Mapping[str, Any]], Batch],
+        task: Task,
+        *,
+        labelled: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(task, labelled=labelled, seed=seed)
+        self.loader = loader
+        self.accept = accept
+
+    @property
+    def total(self) -> int:
+        return len(self.loader)
+
+    def shard(self, rank: int, processes: int) -> Self:
+        """Return the part of one process; a loader with a DistributedSampler is one part already."""
+        alone = isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
+        return super().shard(*((0, 1) if alone else (rank, processes)))
+
+    def _iterate(self, start: int) -> Iterator[Batch]:
+        set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
+        # Past its end an epoch begins again, so that every process has the same number of batches.
+        endless = itertools.chain.from_iterable(self._epoch() for _ in itertools.repeat(None))
+        own = itertools.islice(endless, self._rank, len(self) * self._processes, self._processes)
+        for number, batch in enumerate(itertools.islice(own, start, None), start):
+            with located(f"in batch {number}: "):
+                accepted = self.accept(batch)
+            yield accepted
+
+    def _epoch(self) -> Iterator[Mapping[str, Any]]:
+        # Samplers draw their order from the global generator when the first batch is asked for.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mixed(self.seed, self.epoch))
+            iterator = iter(self.loader)
+            first = list(itertools.islice(iterator, 1))
+        yield from first
+        yield from iterator
+
+
+def shuffled(
+    rows: int, batch_size: int, lengths: NDArray[np.int64] | None, seed: int, epoch: int, processes: int = 1
+) -> list[NDArray[np.int64]]:
+    """Return the rows of each batch of an epoch; the batch with the longest row comes first.
+
+    :param lengths: [rows], to group rows by; None to shuffle alone.
+    :param processes: this many batches at a time stay together, so that processes wait little for each other.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(rows)
+    if lengths is None:
+        return _cut(order, batch_size)
+    # Small sets would otherwise be one sorted megabatch, the same in every epoch.
+    megabatch = max(1, min(_MEGABATCH, rows // (batch_size * 4))) * batch_size * processes
+    batches = []
+    for part in _cut(order, megabatch):
+        batches += _cut(part[np.argsort(-lengths[part], kind="stable")], batch_size)
+    chunks = [batches[start : start + processes] for start in range(0, len(batches), processes)]
+    whole, rest = (chunks, []) if len(chunks[-1]) == processes else (chunks[:-1], chunks[-1:])
+    mixed = [whole[index] for index in generator.permutation(len(whole))] + rest
+    longest = max(range(len(mixed)), key=lambda index: max(lengths[batch].max() for batch in mixed[index]))
+    if longest < len(whole):
+        mixed.insert(0, mixed.pop(longest))
+    return [batch for chunk in mixed for batch in chunk]
+
+
+def to_model(batch: Batch, model: PreTrainedModel) -> Batch:
+    """Move a batch to a model's device, inputs that are not whole numbers in the model's own precision."""
+    moved = {}
+    for name, value in batch.items():
+        cast = value.is_floating_point() and name not in LABELS and value.dtype != model.dtype
+        moved[name] = value.to(model.device, model.dtype if cast else value.dtype, non_blocking=True)
+    return moved
+
+
+def model_inputs(batch: Batch, model: PreTrainedModel) -> Batch:
+    """Return the inputs of a batch: all but the labels and the numbers of the rows."""
+    left_out = {ROWS, *label_names(model)}
+    return {name: value for name, value in batch.items() if name not in left_out}
+
+
+def _cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])

@@ -1,0 +1,120 @@
+"""Inputs made up for a model: of the right names, shapes and ranges, drawn from a generator.
+
+For timing, where values do not matter, and for asking a teacher for answers where there is no data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cofiprune.data.checks import longest_sequence, vocabulary_size
+from cofiprune.data.tasks import forward_names, task_of
+from cofiprune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk", "decoder_start")
+_CHOICES = 2
+
+
+def synthetic_inputs(
+    model: PreTrainedModel,
+    *,
+    batch_size: int,
+    seq_len: int = 128,
+    generator: torch.Generator | None = None,
+    padding: bool = False,
+) -> dict[str, Tensor]:
+    """Make a batch of random inputs, on the model's device, floating ones in its precision.
+
+    Token ids leave out the special ones that the configuration names. The size of images is the
+    configuration's; `seq_len` then means nothing.
+
+    :param seq_len: tokens, or frames of audio after the model's own downsampling.
+    :param generator: on the CPU; the global one by default.
+    :param padding: give token rows random lengths from a quarter of `seq_len` up, padded at the end; one row is
+        full. Otherwise every row is, under an attention mask of ones.
+    :raises DataError: when the model cannot read `seq_len` tokens, or reads inputs of an unknown kind.
+    """
+    if batch_size < 1 or seq_len < 1:
+        raise DataError(f"batch_size and seq_len must be at least 1, not {batch_size} and {seq_len}")
+    kind = model.main_input_name
+    if kind == "input_ids":
+        inputs = _tokens(model, batch_size, seq_len, generator, padding)
+    elif kind in ("pixel_values", "input_values", "input_features"):
+        shape = _shape(model.config, kind, seq_len)
+        inputs = {kind: torch.randn(batch_size, *shape, generator=generator).to(model.dtype)}
+    else:
+        raise DataError(
+            f"{type(model).__name__} reads {kind!r}; inputs can be made up for input_ids, pixel_values, input_values "
+            "and input_features only"
+        )
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def ordinary_ids(model: PreTrainedModel) -> Tensor:
+    """The ids of a model's vocabulary that its configuration does not name as special ones: [ids]."""
+    size = vocabulary_size(model)
+    allowed = torch.ones(size, dtype=torch.bool)
+    for name in _SPECIAL:
+        for value in _listed(getattr(model.config, f"{name}_token_id", None)):
+            if 0 <= value < size:
+                allowed[value] = False
+    return allowed.nonzero().flatten() if bool(allowed.any()) else torch.arange(size)
+
+
+def _tokens(
+    model: PreTrainedModel, batch_size: int, seq_len: int, generator: torch.Generator | None, padding: bool
+) -> dict[str, Tensor]:
+    limit = longest_sequence(model)
+    if limit is not None and seq_len > limit:
+        raise DataError(f"seq_len={seq_len}: {type(model).__name__} reads at most {limit} tokens")
+    choices = (_CHOICES,) if task_of(model) == "multiple-choice" else ()
+    ids = ordinary_ids(model)
+    shape = (batch_size, *choices, seq_len)
+    tokens = ids[torch.randint(len(ids), shape, generator=generator)]
+    mask = torch.ones(shape, dtype=torch.long)
+    if padding:
+        lengths = torch.randint(max(1, seq_len // 4), seq_len + 1, (*shape[:-1], 1), generator=generator)
+        lengths[0] = seq_len
+        mask = (torch.arange(seq_len) < lengths).long()
+        pad = _listed(getattr(model.config, "pad_token_id", None))
+        tokens = tokens.masked_fill(mask == 0, pad[0] if pad and pad[0] >= 0 else 0)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    return {name: value for name, value in inputs.items() if name in forward_names(model)}
+
+
+def _shape(config: PretrainedConfig, kind: str, seq_len: int) -> tuple[int, ...]:
+    """Shape of one example of images or audio."""
+    if kind == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        frames = getattr(config, "num_frames", None)
+        return (*([frames] if frames else []), getattr(config, "num_channels", 3), height, width)
+    mel = getattr(config, "num_mel_bins", None)
+    if kind == "input_values":
+        if hasattr(config, "conv_stride"):
+            return (_samples(config, seq_len),)
+        if mel is not None and hasattr(config, "max_length"):
+            return (config.max_length, mel)
+    if hasattr(config, "feature_projection_input_dim"):
+        return (seq_len, config.feature_projection_input_dim)
+    if mel is not None and hasattr(config, "max_source_positions"):
+        return (mel, 2 * config.max_source_positions)
+    raise DataError(f"the {config.model_type} configuration does not say what {kind!r} look like")
+
+
+def _samples(config: PretrainedConfig, frames: int) -> int:
+    """Samples of sound from which strided convolutions make so many frames."""
+    length = frames
+    for stride, kernel in zip(reversed(config.conv_stride), reversed(config.conv_kernel), strict=True):
+        length = (length - 1) * stride + kernel
+    return length
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,1 @@
+"""Faster products in a model that only answers."""

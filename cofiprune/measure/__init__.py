@@ -1,0 +1,1 @@
+"""What a model scores, weighs and takes."""

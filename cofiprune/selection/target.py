@@ -1,0 +1,169 @@
+"""What a model is pruned to: a cost, and how much of it may be left.
+
+Parameters of the layers, parameters of the model, multiply-accumulates and measured time differ in the cost and in how
+people ask for them (`Scale`); everything that decides what stays knows only this one type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from cofiprune.accounting import Cost, amount, layer_parameters
+from cofiprune.adapter import structure as structure_of
+from cofiprune.errors import TargetError
+from cofiprune.plan import Plan
+from cofiprune.structure import Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 0.005
+_NEAR = 0.6
+"""How near to the target, in tolerances, choices are compared by what they lose."""
+_NEAR_IN_TIME = 0.01
+"""The same where what is left is measured, as a share of that, so that a correction has something to go by."""
+_CLOSE = 0.015
+"""Measurements of one model differ by about as much on a quiet machine."""
+_ROUNDS, _LAST = 8, 6
+"""Measurements at most, and of how many the median is what the next decision goes by: on a busy machine single ones
+of one model were seen to differ by 3 % (standard deviation), and some by much more."""
+
+CostOf = Callable[[Structure], Cost]
+
+
+_SHARES = {"target_sparsity": "sparsity", "target_model_sparsity": "model sparsity"}
+"""Arguments that take a removed share, and what messages call it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A cost and a budget of it; the argument that asked for it only matters for messages."""
+
+    name: str
+    """The argument: `target_` followed by `sparsity`, `model_sparsity`, `macs`, `speedup` or `latency_ms`."""
+    requested: float
+    """Its value."""
+    cost: CostOf
+    """The cost of a model of the family, dense or smaller."""
+    total: int
+    """The cost of the dense model."""
+    budget: float
+    """The cost that may remain, in (0, total)."""
+    setting: str = ""
+    """Under which conditions it is counted, for messages; empty where there are none."""
+    slack: float = 0.0
+    """How far what is left may be off, as a share of itself, where that is more than `TOLERANCE` of the whole."""
+    round_to: int = 1
+    """Kept feed-forward and hidden dimensions are multiples of it."""
+    uniform: bool = False
+    """Every layer that stays has the same shape."""
+    tied_heads: bool = False
+    """With `uniform`: heads and hidden dimensions go in the same share."""
+    measure: Callable[[PreTrainedModel], float] | None = None
+    """Measures what a compacted model really costs, where the cost is an estimate."""
+
+    @classmethod
+    def of(cls, structure: Structure, share: float, *, cost: CostOf = layer_parameters, round_to: int = 1) -> Target:
+        """A removed share of a cost, by default of the parameters of the encoder's layers.
+
+        :param structure: of the model that the share is counted from.
+        """
+        return cls.create("target_sparsity", share, cost, cost(structure).exact(structure.sizes), round_to=round_to)
+
+    @classmethod
+    def create(cls, name: str, requested: float, cost: CostOf, total: int, **settings: Any) -> Target:
+        """Make the target that an argument asks for; the budget follows from its value.
+
+        :param total: the cost of the dense model.
+        """
+        if name in _SHARES:
+            budget = (1 - requested) * total
+        else:
+            budget = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}.get(name, requested)
+        return cls(name, requested, cost, total, budget, **settings)
+
+    @property
+    def tolerance(self) -> float:
+        """How far the cost may end from what may be left, as a share of the dense model's."""
+        return max(TOLERANCE, self.slack * self.budget / self.total)
+
+    @property
+    def tie_width(self) -> float:
+        """How near to what may be left choices are compared by what they lose, as a share of the dense model's cost."""
+        return _NEAR_IN_TIME * self.budget / self.total if self.slack else _NEAR * TOLERANCE
+
+    def needs_levels(self, structure: Structure) -> bool:
+        """Whether sizes of whole groups have to be decided together, not unit by unit."""
+        return self.uniform or self.round_to > 1 or not self.cost(structure).linear
+
+    @property
+    def share(self) -> float:
+        """The share of the cost that is to go, in (0, 1)."""
+        return 1 - self.budget / self.total
+
+    def at(self, share: float) -> Target:
+        """The same cost with another share to go; what comes of it is not measured."""
+        return replace(self, budget=(1 - share) * self.total, measure=None)
+
+    def removed(self, structure: Structure) -> float:
+        """The share that is to go of what a smaller model costs; 0 or less where there is nothing more to do."""
+        here = self.cost(structure).exact(structure.sizes)
+        return 1 - self.budget / here if here else 0.0
+
+    def kept_share(self, structure: Structure) -> float:
+        """The cost of a model by that of the dense one."""
+        return self.cost(structure).exact(structure.sizes) / self.total
+
+    def settle(self, decide: Callable[[Target], Plan], compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
+        """Decide; where the cost is an estimate, measure what was decided, and decide again by what it was off.
+
+        :param decide: returns the plan for a target of this cost.
+        :param compacted: returns the model that a plan leaves.
+        """
+        plan = decide(self)
+        if self.measure is None:
+            return plan
+        off: list[float] = []
+        """What was measured by what had been estimated, round by round."""
+        tried: list[tuple[float, Plan]] = []
+        for _ in range(_ROUNDS):
+            small = compacted(plan)
+            structure, real = structure_of(small), self.measure(small)
+            off.append(real / self.cost(structure).exact(structure.sizes))
+            tried.append((abs(real / self.budget - 1), plan))
+            if len(tried) > 1 and max(distance for distance, _ in tried[-2:]) <= _CLOSE:
+                break  # once is luck
+            try:
+                plan = decide(replace(self, budget=min(self.budget / median(off[-_LAST:]), self.total)))
+            except TargetError:  # beyond what the structure allows; what was found is as near as it gets
+                return min(tried, key=lambda each: each[0])[1]
+        return plan
+
+    def value_of(self, cost: float) -> float:
+        """The value of the argument that asks for a cost: the inverse of how the budget is made."""
+        if self.name in _SHARES:
+            return 1 - cost / self.total
+        return {"target_speedup": self.total / cost, "target_latency_ms": cost / 1e6}.get(self.name, cost)
+
+    def text(self, cost: float) -> str:
+        """A cost in the words of the argument."""
+        return self._text(self.value_of(cost))
+
+    def _text(self, value: float) -> str:
+        if self.name in _SHARES:
+            return f"{_SHARES[self.name]} {round(value, 4 if value < 0.999 else 6):g}"
+        if self.name == "target_speedup":
+            return f"a speed-up of {value:.3g} {self.setting}"
+        if self.name == "target_latency_ms":
+            return f"{value:.4g} ms {self.setting}"
+        return f"{amount(round(value))} MACs {self.setting}"
+
+    def __str__(self) -> str:
+        return self._text(self.requested)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with this one, as plain values."""
+        return {self.name: self.requested, **({"target_setting": self.setting} if self.setting else {})}

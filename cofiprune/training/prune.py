@@ -1,0 +1,309 @@
+"""`prune` and `finetune`: what can be checked is checked, then a `Run` does the work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.uniform_config import uniform_units
+from cofiprune.errors import SettingsError
+from cofiprune.hooks import evaluating
+from cofiprune.latency.measuring import conditions_of, timed
+from cofiprune.masking import attach, masks_of
+from cofiprune.oneshot import prune_without_data
+from cofiprune.oneshot.with_data import check_one_shot
+from cofiprune.selection.arguments import parse_sparsities, parse_target
+from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import Target
+from cofiprune.training.budget import check_method
+from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.loop import Callback
+from cofiprune.training.phases import Run
+from cofiprune.training.preparation import held_out
+from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.sweep import SweepResult, sweep
+from cofiprune.training.targets import counted_length, target_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    TeacherArgument = PreTrainedModel | Literal["self"] | None
+
+
+@overload
+def prune(
+    model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: Sequence[float], **settings: Any
+) -> SweepResult: ...
+@overload
+def prune(
+    model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
+) -> PruneResult: ...
+def prune(
+    model: PreTrainedModel,
+    train_dataset: Any = None,
+    *,
+    target_sparsity: float | Sequence[float] | None = None,
+    target_model_sparsity: float | None = None,
+    target_macs: float | None = None,
+    target_speedup: float | None = None,
+    target_latency_ms: float | None = None,
+    teacher: TeacherArgument = None,
+    eval_dataset: Any = None,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    config: PruneConfig | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> PruneResult | SweepResult:
+    """Prune an encoder to a target, in place: weights are trained and the final masks stay attached.
+
+    With data this is CoFi (Xia et al., 2022, arXiv:2204.00408): hard-concrete gates over heads, feed-forward
+    dimensions, hidden dimensions and whole blocks learn under a sparsity constraint, with distillation from the
+    teacher; the structure is then fixed at exactly the target, and the weights that are left recover. Without data
+    it is a one-shot prune from the weights, repaired against the teacher's answers on synthetic inputs.
+
+    Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
+    an earlier run left, prune `cofiprune.compact(model)`.
+
+    :param model: any transformers encoder with an adapter, with any head.
+    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
+        without data.
+    :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
+        0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
+        starts from what the one before has left, and goes to its own folder in `output_dir`.
+    :param target_model_sparsity: the same of every parameter of the model, embedding tables included.
+    :param target_macs: multiply-accumulates of the whole model that may be left, for one example of
+        `target_seq_len` tokens, as `summary` counts them; met within 0.005 of the dense model's.
+    :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
+        is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
+    :param target_latency_ms: milliseconds per batch of that size, likewise.
+    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
+        methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
+    :param eval_dataset: evaluated every `eval_steps` and at the end.
+    :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
+    :param output_dir: where checkpoints and the plan go.
+    :param resume: go on from the newest checkpoint in `output_dir`.
+    :param callbacks: functions that are called with each entry of the history.
+    :param settings: fields of `PruneConfig`, on top of `config`.
+    :raises CofipruneError: for wrong arguments, before anything is changed.
+    :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
+    """
+    config = PruneConfig.create(config, **settings)
+    asked = {
+        "target_sparsity": target_sparsity,
+        "target_model_sparsity": target_model_sparsity,
+        "target_macs": target_macs,
+        "target_speedup": target_speedup,
+        "target_latency_ms": target_latency_ms,
+    }
+    levels = parse_sparsities(target_sparsity)
+    if levels is not None and config.uniform:
+        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
+    parse_target(asked if levels is None else {**asked, "target_sparsity": levels[0]})
+    structure = structure_of(model)
+    check_weights(model)
+    check_method(config, has_data=train_dataset is not None)
+    if config.uniform:
+        units = uniform_units(model, structure, config.units)
+        if config.units is None and config.method in ("one-shot", "auto"):
+            units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
+        config = PruneConfig.create(config, units=units)
+    if teacher is None and train_dataset is not None and config.teaches_itself:
+        teacher = "self"
+    on_data = train_dataset is not None and config.method in ("one-shot", "auto")
+    check = check_one_shot if on_data else check_target
+    targets = []
+    for level in levels or (target_sparsity,):
+        targets.append(target_for(model, structure, config, {**asked, "target_sparsity": level}))
+        check(structure, targets[-1], config.units)
+    taught = resolve_teacher(teacher, model)
+    copied = None if taught is None or teacher is taught else masks_of(taught)
+    if copied is not None:
+        copied.detach()  # of the run that is resumed; its checkpoint has the teacher's weights
+    order = _Order(
+        train_dataset,
+        taught,
+        eval_dataset,
+        data_collator,
+        compute_metrics,
+        config,
+        callbacks,
+        teaches_itself=teacher == "self",
+    )
+    if levels is None:
+        result = order.carry_out(model, targets[0], output_dir, resume=resume)
+        result.uniform = config.uniform
+        return result
+    return _sweep(model, targets, order, output_dir, resume=resume)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What `prune` was asked to do, except to which model and how far."""
+
+    train_dataset: Any
+    teacher: PreTrainedModel | None
+    eval_dataset: Any
+    collator: Callable[[list[Any]], Any] | None
+    compute_metrics: Callable[[Any], dict[str, float]] | None
+    config: PruneConfig
+    callbacks: Sequence[Callback]
+    teaches_itself: bool
+
+    def carry_out(
+        self, model: PreTrainedModel, target: Target, output_dir: str | Path | None, *, resume: bool
+    ) -> PruneResult:
+        """Prune one model to one target."""
+        if self.train_dataset is None:
+            return self._without_data(model, target, output_dir, resume=resume)
+        if self.config.trains:
+            check_trainable(model, gated=self.config.method != "one-shot")
+        elif resume:
+            raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
+        run = Run(
+            model,
+            self.teacher,
+            self.config,
+            self.train_dataset,
+            self.eval_dataset,
+            self.collator,
+            self.compute_metrics,
+            output_dir,
+            self.callbacks,
+            resume=resume,
+            teaches_itself=self.teaches_itself,
+        )
+        if self.config.method == "auto":
+            run.decide(target)
+        return run.prune(target)
+
+    def _without_data(
+        self, model: PreTrainedModel, target: Target, output_dir: str | Path | None, *, resume: bool
+    ) -> PruneResult:
+        if resume:
+            raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
+        folder = check_output_dir(output_dir, resume=False)
+        measured = held_out(self.eval_dataset, model, self.config, self.collator, self.compute_metrics)
+        take_masks_off(model, stacklevel=5)
+        result = _prune_without_data(model, target, self.teacher, self.config)
+        if measured is not None:
+            result.metrics = measured(model)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            result.plan.save(folder / "plan.json")
+        return result
+
+
+def _sweep(
+    model: PreTrainedModel, targets: Sequence[Target], order: _Order, output_dir: str | Path | None, *, resume: bool
+) -> SweepResult:
+    """Prune to several targets, each from what the one before has left."""
+    config = order.config
+    if config.time_budget is not None:
+        share = config.model_copy(update={"time_budget": config.time_budget / len(targets)})
+        order = replace(order, config=share)
+    folder = None if output_dir is None else Path(output_dir)
+    if resume and folder is None:
+        raise SettingsError("resume=True needs the output_dir that holds the models that are done")
+    take_masks_off(model, stacklevel=4)
+    size = {"batch_size": config.target_batch_size, "seq_len": counted_length(model, config)}
+    conditions = conditions_of(model, structure_of(model), **size, cut_hidden=False)
+
+    def time_of(small: PreTrainedModel) -> float:
+        with timed(small, conditions) as stopwatch:
+            return float(np.median(stopwatch([small]))) / 1e6
+
+    def run(current: PreTrainedModel, target: Target, runs: Path | None, goes_on: bool) -> PruneResult:
+        return order.carry_out(current, target, runs, resume=goes_on)
+
+    kept = config.model_dump(mode="json", exclude={"progress", "logging_steps", "eval_steps", "checkpoint_steps"})
+    identity = {"targets": [target.requested for target in targets], "settings": kept}
+    setting = f"batch {size['batch_size']}, length {size['seq_len']}, {conditions.device}"
+    return sweep(model, targets, run, time_of, output_dir=folder, resume=resume, identity=identity, setting=setting)
+
+
+def finetune(
+    model: PreTrainedModel,
+    train_dataset: Any,
+    *,
+    teacher: TeacherArgument = None,
+    eval_dataset: Any = None,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    config: PruneConfig | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> PruneResult:
+    """Train a model in place, with or without a teacher: dense, compacted, or with masks attached.
+
+    With masks attached, what they keep is trained and they stay as they are. The arguments are those of `prune`;
+    `epochs`, `learning_rate`, `lr_scheduler_type` and `batch_size`, when given, mean those of this training and go
+    before `finetune_epochs` and the like.
+
+    :raises CofipruneError: for wrong arguments, before anything is changed.
+    """
+    for plain in ("epochs", "learning_rate", "lr_scheduler_type"):
+        if plain in settings:
+            settings[f"finetune_{plain}"] = settings.pop(plain)
+    if "batch_size" in settings:
+        settings.setdefault("finetune_batch_size", settings["batch_size"])
+    config = PruneConfig.create(config, **settings)
+    structure_of(model)
+    check_weights(model)
+    check_trainable(model, gated=False)
+    taught = resolve_teacher(teacher, model)
+    if train_dataset is None:
+        raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
+    run = Run(
+        model,
+        taught,
+        config,
+        train_dataset,
+        eval_dataset,
+        data_collator,
+        compute_metrics,
+        output_dir,
+        callbacks,
+        resume=resume,
+        teaches_itself=teacher == "self",
+    )
+    return run.finetune()
+
+
+def _prune_without_data(
+    model: PreTrainedModel, target: Target, teacher: PreTrainedModel | None, config: PruneConfig
+) -> PruneResult:
+    source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
+    kept = "0.83, 0.69 and 0.51" if teacher is None else "0.85, 0.81 and 0.75"
+    warnings.warn(
+        f"pruning without data, from {source}. What to expect: a MiniLM-L6 with 0.872 on SST-2 keeps {kept} at "
+        "sparsities of 0.2, 0.5 and 0.9. A few thousand rows of the task and a teacher bring most of the rest back, "
+        "labelled or not: prune(model, train_dataset, teacher=...).",
+        UserWarning,
+        stacklevel=5,
+    )
+    with nullcontext() if teacher is None else evaluating(teacher):
+        report = prune_without_data(
+            model,
+            target_sparsity=target,
+            teacher=teacher,
+            units=config.units,
+            seed=config.seed,
+            repair=config.repair is not False,
+        )
+    masks = attach(model)
+    masks.set_plan(report.plan)
+    found = reached(target, model, report.plan)
+    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity(), method="no data", target=found)

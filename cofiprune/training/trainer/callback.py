@@ -1,0 +1,225 @@
+"""Pruning inside a stock `transformers.Trainer`: its loop trains the weights, a callback everything else."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainerCallback
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.errors import TrainingError
+from cofiprune.masking import attach, masks_of
+from cofiprune.plan import Plan
+from cofiprune.selection.arguments import check_fraction
+from cofiprune.selection.reachable import check_target
+from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.result import PruneResult
+from cofiprune.training.schedule import Schedule
+from cofiprune.training.start import start_for
+from cofiprune.training.targets import target_for
+from cofiprune.training.trainer import state as callback_state
+from cofiprune.training.trainer.checks import callback_config, check_arguments, used_settings
+from cofiprune.training.trainer.run import CallbackRun, begun, rows_again
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SPEED = ("_runtime", "_per_second", "_preparation_time")
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes the model of a `transformers.Trainer` while it trains.
+
+    Gates, the sparsity constraint and, with a teacher, distillation run inside the Trainer's steps, whatever its loop
+    does besides. As in `cofiprune.prune` part of the model goes in one shot when training begins (`one_shot_share`).
+    The target rises over the first eighth of the steps; then the structure is decided, at exactly the target, and the
+    rest trains what is left. The model ends with masks of zeros and ones attached, for
+    `cofiprune.compact(model)`.
+
+    After training `result` holds a `PruneResult`.
+    """
+
+    def __init__(
+        self,
+        target_sparsity: float = 0.9,
+        teacher: PreTrainedModel | Literal["self"] | None = None,
+        config: PruneConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        """Check what can be checked without the model; the rest is checked when training begins.
+
+        :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1).
+        :param teacher: a model to learn from, "self" for a frozen copy of the model as it comes, None to train on the
+            Trainer's loss alone.
+        :param settings: fields of `PruneConfig`, on top of `config`, that the Trainer's arguments do not decide.
+            Their epochs are those of the Trainer.
+        :raises CofipruneError: for wrong arguments.
+        """
+        self.target = check_fraction(target_sparsity)
+        self.config = callback_config(config, settings)
+        self.teacher = teacher
+        self.result: PruneResult | None = None
+        """The finished run; None until then."""
+        self._run: CallbackRun | None = None
+        self._fingerprint: dict[str, Any] = {}
+        self._batches: int | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is kept, from the step on at which it is decided; None before."""
+        if self._run is not None:
+            return self._run.plan
+        return None if self.result is None else self.result.plan
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per log of the Trainer, as far as the run has come."""
+        if self._run is not None:
+            return self._run.history
+        return [] if self.result is None else self.result.history
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check everything, then attach the gates.
+
+        :raises CofipruneError: for what `cofiprune.prune` refuses, and for what a callback cannot follow.
+        """
+        if self._run is not None:  # an earlier run that was cut off
+            self._run.finish()
+            self._run.masks.detach()
+        self._run, self.result = None, None
+        model: PreTrainedModel = kwargs["model"]
+        loader = kwargs.get("train_dataloader")
+        structure = structure_of(model)
+        target = target_for(model, structure, self.config, {"target_sparsity": self.target})
+        check_target(structure, target, self.config.units)
+        check_weights(model)
+        check_trainable(model, gated=True)
+        check_arguments(args, state, model, taught=self.teacher is not None)
+        teacher = resolve_teacher(self.teacher, model)
+        copied = None if teacher is None or teacher is self.teacher else masks_of(teacher)
+        if copied is not None:
+            copied.detach()
+        rows = rows_again(loader, model, self.config, args, taught=teacher is not None)
+        if teacher is not None and rows is not None:
+            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
+            check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
+        self._batches = _length(loader)
+        steps = None if self._batches is None else math.ceil(self._batches / args.gradient_accumulation_steps)
+        Schedule.for_steps(self.config, state.max_steps, steps)  # whether there are enough of them
+        self._fingerprint = {
+            "target_sparsity": self.target,
+            "family": structure.family,
+            "sizes": sum(structure.sizes.values()),
+            "max_steps": state.max_steps,
+            "teacher": None if teacher is None else "self" if self.teacher == "self" else type(teacher).__name__,
+            "config": used_settings(self.config),
+        }
+        saved = None
+        if state.global_step:
+            saved = callback_state.load(args, state.global_step, self._fingerprint, model)
+        fresh = saved is None
+        take_masks_off(model, quietly=not fresh)
+        if saved is not None:
+            start = begun(saved, model)
+        else:
+            # The model stays as wide as it is while the Trainer has it.
+            start = None if rows is None else start_for(model, rows, self.config, target, cuts_hidden=False)
+        schedule = Schedule.for_steps(self.config, state.max_steps, steps, from_one_shot=start is not None)
+        masks = attach(model)
+        try:
+            run = CallbackRun(
+                model, teacher, masks, target, self.config, schedule, rows, args, start=start, fresh=fresh
+            )
+            if saved is not None:
+                run.restore(saved)
+            elif start is not None:
+                run.write(start)
+        except BaseException:
+            masks.detach()
+            raise
+        self._run = run
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the next forwards run under samples of the gates."""
+        self._running().begin_step(state.global_step, self._batches)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step gates and multipliers.
+
+        :raises TrainingError: when the Trainer's loss did not reach them, or was not a number.
+        """
+        self._running().step(state.global_step, kwargs["optimizer"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide the structure when the gates have had their steps."""
+        if self._running().end_step(state.global_step):
+            # What was best so far had another structure: the weights of those checkpoints do not fit this one.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add to the Trainer's log how far pruning is."""
+        run = self._run
+        if run is None or logs is None:
+            return
+        more = run.progress(state.global_step - 1, trained=not _is_evaluation(logs))
+        logs.update(more)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(more)
+        phase = "prune" if run.plan is None else "recover"
+        run.history.append({"phase": phase, "step": state.global_step, "seconds": round(run.seconds, 3), **logs})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the gates beside the weights of a checkpoint."""
+        if self._run is not None and args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            captured = self._run.capture(with_teacher=self.teacher == "self")
+            callback_state.save(folder, captured, self._fingerprint, self._run.model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model with masks of zeros and ones of exactly the target sparsity."""
+        run = self._running()
+        if run.plan is None:
+            warnings.warn(
+                f"training stopped after {state.global_step} of {state.max_steps} steps, before the structure was "
+                "decided: the model is cut to the target now, and was not trained so. What is left recovers with "
+                "cofiprune.finetune(model, ...)",
+                UserWarning,
+                stacklevel=2,
+            )
+            run.decide()
+        assert run.plan is not None
+        run.finish()
+        best = state.best_global_step if args.load_best_model_at_end else None
+        evaluated = [entry for entry in run.history if entry["phase"] == "recover" and _is_evaluation(entry)]
+        last: dict[str, Any] = next((entry for entry in reversed(evaluated) if best in (None, entry["step"])), {})
+        self.result = PruneResult(
+            run.model,
+            run.plan,
+            run.masks.sparsity(),
+            run.masks.model_sparsity(),
+            {name: value for name, value in last.items() if name.startswith("eval_") and not name.endswith(_SPEED)},
+            run.history,
+            run.seconds,
+            best,
+        )
+        self._run = None
+
+    def _running(self) -> CallbackRun:
+        if self._run is None:
+            raise TrainingError("PruningCallback was added while training ran; add it before Trainer.train()")
+        return self._run
+
+
+def _is_evaluation(values: dict[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in values)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None

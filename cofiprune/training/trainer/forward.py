@@ -1,0 +1,160 @@
+"""What happens around a model's forward while somebody else's loop trains it: gates are bound, the teacher is heard.
+
+Hooks of the model, so that any loop and any wrapper around the model meets them, and copies of the model do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cofiprune.data.tasks import forward_names, supported_kwargs
+from cofiprune.errors import TrainingError
+from cofiprune.training.gating import Gating
+from cofiprune.training.objective import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DRAWS = 1 << 16
+"""More forwards than any step has: the noise of step s is drawn by the numbers from s * _DRAWS on."""
+_COUNT = "num_items_in_batch"
+"""What the Trainer passes to a model that is to scale its loss for gradient accumulation by itself."""
+
+
+class ForwardHooks:
+    """Lets a model's training forwards run under samples of the gates and, with a teacher, changes their loss.
+
+    Forwards in evaluation mode, or without gradients, run under the gates' deterministic values, and their loss is
+    the model's own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gating: Gating,
+        objective: Objective | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        on_refusal: Callable[[], None],
+    ) -> None:
+        """Install the hooks; they go with the masks that the gating runs on.
+
+        :param objective: the loss with a teacher; None to leave the model's loss alone.
+        :param autocast: gives the context, of mixed precision or none, in which the objective is computed.
+        :param on_refusal: called before a training forward raises.
+        """
+        self.model = model
+        self.gating = gating
+        self.objective = objective
+        self.autocast = autocast
+        self.on_refusal = on_refusal
+        self.gated = False
+        """Whether the gates are learning now."""
+        self.step = 0
+        self.share = 1.0
+        """What a micro-batch counts in the loss of its step, where the Trainer does not divide by itself."""
+        self.heard = False
+        """Whether a backward has gone through the objective since `begin`."""
+        self.sums: dict[str, Tensor] = {}
+        """Parts of the objective, each summed over `summed` forwards."""
+        self.summed = 0
+        self.draws = 0
+        """Samples that were drawn in this step."""
+        self._settled = False
+        self._counted = False
+        self._wants_states = False
+        # Functions, unlike methods, are not copied with the model: a copy's hooks find that it is not this model.
+        before = model.register_forward_pre_hook(
+            lambda module, args, kwargs: self._before(module, args, kwargs), with_kwargs=True
+        )
+        after = model.register_forward_hook(
+            lambda module, args, kwargs, output: self._answered(module, kwargs, output), with_kwargs=True
+        )
+        self._handles = [before, after]
+        gating.masks.on_detach.append(self.remove)
+
+    def remove(self) -> None:
+        """Take the hooks off; calling it twice does nothing more."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def begin(self, step: int, *, gated: bool, share: float) -> None:
+        """Say which optimiser step the next forwards belong to."""
+        self.step, self.gated, self.share = step, gated, share
+        self.heard = False
+        self.draws = 0
+
+    def end(self) -> None:
+        """Drop the samples of the step, whose graph is of no use any more."""
+        self.gating.masks.unbind()
+
+    def _learns(self, module: nn.Module) -> bool:
+        return module.training and torch.is_grad_enabled()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if module is not self.model:
+            return None
+        if not self._learns(module):
+            if self.gated and not self._settled:
+                self.gating.settle()
+                self._settled = True
+            return None
+        if self.gated:
+            self.gating.bind(self.step * _DRAWS + self.draws)
+            self.draws += 1
+            self._settled = False
+        if self.objective is None:
+            return None
+        changed = {**dict(zip(forward_names(self.model), args, strict=False)), **kwargs}
+        changed.update(supported_kwargs(self.model, return_dict=True))
+        self._counted = changed.pop(_COUNT, None) is not None
+        self._wants_states = bool(changed.get("output_hidden_states", self.model.config.output_hidden_states))
+        if self.objective.distils_layers:
+            changed["output_hidden_states"] = True
+        return (), changed
+
+    def _answered(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
+        try:
+            return self._after(module, kwargs, output)
+        except TrainingError:
+            self.on_refusal()
+            raise
+
+    def _after(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if module is not self.model or self.objective is None or not self._learns(module):
+            return None
+        if self.objective.label_weight and output.get("loss") is None:
+            raise TrainingError(
+                f"in training, the {type(self.model).__name__} was called without labels, so that its loss is computed "
+                "outside of it, where the teacher's part cannot be added: leave out compute_loss_func and "
+                "label_smoothing_factor, or the teacher, or pass label_weight=0"
+            )
+        batch = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        with self.autocast():
+            parts = self.objective.of(output, batch, self.gating.alive_layers())
+        for name, value in parts.items():
+            if name != "loss":
+                self.sums[name] = self.sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+        self.summed += 1
+        loss = parts["loss"] * (self.share if self._counted else 1.0)
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: self._hear())  # type: ignore[no-untyped-call]
+        found = {**output, "loss": loss}
+        if not self._wants_states:
+            found.pop("hidden_states", None)
+        # The outputs of an encoder without a head have no such field, and rebuilding them elsewhere would miss it.
+        return type(output)(**found) if "loss" in {field.name for field in fields(output)} else found
+
+    def _hear(self) -> None:
+        self.heard = True
+
+    def take_parts(self) -> dict[str, float]:
+        """Return the means of the objective's parts since the last call."""
+        means = {name: float(value) / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return means
