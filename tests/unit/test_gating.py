@@ -13,7 +13,7 @@ from cofiprune import PruneConfig, accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
-from cofiprune.selection.target import SPARSITY, Target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Group
 from cofiprune.training.gating import Gating
 from cofiprune.training.schedule import Schedule
@@ -31,7 +31,7 @@ def bert() -> BertModel:
 def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
-    goal = Target(SPARSITY, target, accounting.layer_parameters, total, (1 - target) * total)
+    goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
     return Gating(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, share=share)
 
 
