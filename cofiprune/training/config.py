@@ -127,7 +127,7 @@ def check_taken(
     known = names_of(*models)
     for name in names:
         if name in PruneConfig.model_fields and name not in known:
-            others = "prune and finetune" if name in names_of(*FINETUNE) else "prune"
+            others = "prune and cofiprune.finetune" if name in names_of(*FINETUNE) else "prune"
             reason = (reasons or {}).get(name, f"it is a setting of cofiprune.{others}")
             raise SettingsError(f"{who} does not take {name!r}: {reason}. Settings: {', '.join(sorted(known))}")
     check_names(names, known)

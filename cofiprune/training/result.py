@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reached:
+class TargetReport:
     """The target of a run, and what came of it."""
 
     name: str
@@ -32,7 +32,7 @@ class Reached:
         return self.text
 
 
-def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
+def reached(target: Target, model: PreTrainedModel, plan: Plan) -> TargetReport:
     """What a plan comes to; where the cost is an estimate, it is measured.
 
     :param model: that the plan is for.
@@ -41,15 +41,15 @@ def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
         left: float = target.cost(structure_of(model)).exact(plan.kept)
     else:
         left = target.measure(compact(model, plan))
-    value = target.scale.asked(left, target.total)
-    if target.measure is not None and abs(left / target.left - 1) > target.slack:
+    value = target.value_of(left)
+    if target.measure is not None and abs(left / target.budget - 1) > target.slack:
         warnings.warn(
-            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary "
+            f"{target} was asked for; measured again, the compacted model has {target.text(left)}. Times vary "
             "on a busy machine, and no sizes may lie nearer",
             UserWarning,
             stacklevel=2,
         )
-    return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
+    return TargetReport(target.name, target.requested, value, f"{target}, reached {target.text(left)}")
 
 
 @dataclass(repr=False)
@@ -78,17 +78,17 @@ class PruneResult:
     reason: str = ""
     """Where `method="auto"` picked: what and why, in one sentence."""
 
-    target: Reached | None = None
+    target: TargetReport | None = None
     """What was asked for and reached; None for `finetune`."""
-    plain: bool = False
-    """Whether every layer has the same shape (`uniform`), so that the smaller model is a plain one."""
+    uniform: bool = False
+    """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
-        """Return the smaller model: `cofiprune.compact(result.model)`, with `plain=True` after `uniform`.
+        """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.
 
         :param fuse: as in `cofiprune.compact`.
         """
-        return compact(self.model, plain=self.plain, fuse=fuse)
+        return compact(self.model, uniform=self.uniform, fuse=fuse)
 
     def _rows(self) -> list[tuple[str, str]]:
         kept = {name: len(indices) for name, indices in self.plan.keep.items()}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import restore, sliced
+from cofiprune.compaction import restore
+from cofiprune.compaction.slicing import sliced
 from cofiprune.gates import Gates, gate_cut
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
@@ -73,7 +74,7 @@ class Shut(nn.Module):
         plan = Plan.from_values(masks.structure, values)
         cost = target.cost(masks.structure)
         before, after = cost.exact(masks.structure.sizes), cost.exact(plan.kept)
-        return plan if target.left <= after <= (1 - _LEAST) * before else None
+        return plan if target.budget <= after <= (1 - _LEAST) * before else None
 
     def cut(self, gates: Gates, plan: Plan, smaller: Gates) -> Shut:
         """The same for the gates of what a plan leaves."""

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
 from cofiprune.hooks import evaluating
@@ -150,7 +150,7 @@ def _short_of(structure: Structure, target: Target, config: PruneConfig) -> floa
     unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
     return max(
         unit,
-        target.tolerance if target.by_levels(structure) else 0.0,
+        target.tolerance if target.needs_levels(structure) else 0.0,
         _ESTIMATE * (1 - target.share) if target.measure is not None else 0.0,
     )
 
