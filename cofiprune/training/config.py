@@ -109,29 +109,6 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
             raise SettingsError(f"unknown preset {name!r}.{suggest(name, PRESETS)} Presets: {', '.join(PRESETS)}")
         return cls.create(**{**_ORIGINAL, **dict(zip(_PRESET, PRESETS[name], strict=True)), **settings})
 
-
-def names_of(*models: type[Settings]) -> list[str]:
-    """The fields of some settings models, each once."""
-    return list(dict.fromkeys(name for model in models for name in model.model_fields))
-
-
-def check_taken(
-    who: str, names: Iterable[str], models: tuple[type[Settings], ...], reasons: Mapping[str, str] | None = None
-) -> None:
-    """Make sure that somebody takes settings of these names.
-
-    :param who: the function, for messages.
-    :param reasons: why it does not take some of the other settings, by name.
-    :raises SettingsError: for a setting that only other functions take, and for an unknown one, with the near misses.
-    """
-    known = names_of(*models)
-    for name in names:
-        if name in PruneConfig.model_fields and name not in known:
-            others = "prune and cofiprune.finetune" if name in names_of(*FINETUNE) else "prune"
-            reason = (reasons or {}).get(name, f"it is a setting of cofiprune.{others}")
-            raise SettingsError(f"{who} does not take {name!r}: {reason}. Settings: {', '.join(sorted(known))}")
-    check_names(names, known)
-
     @classmethod
     def from_arguments(cls, words: Iterable[str], *, preset: str | None = None) -> Self:
         """Read settings as they are typed: `--epochs 4 --units head hidden --no-dropout --freeze-epochs none`.
@@ -156,6 +133,29 @@ def check_taken(
             else:
                 settings[name] = None if parts == ["none"] else parts[0] if len(parts) == 1 else parts
         return cls.preset(preset, **settings) if preset else cls.create(**settings)
+
+
+def names_of(*models: type[Settings]) -> list[str]:
+    """The fields of some settings models, each once."""
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def check_taken(
+    who: str, names: Iterable[str], models: tuple[type[Settings], ...], reasons: Mapping[str, str] | None = None
+) -> None:
+    """Make sure that somebody takes settings of these names.
+
+    :param who: the function, for messages.
+    :param reasons: why it does not take some of the other settings, by name.
+    :raises SettingsError: for a setting that only other functions take, and for an unknown one, with the near misses.
+    """
+    known = names_of(*models)
+    for name in names:
+        if name in PruneConfig.model_fields and name not in known:
+            others = "prune and cofiprune.finetune" if name in names_of(*FINETUNE) else "prune"
+            reason = (reasons or {}).get(name, f"it is a setting of cofiprune.{others}")
+            raise SettingsError(f"{who} does not take {name!r}: {reason}. Settings: {', '.join(sorted(known))}")
+    check_names(names, known)
 
 
 _ORIGINAL: dict[str, Any] = {
