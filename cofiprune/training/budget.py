@@ -15,7 +15,7 @@ from cofiprune.training.config import PruneConfig
 
 SWEEP = (2.0, 4.0)
 """What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
-share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0008-one-shot-in-sweeps.md)."""
+share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0008-one-shot-in-rounds.md)."""
 MARGIN = 1.2
 """On what one shot is expected to take."""
 FLOOR = 0.1
