@@ -109,6 +109,31 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
             raise SettingsError(f"unknown preset {name!r}.{suggest(name, PRESETS)} Presets: {', '.join(PRESETS)}")
         return cls.create(**{**_ORIGINAL, **dict(zip(_PRESET, PRESETS[name], strict=True)), **settings})
 
+    @classmethod
+    def from_arguments(cls, words: Iterable[str], *, preset: str | None = None) -> Self:
+        """Read settings as they are typed: `--epochs 4 --units head hidden --no-dropout --freeze-epochs none`.
+
+        :param words: what an `argparse` parser of other options leaves over.
+        :param preset: the recipe on top of which they go.
+        :raises SettingsError: for an unknown name (with the near misses) or a value out of range.
+        """
+        typed: dict[str, list[str]] = {}
+        name = ""
+        for word in words:
+            if word.startswith("--"):
+                name, *values = word.removeprefix("--").split("=", 1)
+                typed[name.replace("-", "_")] = values
+            else:
+                typed.setdefault(name.replace("-", "_"), []).append(word)
+        settings: dict[str, Any] = {}
+        for name, values in typed.items():
+            parts = [part for value in values for part in value.split(",")]
+            if not parts:
+                settings[name.removeprefix("no_")] = not name.startswith("no_")
+            else:
+                settings[name] = None if parts == ["none"] else parts[0] if len(parts) == 1 else parts
+        return cls.preset(preset, **settings) if preset else cls.create(**settings)
+
 
 def names_of(*models: type[Settings]) -> list[str]:
     """The fields of some settings models, each once."""

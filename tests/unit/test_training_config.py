@@ -283,6 +283,23 @@ def test_settings_go_on_top_of_a_preset():
     assert (config.epochs, config.distill_layers_weight, config.batch_size) == (1, 0.5, 16)
 
 
+def test_settings_are_read_as_they_are_typed():
+    typed = "--epochs 4 --units head hidden --no-dropout --warm_start --freeze-epochs none --gate-stretch=-0.2,1.2"
+    given = PruneConfig.from_arguments(typed.split(), preset="squad")
+    stretch = (-0.2, 1.2)
+    assert given == PruneConfig.preset(
+        "squad",
+        epochs=4,
+        units=("head", "hidden"),
+        dropout=False,
+        warm_start=True,
+        freeze_epochs=None,
+        gate_stretch=stretch,
+    )
+    with pytest.raises(SettingsError, match="Did you mean 'epochs'"):
+        PruneConfig.from_arguments(["--epoch", "4"])
+
+
 def test_unknown_presets():
     with pytest.raises(SettingsError, match=r"'glue-smal'\. Did you mean 'glue-small'.* Presets: .*squad"):
         PruneConfig.preset("glue-smal")
