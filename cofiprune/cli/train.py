@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cofiprune.cli.loading import Loaded, add_data_options, load
 from cofiprune.cli.models import add_model_options, load_model, model_name
-from cofiprune.cli.options import add_settings, given_settings, number, numbers, one_of, writable_directory
+from cofiprune.cli.options import (
+    add_settings,
+    given_settings,
+    number,
+    numbers,
+    one_of,
+    prune_config,
+    writable_directory,
+)
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
 from cofiprune.training.settings import DistillationSettings, GateSettings, TargetSettings, TrainingSettings
@@ -64,8 +72,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def prune(options: argparse.Namespace) -> None:
     """Prune a model, save the smaller one, and print the result and its summary."""
-    given = given_settings(options)
-    config = PruneConfig.preset(options.preset, **given) if options.preset else PruneConfig.create(**given)
+    config = prune_config(options, options.preset)
     target = _target(options)
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
     from cofiprune.training import prune as training
@@ -92,20 +99,20 @@ def finetune(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
     """Return the target that was given, checked as far as that goes without the model."""
-    from cofiprune.training.targets import several, the_one
+    from cofiprune.selection.arguments import parse_sparsities, parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
     listed = asked["target_sparsity"]
     if listed is not None:
         asked["target_sparsity"] = listed[0]
-    name, value = the_one(asked)
-    return {name: several(listed) if listed is not None and len(listed) > 1 else value}
+    name, value = parse_target(asked)
+    return {name: parse_sparsities(listed) if listed is not None and len(listed) > 1 else value}
 
 
 def _prepare(
     options: argparse.Namespace, config: PruneConfig, *, labelled: bool, trained: bool = False
 ) -> tuple[Loaded, dict[str, Any]]:
-    """Load the model with its data and its teacher; return them with the arguments that `prune` and `finetune` share."""
+    """Load the model with its data and its teacher, and return the arguments that `prune` and `finetune` share."""
     name, taught_by = model_name(options), options.teacher
     folder = writable_directory(options.output_dir, other_than=(name, taught_by))
     from transformers import set_seed
