@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from cofiprune.cli.loading import Loaded, add_data_options, load
 from cofiprune.cli.models import add_model_options, load_model, model_name
 from cofiprune.cli.parser import number, numbers, one_of, writable_directory
-from cofiprune.cli.settings import PRESETS, add_finetune_settings, add_prune_settings, finetune_config, prune_config
+from cofiprune.cli.settings import add_finetune_settings, add_prune_settings, given_settings, prune_config
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import PRESETS, PruneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def finetune(options: argparse.Namespace) -> None:
     """Train a model, save it, and print the result."""
     if options.train_file is None:
         raise SettingsError("finetune needs --train-file")
-    config = finetune_config(options)
+    config = PruneConfig.for_finetune(**given_settings(options))
     loaded, teacher, folder = _prepare(options, config, labelled=not options.teacher, trained=True)
     from cofiprune.training import prune as run
 
