@@ -7,14 +7,28 @@ for more time (docs/benchmarks.md).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.data.batches import Batch, Batches, model_inputs, to_model
+from cofiprune.data.tasks import taken
+from cofiprune.distillation import predictions
 from cofiprune.errors import SettingsError
+from cofiprune.hooks import evaluating
+from cofiprune.oneshot.layerwise import counted
+from cofiprune.oneshot.with_data import FIT_POSITIONS, sweeps
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from cofiprune.training.config import PruneConfig
 
 SWEEP = (2.0, 4.0)
@@ -27,33 +41,10 @@ FLOOR = 0.1
 WORTHWHILE_EPOCHS = 1.0
 """Fewer epochs than this are not tried: training begins with a loss, and a run that is cut short ends below what one
 shot leaves. A choice on the safe side, not a measured bound."""
+_STEPS = 4
+"""Steps that are timed; the first, which pays for what is set up once, does not count."""
 MOST_EPOCHS = 30.0
 """Where a time budget stops being spent: more epochs are worth asking for by name."""
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])\s*")
-
-
-def seconds_of(value: object) -> float:
-    """Read a time: a number of seconds, or a text such as "90s", "10m" or "1h30m".
-
-    :raises ValueError: for anything else, or a time that is not above 0.
-
-    >>> seconds_of("10m"), seconds_of("1h30m"), seconds_of(45)
-    (600.0, 5400.0, 45.0)
-    """
-    found: float | None = None
-    if isinstance(value, str):
-        text = value.strip().lower()
-        parts = _TIME.findall(text)
-        if parts and not _TIME.sub("", text):
-            found = sum(float(number) * _UNITS[unit] for number, unit in parts)
-        elif re.fullmatch(r"\d+(\.\d+)?", text):
-            found = float(text)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        found = float(value)
-    if found is None or not 0 < found < float("inf"):
-        raise ValueError('takes a time above 0: seconds, or a text such as "90s", "10m" or "1h30m"')
-    return found
 
 
 def readable(seconds: float) -> str:
@@ -174,6 +165,54 @@ def _affordable(pace: Pace, seconds: float, share: float) -> float:
     return max(seconds / (per_epoch + pace.taught(1.0)), 0.0)
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle one of some measurements, the lower of two."""
-    return sorted(values)[(len(values) - 1) // 2]
+def measure_pace(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Batches,
+    *,
+    steps_per_epoch: int,
+    target: float,
+) -> Pace:
+    """Time a few training steps of a model, and its teacher on the same rows; weights and random state stay.
+
+    :param batches: of this process, from the first one on.
+    :param target: the sparsity that one shot would go to.
+    """
+    inputs = [model_inputs(to_model(batch, model), model) for batch in itertools.islice(batches, _STEPS)]
+    structure = structure_of(model)
+    positions = sum(counted(model, structure, batch) for batch in inputs) / len(inputs)
+    with evaluating(model), torch.random.fork_rng():  # which puts the modes back
+        model.train()
+        step = _median_seconds(lambda batch: _step(model, batch), inputs)
+    asked = 0.0 if teacher is None else _median_seconds(lambda batch: _teach(teacher, batch), inputs)
+    rows = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
+    return Pace(step, asked, steps_per_epoch, rows * one_shot_steps(sweeps(1 - target)) * step)
+
+
+def _median_seconds(run: Callable[[Batch], None], batches: list[Batch]) -> float:
+    """Median seconds of all runs but the first, which pays for what is set up once."""
+    found = []
+    for batch in batches:
+        started = time.perf_counter()
+        run(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return statistics.median_low(found[1:] or found)
+
+
+def _step(model: PreTrainedModel, batch: Batch) -> None:
+    """A forward and a backward pass, of which nothing is kept."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = torch.stack([part.float().square().mean() for part in _outputs(model, batch)]).sum()
+    if learning:
+        torch.autograd.grad(loss, learning, allow_unused=True)
+
+
+@torch.no_grad()
+def _teach(teacher: PreTrainedModel, batch: Batch) -> None:
+    _outputs(teacher, batch)
+
+
+def _outputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
+    return predictions(model(**batch, **taken(model, return_dict=True)))

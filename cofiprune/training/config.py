@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cofiprune.errors import SettingsError, suggest
 from cofiprune.structure import UNIT_KINDS, UnitKind
-from cofiprune.training.budget import seconds_of
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -18,7 +18,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Scheduler = Literal["linear", "cosine", "constant"]
 
-
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])\s*")
 _OTHER_NAMES = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
@@ -318,3 +319,26 @@ def _in_one_line(error: ValidationError) -> str:
         message = entry["msg"].removeprefix("Value error, ")
         parts.append(f"{name}={entry['input']!r}: {message}")
     return "; ".join(parts)
+
+
+def seconds_of(value: object) -> float:
+    """Read a time: a number of seconds, or a text such as "90s", "10m" or "1h30m".
+
+    :raises ValueError: for anything else, or a time that is not above 0.
+
+    >>> seconds_of("10m"), seconds_of("1h30m"), seconds_of(45)
+    (600.0, 5400.0, 45.0)
+    """
+    found: float | None = None
+    if isinstance(value, str):
+        text = value.strip().lower()
+        parts = _TIME.findall(text)
+        if parts and not _TIME.sub("", text):
+            found = sum(float(number) * _UNITS[unit] for number, unit in parts)
+        elif re.fullmatch(r"\d+(\.\d+)?", text):
+            found = float(text)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        found = float(value)
+    if found is None or not 0 < found < float("inf"):
+        raise ValueError('takes a time above 0: seconds, or a text such as "90s", "10m" or "1h30m"')
+    return found
