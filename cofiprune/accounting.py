@@ -148,7 +148,11 @@ def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Po
 
 
 def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Polynomial:
-    entries = [(_term(p), p.fixed * (p.rows[0] * seq_len + p.rows[1])) for p in structure.parameters if chosen(p)]
+    entries = [
+        (_term(p), p.fixed * (p.applications[0] * seq_len + p.applications[1]))
+        for p in structure.parameters
+        if chosen(p)
+    ]
     for block in structure.blocks:
         names = tuple(sorted(name for name in (block.gate, block.inner) if name))
         entries.append((names, block.pairwise * seq_len**2 + block.per_token * seq_len))

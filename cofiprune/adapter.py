@@ -23,9 +23,9 @@ from cofiprune.family import (
     Axis,
     BlockTable,
     ConfigSizes,
+    ExtraTable,
     Family,
-    RestTable,
-    Row,
+    Weights,
     embedding,
     expand,
     family_entries,
@@ -52,10 +52,10 @@ __all__ = [
     "Axis",
     "BlockTable",
     "ConfigSizes",
+    "ExtraTable",
     "Family",
-    "RestTable",
-    "Row",
     "TableAdapter",
+    "Weights",
     "adapter_for",
     "derive_by",
     "embedding",
@@ -83,7 +83,7 @@ class Adapter:
     """The `config.model_type` values that it serves."""
     stored: bool = False
     """Whether a compacted model carries the table with it, because nothing that is installed has it."""
-    trial_settings: Mapping[str, Any] = MappingProxyType({})
+    test_settings: Mapping[str, Any] = MappingProxyType({})
     """Settings of the small configurations that `check_adapter` tries, where a model does not run with stock ones."""
 
     def describe(self, config: PretrainedConfig) -> Family:

@@ -14,6 +14,13 @@ class StructureError(CofipruneError, ValueError):
     """A model, unit kind or group that the structure does not have."""
 
 
+class UnknownGroupError(StructureError, KeyError):
+    """A group that a structure, or a registry of masks, does not have; a `KeyError` too, as of every mapping."""
+
+    # A KeyError shows the repr of its message.
+    __str__ = Exception.__str__
+
+
 class AdapterError(CofipruneError, TypeError):
     """No adapter for a model, or an adapter whose description does not fit the model."""
 

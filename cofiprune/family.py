@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cofiprune.errors import CheckpointError
-from cofiprune.structure import Exit, Kind, Role, Shared
+from cofiprune.structure import BlockExit, Kind, Role, Shared
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ INTERMEDIATE = Axis("intermediate")
 
 
 @dataclass(frozen=True)
-class Row:
+class Weights:
     """Modules of one shape, and the axes of their parameters."""
 
     modules: str
@@ -79,17 +79,17 @@ def linear(
     writes: Axis | None = None,
     rows: tuple[int, int] = (1, 0),
     optional: bool = False,
-) -> Row:
+) -> Weights:
     """A projection: weight [out, in, ...] and, where there is one, bias [out].
 
     :param reads: the axis of the input side.
     :param writes: the axis of the output side.
     :param rows: (a, b) when the matrix is applied to a * sequence_length + b rows per example.
     """
-    return Row(modules, {"weight": (writes, reads), "bias": (writes,)}, rows=rows, optional=optional)
+    return Weights(modules, {"weight": (writes, reads), "bias": (writes,)}, rows=rows, optional=optional)
 
 
-def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Row:
+def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Weights:
     """The last projection of a block: from its inner units into the residual stream.
 
     Masks of inner units, of hidden dimensions and of the block itself all scale it.
@@ -97,13 +97,13 @@ def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Row:
     :param read_in: path of the module that reads its weight and bias, where the projection itself is not called.
     """
     tensors = {"weight": (HIDDEN.scaled, reads.scaled), "bias": (HIDDEN.scaled,)}
-    return Row(modules, tensors, gated=True, rows=(1, 0), read_in=read_in)
+    return Weights(modules, tensors, gated=True, rows=(1, 0), read_in=read_in)
 
 
-def embedding(modules: str, *, writes: Axis | None = HIDDEN, optional: bool = False) -> Row:
+def embedding(modules: str, *, writes: Axis | None = HIDDEN, optional: bool = False) -> Weights:
     """A lookup table [entries, width] that is added into the residual stream."""
     axis = None if writes is None else writes.scaled
-    return Row(modules, {"weight": (None, axis)}, table=True, optional=optional)
+    return Weights(modules, {"weight": (None, axis)}, table=True, optional=optional)
 
 
 def norm(
@@ -112,26 +112,26 @@ def norm(
     kind: Literal["layer", "rms"] = "layer",
     read_by: str | None = None,
     optional: bool = False,
-) -> Row:
+) -> Weights:
     """A normalisation over the hidden dimension, with or without a bias."""
     tensors = {"weight": (HIDDEN.scaled,), "bias": (HIDDEN.scaled,)}
-    return Row(modules, tensors, norm=kind, read_by=read_by, optional=optional)
+    return Weights(modules, tensors, norm=kind, read_by=read_by, optional=optional)
 
 
-def tensor(module: str, name: str, *axes: Axis | None, optional: bool = False) -> Row:
+def tensor(module: str, name: str, *axes: Axis | None, optional: bool = False) -> Weights:
     """A parameter that a module holds itself."""
-    return Row(module, {name: axes}, optional=optional)
+    return Weights(module, {name: axes}, optional=optional)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTable:
     """The rows of one block kind, relative to a layer, and where its output leaves it."""
 
-    rows: tuple[Row, ...]
-    exit: Exit
-    skipped: tuple[str | Exit, ...] = ()
-    """Modules that do not run when the block is gone: a path for one that hands its first argument on; an `Exit` with
-    `residual=False` for one that gives zeros because the exit above adds the residual to them."""
+    rows: tuple[Weights, ...]
+    exit: BlockExit
+    bypassed: tuple[str | BlockExit, ...] = ()
+    """Modules that do not run without the block: a path for one that returns its first argument then; a `BlockExit`
+    with `residual=False` for one that returns zeros, because the exit above adds the residual to them."""
     dropped: tuple[str, ...] = ()
     """What the layer itself holds for this block, where it has it: a parameter, in whose place a single 0 stays when
     the block is gone, or a module that the layer can do without, in whose place None stays."""
@@ -159,15 +159,15 @@ class ConfigSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestTable:
+class ExtraTable:
     """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
     `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Weights, ...] = ()
     """Its rows, relative to a layer."""
-    exits: tuple[str | Exit, ...] = ()
+    exits: tuple[str | BlockExit, ...] = ()
     """Where it joins the residual stream, so that the laws can look at a layer without it: a path for a module that
-    the stream runs through; an `Exit` with `residual=False` for one whose output is added to it."""
+    the stream runs through; a `BlockExit` with `residual=False` for one whose output is added to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +178,13 @@ class Family:
     """Units of `hidden`, and per layer of `heads` and `intermediate`, as the configuration says."""
     layers: str
     """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way."""
-    stem: tuple[Row, ...]
+    stem: tuple[Weights, ...]
     """Everything outside the layers that every model of the family may have, relative to the encoder."""
     attention: BlockTable
     ffn: BlockTable
-    rest: RestTable = RestTable()
+    extra: ExtraTable = ExtraTable()
     """What every layer holds beside these two."""
-    heads: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    heads: Mapping[str, tuple[Weights, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
     encoder: str = ""
     """Path of the encoder in models with a head whose class does not name it as their base model."""
@@ -223,6 +223,8 @@ def family_from(entries: Mapping[str, Any]) -> Family:
         family: Family = _family_schema().validate_python(entries)
     except ValueError as error:
         raise CheckpointError(f"the table that this model carries cannot be read: {error}") from None
+    if family_entries(family) != entries:
+        raise CheckpointError("the table that this model carries has entries of another version; compact it again")
     return family
 
 

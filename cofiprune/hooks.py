@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -64,6 +65,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def reading(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode; their modes and torch's random state come back afterwards.
+
+    Some models draw random numbers in eval mode too, for layers that training may leave out.
+    """
+    devices = {value.device for model in models for value in model.parameters() if value.device.type == "cuda"}
+    with evaluating(*models), torch.random.fork_rng(list(devices)):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cofiprune import accounting
-from cofiprune.errors import MaskError, StructureError
+from cofiprune.errors import MaskError, StructureError, UnknownGroupError
 from cofiprune.plan import Plan
 from cofiprune.structure import Block, Structure
 
@@ -87,7 +87,7 @@ class MaskRegistry(MutableMapping[str, Tensor]):
     def _known(self, name: str) -> None:
         if name not in self._values:
             group = self.structure[name]
-            raise StructureError(f"no mask is attached for {name!r}; attach with units that include {group.unit!r}")
+            raise UnknownGroupError(f"no mask is attached for {name!r}; attach with units that include {group.unit!r}")
 
     def set_plan(self, plan: Plan) -> None:
         """Set every attached mask to what a plan keeps.

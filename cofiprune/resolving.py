@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cofiprune.errors import AdapterError, suggest
-from cofiprune.family import Axis, BlockTable, Family, Row, expand
+from cofiprune.family import Axis, BlockTable, Family, Weights, expand
 from cofiprune.structure import (
     Block,
-    Exit,
+    BlockExit,
     Group,
     Kind,
     Norm,
@@ -37,9 +37,9 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _placed(exit: str | Exit, path: str) -> Exit:
+def _placed(exit: str | BlockExit, path: str) -> BlockExit:
     """An exit whose module is named from the model instead of from the layer."""
-    found = Exit(exit) if isinstance(exit, str) else exit
+    found = BlockExit(exit) if isinstance(exit, str) else exit
     return replace(found, module=_join(path, found.module))
 
 
@@ -84,7 +84,7 @@ class Resolver:
                     groups += new_groups
                     blocks.append(block)
                     attributes += new_attributes
-            for row in self.family.rest.rows:
+            for row in self.family.extra.rows:
                 self._row(self._repeated(row, index), path, f"layers.{index}.")
         for row in self.family.stem:
             self._row(row, self.base, None)
@@ -101,10 +101,10 @@ class Resolver:
             applications=self.applications if any(times > 1 for times in self.applications) else (),
             embeddings=tuple(self.tables),
             refused=self.refused,
-            rest=tuple(_placed(each, path) for path in paths for each in self.family.rest.exits),
+            extra=tuple(_placed(each, path) for path in paths for each in self.family.extra.exits),
         )
 
-    def _repeated(self, row: Row, layer: int) -> Row:
+    def _repeated(self, row: Weights, layer: int) -> Weights:
         """A row of a layer that may be applied several times."""
         times = self.applications[layer]
         return replace(row, rows=(times * row.rows[0], times * row.rows[1]))
@@ -128,7 +128,7 @@ class Resolver:
             raise AdapterError(f"{self._who()}: sizes has {', '.join(self.family.sizes) or 'nothing'}, and no {kind!r}")
         return int(self.family.sizes[kind])
 
-    def _head_rows(self) -> tuple[Row, ...]:
+    def _head_rows(self) -> tuple[Weights, ...]:
         """Rows of the task head; without a description of it, the hidden size cannot be pruned."""
         if not self.base:
             return ()
@@ -168,7 +168,7 @@ class Resolver:
             gate=gate_name,
             inner=None if self._refuses(inner) else inner_name,
             exit=_placed(table.exit, path),
-            skipped=tuple(_placed(each, path) for each in table.skipped),
+            bypassed=tuple(_placed(each, path) for each in table.bypassed),
             dropped=tuple(_join(path, name) for name in table.dropped),
             shared=tuple(replace(each, module=_join(path, each.module)) for each in table.shared),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements * times,
@@ -179,7 +179,7 @@ class Resolver:
     def _check_modules(self, path: str, gate: str, table: BlockTable) -> None:
         """Make sure that the modules which a block's table names beside its rows are there."""
         named = [("exit", table.exit.module), *(("shared", each.module) for each in table.shared)]
-        named += [("skipped", each if isinstance(each, str) else each.module) for each in table.skipped]
+        named += [("bypassed", each if isinstance(each, str) else each.module) for each in table.bypassed]
         named += [("attributes", module) for module, _, axis in table.attributes if not self._refuses(axis.kind)]
         for entry, module in named:
             found = _join(path, module)
@@ -203,7 +203,7 @@ class Resolver:
     def _refuses(self, kind: Kind) -> bool:
         return unit_of(kind) in self.refused
 
-    def _row(self, row: Row, root: str, layer: str | None, gate: str | None = None) -> None:
+    def _row(self, row: Weights, root: str, layer: str | None, gate: str | None = None) -> None:
         for path in (_join(root, pattern) for pattern in expand(row.modules)):
             module = self.modules.get(path)
             if module is None:
@@ -228,7 +228,7 @@ class Resolver:
         self,
         parameter: nn.Parameter,
         name: str,
-        row: Row,
+        row: Weights,
         axes: tuple[Axis | None, ...],
         layer: str | None,
         gate: str | None,
@@ -245,7 +245,7 @@ class Resolver:
                 )
             # The row that came first (the embedding table) owns it; it is applied as a matrix too, by a module that is
             # tied to it or by a head that reads the table itself.
-            self.described[canonical] = replace(known, rows=row.rows)
+            self.described[canonical] = replace(known, applications=row.rows)
             return
         padded = (*axes, *[None] * (parameter.dim() - len(axes)))
         sides = tuple(
@@ -253,9 +253,9 @@ class Resolver:
         )
         if row.read_by is not None and self._tied(row.read_by):
             sides = tuple(side and replace(side, role="slice") for side in sides)
-        rows = row.rows if parameter.dim() > 1 else (0, 0)
+        applications = row.rows if parameter.dim() > 1 else (0, 0)
         shape = tuple(parameter.shape)
-        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name, reader)
+        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, applications, name, reader)
         if row.table:
             self.tables.append(canonical)
 
@@ -283,6 +283,6 @@ class Resolver:
             known = self.described.get(name)
             shape = tuple(parameter.shape)
             # Heads that read a pooled vector are applied once per example.
-            rows = (0, 1) if len(shape) > 1 else (0, 0)
-            found.append(known or Parameter(name, shape, (None,) * len(shape), rows=rows))
+            applications = (0, 1) if len(shape) > 1 else (0, 0)
+            found.append(known or Parameter(name, shape, (None,) * len(shape), applications=applications))
         return found

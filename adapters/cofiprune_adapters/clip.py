@@ -22,14 +22,14 @@ from cofiprune.adapter import (
     Adapter,
     BlockTable,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,8 +40,8 @@ ATTENTION = BlockTable(
         linear("self_attn.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
         projection("self_attn.out_proj", reads=HEADS),
     ),
-    exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("layer_norm1",),
+    exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("layer_norm1",),
     attributes=(("self_attn", "num_heads", HEADS.of(1)),),
 )
 FFN = BlockTable(
@@ -50,8 +50,8 @@ FFN = BlockTable(
         linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
         projection("mlp.fc2", reads=INTERMEDIATE),
     ),
-    exit=Exit("mlp", residual=False),
-    skipped=("layer_norm2",),
+    exit=BlockExit("mlp", residual=False),
+    bypassed=("layer_norm2",),
 )
 TEXT = (embedding("embeddings.{token,position}_embedding"), norm("final_layer_norm"))
 POOLING = (
@@ -61,7 +61,7 @@ POOLING = (
 
 
 def pair(
-    config: PretrainedConfig, stem: tuple[Row, ...], refused: dict[str, str] | None = None, encoder: str = ""
+    config: PretrainedConfig, stem: tuple[Weights, ...], refused: dict[str, str] | None = None, encoder: str = ""
 ) -> Family:
     """The table of one encoder of a pair."""
     return Family(
@@ -80,7 +80,7 @@ def pair(
     )
 
 
-def patches(*rows: Row, others: int = 0) -> tuple[Row, ...]:
+def patches(*rows: Weights, others: int = 0) -> tuple[Weights, ...]:
     """The rows of the image embeddings.
 
     :param others: rows of the residual stream that are no patches.
@@ -117,7 +117,7 @@ class SiglipVisionAdapter(Adapter):
     """The image encoders of SigLIP and SigLIP 2, which is given its patches cut and flattened."""
 
     model_types = ("siglip_vision_model", "siglip2_vision_model")
-    trial_settings = MappingProxyType({"num_patches": 4})
+    test_settings = MappingProxyType({"num_patches": 4})
 
     def describe(self, config: PretrainedConfig) -> Family:
         refused = {"hidden": POOLING} if getattr(config, "vision_use_head", True) else {}

@@ -21,25 +21,25 @@ from cofiprune.adapter import (
     Adapter,
     BlockTable,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.bert import FFN, MASKED_LM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-EXIT = Exit("attention", keyword="hidden_states", outputs=2)
+EXIT = BlockExit("attention", keyword="hidden_states", outputs=2)
 ATTRIBUTES = (
     ("attention.self", "num_attention_heads", HEADS.of(1)),
     ("attention.self", "all_head_size", HEADS),
 )
-POSITIONS = Row("encoder.rel_embeddings", {"weight": (None, HIDDEN)}, table=True, optional=True)
+POSITIONS = Weights("encoder.rel_embeddings", {"weight": (None, HIDDEN)}, table=True, optional=True)
 """The table of relative positions [2 * span, hidden]."""
 
 
@@ -91,7 +91,7 @@ class DebertaAdapter(Adapter):
         )
 
 
-def embeddings(config: PretrainedConfig) -> tuple[Row, ...]:
+def embeddings(config: PretrainedConfig) -> tuple[Weights, ...]:
     """The rows of the token embeddings: as wide as the hidden size, or narrower and then projected to it.
 
     Position and token-type tables are there or not as the configuration says.
@@ -106,7 +106,7 @@ def embeddings(config: PretrainedConfig) -> tuple[Row, ...]:
     )
 
 
-def masked_lm(config: PretrainedConfig) -> tuple[Row, ...]:
+def masked_lm(config: PretrainedConfig) -> tuple[Weights, ...]:
     """The rows of the masked language modelling head, which comes in two forms."""
     if not config.legacy:
         # It has no decoder and multiplies with the embedding table itself.

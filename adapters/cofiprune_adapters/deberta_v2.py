@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HEADS, HIDDEN, Adapter, BlockTable, Family, Row, linear, norm, projection
+from cofiprune.adapter import HEADS, HIDDEN, Adapter, BlockTable, Family, Weights, linear, norm, projection
 from cofiprune_adapters.bert import FFN
 from cofiprune_adapters.deberta import ATTRIBUTES, EXIT, POSITIONS, embeddings, masked_lm, position_terms
 
@@ -67,7 +67,7 @@ class DebertaV2Adapter(Adapter):
         )
 
 
-def scores(config: PretrainedConfig) -> tuple[Row, ...]:
+def scores(config: PretrainedConfig) -> tuple[Weights, ...]:
     """The projections behind the attention scores: of the tokens, and of the relative positions."""
     if getattr(config, "share_att_key", False):
         both = (1, positions(config))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HIDDEN, Adapter, Family, Row, embedding, linear, norm
+from cofiprune.adapter import HIDDEN, Adapter, Family, Weights, embedding, linear, norm
 from cofiprune_adapters.bert import ATTENTION, FFN
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class ElectraAdapter(Adapter):
         )
 
 
-def summary(config: PretrainedConfig) -> Row:
+def summary(config: PretrainedConfig) -> Weights:
     """What reads the hidden dimensions of the summary token: its projection, or the classifier without one."""
     projected = getattr(config, "summary_use_proj", False)
     return linear("sequence_summary.summary" if projected else "classifier", reads=HIDDEN, rows=(0, 1))
 
 
-def generator(wide: bool) -> tuple[Row, ...]:
+def generator(wide: bool) -> tuple[Weights, ...]:
     """The rows of the masked language modelling head, which works at the width of the embeddings."""
     if not wide:
         return (linear("generator_predictions.dense", reads=HIDDEN), linear("generator_lm_head"))

@@ -23,7 +23,7 @@ class RoCBertAdapter(Adapter):
     """RoCBert with every head that transformers has for it."""
 
     model_types = ("roc_bert",)
-    trial_settings = MappingProxyType(
+    test_settings = MappingProxyType(
         {
             "pronunciation_vocab_size": 30,
             "pronunciation_embed_dim": 10,

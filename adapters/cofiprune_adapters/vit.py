@@ -17,13 +17,13 @@ from cofiprune.adapter import (
     BlockTable,
     ConfigSizes,
     Family,
-    Row,
+    Weights,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,8 +34,8 @@ ATTENTION = BlockTable(
         linear("attention.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
         projection("attention.o_proj", reads=HEADS),
     ),
-    exit=Exit("attention", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("layernorm_before",),
+    exit=BlockExit("attention", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("layernorm_before",),
     attributes=(("attention", "num_attention_heads", HEADS.of(1)),),
 )
 FFN = BlockTable(
@@ -44,13 +44,13 @@ FFN = BlockTable(
         linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
         projection("mlp.fc2", reads=INTERMEDIATE),
     ),
-    exit=Exit("mlp", residual=False),
-    skipped=("layernorm_after",),
+    exit=BlockExit("mlp", residual=False),
+    bypassed=("layernorm_after",),
 )
 MASKED_IMAGE = (linear("decoder.0", reads=HIDDEN),)
 
 
-def embeddings(*vectors: str, others: int = 1) -> tuple[Row, ...]:
+def embeddings(*vectors: str, others: int = 1) -> tuple[Weights, ...]:
     """The rows of the image embeddings: the patches' convolution, and the vectors by name, each [1, length, hidden].
 
     :param others: rows of the residual stream that are no patches, such as the class token's.

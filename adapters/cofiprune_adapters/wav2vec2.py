@@ -23,14 +23,14 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ExtraTable,
     Family,
-    RestTable,
-    Row,
+    Weights,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,8 +41,8 @@ PRE_NORM_ATTENTION = BlockTable(
         projection("attention.out_proj", reads=HEADS),
         norm("layer_norm"),
     ),
-    exit=Exit("attention", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("layer_norm",),
+    exit=BlockExit("attention", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("layer_norm",),
     attributes=(("attention", "num_heads", HEADS.of(1)),),
 )
 PRE_NORM_FFN = BlockTable(
@@ -51,13 +51,13 @@ PRE_NORM_FFN = BlockTable(
         projection("feed_forward.output_dense", reads=INTERMEDIATE),
         norm("final_layer_norm"),
     ),
-    exit=Exit("feed_forward", residual=False),
-    skipped=("final_layer_norm",),
+    exit=BlockExit("feed_forward", residual=False),
+    bypassed=("final_layer_norm",),
 )
 # The norm behind the residual is where the block leaves; what stands before it gives zeros.
-ATTENTION = replace(PRE_NORM_ATTENTION, exit=Exit("layer_norm"), skipped=(PRE_NORM_ATTENTION.exit,))
-FFN = replace(PRE_NORM_FFN, exit=Exit("final_layer_norm"), skipped=(PRE_NORM_FFN.exit,))
-LANGUAGE = RestTable(rows=(linear("adapter_layer.linear_{1,2}"),), exits=(Exit("adapter_layer", residual=False),))
+ATTENTION = replace(PRE_NORM_ATTENTION, exit=BlockExit("layer_norm"), bypassed=(PRE_NORM_ATTENTION.exit,))
+FFN = replace(PRE_NORM_FFN, exit=BlockExit("final_layer_norm"), bypassed=(PRE_NORM_FFN.exit,))
+LANGUAGE = ExtraTable(rows=(linear("adapter_layer.linear_{1,2}"),), exits=(BlockExit("adapter_layer", residual=False),))
 GROUPED = (
     "the convolution that gives it positions is grouped over the hidden dimensions (num_conv_pos_embedding_groups)"
 )
@@ -85,7 +85,7 @@ class Wav2Vec2Adapter(Adapter):
                 *positions(config),
                 linear("encoder.upsample.projection", optional=True),
             ),
-            rest=LANGUAGE if stable and language else RestTable(),
+            extra=LANGUAGE if stable and language else ExtraTable(),
             attention=PRE_NORM_ATTENTION if stable else ATTENTION,
             ffn=PRE_NORM_FFN if stable else FFN,
             heads={
@@ -98,7 +98,7 @@ class Wav2Vec2Adapter(Adapter):
         )
 
 
-def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Row]:
+def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Weights]:
     """The convolutions over the sound wave, with the number of rows that each makes for the layers' T.
 
     :param per_row: how many of theirs become one row of the layers.
@@ -110,7 +110,7 @@ def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Row]:
         per_row, more = stride * per_row, stride * more + kernel - stride
 
 
-def positions(config: PretrainedConfig) -> Iterator[Row]:
+def positions(config: PretrainedConfig) -> Iterator[Weights]:
     """The grouped convolutions, one or several after one another; an even kernel makes T + 1 rows."""
     path = "encoder.pos_conv_embed"
     if config.model_type == "data2vec-audio":
@@ -120,8 +120,8 @@ def positions(config: PretrainedConfig) -> Iterator[Row]:
     rows = (1, 1 - config.num_conv_pos_embeddings % 2)
     yield linear(f"{path}.conv", rows=rows)
     # Where its weight is normalised, a magnitude and a direction take its place.
-    yield Row(f"{path}.conv.parametrizations.weight", {"original0": ()}, optional=True)
-    yield Row(f"{path}.conv.parametrizations.weight", {"original1": ()}, rows=rows, optional=True)
+    yield Weights(f"{path}.conv.parametrizations.weight", {"original0": ()}, optional=True)
+    yield Weights(f"{path}.conv.parametrizations.weight", {"original1": ()}, rows=rows, optional=True)
 
 
 adapter = Wav2Vec2Adapter()

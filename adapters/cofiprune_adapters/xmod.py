@@ -13,8 +13,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HIDDEN, INTERMEDIATE, BlockTable, Family, Row, linear, norm, projection
-from cofiprune.structure import Exit
+from cofiprune.adapter import HIDDEN, INTERMEDIATE, BlockTable, Family, Weights, linear, norm, projection
+from cofiprune.structure import BlockExit
 from cofiprune_adapters import bert, roberta
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class XmodAdapter(roberta.RobertaAdapter):
     """X-MOD, pre-norm or post-norm, with every head that transformers has for it."""
 
     model_types = ("xmod",)
-    trial_settings = MappingProxyType({"default_language": "en_XX"})
+    test_settings = MappingProxyType({"default_language": "en_XX"})
 
     def describe(self, config: PretrainedConfig) -> Family:
         family = super().describe(config)
@@ -37,15 +37,15 @@ class XmodAdapter(roberta.RobertaAdapter):
                 norm("output.adapter_layer_norm", optional=True),
                 *(row for place, name in enumerate(config.languages) for row in language(str(name), counted=not place)),
             ),
-            exit=Exit("output", argument=1, keyword="input_tensor"),
+            exit=BlockExit("output", argument=1, keyword="input_tensor"),
             # The layer itself runs this norm, before the block or behind it.
-            skipped=("intermediate", "output.LayerNorm"),
+            bypassed=("intermediate", "output.LayerNorm"),
         )
         final = (norm("encoder.LayerNorm"),) if config.pre_norm else ()
         return replace(family, stem=(*family.stem, *final), attention=bert.ATTENTION, ffn=ffn)
 
 
-def language(name: str, *, counted: bool) -> tuple[Row, Row]:
+def language(name: str, *, counted: bool) -> tuple[Weights, Weights]:
     """The rows of one language's adapter, [hidden, bottleneck] and back; an example runs through one of them."""
     rows = (1, 0) if counted else (0, 0)
     path = f"output.adapter_modules.{name}"

@@ -109,10 +109,11 @@ def check_adapter(
     if not isinstance(adapter_or_model, Adapter):
         if heads is not None or configs is not None:
             raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
-        battery.check(adapter_or_model)
+        with torch.random.fork_rng():
+            battery.check(adapter_or_model)
         return battery.report()
-    with temporarily(adapter_or_model):
-        settings = adapter_or_model.trial_settings
+    with temporarily(adapter_or_model), torch.random.fork_rng():
+        settings = adapter_or_model.test_settings
         stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
         chosen = list(stock if configs is None else configs)
         for config in chosen:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside, record
-from cofiprune.masking import leave as left
-from cofiprune.masking import masks_of
-from cofiprune.structure import Block, Exit, Structure
+from cofiprune.masking import bypass, masks_of
+from cofiprune.structure import Block, BlockExit, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +53,7 @@ def wrong_exit(model: PreTrainedModel, structure: Structure, batch: Batch) -> st
             hooks.callback(hook.remove)
         for path in (*structure.layers, *(block.exit.module for block in structure.blocks)):
             hooks.callback(model.get_submodule(path).register_forward_hook(leave(path)).remove)
-        hooks.enter_context(_without(model, structure.rest))
+        hooks.enter_context(_without(model, structure.extra))
         outputs(model, batch)
     for path in structure.layers:
         found = exits[path]
@@ -83,11 +82,11 @@ def _wrong_block(path: str, blocks: list[Block], entry: Tensor, exits: Mapping[s
 
 
 @contextmanager
-def _without(model: PreTrainedModel, rest: tuple[Exit, ...]) -> Iterator[None]:
+def _without(model: PreTrainedModel, rest: tuple[BlockExit, ...]) -> Iterator[None]:
     """A model whose layers hold nothing beside their blocks."""
 
-    def silent(exit: Exit) -> Callable[..., Any]:
-        return lambda *args, **kwargs: left(exit, args, kwargs)
+    def silent(exit: BlockExit) -> Callable[..., Any]:
+        return lambda *args, **kwargs: bypass(exit, args, kwargs)
 
     modules = [(model.get_submodule(exit.module), exit) for exit in rest]
     before = [(module, module.__dict__.get("forward")) for module, _ in modules]
@@ -114,18 +113,18 @@ def exit_hint(structure: Structure, crash: Crash | None) -> str:
 def uncovered(structure: Structure) -> str:
     """Name a parameter of a block that would outlive its block; "" when there is none."""
     for block in structure.blocks:
-        roots = (block.exit.module, *(exit.module for exit in block.skipped), *block.dropped)
+        roots = (block.exit.module, *(exit.module for exit in block.bypassed), *block.dropped)
         for spec in structure.parameters:
             if spec.gate == block.gate and not any(inside(spec.name, root) for root in roots):
                 return (
                     f"{spec.name!r} belongs to {block.gate!r} but lies outside the modules that are removed with it, "
-                    f"{', '.join(map(repr, roots))}: add its module to skipped, or move the exit up."
+                    f"{', '.join(map(repr, roots))}: add its module to bypassed, or move the exit up."
                 )
     return ""
 
 
 def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
-    """Name a parameter of a block's last projection that its gate does not scale, or a wrong `Exit.residual`.
+    """Name a parameter of a block's last projection that its gate does not scale, or a wrong `BlockExit.residual`.
 
     :param model: under masks that set every gate to `SHUT`.
     :return: "" when there is none.
@@ -180,16 +179,18 @@ def overreaching(model: PreTrainedModel, structure: Structure, batch: Batch, kin
     for call, value in gone.items():
         if not any(True for _ in model.get_submodule(call[0]).parameters()):
             continue  # an activation, say: nothing describes which block it is of
-        own = [block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.skipped))]
+        own = [
+            block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.bypassed))
+        ]
         other = shut.get(call)
         if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):
             continue
         layer = next((path for path in structure.layers if inside(call[0], path)), "")
         for block in removed:
             if inside(block.exit.module, layer):
-                roots = ", ".join(repr(root.module) for root in (block.exit, *block.skipped))
+                roots = ", ".join(repr(root.module) for root in (block.exit, *block.bypassed))
                 return (
                     f"Removing {block.gate!r} changes {call[0]!r}, which is not part of it. Removed with it are "
-                    f"{roots}: check skipped, and which block the parameters in them belong to."
+                    f"{roots}: check bypassed, and which block the parameters in them belong to."
                 )
     return ""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cofiprune.compaction.slicing import compact, positions, sliced
+from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import positions, sliced
 from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import Crash, crash_site, gap, inside, record
 from cofiprune.conformance.units import wrong_units

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from cofiprune import accounting
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.conformance import exits, fault
 from cofiprune.conformance.specimens import Batch, outputs, tensors
 from cofiprune.conformance.trace import crash_site, gap

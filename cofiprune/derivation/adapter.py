@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, known_families, temporarily
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.conformance.laws import compared
 from cofiprune.conformance.specimens import inputs, outputs, random_values
 from cofiprune.derivation.derive import Derived, derive
 from cofiprune.errors import AdapterError, CofipruneError
+from cofiprune.hooks import reading
 from cofiprune.masking import attach
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
     key = (type(model), _fingerprint(model.config))
     if key not in _known:
         try:
-            derived = derive(model)
-            family = for_sizes(derived, model.config)
-            adapter = TableAdapter(model.config.model_type, family, stored=True)
-            _prove(model, adapter)
+            with reading(model):
+                derived = derive(model)
+                family = for_sizes(derived, model.config)
+                adapter = TableAdapter(model.config.model_type, family, stored=True)
+                _prove(model, adapter)
             _known[key] = adapter
         except CofipruneError as error:
             _known[key] = str(error)
@@ -89,19 +91,14 @@ def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
         if weights.is_meta:
             return
         generator = torch.Generator().manual_seed(2)
-        training = model.training
-        model.train(False)
-        try:
-            batch = {name: value.to(weights.device) for name, value in inputs(model, generator).items()}
-            batch = {k: v.to(weights.dtype) if v.is_floating_point() else v for k, v in batch.items()}
-            with attach(model) as masks:
-                for group in structure.groups:
-                    masks[group.name] = random_values(group.size, generator, fractional=True)
-                masked = outputs(model, batch)
-                plan = masks.plan()
-                cut = outputs(compact(model), batch)
-        finally:
-            model.train(training)
+        batch = {name: value.to(weights.device) for name, value in inputs(model, generator).items()}
+        batch = {k: v.to(weights.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        with attach(model) as masks:
+            for group in structure.groups:
+                masks[group.name] = random_values(group.size, generator, fractional=True)
+            masked = outputs(model, batch)
+            plan = masks.plan()
+            cut = outputs(compact(model), batch)
         difference = compared(masked, cut, plan)
         size = max(float(value.abs().max()) for value in masked.values())
         if not difference <= _TOLERANCE.get(weights.dtype, _COARSE) * max(size, 1.0):

@@ -26,7 +26,7 @@ from cofiprune.derivation.surroundings import find_surroundings
 from cofiprune.derivation.trace import watch
 from cofiprune.derivation.twin import twin_of
 from cofiprune.errors import AdapterError
-from cofiprune.structure import Exit, Kind, unit_of
+from cofiprune.structure import BlockExit, Kind, unit_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,11 +169,11 @@ class _Derivation:
         layer = self.model.get_submodule(path)
         rows = block_rows(layer, path, part.drafts[index], part.others[index], inner, self.width, way.held)
 
-        def local(exit: Exit) -> Exit:
+        def local(exit: BlockExit) -> BlockExit:
             return replace(exit, module=exit.module.removeprefix(f"{path}."))
 
-        skipped = tuple(_short(local(each)) for each in way.skipped)
-        return BlockTable(rows=rows, exit=local(way.exit), skipped=skipped, dropped=way.held)
+        bypassed = tuple(_short(local(each)) for each in way.bypassed)
+        return BlockTable(rows=rows, exit=local(way.exit), bypassed=bypassed, dropped=way.held)
 
     def _family(self, tables: tuple[BlockTable, BlockTable, dict[str, str]], settings: Settings) -> Family:
         attention, ffn, refused = tables
@@ -209,8 +209,8 @@ def _width(part: Part) -> int:
     return entry.shape[-1]
 
 
-def _short(exit: Exit) -> str | Exit:
-    return exit.module if exit == Exit(exit.module) else exit
+def _short(exit: BlockExit) -> str | BlockExit:
+    return exit.module if exit == BlockExit(exit.module) else exit
 
 
 def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
@@ -227,9 +227,9 @@ def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
     rows = {row.modules: row for table in reversed(tables) for row in reversed(table.rows)}
     ordered = [row.modules for row in last.rows] + [name for name in rows if name not in {r.modules for r in last.rows}]
     everywhere = set.intersection(*({row.modules for row in table.rows} for table in tables))
-    skipped = dict.fromkeys(itertools.chain.from_iterable(table.skipped for table in tables))
+    bypassed = dict.fromkeys(itertools.chain.from_iterable(table.bypassed for table in tables))
     return replace(
         last,
         rows=tuple(replace(rows[name], optional=name not in everywhere) for name in ordered),
-        skipped=tuple(skipped),
+        bypassed=tuple(bypassed),
     )

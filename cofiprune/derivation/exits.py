@@ -18,8 +18,8 @@ from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import first_tensor, inside
 from cofiprune.derivation.blocks import Draft
 from cofiprune.derivation.trace import Call, Overrides, near, same
-from cofiprune.masking import leave
-from cofiprune.structure import Exit
+from cofiprune.masking import bypass
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 class Way:
     """Where a block leaves, and what does not run without it; paths from the model."""
 
-    exit: Exit
-    skipped: tuple[Exit, ...]
+    exit: BlockExit
+    bypassed: tuple[BlockExit, ...]
     held: tuple[str, ...] = ()
     """Parameters that the layer itself holds for the block, by their names in the layer."""
 
     @property
     def overrides(self) -> Overrides:
-        def stand_in(exit: Exit) -> Any:
-            return lambda *args, **kwargs: leave(exit, args, kwargs)
+        def stand_in(exit: BlockExit) -> Any:
+            return lambda *args, **kwargs: bypass(exit, args, kwargs)
 
-        return Overrides({each.module: stand_in(each) for each in (self.exit, *self.skipped)})
+        return Overrides({each.module: stand_in(each) for each in (self.exit, *self.bypassed)})
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,12 @@ def _ways(calls: Sequence[Call], layer: str, span: Span) -> Iterator[Way]:
     for norm in norms:
         for exit in zeros:
             if not inside(norm.path, exit.module):
-                yield from _complete(calls, span, apart, Exit(norm.path), exit)
+                yield from _complete(calls, span, apart, BlockExit(norm.path), exit)
     for exit in () if norms else zeros:
         yield from _complete(calls, span, apart, exit)
 
 
-def _zero(call: Call, span: Span) -> Iterator[Exit]:
+def _zero(call: Call, span: Span) -> Iterator[BlockExit]:
     """The module as one that returns zeros."""
     if call.output is None or call.output.shape != span.entry.shape:
         return
@@ -179,14 +179,16 @@ def _zero(call: Call, span: Span) -> Iterator[Exit]:
                 yield replace(place, residual=False)
                 return
     if call.args and call.args[0] is not None:
-        # What is skipped in front of it hands the states on, so that it is given them then.
-        yield Exit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
+        # What is bypassed in front of it hands the states on, so that it is given them then.
+        yield BlockExit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
 
 
-def _complete(calls: Sequence[Call], span: Span, apart: Sequence[Call], exit: Exit, *skipped: Exit) -> Iterator[Way]:
+def _complete(
+    calls: Sequence[Call], span: Span, apart: Sequence[Call], exit: BlockExit, *bypassed: BlockExit
+) -> Iterator[Way]:
     """Add what else of the block is not to run: modules that would fail on parameters which are gone."""
-    gone = [exit, *skipped]
-    more: list[Exit] = []
+    gone = [exit, *bypassed]
+    more: list[BlockExit] = []
     left = [leaf for leaf in span.block.leaves if not any(inside(leaf.path, each.module) for each in gone)]
     for leaf in left:
         if any(inside(leaf.path, each.module) for each in more):
@@ -199,7 +201,7 @@ def _complete(calls: Sequence[Call], span: Span, apart: Sequence[Call], exit: Ex
         )
         first = next((index for index, value in enumerate(outer.args) if value is not None), None)
         if first == 0:
-            more.append(Exit(outer.path, outputs=outer.outputs, wrapped=outer.wrapped))
+            more.append(BlockExit(outer.path, outputs=outer.outputs, wrapped=outer.wrapped))
         elif outer.kwargs:
-            more.append(Exit(outer.path, 0, next(iter(outer.kwargs)), outer.outputs, wrapped=outer.wrapped))
-    yield Way(exit, (*skipped, *more))
+            more.append(BlockExit(outer.path, 0, next(iter(outer.kwargs)), outer.outputs, wrapped=outer.wrapped))
+    yield Way(exit, (*bypassed, *more))

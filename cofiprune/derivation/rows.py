@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cofiprune.adapter import HIDDEN, Axis, Row, linear, norm, projection, tensor
+from cofiprune.adapter import HIDDEN, Axis, Weights, linear, norm, projection, tensor
 from cofiprune.conformance.trace import inside
 from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, weight_shape
 from cofiprune.derivation.trace import Call
@@ -43,14 +43,14 @@ class Inner:
 
 def block_rows(
     layer: nn.Module, path: str, block: Draft, other: Draft, inner: Inner, width: int, held: Sequence[str]
-) -> tuple[Row, ...]:
+) -> tuple[Weights, ...]:
     """The rows of one block, relative to its layer, in the order in which its modules ran.
 
     :param path: of the layer.
     :param width: hidden dimensions.
     :param held: parameters that the layer itself holds for the block.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, Weights] = {}
     ordered = sorted(block.leaves, key=lambda call: (call not in block.readers, call.start))
     for call in ordered:
         name = call.path.removeprefix(f"{path}.")
@@ -82,24 +82,26 @@ def _axis_of(call: Call, inner: Inner) -> Axis | None:
     return inner.axis(call.output.shape[-1])
 
 
-def _inner_matrix(name: str, module: nn.Module, inner: Inner) -> Row:
+def _inner_matrix(name: str, module: nn.Module, inner: Inner) -> Weights:
     writes, reads = [inner.axis(length) for length in weight_shape(module)[:2]]
     return _matrix(name, module, reads, writes)
 
 
-def _matrix(name: str, module: nn.Module, reads: Axis | None, writes: Axis | None) -> Row:
+def _matrix(name: str, module: nn.Module, reads: Axis | None, writes: Axis | None) -> Weights:
     if is_transposed(module):
-        return Row(name, {"weight": (reads, writes), "bias": (writes,)}, rows=(1, 0))
+        return Weights(name, {"weight": (reads, writes), "bias": (writes,)}, rows=(1, 0))
     return linear(name, reads=reads, writes=writes)
 
 
-def _last(name: str, module: nn.Module, reads: Axis) -> Row:
+def _last(name: str, module: nn.Module, reads: Axis) -> Weights:
     if is_transposed(module):
-        return Row(name, {"weight": (reads.scaled, HIDDEN.scaled), "bias": (HIDDEN.scaled,)}, gated=True, rows=(1, 0))
+        return Weights(
+            name, {"weight": (reads.scaled, HIDDEN.scaled), "bias": (HIDDEN.scaled,)}, gated=True, rows=(1, 0)
+        )
     return projection(name, reads=reads)
 
 
-def _loose(name: str, module: nn.Module, inner: Inner, width: int, *, behind: bool) -> dict[str, Row]:
+def _loose(name: str, module: nn.Module, inner: Inner, width: int, *, behind: bool) -> dict[str, Weights]:
     """Parameters that are neither a matrix nor a norm: each dimension by its length.
 
     :param behind: they act on what the block has written.
@@ -107,7 +109,7 @@ def _loose(name: str, module: nn.Module, inner: Inner, width: int, *, behind: bo
     tensors = {
         local: _sides(value, inner, width, behind=behind) for local, value in module.named_parameters(recurse=False)
     }
-    return {name: Row(name, tensors)}
+    return {name: Weights(name, tensors)}
 
 
 def _sides(value: nn.Parameter, inner: Inner, width: int, *, behind: bool) -> tuple[Axis | None, ...]:
@@ -118,8 +120,8 @@ def _sides(value: nn.Parameter, inner: Inner, width: int, *, behind: bool) -> tu
 
 
 def _siblings(
-    layer: nn.Module, path: str, block: Draft, inner: Inner, rows: dict[str, Row]
-) -> Iterator[tuple[str, Row]]:
+    layer: nn.Module, path: str, block: Draft, inner: Inner, rows: dict[str, Weights]
+) -> Iterator[tuple[str, Weights]]:
     """Matrices beside those that read the stream, of the same shape, which did not run."""
     known = {call.path.removeprefix(f"{path}.") for call in block.readers}
     for call in block.readers:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import Axis, BlockTable, Family, Row
+from cofiprune.adapter import Axis, BlockTable, Family, Weights
 from cofiprune.conformance.specimens import head_classes
 from cofiprune.derivation.derive import Derived, derive
 from cofiprune.derivation.twin import small_config
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ def _is_bare(name: str) -> bool:
     return name.endswith(("Model", "Encoder"))
 
 
-def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[Row, ...]]) -> str:
+def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[Weights, ...]]) -> str:
     """Return the text of a Python file with an adapter that describes what was derived.
 
     :param model_type: of the family.
@@ -86,8 +86,8 @@ def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[
     ]
     used = [name for name in _IMPORTS if any(f"{name}{after}" in text for after in "(),. \n")]
     head += ["from cofiprune.adapter import (", *(f"    {name}," for name in used), ")"]
-    if "Exit(" in text:
-        head.append("from cofiprune.structure import Exit")
+    if "BlockExit(" in text:
+        head.append("from cofiprune.structure import BlockExit")
     return "\n".join([*head, "", text, ""])
 
 
@@ -98,7 +98,7 @@ _IMPORTS = (
     "Adapter",
     "BlockTable",
     "Family",
-    "Row",
+    "Weights",
     "embedding",
     "linear",
     "norm",
@@ -113,8 +113,8 @@ def _class_name(model_type: str) -> str:
 
 def _block(table: BlockTable) -> str:
     lines = ["BlockTable(", f"    rows={_rows(table.rows, 4)},", f"    exit={_exit(table.exit)},"]
-    if table.skipped:
-        lines.append(f"    skipped={_tuple((_exit(each) for each in table.skipped), 4)},")
+    if table.bypassed:
+        lines.append(f"    bypassed={_tuple((_exit(each) for each in table.bypassed), 4)},")
     if table.dropped:
         lines.append(f"    dropped={_tuple((_quoted(each) for each in table.dropped), 4)},")
     if table.attributes:
@@ -131,7 +131,7 @@ def _refused(family: Family) -> Iterable[str]:
         yield "            },"
 
 
-def _rows(rows: Iterable[Row], indent: int) -> str:
+def _rows(rows: Iterable[Weights], indent: int) -> str:
     return _tuple((_row(row) for row in rows), indent)
 
 
@@ -143,7 +143,7 @@ def _tuple(parts: Iterable[str], indent: int) -> str:
     return "\n".join(["(", *(f"{margin}{part}," for part in found), " " * indent + ")"])
 
 
-def _row(row: Row) -> str:
+def _row(row: Weights) -> str:
     """A row by the function that makes it; by the class where none does."""
     more = ["optional=True"] if row.optional else []
     name = _quoted(row.modules)
@@ -172,7 +172,7 @@ def _row(row: Row) -> str:
     )
     gated = ["gated=True"] if row.gated else []
     rows = [] if row.rows == (0, 0) else [f"rows={row.rows}"]
-    return f"Row({', '.join([name, '{' + tensors + '}', *gated, *rows, *more])})"
+    return f"Weights({', '.join([name, '{' + tensors + '}', *gated, *rows, *more])})"
 
 
 def _axis(axis: Axis | None) -> str:
@@ -186,17 +186,17 @@ def _axis(axis: Axis | None) -> str:
     return text + {"slice": "", "scale": ".scaled", "zero": ".zeroed"}[axis.role]
 
 
-def _exit(exit: str | Exit) -> str:
+def _exit(exit: str | BlockExit) -> str:
     if isinstance(exit, str):
         return _quoted(exit)
-    plain = Exit(exit.module)
+    plain = BlockExit(exit.module)
     given: list[tuple[str, Any]] = [
         (each.name, getattr(exit, each.name))
-        for each in fields(Exit)
+        for each in fields(BlockExit)
         if getattr(exit, each.name) != getattr(plain, each.name)
     ]
     named = [f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given]
-    return f"Exit({', '.join([_quoted(exit.module), *named])})"
+    return f"BlockExit({', '.join([_quoted(exit.module), *named])})"
 
 
 def _quoted(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cofiprune.adapter import HIDDEN, Axis, Row, embedding, linear, norm
+from cofiprune.adapter import HIDDEN, Axis, Weights, embedding, linear, norm
 from cofiprune.conformance.specimens import Batch
 from cofiprune.conformance.trace import inside
 from cofiprune.derivation.blocks import is_matrix, is_norm, is_transposed, norm_kind, weight_shape
@@ -31,8 +31,8 @@ _ZEROED = (1, 4, 5)
 class Surroundings:
     """Rows of the stem, relative to the encoder, and of the head, relative to the model."""
 
-    stem: list[Row] = field(default_factory=list)
-    head: list[Row] = field(default_factory=list)
+    stem: list[Weights] = field(default_factory=list)
+    head: list[Weights] = field(default_factory=list)
 
 
 def find_surroundings(
@@ -111,7 +111,7 @@ class _Outside:
         elif value.shape[0] == self.width:
             value[list(_ZEROED)] = 0
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
+    def rows(self) -> Iterator[tuple[str, Weights]]:
         """Path and row of every module that has to do with hidden dimensions."""
         described: set[str] = set()
         writes_on = self._writes_on()
@@ -128,7 +128,7 @@ class _Outside:
                 continue
             tensors = self._held(module)
             if tensors and not isinstance(module, nn.Embedding) and not is_matrix(module):
-                yield path, Row(path, tensors)
+                yield path, Weights(path, tensors)
             elif isinstance(module, nn.Embedding) and module.weight.shape[-1] == self.width and path not in ran:
                 yield path, embedding(path)
 
@@ -144,7 +144,7 @@ class _Outside:
         vectors = {name: (HIDDEN,) for name, value in own.items() if tuple(value.shape) == (self.width,)}
         return {**rows, **vectors} if any(True for _ in module.children()) else rows
 
-    def _row(self, call: Call, writes_on: set[str]) -> Row | None:
+    def _row(self, call: Call, writes_on: set[str]) -> Weights | None:
         before, module = call.start < self.start, call.module
         if isinstance(module, nn.Embedding):
             return embedding(call.path) if id(module.weight) in self.tables else None
@@ -167,7 +167,7 @@ class _Outside:
         if reads is None and writes is None:
             return None
         if is_transposed(module):
-            return Row(call.path, {"weight": (reads, writes), "bias": (writes,)}, rows=self._rows(call))
+            return Weights(call.path, {"weight": (reads, writes), "bias": (writes,)}, rows=self._rows(call))
         return linear(call.path, reads=reads, writes=writes, rows=self._rows(call))
 
     def _reads(self, call: Call) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cofiprune.conformance.specimens import Batch, outputs
 from cofiprune.conformance.trace import first_tensor, inside
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,17 +47,17 @@ class Call:
         found = [*self.args, *self.kwargs.values()]
         return next((value for value in found if value is not None), None)
 
-    def place(self, value: Tensor) -> Exit | None:
-        """Where a tensor is among the arguments, as an `Exit` of this module; None when it is not there."""
+    def place(self, value: Tensor) -> BlockExit | None:
+        """Where a tensor is among the arguments, as a `BlockExit` of this module; None when it is not there."""
         names = [name for name in inspect.signature(self.module.forward).parameters if name != "self"]
         for index, given in enumerate(self.args):
             if given is not None and same(given, value):
                 named = names[index] if index < len(names) and names[index] not in ("args", "kwargs", "input") else None
-                return Exit(self.path, index, named, self.outputs, wrapped=self.wrapped)
+                return BlockExit(self.path, index, named, self.outputs, wrapped=self.wrapped)
         for name, given in self.kwargs.items():
             if same(given, value):
                 index = names.index(name) if name in names else 0
-                return Exit(self.path, index, name, self.outputs, wrapped=self.wrapped)
+                return BlockExit(self.path, index, name, self.outputs, wrapped=self.wrapped)
         return None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.hooks import reading
 from cofiprune.inference.products import onednn_is_faster
 from cofiprune.inference.siblings import FusedLinear, Siblings
 
@@ -104,18 +105,11 @@ def _find_siblings(model: PreTrainedModel) -> list[list[str]]:
 
 
 def _run(model: PreTrainedModel) -> None:
-    """Run a model on made-up inputs in evaluation mode, and leave its modes and torch's random state as they were."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Run a model on synthetic inputs."""
     length = min(longest_sequence(model) or _TOKENS, _TOKENS)
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        model.train(False)
-        with torch.random.fork_rng(devices), torch.no_grad():
-            generator = torch.Generator().manual_seed(0)
-            model(**synthetic_inputs(model, batch_size=2, seq_len=length, generator=generator))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with reading(model), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        model(**synthetic_inputs(model, batch_size=2, seq_len=length, generator=generator))
 
 
 def _hooked(module: nn.Module) -> bool:

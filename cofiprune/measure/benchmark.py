@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from cofiprune import accounting
 from cofiprune.adapter import structure
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import AdapterError, SettingsError
-from cofiprune.hooks import evaluating
+from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import amount, as_text, html_report, html_table, rich_table
 from cofiprune.timing import Timing, cpu_threads, in_turn, timing
@@ -142,13 +141,9 @@ def benchmark(
     if model.main_input_name == "pixel_values":
         lengths = lengths[:1]
     for one in pair:  # a length that is too much for a model is known before anything is timed
-        synthetic_inputs(one, batch_size=1, seq_len=max(lengths))
+        synthetic_inputs(one, batch_size=1, seq_len=max(lengths), generator=torch.Generator())
     rows = []
-    with ExitStack() as stack:
-        stack.enter_context(cpu_threads(threads))
-        for one in pair:
-            stack.enter_context(evaluating(one))
-        stack.enter_context(torch.inference_mode())
+    with cpu_threads(threads), reading(*pair), torch.inference_mode():
         for length in lengths:
             for size in sizes:
                 rows.append(_row(pair, size, length, runs, warmup, seconds, seed))
@@ -184,7 +179,7 @@ def _row(
 def seen_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], asked: int) -> int:
     """Length of the sequence that the encoder's first layer reads."""
     try:
-        layer = model.get_submodule(structure(model).layers[0])
+        path = structure(model).layers[0]
     except (AdapterError, IndexError):
         return asked
     seen: list[int] = []
@@ -193,11 +188,8 @@ def seen_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], asked: int
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 3)
         seen.extend(value.shape[1] for value in tensors)
 
-    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with reading(model), torch.no_grad(), watching(model, before={path: note}):
         model(**inputs)
-    finally:
-        handle.remove()
     return seen[0] if seen else asked
 
 

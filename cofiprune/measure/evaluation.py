@@ -18,7 +18,7 @@ from cofiprune.data.batches import Batch, Batches, RowBatches, to_model
 from cofiprune.data.prepare import Collator, prepare
 from cofiprune.data.tasks import IGNORED, label_names
 from cofiprune.errors import DataError
-from cofiprune.hooks import evaluating
+from cofiprune.hooks import reading
 from cofiprune.measure.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def evaluate_batches(
     """Evaluate on batches that `cofiprune.data.prepare` made; the rest is as in `evaluate`."""
     metrics = Metrics(batches.task)
     kept: list[tuple[Any, Any]] = []
-    with evaluating(model), torch.inference_mode():
+    with reading(model), torch.inference_mode():
         for batch in batches:
             batch = to_model(batch, model)
             outputs = model(**batch)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, positions
+from cofiprune.compaction import compact, restore
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
@@ -26,7 +26,7 @@ from cofiprune.masking import masks_of
 from cofiprune.oneshot.allocation import scores, worth
 from cofiprune.oneshot.divergence import Answers, answers, divergence
 from cofiprune.oneshot.importance import activation_importance, weight_importance
-from cofiprune.oneshot.layerwise import Batch, counted, projections
+from cofiprune.oneshot.layerwise import Batch, counted
 from cofiprune.oneshot.reconstruction import Repair
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
@@ -81,9 +81,9 @@ def prune_without_data(
 ) -> OneShotReport:
     """Choose what to remove without data, and repair what is left.
 
-    The plan is not carried out: attach masks and set it, or pass it to `compact`. With a teacher, kept weights and
-    biases of the blocks' last projections are overwritten in place; everything else, removed units included, stays
-    as it is. The result depends on the weights and the seed alone.
+    The plan is not carried out: attach masks and set it, or pass it to `compact`. With a teacher, the kept units of
+    what was refitted are overwritten in place: the blocks' last projections and, where hidden dimensions go, the norms.
+    Everything else, removed units included, stays as it is. The result depends on the weights and the seed alone.
 
     :param model: without masks attached.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); or any other target.
@@ -153,19 +153,6 @@ class _Pruned:
         alike = theirs.family == self.structure.family and theirs.sizes == self.structure.sizes
         return self.teacher if alike else self.model
 
-    def write(self, small: nn.Module) -> None:
-        """Write the projections of the compacted model back to their places."""
-        specs = {spec.name: spec for spec in self.structure.parameters}
-        with torch.no_grad():
-            for projection in projections(small, structure_of(small)).values():  # type: ignore[arg-type]
-                for name, value in small.get_submodule(projection.module).named_parameters(projection.module):
-                    grid = [
-                        torch.arange(length) if side is None else positions(side, self.plan.keep[side.group])
-                        for side, length in zip(specs[name].sides, specs[name].shape, strict=True)
-                    ]
-                    target = self.model.get_parameter(name)
-                    target[torch.meshgrid(*(row.to(target.device) for row in grid), indexing="ij")] = value
-
 
 def _repaired(pruned: _Pruned, batches: Sequence[Batch], held_out: Sequence[Batch], report: Progress) -> OneShotReport:
     """Repair what a plan leaves, and write it into the model if that brings its answers nearer to the teacher's."""
@@ -180,7 +167,7 @@ def _repaired(pruned: _Pruned, batches: Sequence[Batch], held_out: Sequence[Batc
     after = divergence(small, theirs, held_out, hidden=hidden)
     if not after < before:
         return OneShotReport(plan, before, before)
-    pruned.write(small)
+    restore(pruned.model, small, plan)
     return OneShotReport(plan, before, after)
 
 

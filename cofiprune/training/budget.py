@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.batches import Batch, Batches, model_inputs, to_model
-from cofiprune.data.tasks import taken
+from cofiprune.data.tasks import supported_kwargs
 from cofiprune.distillation import predictions
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
@@ -215,4 +215,4 @@ def _teach(teacher: PreTrainedModel, batch: Batch) -> None:
 
 
 def _outputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
-    return predictions(model(**batch, **taken(model, return_dict=True)))
+    return predictions(model(**batch, **supported_kwargs(model, return_dict=True)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.data.batches import ROWS, Batches, model_inputs
-from cofiprune.data.tasks import IGNORED, Task, forward_names, label_names, taken
+from cofiprune.data.tasks import IGNORED, Task, forward_names, label_names, supported_kwargs
 from cofiprune.distillation import (
     PredictionKind,
     hidden_projection,
@@ -86,7 +86,7 @@ class Objective:
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
             self.teacher = Teacher(teacher, layers, token_axis=self.task in _TOKEN_AXIS, memory=memory)
-        self.options = taken(student, output_hidden_states=self.distils_layers, return_dict=True)
+        self.options = supported_kwargs(student, output_hidden_states=self.distils_layers, return_dict=True)
 
     @property
     def distils_layers(self) -> bool:
@@ -206,7 +206,7 @@ class Teacher:
         """
         self.token_axis = token_axis
         self.reads = set(forward_names(model))
-        self.options = taken(model, output_hidden_states=bool(layers), return_dict=True)
+        self.options = supported_kwargs(model, output_hidden_states=bool(layers), return_dict=True)
         self.model = model
         self.layers = tuple(layers)
         self.depth = int(model.config.num_hidden_layers)
@@ -297,9 +297,13 @@ def fitted_projection(student: PreTrainedModel, teacher: PreTrainedModel, batche
     with evaluating(student):
         for batch in itertools.islice(batches.from_start(), _FIT_BATCHES):
             inputs = {name: value.to(device) for name, value in model_inputs(batch, student).items()}
-            ours = student(**inputs, **taken(student, output_hidden_states=True, return_dict=True)).hidden_states[-1]
+            ours = student(
+                **inputs, **supported_kwargs(student, output_hidden_states=True, return_dict=True)
+            ).hidden_states[-1]
             read = {name: value for name, value in inputs.items() if name in forward_names(teacher)}
-            theirs = teacher(**read, **taken(teacher, output_hidden_states=True, return_dict=True)).hidden_states[-1]
+            theirs = teacher(
+                **read, **supported_kwargs(teacher, output_hidden_states=True, return_dict=True)
+            ).hidden_states[-1]
             mask = inputs.get("attention_mask")
             if mask is not None and mask.shape == ours.shape[:2]:
                 ours, theirs = ours[mask.bool()], theirs[mask.bool()]

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
 from cofiprune.masking import attach, masks_of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.uniform_config import plain_units
+from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
 from cofiprune.latency.measuring import conditions_of, timed
@@ -143,7 +143,7 @@ def _with_units(config: PruneConfig, model: PreTrainedModel, structure: Structur
     """Name the unit kinds that go where every layer keeps the same shape: those that the configuration can say."""
     if not config.uniform:
         return config
-    units = plain_units(model, structure, config.units)
+    units = uniform_units(model, structure, config.units)
     if config.units is None and config.method in ("one-shot", "auto"):
         units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
     return PruneConfig.create(config, units=units)
@@ -200,7 +200,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         masks.model_sparsity(),
         method="no data",
         target=reached(target, model, report.plan),
-        plain=config.uniform,
+        uniform=config.uniform,
     )
     if evaluate is not None:
         result.metrics = evaluate(model)

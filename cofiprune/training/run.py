@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cofiprune.accounting import layer_parameters, sparsity
-from cofiprune.compaction.slicing import restore
+from cofiprune.compaction import restore
 from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches, model_inputs
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
 from cofiprune.hooks import evaluating

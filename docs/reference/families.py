@@ -91,7 +91,7 @@ def model_types() -> list[str]:
 def models(model_type: str) -> list[transformers.PreTrainedModel]:
     """The bare encoder and one head, small; settings that only a wider model can have make it wider."""
     points = entry_points(group=ENTRY_POINT_GROUP, name=model_type)
-    given = {**(next(iter(points)).load().trial_settings if points else {}), **SETTINGS.get(model_type, {})}
+    given = {**(next(iter(points)).load().test_settings if points else {}), **SETTINGS.get(model_type, {})}
     stock = AutoConfig.for_model(model_type)
     problem: Exception | None = None
     for wide in (False, True):

@@ -18,7 +18,7 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     Family,
-    Row,
+    Weights,
     adapter_for,
     embedding,
     known_families,
@@ -29,7 +29,7 @@ from cofiprune.adapter import (
 )
 from cofiprune.conformance import check_adapter
 from cofiprune.errors import AdapterError, CofipruneError, LawError
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.deberta import adapter as deberta
 from cofiprune_adapters.deberta_v2 import adapter as deberta_v2
@@ -64,23 +64,23 @@ class Altered(Adapter):
         return self.change(self.true.describe(config))
 
 
-def swapped(rows: tuple[Row, ...], modules: str, *new: Row) -> tuple[Row, ...]:
+def swapped(rows: tuple[Weights, ...], modules: str, *new: Weights) -> tuple[Weights, ...]:
     assert modules in [row.modules for row in rows]
     return tuple(row for old in rows for row in (new if old.modules == modules else (old,)))
 
 
-def attention(modules: str, *new: Row) -> Change:
+def attention(modules: str, *new: Weights) -> Change:
     """Other rows for some modules of the attention block."""
     return lambda family: replace(
         family, attention=replace(family.attention, rows=swapped(family.attention.rows, modules, *new))
     )
 
 
-def ffn(modules: str, *new: Row) -> Change:
+def ffn(modules: str, *new: Weights) -> Change:
     return lambda family: replace(family, ffn=replace(family.ffn, rows=swapped(family.ffn.rows, modules, *new)))
 
 
-def stem(modules: str, *new: Row) -> Change:
+def stem(modules: str, *new: Weights) -> Change:
     return lambda family: replace(family, stem=swapped(family.stem, modules, *new))
 
 
@@ -116,7 +116,7 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
     ),
     "a forgotten bias": (
         bert,
-        attention(QKV, KEY_VALUE, Row("attention.self.query", {"weight": (HEADS, HIDDEN)})),
+        attention(QKV, KEY_VALUE, Weights("attention.self.query", {"weight": (HEADS, HIDDEN)})),
         f"'bert.{SELF}.query.bias'",
     ),
     "a forgotten bias outside the layers": (
@@ -154,13 +154,13 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
         bert,
         stem(
             "embeddings.LayerNorm",
-            Row("embeddings.LayerNorm", {"weight": (HIDDEN.scaled,), "bias": (HIDDEN.scaled,)}),
+            Weights("embeddings.LayerNorm", {"weight": (HIDDEN.scaled,), "bias": (HIDDEN.scaled,)}),
         ),
         "'bert.embeddings.LayerNorm' with",
     ),
     "a norm described as weights that are not scaled": (
         bert,
-        stem("embeddings.LayerNorm", Row("embeddings.LayerNorm", {"weight": (HIDDEN,), "bias": (HIDDEN,)})),
+        stem("embeddings.LayerNorm", Weights("embeddings.LayerNorm", {"weight": (HIDDEN,), "bias": (HIDDEN,)})),
         "at fault is 'bert.embeddings.LayerNorm.weight'",
     ),
     "a forgotten size attribute": (
@@ -175,40 +175,40 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
     ),
     "the wrong argument for an exit": (
         bert,
-        block("ffn", exit=Exit("output", argument=0)),
-        r"'layers.0.ffn' through Exit\(module='bert.encoder.layer.0.output', argument=0",
+        block("ffn", exit=BlockExit("output", argument=0)),
+        r"'layers.0.ffn' through BlockExit\(module='bert.encoder.layer.0.output', argument=0",
     ),
     "the attention mask for an exit": (
         deberta,
-        block("attention", exit=Exit("attention", argument=1, outputs=2)),
-        r"'layers.0.attention' through Exit\(module='deberta.encoder.layer.0.attention', argument=1",
+        block("attention", exit=BlockExit("attention", argument=1, outputs=2)),
+        r"'layers.0.attention' through BlockExit\(module='deberta.encoder.layer.0.attention', argument=1",
     ),
     "the wrong number of outputs": (
         bert,
-        block("attention", exit=Exit("attention", keyword="hidden_states", outputs=1)),
-        "'layers.0.attention' through Exit",
+        block("attention", exit=BlockExit("attention", keyword="hidden_states", outputs=1)),
+        "'layers.0.attention' through BlockExit",
     ),
     "a residual that is not added": (
         bert,
-        block("attention", exit=Exit("attention", outputs=2, residual=False)),
-        r"'layers.0.attention' leaves through Exit\(.*the residual is added",
+        block("attention", exit=BlockExit("attention", outputs=2, residual=False)),
+        r"'layers.0.attention' leaves through BlockExit\(.*the residual is added",
     ),
     "an exit inside the block": (
         bert,
-        block("attention", exit=Exit("attention.output", argument=1)),
+        block("attention", exit=BlockExit("attention.output", argument=1)),
         f"'bert.{SELF}.query.weight' belongs to 'layers.0.attention' but lies outside",
     ),
     "a module that is not skipped": (
         bert,
-        block("ffn", skipped=()),
+        block("ffn", bypassed=()),
         "'bert.encoder.layer.0.intermediate.dense.weight' belongs to 'layers.0.ffn' but lies outside",
     ),
     "a bias that no gate scales": (
         bert,
         ffn(
             "output.dense",
-            Row("output.dense", {"weight": (HIDDEN.scaled, INTERMEDIATE.scaled)}, gated=True, rows=(1, 0)),
-            Row("output.dense", {"bias": (HIDDEN.scaled,)}),
+            Weights("output.dense", {"weight": (HIDDEN.scaled, INTERMEDIATE.scaled)}, gated=True, rows=(1, 0)),
+            Weights("output.dense", {"bias": (HIDDEN.scaled,)}),
         ),
         "'bert.encoder.layer.0.output.dense.bias' is not scaled by 'layers.0.ffn'",
     ),
@@ -254,11 +254,11 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
 }
 
 
-def masked_lm_without_bias(family: Family) -> tuple[Row, ...]:
+def masked_lm_without_bias(family: Family) -> tuple[Weights, ...]:
     return swapped(
         family.heads["ForMaskedLM"],
         "cls.predictions.transform.dense",
-        Row("cls.predictions.transform.dense", {"weight": (HIDDEN, HIDDEN)}, rows=(1, 0)),
+        Weights("cls.predictions.transform.dense", {"weight": (HIDDEN, HIDDEN)}, rows=(1, 0)),
     )
 
 

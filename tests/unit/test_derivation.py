@@ -17,6 +17,7 @@ import cofiprune
 from cofiprune.adapter import TableAdapter, family_entries, family_from, temporarily
 from cofiprune.cli import main
 from cofiprune.conformance.specimens import inputs, outputs, tiny_config
+from cofiprune.derivation import adapter as derivation
 from cofiprune.derivation import derive, derived_adapter
 from cofiprune.derivation.adapter import for_sizes
 from cofiprune.derivation.source import written_adapter
@@ -99,9 +100,12 @@ def test_an_undeclared_family_is_masked_compacted_and_reloaded(tmp_path: Path) -
 def test_deriving_leaves_the_model_as_it_was() -> None:
     model = undeclared()
     model.train()
+    model.tapas.embeddings.train(False)
+    modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    derivation._known.clear()
     cofiprune.structure(model)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -17,6 +17,7 @@ from cofiprune.selection.target import SPARSITY, Target
 from cofiprune.structure import Group
 from cofiprune.training.gating import Gating
 from cofiprune.training.schedule import Schedule
+from cofiprune.training.shrinking import Shut
 
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
 
@@ -154,3 +155,21 @@ def test_a_step_under_gates_reads_no_value_on_the_host() -> None:
     with _Reads() as reading:
         loss.detach().item()
     assert reading.count == 1
+
+
+def test_closed_gates_go_after_some_checks_unless_that_is_more_than_the_target() -> None:
+    with attach(bert()) as masks:
+        gates = Gates(list(masks.structure.groups))
+        shut, target = Shut(gates), Target.of(masks.structure, 0.5)
+        assert shut.plan(gates, masks, target) is None
+        with torch.no_grad():
+            gates.log_alpha.fill_(-20)
+        for _ in range(3):
+            shut.look(gates)
+        assert shut.plan(gates, masks, target) is None
+        shut.looks.zero_()
+        first = gates.groups[-1]
+        shut.looks[-first.size :] = 3
+        plan = shut.plan(gates, masks, target)
+        assert plan is not None
+        assert plan.kept[first.name] == 0

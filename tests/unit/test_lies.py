@@ -22,7 +22,7 @@ from cofiprune.adapter import (
     HIDDEN,
     INTERMEDIATE,
     Family,
-    Row,
+    Weights,
     embedding,
     linear,
     norm,
@@ -30,7 +30,7 @@ from cofiprune.adapter import (
 )
 from cofiprune.conformance.specimens import tiny_config
 from cofiprune.errors import AdapterError, LawError
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.albert import adapter as albert
 from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.mpnet import adapter as mpnet
@@ -48,18 +48,18 @@ class Liar(Adapter):
         self.true = true
         self.change = change
         self.model_types = true.model_types[:1]
-        self.trial_settings = true.trial_settings
+        self.test_settings = true.test_settings
 
     def describe(self, config: PretrainedConfig) -> Family:
         return self.change(self.true.describe(config))
 
 
-def exchanged(rows: tuple[Row, ...], modules: str, *new: Row) -> tuple[Row, ...]:
+def exchanged(rows: tuple[Weights, ...], modules: str, *new: Weights) -> tuple[Weights, ...]:
     assert modules in [row.modules for row in rows]
     return tuple(row for old in rows for row in (new if old.modules == modules else (old,)))
 
 
-def block(name: str, modules: str | None = None, *new: Row, **settings: Any) -> Change:
+def block(name: str, modules: str | None = None, *new: Weights, **settings: Any) -> Change:
     """Other rows for some modules of a block, or other settings of its table."""
 
     def change(family: Family) -> Family:
@@ -70,7 +70,7 @@ def block(name: str, modules: str | None = None, *new: Row, **settings: Any) -> 
     return change
 
 
-def added(name: str, row: Row) -> Change:
+def added(name: str, row: Weights) -> Change:
     def change(family: Family) -> Family:
         table = getattr(family, name)
         return replace(family, **{name: replace(table, rows=(*table.rows, row))})
@@ -78,11 +78,11 @@ def added(name: str, row: Row) -> Change:
     return change
 
 
-def stem(modules: str, *new: Row) -> Change:
+def stem(modules: str, *new: Weights) -> Change:
     return lambda family: replace(family, stem=exchanged(family.stem, modules, *new))
 
 
-def head(name: str, *rows: Row) -> Change:
+def head(name: str, *rows: Weights) -> Change:
     return lambda family: replace(family, heads={**family.heads, name: rows})
 
 
@@ -100,8 +100,8 @@ def each(*changes: Change) -> Change:
     return change
 
 
-def unscaled(path: str, weight: Any, bias: Any) -> Row:
-    return Row(path, {"weight": weight, "bias": bias}, gated=True, rows=(1, 0))
+def unscaled(path: str, weight: Any, bias: Any) -> Weights:
+    return Weights(path, {"weight": weight, "bias": bias}, gated=True, rows=(1, 0))
 
 
 CLASSIFIER, TAGS, MASKED = "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"
@@ -161,45 +161,45 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
     ),
     "an exit at the projection, before the residual norm": (
         bert,
-        block("ffn", exit=Exit("output.dense")),
+        block("ffn", exit=BlockExit("output.dense")),
         CLASSIFIER,
         "layer",
         "'bert.encoder.layer.0.output.LayerNorm.weight' belongs to 'layers.0.ffn' but lies outside.*move the exit up",
     ),
     "an exit at the other block": (
         None,
-        block("ffn", exit=Exit("attention", residual=False)),
+        block("ffn", exit=BlockExit("attention", residual=False)),
         CLASSIFIER,
         "layer",
         f"'{LAYER}.mlp.0.weight' belongs to 'layers.0.ffn' but lies outside",
     ),
     "an exit that is not there": (
         None,
-        block("ffn", exit=Exit("mpl", residual=False)),
+        block("ffn", exit=BlockExit("mpl", residual=False)),
         CLASSIFIER,
         "layer",
         f"exit of 'layers.0.ffn' names the module '{LAYER}.mpl'.*Did you mean '{LAYER}.mlp'",
     ),
     "a skipped module that is not there": (
         None,
-        block("ffn", skipped=("mlp_nrm",)),
+        block("ffn", bypassed=("mlp_nrm",)),
         CLASSIFIER,
         "layer",
-        f"skipped of 'layers.0.ffn' names the module '{LAYER}.mlp_nrm'.*Did you mean '{LAYER}.mlp_norm'",
+        f"bypassed of 'layers.0.ffn' names the module '{LAYER}.mlp_nrm'.*Did you mean '{LAYER}.mlp_norm'",
     ),
     "a residual in a block without one": (
         None,
-        block("attention", exit=Exit("attention")),
+        block("attention", exit=BlockExit("attention")),
         CLASSIFIER,
         "layer",
-        r"'layers.0.attention' leaves through Exit\(.*residual=True.*\), in which the residual is not added",
+        r"'layers.0.attention' leaves through BlockExit\(.*residual=True.*\), in which the residual is not added",
     ),
     "a norm before a block that is not skipped": (
         None,
-        block("attention", skipped=()),
+        block("attention", bypassed=()),
         CLASSIFIER,
         "layer",
-        f"'{LAYER}.attention_norm.weight' belongs to 'layers.0.attention' but lies outside.*add its module to skipped",
+        f"'{LAYER}.attention_norm.weight' belongs to 'layers.0.attention' but lies outside.*add its module to bypassed",
     ),
     "a forgotten norm outside the layers": (
         None,
@@ -302,12 +302,12 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
     "norms of two blocks exchanged, and skipped so": (
         None,
         each(
-            block("attention", "attention_norm", norm("mlp_norm"), skipped=("mlp_norm",)),
-            block("ffn", "mlp_norm", norm("attention_norm"), skipped=("attention_norm",)),
+            block("attention", "attention_norm", norm("mlp_norm"), bypassed=("mlp_norm",)),
+            block("ffn", "mlp_norm", norm("attention_norm"), bypassed=("attention_norm",)),
         ),
         CLASSIFIER,
         "layer",
-        f"Removing 'layers.0.attention' changes '{LAYER}.mlp.0'.*Removed with it.*'{LAYER}.mlp_norm': check skipped",
+        f"Removing 'layers.0.attention' changes '{LAYER}.mlp.0'.*Removed with it.*'{LAYER}.mlp_norm': check bypassed",
     ),
     "another dimension of a shared tensor": (
         mpnet,
@@ -364,7 +364,7 @@ def toy() -> Iterator[Adapter]:
 def lie_about(true: Adapter, change: Change, head_class: str, units: str | None, named: str) -> None:
     liar = Liar(true, change)
     layers = 2 if true is albert else 1
-    config = tiny_config(liar.model_types[0], **{**liar.trial_settings, "num_hidden_layers": layers})
+    config = tiny_config(liar.model_types[0], **{**liar.test_settings, "num_hidden_layers": layers})
     with pytest.raises((LawError, AdapterError), match=re.compile(named, re.DOTALL)):
         check_adapter(liar, heads=head_class, units=units, configs=[config])
 
@@ -391,5 +391,5 @@ def test_a_forgotten_row_of_a_tied_decoder_is_named() -> None:
 def test_the_truth_passes_where_the_lies_do_not(units: str, toy: Adapter) -> None:
     for true, head_class in ((toy, CLASSIFIER), (mpnet, CLASSIFIER), (albert, CLASSIFIER), (t5, "EncoderModel")):
         liar = Liar(true, lambda family: family)
-        config = tiny_config(liar.model_types[0], **liar.trial_settings)
+        config = tiny_config(liar.model_types[0], **liar.test_settings)
         assert check_adapter(liar, heads=head_class, units=units, configs=[config]).cases

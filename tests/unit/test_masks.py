@@ -87,6 +87,18 @@ def test_unknown_names_get_near_misses(model: PreTrainedModel) -> None:
         del masks["layers.0.heads"]
 
 
+def test_masks_and_structures_are_mappings_for_unknown_names_too(model: PreTrainedModel) -> None:
+    masks = cofiprune.attach(model, "head")
+    for mapping in (masks, masks.structure):
+        assert "layers.0.heads" in mapping
+        assert "layers.99.heads" not in mapping
+        assert mapping.get("layers.99.heads") is None
+        with pytest.raises(KeyError, match="^no group 'layers.99.heads' in this bert model. Did you mean"):
+            _ = mapping["layers.99.heads"]
+    assert "hidden" not in masks, "it has no mask here"
+    assert masks.pop("layers.99.heads", None) is None
+
+
 def test_units_choose_the_masks(model: PreTrainedModel) -> None:
     with cofiprune.attach(model, ("head", "hidden")) as masks:
         assert list(masks) == ["hidden", "layers.0.heads", "layers.1.heads"]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.data.batches import Batches
 from cofiprune.data.prepare import prepare
 from cofiprune.errors import CheckpointError, SettingsError, TrainingError
