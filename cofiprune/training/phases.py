@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
-from cofiprune.masking import attach, masks_of
+from cofiprune.masking import attach, attach_to, masks_of
 from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.oneshot.reconstruction import Repair
@@ -33,7 +33,7 @@ from cofiprune.training.schedule import Schedule, gated_rates, pruning_rate, rat
 from cofiprune.training.start import Left, can_go_on, one_shot_start, prune_once
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 def prune_with_data(run: Run, target: Target) -> None:
@@ -48,13 +48,12 @@ def prune_with_data(run: Run, target: Target) -> None:
             start(run, target)
         else:
             run.state.extra = dict(saved.extra)
-            plan = Plan.from_dict(saved.extra["plan"])
-            run.use(compact(run.model, plan), plan)
+            run.use_plan(Plan.from_dict(saved.extra["plan"]))
         if saved is not None and saved.phase == "recover":
             recover(run, saved.extra["steps"])
             return
         if config.method == "one-shot":
-            decided = Plan.from_values(structure_of(run.small), {})
+            decided = Plan.from_values(run.small_structure, {})
         else:
             schedule = Schedule.for_pruning(config, len(run.batches), from_one_shot=run.state.extra["from_one_shot"])
             decided = learn_gates(run, target, schedule)
@@ -62,7 +61,7 @@ def prune_with_data(run: Run, target: Target) -> None:
         if config.method != "one-shot" and config.repairs:
             reconstruct(run, decided)
         elif steps:
-            run.cut(decided, compact(run.small, decided))
+            run.cut(decided)
         if steps:
             recover(run, steps)
         elif run.evaluate is not None and config.method != "one-shot":
@@ -100,7 +99,7 @@ def train(run: Run) -> None:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
     schedule = Schedule.for_training(config.finetune_epochs, config, len(run.batches))
     with run.running():
-        run.use(compact(run.model, plan), plan)
+        run.use_plan(plan)
         recover(run, max(schedule.total, 1))
 
 
@@ -142,8 +141,7 @@ def start(run: Run, target: Target) -> None:
         found = one_shot_start(run.model, run.calibration, run.config, target, _progress(run))
     run.state.extra["from_one_shot"] = found is not None
     if found is None:
-        everything = Plan.from_values(run.structure, {})
-        run.use(compact(run.model, everything), everything)
+        run.use_plan(Plan.from_values(run.structure, {}))
         return
     run.state.phase, run.state.seconds = "one-shot", time.perf_counter() - began
     run.use(*found)
@@ -168,7 +166,7 @@ def _progress(run: Run) -> Callable[[float], None]:
 def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
     """Learn gates and weights, or gates alone; decide what stays of the small model, and set its masks to that."""
     config, steps = run.config, schedule.before + schedule.gated
-    masks = attach(run.small)
+    masks = attach_to(run.small, run.small_structure)
     names = [group.name for group in masks.structure.present(config.units)]
     learner = GateLearner(masks, names, target, config, schedule, layers_left=run.layers_left)
     if run.saved is not None:
@@ -219,7 +217,7 @@ def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
 
     :return: the learner itself where the target could not be met from there.
     """
-    small = compact(run.small, plan)
+    small = compacted(run.small, run.small_structure, plan)
     masks = attach(small)
     if not can_go_on(masks.structure, learner.target, run.config):
         return learner
@@ -242,7 +240,7 @@ def _decided(run: Run, learner: GateLearner) -> Plan:
     """What stays; where that is measured, the first process does."""
 
     def decide() -> Plan:
-        return learner.decide(lambda plan: compact(run.small, plan))
+        return learner.decide(lambda plan: compacted(run.small, run.small_structure, plan))
 
     if run.accelerator.num_processes == 1 or learner.target.measure is None:
         return decide()
@@ -260,12 +258,14 @@ def reconstruct(run: Run, decided: Plan) -> None:
     What is reproduced is the model under its gates where weights were trained along with them, else the dense one.
     """
     rows = calibration(run.small, run.calibration.from_start())
-    small = compact(run.small, decided)
-    dense, plan = (run.small, decided) if run.config.trains_weights else (run.model, run.plan.then(decided))
+    small = compacted(run.small, run.small_structure, decided)
+    dense, structure, plan = run.small, run.small_structure, decided
+    if not run.config.trains_weights:
+        dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
         weights = position_weights(dense, rows, seed=run.config.seed)
         Repair(
-            dense, structure_of(dense), small, structure_of(small), plan, rows,
+            dense, structure, small, structure_of(small), plan, rows,
             ridge=None, weights=weights, everything=True,
         ).run()  # fmt: skip
     run.cut(decided, small)
@@ -277,7 +277,7 @@ def recover(run: Run, steps: int) -> None:
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
     groups = run.weight_groups()
-    learning_rate = recovery_rate(config, _kept_share(run.small))
+    learning_rate = recovery_rate(config, _kept_share(run))
     state.begin("recover")
     run.learn(torch.optim.AdamW(groups, lr=learning_rate))
     state.extra["steps"] = steps
@@ -305,7 +305,8 @@ def _take_recovery_batches(run: Run) -> None:
     state.batches_seen = round(taken * len(run.batches) / len(before))
 
 
-def _kept_share(model: PreTrainedModel) -> float:
-    """Parameters of a model's layers by those of the dense model that it comes from."""
-    ours, dense = structure_of(model), dense_structure(model)
-    return layer_parameters(ours).exact(ours.sizes) / layer_parameters(dense).exact(dense.sizes)
+def _kept_share(run: Run) -> float:
+    """Parameters in the layers of the small model by those of the dense model that it comes from."""
+    cut_before = recorded_sizes(run.model.config) is not None
+    dense = dense_structure(run.model) if cut_before else run.structure
+    return layer_parameters(run.structure).exact(run.plan.kept) / layer_parameters(dense).exact(dense.sizes)

@@ -16,7 +16,7 @@ from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
 from cofiprune.latency.measuring import conditions_of, timed
-from cofiprune.masking import attach
+from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.with_data import check_one_shot
 from cofiprune.selection.reachable import check_target
@@ -191,7 +191,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
             seed=config.seed,
             repair=config.repair is not False,
         )
-    masks = attach(model)
+    masks = attach_to(model, run.structure)
     masks.set_plan(report.plan)
     result = PruneResult(
         model,
@@ -199,7 +199,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         masks.sparsity(),
         masks.model_sparsity(),
         method="no data",
-        target=reached(target, model, report.plan),
+        target=reached(target, model, run.structure, report.plan),
         uniform=config.uniform,
     )
     if evaluate is not None:

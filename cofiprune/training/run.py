@@ -21,14 +21,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cofiprune.accounting import layer_parameters, sparsity
-from cofiprune.compaction import restore
+from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches, model_inputs
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare
 from cofiprune.data.table import Table
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.masking import attach, masks_of
+from cofiprune.masking import attach_to, masks_of
 from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
@@ -96,6 +97,7 @@ class Run:
     plan: Plan = field(init=False)
     """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
     trains_embeddings: bool = field(init=False)
+    _small_structure: Structure | None = field(init=False, default=None)
     objective: Objective = field(init=False)
     state: RunState = field(init=False, default_factory=RunState)
     taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
@@ -208,13 +210,13 @@ class Run:
         """Bring the small model's weights into the model, and what is kept of it onto its masks."""
         if self.small is self.model:
             return  # nothing was begun yet
-        restore(self.model, self.small, self.plan)
+        write_back(self.model, self.structure, self.small, self.plan)
         inner = masks_of(self.small)
         if inner is not None:
             self.plan = self.plan.then(Plan.from_masks(inner))
         masks = masks_of(self.model)
         if masks is None and self.target is not None:
-            masks = attach(self.model)
+            masks = attach_to(self.model, self.structure)
         if masks is not None:
             masks.set_plan(self.plan)
 
@@ -228,11 +230,27 @@ class Run:
             for name, parameter in small.named_parameters():
                 if name in self.structure.embeddings:
                     parameter.requires_grad_(False)
-        self.small, self.plan = small, plan.hard
+        self.small, self.plan, self._small_structure = small, plan.hard, None
         self.state.extra["plan"] = self.plan.to_dict()
 
-    def cut(self, plan: Plan, small: PreTrainedModel) -> None:
-        """Go on with what a plan for the present small model leaves of it."""
+    def use_plan(self, plan: Plan) -> None:
+        """Go on with what a plan leaves of the model."""
+        self.use(compacted(self.model, self.structure, plan), plan)
+
+    @property
+    def small_structure(self) -> Structure:
+        """The structure of the small model, resolved once."""
+        if self._small_structure is None:
+            self._small_structure = structure_of(self.small)
+        return self._small_structure
+
+    def cut(self, plan: Plan, small: PreTrainedModel | None = None) -> None:
+        """Go on with what a plan for the present small model leaves of it.
+
+        :param small: that, where it is made already.
+        """
+        if small is None:
+            small = compacted(self.small, self.small_structure, plan)
         if "hidden" in plan.keep and hasattr(self, "objective"):
             self.objective.cut(plan.keep["hidden"])
         self.use(small, self.plan.then(plan))
@@ -342,7 +360,7 @@ class Run:
             state.best["step"] if state.best is not None else None,
             "" if self.target is None else self.config.method,
             self.reason,
-            None if self.target is None else reached(self.target, self.model, self.plan),
+            None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
             self.target is not None and self.config.uniform,
         )
 

@@ -38,7 +38,7 @@ from cofiprune.errors import (
 from cofiprune.masking import masks_of
 from cofiprune.measure.evaluation import evaluate
 from cofiprune.selection.target import Target
-from cofiprune.training.start import start_for
+from cofiprune.training.start import one_shot_start
 from cofiprune.training.trainer.run import rows_again
 
 INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
@@ -136,18 +136,18 @@ def test_gates_start_on_what_one_shot_leaves(toy, tmp_path, target):
     model, rows = toy.student(), toy.rows(96, seed=1)
     begin, callback = Begin(), PruningCallback(target)
     trainer = trainer_for(model, rows, tmp_path, callback, more=[begin])
-    batches = rows_again(trainer.get_train_dataloader(), model, callback.config, trainer.args, taught=False)
-    goal = Target.of(structure_of(toy.student()), target)
-    start = start_for(toy.student(), batches, callback.config, goal)
+    batches = rows_again(
+        trainer.get_train_dataloader(), model, structure_of(model), callback.config, trainer.args, taught=False
+    )
+    small, plan = one_shot_start(toy.student(), batches, callback.config, Target.of(structure_of(model), target))
     trainer.train()
-    assert 0.1 < 1 - start.share < target
-    assert begin.plan.keep == start.plan.keep
-    repaired, bare = start.small.state_dict(), cofiprune.compact(toy.student(), start.plan).state_dict()
+    assert begin.plan.keep == plan.keep
+    repaired, bare = small.state_dict(), cofiprune.compact(toy.student(), plan).state_dict()
     assert all(torch.allclose(begin.weights[name], value, atol=1e-6) for name, value in repaired.items())
     assert any(not torch.allclose(bare[name], value, atol=1e-4) for name, value in repaired.items())
     check_outcome(toy, callback, model, toy.teacher, target)
     kept = callback.plan.keep
-    assert all(set(kept[name]) <= set(start.plan.keep[name]) for name in kept)  # what is gone stays gone
+    assert all(set(kept[name]) <= set(plan.keep[name]) for name in kept)  # what is gone stays gone
 
 
 @pytest.mark.parametrize("share", [0.75, 0.0])

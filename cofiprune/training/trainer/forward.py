@@ -6,6 +6,7 @@ not. `RemainingMasks` lets gates over what one shot has left act on the model th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -81,6 +82,12 @@ class ForwardHooks:
         )
         self._handles = [before, after]
         learner.masks.on_detach.append(self.remove)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHooks:
+        """What a copy of the model needs: the handles, by which the hooks go with its masks; not the run."""
+        copied = ForwardHooks.__new__(ForwardHooks)
+        copied._handles = copy.deepcopy(self._handles, memo)
+        return copied
 
     def remove(self) -> None:
         """Take the hooks off; calling it twice does nothing more."""
