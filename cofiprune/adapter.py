@@ -8,9 +8,10 @@ resolves the rows against a model into a `Structure`. Whoever writes an adapter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,6 @@ __all__ = [
     "TableAdapter",
     "Weights",
     "adapter_for",
-    "derive_by",
     "embedding",
     "encoder_path",
     "expand",
@@ -165,7 +165,9 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
         installed = _installed(model_type)
         if installed is None:
             refuse_undeclared(model)
-            return _derive(model)
+            # Deriving runs models and laws, which stand above this module; most models do not need it.
+            derived: Adapter = import_module("cofiprune.derivation").derived_adapter(model)
+            return derived
         _registered[model_type] = installed
     return _registered[model_type]
 
@@ -201,20 +203,6 @@ def _installed(model_type: str) -> Adapter | None:
 
 def _package(point: EntryPoint) -> str:
     return "of an unknown name" if point.dist is None else point.dist.name
-
-
-_derivers: list[Callable[[PreTrainedModel], Adapter]] = []
-
-
-def derive_by(deriver: Callable[[PreTrainedModel], Adapter]) -> None:
-    """Set what makes an adapter for a model of a family without one; it lies above this module and is given to it."""
-    _derivers[:] = [deriver]
-
-
-def _derive(model: PreTrainedModel) -> Adapter:
-    for deriver in _derivers:
-        return deriver(model)
-    raise AdapterError(f"no adapter for model type {model.config.model_type!r} ({type(model).__name__})")
 
 
 def structure(model: PreTrainedModel) -> Structure:

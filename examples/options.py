@@ -13,9 +13,10 @@ from quickstart_model import bundled_model
 
 import cofiprune
 from cofiprune.cli.parser import Parser, at_least, number, one_of, writable_directory
-from cofiprune.cli.settings import PRESETS, add_prune_settings, prune_config
+from cofiprune.cli.settings import add_prune_settings, prune_config
 from cofiprune.errors import CheckpointError, SettingsError
-from cofiprune.selection.target import check_fraction
+from cofiprune.selection.arguments import check_fraction
+from cofiprune.training.config import PRESETS
 
 TINY = {
     "epochs": 1,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from cofiprune.cli.loading import Loaded, add_data_options, load
 from cofiprune.cli.models import add_model_options, load_model, model_name
 from cofiprune.cli.parser import number, numbers, one_of, writable_directory
-from cofiprune.cli.settings import PRESETS, add_finetune_settings, add_prune_settings, finetune_config, prune_config
+from cofiprune.cli.settings import add_finetune_settings, add_prune_settings, given_settings, prune_config
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import PRESETS, PruneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def finetune(options: argparse.Namespace) -> None:
     """Train a model, save it, and print the result."""
     if options.train_file is None:
         raise SettingsError("finetune needs --train-file")
-    config = finetune_config(options)
+    config = PruneConfig.for_finetune(**given_settings(options))
     loaded, teacher, folder = _prepare(options, config, labelled=not options.teacher, trained=True)
     from cofiprune.training import prune as run
 
@@ -104,14 +104,14 @@ def finetune(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
     """The target that was given, checked as far as that goes without the model."""
-    from cofiprune.training.targets import several, the_one
+    from cofiprune.selection.arguments import parse_sparsities, parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
     listed = asked["target_sparsity"]
     if listed is not None:
         asked["target_sparsity"] = listed[0]
-    name, value = the_one(asked)
-    return {name: several(listed) if listed is not None and len(listed) > 1 else value}
+    name, value = parse_target(asked)
+    return {name: parse_sparsities(listed) if listed is not None and len(listed) > 1 else value}
 
 
 def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:

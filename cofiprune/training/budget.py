@@ -25,11 +25,10 @@ from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
 from cofiprune.oneshot.layerwise import counted
 from cofiprune.oneshot.with_data import FIT_POSITIONS, sweeps
+from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from cofiprune.training.config import PruneConfig
 
 SWEEP = (2.0, 4.0)
 """What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
@@ -143,10 +142,9 @@ def check_method(config: PruneConfig, *, has_data: bool) -> None:
     :raises SettingsError: for a budget where nothing is picked, none where it is, and for training without data.
     """
     if config.method == "auto":
-        given = config.model_fields_set & {"time_budget", "epochs"}
-        if config.time_budget is None and "epochs" not in given:
+        if config.time_budget is None and config.epochs is None:
             raise SettingsError("method='auto' picks by a budget: give time_budget='10m', say, or epochs")
-        if config.time_budget is not None and "epochs" in given:
+        if config.time_budget is not None and config.epochs is not None:
             raise SettingsError(
                 f"time_budget={config.time_budget:g} and epochs={config.epochs:g} are two budgets; give one of them"
             )

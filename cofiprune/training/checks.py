@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import check
-from cofiprune.data.table import Table
 from cofiprune.data.tasks import label_names, supported_kwargs, task_of
 from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError, suggest
 from cofiprune.masking import masks_of
@@ -165,7 +164,7 @@ def check_learnable(
             "without distill_layers_weight an encoder's states are compared with the teacher's as they are, which "
             "needs the same hidden size: give it a weight, or prune other units than 'hidden'"
         )
-    if isinstance(batches, RowBatches) and isinstance(batches.rows, Table):
+    if isinstance(batches, RowBatches) and batches.in_memory:
         try:
             check(batches.rows, teacher, "other")
         except DataError as error:
@@ -204,19 +203,17 @@ def check_compile(config: PruneConfig, device: torch.device) -> None:
     :raises SettingsError: when the backend is unknown, or cannot work on this machine.
     """
     if not config.torch_compile:
-        if config.torch_compile_backend is not None:
+        if config.torch_compile_backend != "inductor":
             raise SettingsError("torch_compile_backend says what compiles, and needs torch_compile=True")
         return
     known = torch.compiler.list_backends(exclude_tags=())
-    if config.torch_compile_backend not in (None, *known):
-        near = suggest(str(config.torch_compile_backend), known)
+    if config.torch_compile_backend not in known:
+        near = suggest(config.torch_compile_backend, known)
         raise SettingsError(
             f"unknown torch_compile_backend {config.torch_compile_backend!r}.{near} Choose among {', '.join(known)}"
         )
     try:
-        torch.compile(_smallest, backend=config.torch_compile_backend or "inductor")(
-            torch.ones(2, device=device, requires_grad=True)
-        )
+        torch.compile(_smallest, backend=config.torch_compile_backend)(torch.ones(2, device=device, requires_grad=True))
     except Exception as error:
         needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
         reason = " ".join(str(error).split("\n")[:2]).strip()
@@ -227,6 +224,21 @@ def check_compile(config: PruneConfig, device: torch.device) -> None:
 
 def _smallest(values: Tensor) -> Tensor:
     return (values * 2).sin().sum()
+
+
+def metric_name(metric: str, values: Iterable[str]) -> str:
+    """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
+
+    :raises SettingsError: when it gives no such metric.
+    """
+    found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
+    if found is None:
+        known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
+        raise SettingsError(
+            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
+            f"{suggest(metric, known)} compute_metrics can add others"
+        )
+    return found
 
 
 def resolve_teacher(

@@ -193,7 +193,9 @@ class GateLearner(nn.Module):
     def shrinks(self) -> bool:
         """Whether units may go while the gates learn. Sizes of whole groups are decided together, at the end."""
         config = self.config
-        return config.compact_in_training and config.trains_weights and not self.target.by_levels(self.masks.structure)
+        return (
+            config.compact_in_training and config.trains_weights and not self.target.needs_levels(self.masks.structure)
+        )
 
     def long_closed(self) -> Plan | None:
         """Check the gates once more; return what is kept when the units go that have been closed for long enough.
@@ -209,7 +211,7 @@ class GateLearner(nn.Module):
             return None
         plan = Plan.from_values(self.masks.structure, kept)
         before, after = self.cost.exact(self.masks.structure.sizes), self.cost.exact(plan.kept)
-        return plan if self.target.left <= after <= (1 - _LEAST) * before else None
+        return plan if self.target.budget <= after <= (1 - _LEAST) * before else None
 
     def on(self, masks: MaskRegistry, plan: Plan, *, layers_left: float) -> GateLearner:
         """Return the same gates and multipliers on what a plan leaves of the model.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from cofiprune.data.batches import ROWS, Batch, to_model
-from cofiprune.errors import SettingsError, TrainingError, suggest
+from cofiprune.errors import TrainingError
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
-from cofiprune.training.checks import check_weights
+from cofiprune.training.checks import check_weights, metric_name
 from cofiprune.training.learner import GateLearner
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class Loop:
         if run.config.torch_compile:
             # Gates and masks are read by the compiled forward pass as tensors from outside, so that a new sample of
             # the gates in every step compiles nothing anew. A new length of sequence does so once, for all lengths.
-            backend = run.config.torch_compile_backend or "inductor"
-            self.model = torch.compile(self.model, backend=backend)  # type: ignore[assignment]
+            self.model = torch.compile(self.model, backend=run.config.torch_compile_backend)  # type: ignore[assignment]
         assert self.state.optimizer is not None
         self.optimizer = accelerator.prepare_optimizer(self.state.optimizer)
         self.last_saved = self.state.total_steps
@@ -190,11 +189,11 @@ class Loop:
         means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.run.log(means)
 
-    def _due(self, every: int | None) -> bool:
+    def _due(self, every: int | Literal["epoch"]) -> bool:
         """Whether something that happens every so many steps, or once an epoch, happens now."""
         if self.state.step == self.total:
             return True
-        if every is None:
+        if every == "epoch":
             return self.state.batches_seen % len(self.run.batches) == 0
         return self.state.total_steps % every == 0
 
@@ -284,18 +283,3 @@ class Loop:
         if self.learner is not None:
             self.learner.masks.unbind()
         accelerator.free_memory()
-
-
-def metric_name(metric: str, values: Iterable[str]) -> str:
-    """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
-
-    :raises SettingsError: when it gives no such metric.
-    """
-    found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
-    if found is None:
-        known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
-        raise SettingsError(
-            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
-            f"{suggest(metric, known)} compute_metrics can add others"
-        )
-    return found

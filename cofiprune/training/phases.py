@@ -89,7 +89,8 @@ def train(run: Run) -> None:
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
     cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
     check_learnable(run.model, run.teacher, run.batches, config, cuts_hidden=cuts_hidden)
-    if not config.finetune_epochs:
+    epochs = 2.0 if config.finetune_epochs is None else config.finetune_epochs
+    if not epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
     if config.train_embeddings is None:
         run.trains_embeddings = plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None
@@ -97,7 +98,7 @@ def train(run: Run) -> None:
     run.identify(method="finetune")
     if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
-    schedule = Schedule.for_training(config.finetune_epochs, config, len(run.batches))
+    schedule = Schedule.for_training(epochs, config, len(run.batches))
     with run.running():
         run.use_plan(plan)
         recover(run, max(schedule.total, 1))
@@ -113,7 +114,7 @@ def pick_method(run: Run, target: Target) -> None:
     if run.resume and saved is not None and saved.exists():
         choice = Choice(**json.loads(saved.read_text()))
     elif config.time_budget is None:
-        choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
+        choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
     else:
         steps = Schedule.for_training(1, config, len(run.batches)).total
         batches = run.batches.from_start()

@@ -19,6 +19,7 @@ from cofiprune.latency.measuring import conditions_of, timed
 from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.with_data import check_one_shot
+from cofiprune.selection.arguments import parse_sparsities, parse_target
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
@@ -30,7 +31,7 @@ from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.targets import counted_length, several, target_for, the_one
+from cofiprune.training.targets import counted_length, target_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,10 +107,10 @@ def prune(
         "target_speedup": target_speedup,
         "target_latency_ms": target_latency_ms,
     }
-    levels = several(target_sparsity)
+    levels = parse_sparsities(target_sparsity)
     if levels is not None and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    the_one(asked if levels is None else {**asked, "target_sparsity": levels[0]})
+    parse_target(asked if levels is None else {**asked, "target_sparsity": levels[0]})
     structure = structure_of(model)
     check_weights(model)
     check_method(config, has_data=train_dataset is not None)
@@ -232,7 +233,7 @@ def _sweep(run: Run, targets: Sequence[Target]) -> SweepResult:
         point = replace(run, model=current, structure=structure, target=target, output_dir=runs, resume=goes_on)
         return _prune(point, target)
 
-    identity = {"targets": [target.asked for target in targets], "settings": identifying(config)}
+    identity = {"targets": [target.requested for target in targets], "settings": identifying(config)}
     setting = f"batch {size['batch_size']}, length {size['seq_len']}, {conditions.device}"
     return sweep(
         model, targets, prune_next, time_of, output_dir=folder, resume=run.resume, identity=identity, setting=setting
@@ -261,12 +262,7 @@ def finetune(
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
-    for plain in ("epochs", "learning_rate", "lr_scheduler_type"):
-        if plain in settings:
-            settings[f"finetune_{plain}"] = settings.pop(plain)
-    if "batch_size" in settings:
-        settings.setdefault("finetune_batch_size", settings["batch_size"])
-    config = PruneConfig.create(config, **settings)
+    config = PruneConfig.for_finetune(config, **settings)
     structure = structure_of(model)
     check_weights(model)
     check_trainable(model, gated=False)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import html
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.compaction import compact
 from cofiprune.compaction.slicing import compacted
+from cofiprune.measure.report import Report, entries_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Reached:
+class TargetReport:
     """The target of a run, and what came of it."""
 
     name: str
@@ -33,7 +34,7 @@ class Reached:
         return self.text
 
 
-def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: Plan) -> Reached:
+def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: Plan) -> TargetReport:
     """What a plan comes to; where the cost is an estimate, it is measured.
 
     :param model: that the plan is for.
@@ -42,19 +43,19 @@ def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: 
         left: float = target.cost(structure).exact(plan.kept)
     else:
         left = target.measure(compacted(model, structure, plan))
-    value = target.scale.asked(left, target.total)
-    if target.measure is not None and abs(left / target.left - 1) > target.slack:
+    value = target.value_of(left)
+    if target.measure is not None and abs(left / target.budget - 1) > target.slack:
         warnings.warn(
-            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary "
+            f"{target} was asked for; measured again, the compacted model has {target.text(left)}. Times vary "
             "on a busy machine, and no sizes may lie nearer",
             UserWarning,
             stacklevel=2,
         )
-    return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
+    return TargetReport(target.name, target.requested, value, f"{target}, reached {target.text(left)}")
 
 
 @dataclass(repr=False)
-class PruneResult:
+class PruneResult(Report):
     """A finished run."""
 
     model: PreTrainedModel
@@ -79,7 +80,7 @@ class PruneResult:
     reason: str = ""
     """Where `method="auto"` picked: what and why, in one sentence."""
 
-    target: Reached | None = None
+    target: TargetReport | None = None
     """What was asked for and reached; None for `finetune`."""
     uniform: bool = False
     """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
@@ -92,7 +93,7 @@ class PruneResult:
         return compact(self.model, uniform=self.uniform, fuse=fuse)
 
     def _rows(self) -> list[tuple[str, str]]:
-        kept = {name: len(indices) for name, indices in self.plan.keep.items()}
+        kept, sizes = self.plan.kept, self.plan.sizes
         blocks = [name for name in kept if name.endswith((".attention", ".ffn"))]
         rows = [
             ("model", f"{type(self.model).__name__} ({self.plan.family})"),
@@ -100,13 +101,13 @@ class PruneResult:
             ("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"),
             ("blocks", f"{sum(kept[name] for name in blocks)} of {len(blocks)} kept"),
         ]
-        for kind, label in ((".heads", "heads"), (".intermediate", "intermediate")):
-            names = [name for name in kept if name.endswith(kind)]
-            total = sum(self.plan.sizes[name] for name in names)
+        for kind in ("heads", "intermediate"):
+            names = [name for name in kept if name.endswith(f".{kind}")]
             if names:
-                rows.append((label, f"{sum(kept[name] for name in names)} of {total} kept"))
+                total = sum(sizes[name] for name in names)
+                rows.append((kind, f"{sum(kept[name] for name in names)} of {total} kept"))
         if "hidden" in kept:
-            rows.append(("hidden", f"{kept['hidden']} of {self.plan.sizes['hidden']} kept"))
+            rows.append(("hidden", f"{kept['hidden']} of {sizes['hidden']} kept"))
         rows += [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in self.metrics.items()]
         if self.method:
             rows.append(("method", self.reason or self.method))
@@ -116,13 +117,7 @@ class PruneResult:
             rows.append(("weights", f"of step {self.best_step}, chosen by the evaluation set"))
         return rows
 
-    def __repr__(self) -> str:
-        return "PruneResult\n" + "\n".join(f"  {name:<14}{value}" for name, value in self._rows())
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
 
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>"
-            f"{html.escape(value)}</td></tr>"
-            for name, value in self._rows()
-        )
-        return f"<table><caption>PruneResult</caption>{cells}</table>"
+        return Group("PruneResult", entries_table(self._rows()))

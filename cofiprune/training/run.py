@@ -26,7 +26,6 @@ from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches, model_inputs
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare
-from cofiprune.data.table import Table
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to, masks_of
@@ -40,11 +39,11 @@ from cofiprune.training.checks import (
     check_compile,
     check_measurable,
     check_output_dir,
+    metric_name,
     take_masks_off,
 )
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.display import Display, Interrupt
-from cofiprune.training.loop import metric_name
 from cofiprune.training.objective import Objective
 from cofiprune.training.result import PruneResult, reached
 
@@ -124,8 +123,7 @@ class Run:
         self.accelerator = _accelerator(config)
         check_compile(config, self.accelerator.device)
         if isinstance(self.batches, RowBatches):
-            self.batches.longest = longest_sequence(self.model)
-            self.batches.multiple = self._padding_multiple()
+            self.batches.pad_to(self._padding_multiple(), longest_sequence(self.model))
         set_seed(config.seed, device_specific=True)
         self.calibration = self.batches.shard(0, 1)
         self.batches = self.batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
@@ -266,7 +264,7 @@ class Run:
         :param fitted: see `Objective`.
         """
         memory = 0
-        if self.teacher is not None and isinstance(self.batches, RowBatches) and isinstance(self.batches.rows, Table):
+        if self.teacher is not None and isinstance(self.batches, RowBatches) and self.batches.in_memory:
             # Only rows that are in memory are the same every time; they are known by their numbers.
             memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
             for batches in (self.batches, *(batches for batches, _ in self.taken)):

@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from cofiprune.accounting import amount
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import restore
 from cofiprune.errors import CheckpointError, SettingsError, suggest
 from cofiprune.masking import attach
-from cofiprune.measure.report import amount, as_text, html_report, html_table, rich_table
+from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.training.checkpoint import has_checkpoints
 from cofiprune.training.result import PruneResult
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
     from transformers import PreTrainedModel
 
 _POINT, _PLAN = "point.json", "plan.json"
@@ -53,7 +54,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, repr=False)
-class SweepResult(Sequence[SweepPoint]):
+class SweepResult(Report, Sequence[SweepPoint]):
     """The models of a sweep, from the largest to the smallest; prints as a table, and renders in notebooks."""
 
     points: tuple[SweepPoint, ...]
@@ -84,16 +85,10 @@ class SweepResult(Sequence[SweepPoint]):
             rows.append([*row, f"{point.seconds / 60:.1f}"])
         return header, rows
 
-    def __rich__(self) -> Table:
-        return rich_table(*self._cells())
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
 
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_report("Sweep", self.setting, html_table(*self._cells(), left=()))
+        return Group(*([self.setting] if self.setting else []), rich_table(*self._cells()))
 
     def plot(self, path: str | Path, *, metric: str | None = None) -> None:
         """Draw the metric, or the size where nothing was evaluated, over sparsity and over latency.
@@ -126,7 +121,7 @@ def sweep(
     points: list[SweepPoint] = []
     current, plan = model, Plan.from_values(structure_of(model), {})
     for target in targets:
-        folder = None if output_dir is None else output_dir / f"sparsity-{target.asked:g}"
+        folder = None if output_dir is None else output_dir / f"sparsity-{target.requested:g}"
         done = None if folder is None or not resume else _read(folder, target, type(model))
         if done is None:
             done = _next(current, plan, target, run, time_of, folder, resume=resume)
@@ -175,7 +170,7 @@ def _next(
     result = run(copy.deepcopy(current), target, runs, goes_on)
     small, whole = result.compact(), plan.then(result.plan.hard)
     point = SweepPoint(
-        target=target.asked,
+        target=target.requested,
         sparsity=1 - target.kept_share(structure_of(small)),
         parameters=sum(parameter.numel() for parameter in small.parameters()),
         metrics=dict(result.metrics),

@@ -13,7 +13,7 @@ from cofiprune import PruneConfig, accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
-from cofiprune.selection.target import SPARSITY, Target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Group
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.schedule import Schedule
@@ -30,7 +30,7 @@ def bert() -> BertModel:
 def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> GateLearner:
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
-    goal = Target(SPARSITY, target, accounting.layer_parameters, total, (1 - target) * total)
+    goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
     return GateLearner(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, layers_left=share)
 
 
