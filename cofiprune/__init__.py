@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import Adapter, adapter_for, derive_by, register_adapter, structure
+from cofiprune.compaction import compact
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
-from cofiprune.compaction.slicing import compact
 from cofiprune.errors import CofipruneError
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry

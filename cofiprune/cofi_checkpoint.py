@@ -27,7 +27,8 @@ from torch import Tensor
 
 from cofiprune.adapter import adapter_for, expand
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, reshape_skeleton
+from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import reshape_skeleton
 from cofiprune.errors import CheckpointError, PlanError
 from cofiprune.plan import Plan
 from cofiprune.structure import Kind, Structure

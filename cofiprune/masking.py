@@ -40,7 +40,11 @@ def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -
     :raises StructureError: for a unit kind that the model cannot prune.
     :raises MaskError: when masks are attached already.
     """
-    structure = structure_of(model)
+    return attach_to(model, structure_of(model), units)
+
+
+def attach_to(model: PreTrainedModel, structure: Structure, units: str | tuple[str, ...] | None = None) -> MaskRegistry:
+    """Attach masks of ones to a model whose structure is known; the rest is as in `attach`."""
     if masks_of(model) is not None:
         raise MaskError("masks are attached to this model already; call masks.detach() first")
     names = [group.name for group in structure.select(units)]

@@ -8,20 +8,25 @@ inner units are gone, is gone with its gate and its units.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from cofiprune.errors import PlanError
 from cofiprune.structure import Structure
 
-if TYPE_CHECKING:
-    from cofiprune.masks import MaskRegistry
-
 _FORMAT_VERSION = 1
+
+
+class _Masks(Protocol):
+    """A `MaskRegistry`, which imports this module."""
+
+    @property
+    def structure(self) -> Structure: ...
+    def items(self) -> ItemsView[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,12 @@ class Plan:
     """Factors in (0, 1] of the kept units, for the groups where one is not 1; folded into the weights."""
 
     @classmethod
-    def from_masks(cls, masks: MaskRegistry) -> Self:
+    def from_masks(cls, masks: _Masks) -> Self:
         """Read the plan off masks attached to a model: a mask of 0 removes, a fractional one scales.
 
         :raises PlanError: when every hidden dimension is masked.
         """
-        return cls.from_values(masks.structure, {name: masks[name] for name in masks})
+        return cls.from_values(masks.structure, dict(masks.items()))
 
     @classmethod
     def from_values(cls, structure: Structure, values: Mapping[str, Tensor]) -> Self:

@@ -1,5 +1,58 @@
-"""Physical slicing: smaller weights, placeholders for removed blocks, and how the result is saved and loaded."""
+"""Compaction: a smaller model in place of a masked one, and its weights back in the full model.
 
-from cofiprune.compaction.slicing import compact, restore
+Slicing, placeholders of removed blocks, uniform configurations, and loading by `from_pretrained` have a module each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.slicing import compacted, write_back
+from cofiprune.compaction.uniform_config import uniform_copy
+from cofiprune.inference.fusion import fuse as fuse_linears
+from cofiprune.masking import masks_of
+from cofiprune.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["compact", "restore"]
+
+
+def compact(
+    model: PreTrainedModel, plan: Plan | None = None, *, uniform: bool = False, fuse: bool = False
+) -> PreTrainedModel:
+    """Return a smaller copy of a model, without the units that a plan removes.
+
+    :param plan: what to keep; by default the masks attached to the model, or everything where there are none.
+    :param uniform: write the smaller sizes into the configuration itself, so that the result loads without cofiprune.
+        All layers that stay must have the same shape, and the adapter must name the sizes in the configuration.
+    :param fuse: for inference: linear layers that read the same tensor are computed in one product, and float32
+        products on a CPU by the faster library. Weights, names and saved files are the same, outputs equal within
+        rounding. A model loaded from a file is not fused; compact it again to fuse it.
+    :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are those of the
+        masked model; `model` itself is left as it was.
+    :raises PlanError: when the plan belongs to another model, or cannot be written into a configuration.
+    """
+    structure = structure_of(model)
+    if plan is None:
+        plan = Plan.from_values(structure, masks_of(model) or {})
+    plan.check(structure)
+    small = (uniform_copy if uniform else compacted)(model, structure, plan)
+    if fuse:
+        fuse_linears(small)
+    return small
+
+
+def restore(model: PreTrainedModel, small: PreTrainedModel, plan: Plan) -> None:
+    """Write the weights of a compacted model back to their places in the full one: the inverse of `compact`.
+
+    Weights that the plan removes stay as they are. The small model's weights contain the plan's scales: under masks,
+    the full model computes the same only with those of `plan.hard`.
+
+    :raises PlanError: when the plan belongs to another model.
+    """
+    structure = structure_of(model)
+    plan.check(structure)
+    write_back(model, structure, small, plan)

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.removal import pick, remove_block
 from cofiprune.errors import PlanError
-from cofiprune.inference.fusion import fuse as fuse_maps
 from cofiprune.inference.fusion import unfuse
 from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
@@ -29,38 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def compact(
-    model: PreTrainedModel, plan: Plan | None = None, *, plain: bool = False, fuse: bool = False
-) -> PreTrainedModel:
-    """Return a smaller copy of a model in which what the plan removes is not there.
+def compacted(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
+    """Return a smaller copy of a model; `compact` with a structure that is known.
 
-    :param plan: what to keep; the masks attached to the model by default, everything without masks.
-    :param plain: state the sizes in the configuration itself, so that the result loads without cofiprune. For plans of
-        the same shape in every layer that stays, in families whose configuration can say it.
-    :param fuse: for inference: linear maps that read the same tensor are computed in one product, and float32 products
-        on a CPU by the library that is faster there. Weights, names and what is saved are the same, outputs equal
-        within rounding. A model loaded from a file has separate products again; compact it to fuse them.
-    :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are
-        those of the masked model; `model` itself is left as it was.
-    :raises PlanError: when the plan belongs to another model, or cannot be made plain.
+    :param plan: one that was checked against the structure.
     """
-    structure = structure_of(model)
-    masks = masks_of(model)
-    if plan is None:
-        plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
-    plan.check(structure)
-    if plain:
-        from cofiprune.compaction.uniform_config import as_plain  # which calls this function
-
-        small = as_plain(model, plan)
-    else:
-        small = _sliced_copy(model, structure, plan)
-    if fuse:
-        fuse_maps(small)
-    return small
-
-
-def _sliced_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
     cut = {
         spec.name: None if _is_gone(spec, plan.kept) else sliced(parameter.detach(), spec, plan)
         for spec, parameter in _parameters(model, structure)
@@ -95,31 +66,31 @@ def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
     return value.clone() if value is weight else value.contiguous()
 
 
-def restore(model: PreTrainedModel, small: PreTrainedModel, plan: Plan) -> None:
-    """Write the weights of a compacted model back to their places in the full one; the inverse of slicing.
-
-    What the plan removed is left as it is. The masks of `model` must be the hard ones of the plan for the
-    two to compute the same afterwards, because the small model's weights carry any scales.
-    """
-    structure = structure_of(model)
-    plan.check(structure)
+@torch.no_grad()
+def write_back(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> None:
+    """Write the weights of a compacted model back to their places; `restore` with a structure that is known."""
     source = dict(small.named_parameters())
-    with torch.no_grad():
-        for spec, parameter in _parameters(model, structure):
-            if _is_gone(spec, plan.kept):
-                continue
-            index = [
-                torch.arange(length) if side is None else positions(side, plan.keep[side.group])
-                for side, length in zip(spec.sides, spec.shape, strict=True)
-            ]
-            grid = torch.meshgrid(*(row.to(parameter.device) for row in index), indexing="ij")
-            parameter[grid] = source[spec.name].to(parameter.device, parameter.dtype)
+    for spec, parameter in _parameters(model, structure):
+        if _is_gone(spec, plan.kept):
+            continue
+        index = [
+            torch.arange(length) if side is None else positions(side, plan.keep[side.group])
+            for side, length in zip(spec.sides, spec.shape, strict=True)
+        ]
+        grid = torch.meshgrid(*(row.to(parameter.device) for row in index), indexing="ij")
+        parameter[grid] = source[spec.name].to(parameter.device, parameter.dtype)
 
 
 def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
     """Indices along a dimension of the elements of the kept units, [copies * kept * block]."""
     layout = torch.arange(side.length).view(side.copies, side.units, side.block)
     return layout[:, list(keep)].flatten()
+
+
+def sliced_shape(spec: Parameter, kept: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a parameter with `kept` units of each group."""
+    sides = zip(spec.sides, spec.shape, strict=True)
+    return tuple(length if side is None else side.copies * kept[side.group] * side.block for side, length in sides)
 
 
 def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
@@ -132,11 +103,8 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
             raise PlanError(f"recorded size {size} for group {name!r} does not fit this {structure.family} model")
     new: dict[int, nn.Parameter] = {}
     for spec, parameter in _parameters(model, structure):
-        shape = [
-            length if side is None else side.copies * kept[side.group] * side.block
-            for side, length in zip(spec.sides, spec.shape, strict=True)
-        ]
-        if shape != list(spec.shape) and not _is_gone(spec, kept):
+        shape = sliced_shape(spec, kept)
+        if shape != spec.shape and not _is_gone(spec, kept):
             empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
             new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for module in model.modules():

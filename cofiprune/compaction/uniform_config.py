@@ -1,7 +1,7 @@
-"""A compacted model of one shape as a plain one: its configuration states its sizes, and it loads without cofiprune.
+"""Uniform compacted models: the configuration itself states the smaller sizes, and they load without cofiprune.
 
-What the adapter declares (`ConfigSizes`) says how the configuration calls the sizes. Layers that are gone as a whole
-are left out, and the others numbered anew.
+The adapter names the sizes in its family's configuration (`ConfigSizes`). Layers that are removed as a whole are left
+out, and the others are numbered anew.
 """
 
 from __future__ import annotations
@@ -13,45 +13,46 @@ from typing import TYPE_CHECKING
 import torch
 
 from cofiprune.adapter import ConfigSizes, adapter_for
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction.slicing import compacted, sliced_shape
 from cofiprune.errors import PlanError
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
-from cofiprune.structure import UNIT_KINDS, Parameter, Structure, UnitKind
+from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def config_sizes(model: PreTrainedModel) -> ConfigSizes:
-    """How the model's configuration calls its sizes.
+def config_names(model: PreTrainedModel) -> ConfigSizes:
+    """Return the names of the sizes in a model's configuration.
 
-    :raises PlanError: when its family's adapter does not say, or the model has been compacted already.
+    :raises PlanError: when its family's adapter does not give them, or the model has been compacted already.
     """
     names = adapter_for(model).describe(model.config).config
     if names is None:
         raise PlanError(
-            f"the configuration of {model.config.model_type} cannot say that a model of one shape is smaller, or its "
-            "adapter does not declare how; compact it without plain, or leave out uniform"
+            f"the configuration of {model.config.model_type} cannot state smaller sizes, or its adapter does not "
+            "declare their names; leave out uniform"
         )
     if recorded_sizes(model.config) is not None:
         raise PlanError(
-            "this model has been compacted to sizes that its configuration cannot say; start from the dense one"
+            "this model has been compacted to sizes that its configuration does not state; start from the dense one"
         )
     return names
 
 
-def plain_units(model: PreTrainedModel, structure: Structure, asked: Sequence[UnitKind] | None) -> tuple[UnitKind, ...]:
-    """The unit kinds that a plain model of this class can have fewer of.
+def uniform_units(
+    model: PreTrainedModel, structure: Structure, asked: Sequence[UnitKind] | None
+) -> tuple[UnitKind, ...]:
+    """Return the unit kinds of which a uniform model of this class can have fewer.
 
-    A pooler, for instance, has as many outputs as there were hidden dimensions: no configuration says a smaller hidden
-    size without cutting them too.
+    A pooler, for instance, has as many outputs as the dense model has hidden dimensions: no configuration states a
+    smaller hidden size without cutting them too.
 
     :param asked: kinds that must be among them; None for all that can.
     :raises PlanError: when one of them is not.
     """
-    names = config_sizes(model)
-    present = {group.unit for group in structure.groups}
+    names = config_names(model)
     heads = structure["layers.0.heads"].size if "layers.0.heads" in structure else 1
     width = structure["hidden"].size // heads if "hidden" in structure else 0
     possible: set[UnitKind] = {"layer", "intermediate"}
@@ -60,63 +61,57 @@ def plain_units(model: PreTrainedModel, structure: Structure, asked: Sequence[Un
     if heads > 1 and width:
         kept = {"hidden": width * (heads - 1)}
         if names.head_dim is None:
-            kept |= {name: heads - 1 for name in structure if name.endswith(".heads")}
-        if _says(model, names, structure, kept):
+            kept |= {group.name: heads - 1 for group in structure.groups if group.kind == "heads"}
+        if _builds(model, names, structure, kept):
             possible |= {"hidden", "head"}
+    present = [unit for unit in UNIT_KINDS if unit in possible and structure.present(unit)]
     refused = [unit for unit in asked or () if unit not in possible]
     if refused:
         raise PlanError(
-            f"a plain {type(model).__name__} cannot have fewer {' and '.join(map(repr, refused))} units; with uniform, "
-            f"units takes {', '.join(unit for unit in UNIT_KINDS if unit in possible & present)}"
+            f"a uniform {type(model).__name__} cannot have fewer {' and '.join(map(repr, refused))} units; with "
+            f"uniform, units takes {', '.join(present)}"
         )
-    return tuple(asked) if asked is not None else tuple(unit for unit in UNIT_KINDS if unit in possible & present)
+    return tuple(present if asked is None else asked)
 
 
-def _says(model: PreTrainedModel, names: ConfigSizes, structure: Structure, kept: Mapping[str, int]) -> bool:
+def _builds(model: PreTrainedModel, names: ConfigSizes, structure: Structure, kept: Mapping[str, int]) -> bool:
     """Whether the configuration for some sizes builds the model that compaction would leave."""
     masks = {name: (torch.arange(structure[name].size) < count).double() for name, count in kept.items()}
     plan = Plan.from_values(structure, masks)
     with torch.device("meta"):
         built = type(model)(_configured(model.config, names, structure, plan, _layers(structure, plan)))
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
-    return all(shapes.get(spec.name) == _shape(spec, plan) for spec in structure.parameters)
+    return all(shapes.get(spec.name) == sliced_shape(spec, plan.kept) for spec in structure.parameters)
 
 
-def _shape(spec: Parameter, plan: Plan) -> tuple[int, ...]:
-    sides = zip(spec.shape, spec.sides, strict=True)
-    return tuple(
-        size if side is None else side.copies * len(plan.keep[side.group]) * side.block for size, side in sides
-    )
+def uniform_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
+    """Return a smaller copy of a model, of a smaller configuration; the same class, dtype, device and mode.
 
-
-def as_plain(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Return what a plan leaves as a model of a smaller configuration, the same class, dtype, device and mode.
-
-    :raises PlanError: when the plan has not one shape in all layers, or the family's configuration cannot say it.
+    :raises PlanError: when the layers differ in shape, or the family's configuration cannot state the sizes.
     """
-    names = config_sizes(model)
-    structure = adapter_for(model).structure(model)
+    names = config_names(model)
     layers = _layers(structure, plan)
     config = _configured(model.config, names, structure, plan, layers)
-    small = compact(model, plan)
+    small = compacted(model, structure, plan)
     with torch.device("meta"):
-        plain: PreTrainedModel = type(model)(config)
+        uniform: PreTrainedModel = type(model)(config)
     moved = {f"{structure.layers[old]}.": f"{structure.layers[new]}." for new, old in enumerate(layers)}
     gone = tuple(f"{path}." for index, path in enumerate(structure.layers) if index not in layers)
     tensors = {}
     for name, value in small.state_dict().items():
-        if not name.startswith(gone) or not gone:
+        if not gone or not name.startswith(gone):
             before = next((path for path in moved if name.startswith(path)), "")
             tensors[moved.get(before, "") + name.removeprefix(before)] = value
-    plain.to_empty(device=model.device)
-    plain.to(dtype=model.dtype)  # type: ignore[call-arg]
-    fresh = type(model)(config)  # buffers that are no part of a state dict
-    for name, buffer in fresh.named_buffers():
-        plain.get_buffer(name).copy_(buffer)
-    plain.load_state_dict(tensors)
-    plain.tie_weights()
-    plain.train(model.training)
-    return plain
+    uniform.to_empty(device=model.device)
+    uniform.to(dtype=model.dtype)  # type: ignore[call-arg]
+    with torch.random.fork_rng(devices=[]):
+        fresh = type(model)(config)
+    for name, buffer in fresh.named_buffers():  # those that are no part of a state dict
+        uniform.get_buffer(name).copy_(buffer)
+    uniform.load_state_dict(tensors)
+    uniform.tie_weights()
+    uniform.train(model.training)
+    return uniform
 
 
 def _layers(structure: Structure, plan: Plan) -> list[int]:
@@ -126,12 +121,11 @@ def _layers(structure: Structure, plan: Plan) -> list[int]:
     """
     shapes: dict[int, tuple[int, ...]] = {}
     for index in range(len(structure.layers)):
-        names = [name for name, group in structure.items() if group.layer == index]
-        sizes = tuple(len(plan.keep[name]) for name in names)
+        sizes = tuple(len(plan.keep[group.name]) for group in structure.groups if group.layer == index)
         if any(sizes):
             shapes[index] = sizes
     if len(set(shapes.values())) != 1 or any(0 in sizes for sizes in shapes.values()):
-        raise PlanError("the layers that the plan leaves differ in shape, which a plain configuration cannot say")
+        raise PlanError("the layers that the plan leaves differ in shape, which one configuration cannot state")
     return list(shapes)
 
 
@@ -139,27 +133,22 @@ def _configured(
     config: PretrainedConfig, names: ConfigSizes, structure: Structure, plan: Plan, layers: list[int]
 ) -> PretrainedConfig:
     """A copy of the configuration with the sizes that the plan leaves."""
-    first = f"layers.{layers[0]}."
-    heads, all_heads = (_size(sizes, f"{first}heads") for sizes in (plan.kept, structure.sizes))
-    hidden, all_hidden = (_size(sizes, "hidden") for sizes in (plan.kept, structure.sizes))
-    smaller = copy.deepcopy(config)
+    kept, dense = plan.kept, structure.sizes
+    heads_name, intermediate_name = (f"layers.{layers[0]}.{kind}" for kind in ("heads", "intermediate"))
+    heads, hidden = kept.get(heads_name), kept.get("hidden")
+    all_heads, all_hidden = dense.get(heads_name), dense.get("hidden")
     if names.head_dim is None and heads is not None and heads * (all_hidden or 0) != (hidden or 0) * (all_heads or 0):
         raise PlanError(
-            f"{config.model_type} derives the width of a head from {names.hidden} and {names.heads}: a plain model can "
-            f"have {heads} heads of {all_heads} only with the same share of hidden dimensions, and the plan keeps "
+            f"{config.model_type} derives the width of a head from {names.hidden} and {names.heads}: a uniform model "
+            f"can have {heads} heads of {all_heads} only with the same share of hidden dimensions, and the plan keeps "
             f"{hidden} of {all_hidden}"
         )
+    smaller = copy.deepcopy(config)
     if names.head_dim is not None:
         setattr(smaller, names.head_dim, getattr(config, names.head_dim))
-    intermediate = _size(plan.kept, f"{first}intermediate")
-    for name, value in ((names.hidden, hidden), (names.heads, heads), (names.intermediate, intermediate)):
+    sizes = ((names.hidden, hidden), (names.heads, heads), (names.intermediate, kept.get(intermediate_name)))
+    for name, value in sizes:
         if value is not None:
             setattr(smaller, name, value)
     setattr(smaller, names.layers, len(layers))
     return smaller
-
-
-def _size(sizes: object, name: str) -> int | None:
-    assert isinstance(sizes, dict)
-    found: int | None = sizes.get(name)
-    return found

@@ -81,11 +81,6 @@ def outputs_of(model: PreTrainedModel) -> int:
     return int(labels)
 
 
-def is_token_level(task: Task) -> bool:
-    """Whether a row has one label per token."""
-    return task in ("token-classification", "masked-lm")
-
-
 def label_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the labels in the model's forward, in its order; empty for a model that computes no loss."""
     return tuple(name for name in forward_names(model) if name in LABELS)
@@ -96,11 +91,8 @@ def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(_forward(model)).parameters if name != "self")
 
 
-def taken(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
-    """Return those of transformers' options of a forward (`return_dict`, ...) that a model takes.
-
-    All of transformers' own models take them; one that someone wrote may do without.
-    """
+def supported_kwargs(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """Return the options of a forward (`return_dict`, ...) that a model accepts: a model of one's own may lack some."""
     # Not those of a function inside a decorator: that may take an option itself and not hand it on.
     parameters = inspect.signature(_forward(model), follow_wrapped=False).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):

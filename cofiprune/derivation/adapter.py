@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, known_families, temporarily
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.conformance.laws import compared
 from cofiprune.conformance.specimens import inputs, outputs, random_values
 from cofiprune.derivation.derive import Derived, derive

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.errors import TargetError
 from cofiprune.latency.cache import table_for
 from cofiprune.latency.cost import LatencyCost

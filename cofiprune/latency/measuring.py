@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.hooks import evaluating
 from cofiprune.latency.table import Conditions, LatencyTable, Surface

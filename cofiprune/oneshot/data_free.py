@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError

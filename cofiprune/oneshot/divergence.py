@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from cofiprune.data.tasks import taken, task_of
+from cofiprune.data.tasks import supported_kwargs, task_of
 from cofiprune.distillation import PredictionKind, logit_loss, predictions
 from cofiprune.oneshot.layerwise import Batch, placed
 
@@ -35,7 +35,9 @@ def answers(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Answers]:
 
     :raises TeacherError: when its output holds none that are known.
     """
-    return [predictions(model(**placed(batch, model), **taken(model, return_dict=True))) for batch in batches]
+    return [
+        predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
+    ]
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def divergence(
     kind = kind_of(model)
     total = 0.0
     for batch, theirs in zip(batches, reference, strict=True):
-        ours = predictions(model(**placed(batch, model), **taken(model, return_dict=True)))
+        ours = predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True)))
         theirs = tuple(part.to(mine) for part, mine in zip(theirs, ours, strict=True))
         if kind == "embedding" and hidden is not None:
             theirs = tuple(part[..., list(hidden)] for part in theirs)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cofiprune.data.batches import ROWS
-from cofiprune.data.tasks import label_names, taken
+from cofiprune.data.tasks import label_names, supported_kwargs
 from cofiprune.distillation import predictions
 from cofiprune.masks import MaskRegistry
 
@@ -53,7 +53,8 @@ def measured_importance(
             inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}
             masks.bind(values)
             outputs = [
-                counted_outputs(part, inputs) for part in predictions(model(**inputs, **taken(model, return_dict=True)))
+                counted_outputs(part, inputs)
+                for part in predictions(model(**inputs, **supported_kwargs(model, return_dict=True)))
             ]
             noise = [torch.randn(part.shape, generator=generator, device=device, dtype=part.dtype) for part in outputs]
             projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()

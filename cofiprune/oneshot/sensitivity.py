@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cofiprune.data.tasks import taken
+from cofiprune.data.tasks import supported_kwargs
 from cofiprune.distillation import predictions
 from cofiprune.hooks import frozen
 from cofiprune.oneshot.fisher import counted_outputs
@@ -122,7 +122,7 @@ def _run(
         for place, paths in places.items():
             for path in paths:
                 hooks.callback(watch(model.get_submodule(path), place, seen).remove)
-        answered = predictions(model(**inputs, **taken(model, return_dict=True)))
+        answered = predictions(model(**inputs, **supported_kwargs(model, return_dict=True)))
     probes = seen.probes
     if not probes:
         return {}, {}  # none of the maps is called as a module

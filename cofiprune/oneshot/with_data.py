@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.data.batches import ROWS
 from cofiprune.data.tasks import label_names
 from cofiprune.errors import DataError, TargetError

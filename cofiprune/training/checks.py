@@ -14,7 +14,7 @@ from torch import nn
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import check
 from cofiprune.data.table import Table
-from cofiprune.data.tasks import label_names, taken, task_of
+from cofiprune.data.tasks import label_names, supported_kwargs, task_of
 from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError
 from cofiprune.masking import masks_of
 from cofiprune.training.config import PruneConfig
@@ -178,7 +178,7 @@ def check_states(model: PreTrainedModel) -> None:
 
     :raises SettingsError: when its forward does not take the question.
     """
-    if not taken(model, output_hidden_states=True):
+    if not supported_kwargs(model, output_hidden_states=True):
         raise SettingsError(
             f"{type(model).__name__}.forward takes no output_hidden_states, so that the states of its layers cannot be "
             "distilled: add it, as the models of transformers have it, or set distill_layers_weight=0"

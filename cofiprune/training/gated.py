@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import frozen
 from cofiprune.masking import attach

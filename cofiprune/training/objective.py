@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.data.batches import ROWS
-from cofiprune.data.tasks import IGNORED, Task, label_names, taken
+from cofiprune.data.tasks import IGNORED, Task, label_names, supported_kwargs
 from cofiprune.distillation import PredictionKind, layerwise_loss, logit_loss, predictions
 from cofiprune.errors import TrainingError
 from cofiprune.training.config import PruneConfig
@@ -73,7 +73,7 @@ class Objective:
         self.label_weight = label_weight(config, taught=teacher is not None, labelled=labelled)
         self.labels = set(label_names(student))
         self.distils_layers = teacher is not None and projection is not None
-        self.options = taken(student, output_hidden_states=self.distils_layers, return_dict=True)
+        self.options = supported_kwargs(student, output_hidden_states=self.distils_layers, return_dict=True)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
         """Return the parts of the loss, unweighted, and their weighted sum as `loss`.

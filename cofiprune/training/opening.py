@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.errors import TargetError
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.batches import ROWS, Batch, Batches, to_model
-from cofiprune.data.tasks import label_names, taken
+from cofiprune.data.tasks import label_names, supported_kwargs
 from cofiprune.distillation import predictions
 from cofiprune.oneshot.layerwise import counted
 from cofiprune.oneshot.with_data import FIT_POSITIONS, sweeps
@@ -85,4 +85,4 @@ def _ask(teacher: PreTrainedModel, batch: Batch) -> None:
 
 
 def _answers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
-    return predictions(model(**batch, **taken(model, return_dict=True)))
+    return predictions(model(**batch, **supported_kwargs(model, return_dict=True)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.data.batches import ROWS, Batch
-from cofiprune.data.tasks import forward_names, label_names, taken
+from cofiprune.data.tasks import forward_names, label_names, supported_kwargs
 from cofiprune.distillation import hidden_projection
 from cofiprune.record import recorded_sizes
 
@@ -36,9 +36,13 @@ def fitted_projection(
     gram: Tensor | None = None
     for batch in itertools.islice(batches, _BATCHES):
         inputs = {name: value.to(device) for name, value in batch.items() if name not in labels}
-        ours = student(**inputs, **taken(student, output_hidden_states=True, return_dict=True)).hidden_states[-1]
+        ours = student(
+            **inputs, **supported_kwargs(student, output_hidden_states=True, return_dict=True)
+        ).hidden_states[-1]
         read = {name: value for name, value in inputs.items() if name in forward_names(teacher)}
-        theirs = teacher(**read, **taken(teacher, output_hidden_states=True, return_dict=True)).hidden_states[-1]
+        theirs = teacher(
+            **read, **supported_kwargs(teacher, output_hidden_states=True, return_dict=True)
+        ).hidden_states[-1]
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape == ours.shape[:2]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.uniform_config import plain_units
+from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
 from cofiprune.latency.measuring import conditions_of, timed
@@ -113,7 +113,7 @@ def prune(
     check_weights(model)
     check_method(config, has_data=train_dataset is not None)
     if config.uniform:
-        units = plain_units(model, structure, config.units)
+        units = uniform_units(model, structure, config.units)
         if config.units is None and config.method in ("one-shot", "auto"):
             units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
         config = PruneConfig.create(config, units=units)
@@ -141,7 +141,7 @@ def prune(
     )
     if levels is None:
         result = order.carry_out(model, targets[0], output_dir, resume=resume)
-        result.plain = config.uniform
+        result.uniform = config.uniform
         return result
     return _sweep(model, targets, order, output_dir, resume=resume)
 

@@ -8,7 +8,7 @@ import torch
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.errors import TrainingError
 from cofiprune.masking import masks_of
 from cofiprune.measure.summary import dense_structure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.data.batches import Batches
 from cofiprune.hooks import evaluating
 from cofiprune.masks import MaskRegistry

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact
+from cofiprune.compaction import compact
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 
@@ -80,15 +80,15 @@ class PruneResult:
 
     target: Reached | None = None
     """What was asked for and reached; None for `finetune`."""
-    plain: bool = False
-    """Whether every layer has the same shape (`uniform`), so that the smaller model is a plain one."""
+    uniform: bool = False
+    """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
-        """Return the smaller model: `cofiprune.compact(result.model)`, with `plain=True` after `uniform`.
+        """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.
 
         :param fuse: as in `cofiprune.compact`.
         """
-        return compact(self.model, plain=self.plain, fuse=fuse)
+        return compact(self.model, uniform=self.uniform, fuse=fuse)
 
     def _rows(self) -> list[tuple[str, str]]:
         kept = {name: len(indices) for name, indices in self.plan.keep.items()}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import restore, sliced
+from cofiprune.compaction import restore
+from cofiprune.compaction.slicing import sliced
 from cofiprune.gates import Gates, gate_cut
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry

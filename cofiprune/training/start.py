@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
 from cofiprune.hooks import evaluating

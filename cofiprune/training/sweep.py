@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import restore
+from cofiprune.compaction import restore
 from cofiprune.errors import CheckpointError
 from cofiprune.masking import attach
 from cofiprune.measure.report import amount, as_text, html_report, html_table, rich_table

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import accounting
-from cofiprune.compaction.uniform_config import config_sizes
+from cofiprune.compaction.uniform_config import config_names
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
@@ -92,7 +92,7 @@ def target_for(
     target = replace(target, round_to=multiple)
     if not config.uniform:
         return target
-    return replace(target, uniform=True, tied_heads=config_sizes(model).head_dim is None)
+    return replace(target, uniform=True, tied_heads=config_names(model).head_dim is None)
 
 
 def counted_length(model: PreTrainedModel, config: PruneConfig) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cofiprune.data.tasks import forward_names, taken
+from cofiprune.data.tasks import forward_names, supported_kwargs
 from cofiprune.distillation import predictions
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Teacher:
         """
         self.token_axis = token_axis
         self.reads = set(forward_names(model))
-        self.options = taken(model, output_hidden_states=bool(layers), return_dict=True)
+        self.options = supported_kwargs(model, output_hidden_states=bool(layers), return_dict=True)
         self.model = model
         self.layers = tuple(layers)
         self.depth = int(model.config.num_hidden_layers)

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import cofiprune
 from cofiprune.adapter import temporarily
 from cofiprune.data.checks import vocabulary_size
-from cofiprune.data.tasks import taken
+from cofiprune.data.tasks import supported_kwargs
 from cofiprune.errors import DataError, SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,11 +99,11 @@ def test_a_forward_need_not_take_the_options_of_transformers(example: ModuleType
 
 def test_options_of_a_forward_are_those_that_it_takes(example: ModuleType, build: Any) -> None:
     options = {"return_dict": True, "output_hidden_states": False}
-    assert taken(build("BertModel"), **options) == options
-    assert taken(example.ToyForSequenceClassification(example.ToyConfig()), **options) == {
+    assert supported_kwargs(build("BertModel"), **options) == options
+    assert supported_kwargs(example.ToyForSequenceClassification(example.ToyConfig()), **options) == {
         "output_hidden_states": False
     }
-    assert taken(plain(example), **options) == {}
+    assert supported_kwargs(plain(example), **options) == {}
 
 
 def test_the_vocabulary_is_the_tables_or_the_configurations(example: ModuleType) -> None:

@@ -108,7 +108,7 @@ def test_what_no_plain_configuration_can_say_is_an_error() -> None:
     for masks in ({"layers.0.intermediate": 40}, {"layers.1.attention": 0}, {f"layers.{n}.heads": 2 for n in range(4)}):
         values = {name: (torch.arange(structure[name].size) < kept).double() for name, kept in masks.items()}
         with pytest.raises(PlanError, match="differ in shape|derives the width"):
-            cofiprune.compact(model, Plan.from_values(structure, values), plain=True)
+            cofiprune.compact(model, Plan.from_values(structure, values), uniform=True)
     with pytest.raises(PlanError, match=r"fewer 'head' units.*units takes layer, intermediate"):  # it has a pooler
         cofiprune.prune(model, target_sparsity=0.3, uniform=True, units=("head",))
     with pytest.raises(TargetError, match="same shape in every layer"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.compaction.slicing import restore
+from cofiprune.compaction import restore
 from cofiprune.conformance.specimens import outputs
 from cofiprune.errors import PlanError
 from cofiprune.masking import masks_of

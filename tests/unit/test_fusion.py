@@ -334,7 +334,7 @@ def test_plain_models_can_be_fused(model: PreTrainedModel, batch: Batch, tmp_pat
         for layer in range(2):
             masks[f"layers.{layer}.intermediate"] = [1] * 10 + [0] * 24
         expected = outputs(model, batch)
-        small = cofiprune.compact(model, plain=True, fuse=True)
+        small = cofiprune.compact(model, uniform=True, fuse=True)
     assert len(groups(small)) == 2
     assert largest(expected, outputs(small, batch)) <= EXACT
     assert small.config.intermediate_size == 10

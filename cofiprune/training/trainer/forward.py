@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.tasks import forward_names, taken
+from cofiprune.data.tasks import forward_names, supported_kwargs
 from cofiprune.errors import TrainingError
 from cofiprune.training.gating import Gating
 from cofiprune.training.objective import Objective
@@ -111,7 +111,7 @@ class ForwardHooks:
         if self.objective is None:
             return None
         changed = {**dict(zip(forward_names(self.model), args, strict=False)), **kwargs}
-        changed.update(taken(self.model, return_dict=True))
+        changed.update(supported_kwargs(self.model, return_dict=True))
         self._counted = changed.pop(_COUNT, None) is not None
         self._wants_states = bool(changed.get("output_hidden_states", self.model.config.output_hidden_states))
         if self.objective.distils_layers:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compact, restore
+from cofiprune.compaction import compact, restore
 from cofiprune.data.batches import Batches
 from cofiprune.data.prepare import prepare
 from cofiprune.distillation import hidden_projection, teacher_layers
