@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cofiprune.adapter import Adapter, adapter_for
+from cofiprune.adapter import Adapter, adapter_for, family_entries
 from cofiprune.conformance import laws
 from cofiprune.conformance.laws import ROUNDED, Case
 from cofiprune.conformance.specimens import (
@@ -166,7 +166,8 @@ class _Battery:
         generator = torch.Generator().manual_seed(self.seed)
         name = type(model).__name__
         sample = specimen(model, generator)
-        structure = adapter.structure(sample, stored=True)
+        # The table goes along into files, so that an adapter need not be registered to load them.
+        structure = replace(adapter.structure(sample), table=family_entries(adapter.describe(sample.config)))
         subject = Subject(sample, double(self._inputs(sample)), structure)
         found = check_laws(subject, generator, self.choices)
         self.differences += found.differences

@@ -255,6 +255,11 @@ def _patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Te
     }
 
 
+def double(batch: Batch) -> dict[str, Tensor]:
+    """Return a batch with its floating-point numbers in float64."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+
+
 def _noise(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:
     dtype = next(model.parameters()).dtype
     return torch.randn(shape, generator=generator, dtype=dtype)
