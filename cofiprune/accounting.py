@@ -130,6 +130,20 @@ def sparsity(cost: Cost, structure: Structure, kept: Mapping[str, int]) -> float
     return 1 - cost.exact(kept) / cost.exact(structure.sizes)
 
 
+def amount(value: float) -> str:
+    """Write a large number with three significant digits.
+
+    >>> amount(109_482_240), amount(1_250), amount(17)
+    ('109 M', '1.25 k', '17')
+    """
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            scaled = value / limit
+            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+            return f"{scaled:.{digits}f} {letter}"
+    return f"{value:g}"
+
+
 def _term(parameter: Parameter) -> Term:
     names = [side.group for side in parameter.sides if side is not None]
     return tuple(sorted([*names, *([parameter.gate] if parameter.gate else [])]))
@@ -148,7 +162,11 @@ def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Po
 
 
 def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Polynomial:
-    entries = [(_term(p), p.fixed * (p.rows[0] * seq_len + p.rows[1])) for p in structure.parameters if chosen(p)]
+    entries = [
+        (_term(p), p.fixed * (p.applications[0] * seq_len + p.applications[1]))
+        for p in structure.parameters
+        if chosen(p)
+    ]
     for block in structure.blocks:
         names = tuple(sorted(name for name in (block.gate, block.inner) if name))
         entries.append((names, block.pairwise * seq_len**2 + block.per_token * seq_len))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cofiprune.errors import CheckpointError
-from cofiprune.structure import Exit, Kind, Role, Shared
+from cofiprune.structure import BlockExit, Kind, Role, Shared
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class BlockTable:
     """The rows of one block kind, relative to a layer, and where its output leaves it."""
 
     rows: tuple[Weights, ...]
-    exit: Exit
-    skipped: tuple[str | Exit, ...] = ()
-    """Modules that do not run when the block is gone: a path for one that hands its first argument on; an `Exit` with
-    `residual=False` for one that gives zeros because the exit above adds the residual to them."""
+    exit: BlockExit
+    bypassed: tuple[str | BlockExit, ...] = ()
+    """Modules that do not run without the block: a path for one that returns its first argument then; a `BlockExit`
+    with `residual=False` for one that returns zeros, because the exit above adds the residual to them."""
     dropped: tuple[str, ...] = ()
     """What the layer itself holds for this block, where it has it: a parameter, in whose place a single 0 stays when
     the block is gone, or a module that the layer can do without, in whose place None stays."""
@@ -159,15 +159,15 @@ class ConfigSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestTable:
+class ExtraTable:
     """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
     `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
 
     rows: tuple[Weights, ...] = ()
     """Its rows, relative to a layer."""
-    exits: tuple[str | Exit, ...] = ()
+    exits: tuple[str | BlockExit, ...] = ()
     """Where it joins the residual stream, so that the laws can look at a layer without it: a path for a module that
-    the stream runs through; an `Exit` with `residual=False` for one whose output is added to it."""
+    the stream runs through; a `BlockExit` with `residual=False` for one whose output is added to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class Family:
     """Everything outside the layers that every model of the family may have, relative to the encoder."""
     attention: BlockTable
     ffn: BlockTable
-    rest: RestTable = RestTable()
+    extra: ExtraTable = ExtraTable()
     """What every layer holds beside these two."""
     heads: Mapping[str, tuple[Weights, ...]] = field(default_factory=dict)
     """Rows of the task heads by the ending of the class's name, relative to the whole model."""
@@ -223,6 +223,8 @@ def family_from(entries: Mapping[str, Any]) -> Family:
         family: Family = _family_schema().validate_python(entries)
     except ValueError as error:
         raise CheckpointError(f"the table that this model carries cannot be read: {error}") from None
+    if family_entries(family) != entries:
+        raise CheckpointError("the table that this model carries has entries of another version; compact it again")
     return family
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import MaskError
 from cofiprune.masks import MaskRegistry
-from cofiprune.structure import Block, Exit, Norm, Parameter, Shared, Side, Structure
+from cofiprune.structure import Block, BlockExit, Norm, Parameter, Shared, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,7 +229,7 @@ _EPSILONS = ("eps", "variance_epsilon", "epsilon")
 class _Exit(_Site):
     """Where a block's output leaves it, or a module inside it: its input or zeros instead, when the block is gone."""
 
-    def __init__(self, module: nn.Module, masks: MaskRegistry, block: Block, exit: Exit) -> None:
+    def __init__(self, module: nn.Module, masks: MaskRegistry, block: Block, exit: BlockExit) -> None:
         super().__init__(module, masks)
         self.gate = block.gate
         self.exit = exit
@@ -241,7 +241,7 @@ class _Exit(_Site):
         if alive is True:
             return self.stock(*args, **kwargs)
         if alive is False:
-            return leave(self.exit, args, kwargs, self.shared, self.module)
+            return bypass(self.exit, args, kwargs, self.shared, self.module)
         output = self.stock(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
@@ -252,15 +252,15 @@ class _Exit(_Site):
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
-def entry_of(exit: Exit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def entry_of(exit: BlockExit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The block's input among the arguments of its exit module."""
     if exit.keyword is not None and exit.keyword in kwargs:
         return kwargs[exit.keyword]
     return args[exit.argument]
 
 
-def leave(
-    exit: Exit,
+def bypass(
+    exit: BlockExit,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     shared: tuple[Shared, ...] = (),
@@ -338,5 +338,5 @@ def _norm(module: nn.Module, masks: MaskRegistry, norm: Norm) -> _Site:
 
 
 def _block_sites(modules: dict[str, nn.Module], masks: MaskRegistry, block: Block) -> Iterator[_Site]:
-    for exit in (*block.skipped, block.exit):
+    for exit in (*block.bypassed, block.exit):
         yield _Exit(modules[exit.module], masks, block, exit)

@@ -12,7 +12,7 @@ from cofiprune.errors import AdapterError, suggest
 from cofiprune.family import Axis, BlockTable, Family, Weights, expand
 from cofiprune.structure import (
     Block,
-    Exit,
+    BlockExit,
     Group,
     Kind,
     Norm,
@@ -37,9 +37,9 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _placed(exit: str | Exit, path: str) -> Exit:
+def _placed(exit: str | BlockExit, path: str) -> BlockExit:
     """An exit whose module is named from the model instead of from the layer."""
-    found = Exit(exit) if isinstance(exit, str) else exit
+    found = BlockExit(exit) if isinstance(exit, str) else exit
     return replace(found, module=_join(path, found.module))
 
 
@@ -84,7 +84,7 @@ class Resolver:
                     groups += new_groups
                     blocks.append(block)
                     attributes += new_attributes
-            for row in self.family.rest.rows:
+            for row in self.family.extra.rows:
                 self._row(self._repeated(row, index), path, f"layers.{index}.")
         for row in self.family.stem:
             self._row(row, self.base, None)
@@ -101,7 +101,7 @@ class Resolver:
             applications=self.applications if any(times > 1 for times in self.applications) else (),
             embeddings=tuple(self.tables),
             refused=self.refused,
-            rest=tuple(_placed(each, path) for path in paths for each in self.family.rest.exits),
+            extra=tuple(_placed(each, path) for path in paths for each in self.family.extra.exits),
         )
 
     def _repeated(self, row: Weights, layer: int) -> Weights:
@@ -168,7 +168,7 @@ class Resolver:
             gate=gate_name,
             inner=None if self._refuses(inner) else inner_name,
             exit=_placed(table.exit, path),
-            skipped=tuple(_placed(each, path) for each in table.skipped),
+            bypassed=tuple(_placed(each, path) for each in table.bypassed),
             dropped=tuple(_join(path, name) for name in table.dropped),
             shared=tuple(replace(each, module=_join(path, each.module)) for each in table.shared),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements * times,
@@ -179,7 +179,7 @@ class Resolver:
     def _check_modules(self, path: str, gate: str, table: BlockTable) -> None:
         """Make sure that the modules which a block's table names beside its rows are there."""
         named = [("exit", table.exit.module), *(("shared", each.module) for each in table.shared)]
-        named += [("skipped", each if isinstance(each, str) else each.module) for each in table.skipped]
+        named += [("bypassed", each if isinstance(each, str) else each.module) for each in table.bypassed]
         named += [("attributes", module) for module, _, axis in table.attributes if not self._refuses(axis.kind)]
         for entry, module in named:
             found = _join(path, module)
@@ -245,7 +245,7 @@ class Resolver:
                 )
             # The row that came first (the embedding table) owns it; it is applied as a matrix too, by a module that is
             # tied to it or by a head that reads the table itself.
-            self.described[canonical] = replace(known, rows=row.rows)
+            self.described[canonical] = replace(known, applications=row.rows)
             return
         padded = (*axes, *[None] * (parameter.dim() - len(axes)))
         sides = tuple(
@@ -253,9 +253,9 @@ class Resolver:
         )
         if row.read_by is not None and self._tied(row.read_by):
             sides = tuple(side and replace(side, role="slice") for side in sides)
-        rows = row.rows if parameter.dim() > 1 else (0, 0)
+        applications = row.rows if parameter.dim() > 1 else (0, 0)
         shape = tuple(parameter.shape)
-        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, rows, name, reader)
+        self.described[canonical] = Parameter(canonical, shape, sides, gate, row.gated, applications, name, reader)
         if row.table:
             self.tables.append(canonical)
 
@@ -283,6 +283,6 @@ class Resolver:
             known = self.described.get(name)
             shape = tuple(parameter.shape)
             # Heads that read a pooled vector are applied once per example.
-            rows = (0, 1) if len(shape) > 1 else (0, 0)
-            found.append(known or Parameter(name, shape, (None,) * len(shape), rows=rows))
+            applications = (0, 1) if len(shape) > 1 else (0, 0)
+            found.append(known or Parameter(name, shape, (None,) * len(shape), applications=applications))
         return found

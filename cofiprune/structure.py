@@ -89,8 +89,8 @@ class Parameter:
     """The block group that this parameter goes with when the block is removed."""
     gated: bool = False
     """True when a fractional block gate multiplies this parameter (the block's last projection)."""
-    rows: tuple[int, int] = (0, 0)
-    """(a, b): as a matrix it is applied to a * sequence_length + b rows per example; (0, 0) for none."""
+    applications: tuple[int, int] = (0, 0)
+    """(a, b): a matrix is applied to a * sequence_length + b vectors per example; (0, 0) for other parameters."""
     described_as: str | None = None
     """Its name in the module whose row describes it, where masks act on it; another than `name` when it is tied."""
     read_in: str | None = None
@@ -114,7 +114,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Exit:
+class BlockExit:
     """The module whose output is a block's output; a removed block returns its input there."""
 
     module: str
@@ -163,8 +163,8 @@ class Block:
 
     gate: str
     inner: str | None
-    exit: Exit
-    skipped: tuple[Exit, ...] = ()
+    exit: BlockExit
+    bypassed: tuple[BlockExit, ...] = ()
     """Modules inside the block that do not run when it is gone; they hand their first argument on, or give zeros
     where a residual is added outside of them."""
     dropped: tuple[str, ...] = ()
@@ -212,7 +212,7 @@ class Structure(Mapping[str, Group]):
     """Unit kinds that this model cannot prune, with the reason."""
     table: Mapping[str, Any] | None = None
     """The family's table as plain values, where a compacted model has to carry it."""
-    rest: tuple[Exit, ...] = ()
+    extra: tuple[BlockExit, ...] = ()
     """Where what the layers hold beside their blocks joins the residual stream; it stays without the blocks."""
 
     @cached_property

@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification
 
 import cofiprune
 from cofiprune.adapter import HEADS, HIDDEN, INTERMEDIATE, BlockTable, Family, embedding, linear, norm, projection
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 ATTENTION = BlockTable(
     rows=(
@@ -14,8 +14,8 @@ ATTENTION = BlockTable(
         linear("attention.in_proj", reads=HIDDEN, writes=HEADS.times(3)),
         projection("attention.out_proj", reads=HEADS),
     ),
-    exit=Exit("attention", residual=False),
-    skipped=("attention_norm",),
+    exit=BlockExit("attention", residual=False),
+    bypassed=("attention_norm",),
     attributes=(("attention", "num_heads", HEADS.of(1)),),
 )
 MLP = BlockTable(
@@ -24,8 +24,8 @@ MLP = BlockTable(
         linear("mlp.0", reads=HIDDEN, writes=INTERMEDIATE),
         projection("mlp.2", reads=INTERMEDIATE),
     ),
-    exit=Exit("mlp", residual=False),
-    skipped=("mlp_norm",),
+    exit=BlockExit("mlp", residual=False),
+    bypassed=("mlp_norm",),
 )
 
 

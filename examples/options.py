@@ -15,7 +15,7 @@ import cofiprune
 from cofiprune.cli.parser import Parser, at_least, number, one_of, writable_directory
 from cofiprune.cli.settings import PRESETS, add_prune_settings, prune_config
 from cofiprune.errors import CheckpointError, SettingsError
-from cofiprune.selection.target import check_fraction
+from cofiprune.selection.arguments import check_fraction
 
 TINY = {
     "epochs": 1,

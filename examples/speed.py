@@ -89,7 +89,5 @@ def _batches(
     chosen = sorted({round(place) for place in np.linspace(0, whole - 1, min(most, whole))})
     unlabelled = [{name: value for name, value in row.items() if name not in label_names(model)} for row in rows]
     picked = [row for place in chosen for row in unlabelled[place * batch_size : (place + 1) * batch_size]]
-    cut = prepare(
-        picked, model, batch_size=batch_size, need_labels=False, group_by_length=False, name="the validation rows"
-    )
+    cut = prepare(picked, model, batch_size=batch_size, need_labels=False, name="the validation rows")
     return [to_model(batch, model) for batch in cut]

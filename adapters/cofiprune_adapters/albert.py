@@ -21,7 +21,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,7 +54,7 @@ class AlbertAdapter(Adapter):
                     projection("attention.dense", reads=HEADS),
                     norm("attention.LayerNorm"),
                 ),
-                exit=Exit("attention", outputs=2),
+                exit=BlockExit("attention", outputs=2),
                 attributes=(
                     ("attention", "num_attention_heads", HEADS.of(1)),
                     ("attention", "all_head_size", HEADS),
@@ -66,8 +66,8 @@ class AlbertAdapter(Adapter):
                     projection("ffn_output", reads=INTERMEDIATE),
                     norm("full_layer_layer_norm"),
                 ),
-                exit=Exit("full_layer_layer_norm"),
-                skipped=("ffn", "activation", Exit("ffn_output", residual=False)),
+                exit=BlockExit("full_layer_layer_norm"),
+                bypassed=("ffn", "activation", BlockExit("ffn_output", residual=False)),
             ),
             heads={
                 "ForSequenceClassification": (),

@@ -17,7 +17,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +28,7 @@ ATTENTION = BlockTable(
         projection("attention.output.dense", reads=HEADS),
         norm("attention.output.LayerNorm"),
     ),
-    exit=Exit("attention", keyword="hidden_states", outputs=2),
+    exit=BlockExit("attention", keyword="hidden_states", outputs=2),
     attributes=(
         ("attention.self", "num_attention_heads", HEADS.of(1)),
         ("attention.self", "all_head_size", HEADS),
@@ -40,8 +40,8 @@ FFN = BlockTable(
         projection("output.dense", reads=INTERMEDIATE),
         norm("output.LayerNorm"),
     ),
-    exit=Exit("output", argument=1, keyword="input_tensor"),
-    skipped=("intermediate",),
+    exit=BlockExit("output", argument=1, keyword="input_tensor"),
+    bypassed=("intermediate",),
 )
 MASKED_LM = (
     linear("cls.predictions.transform.dense", reads=HIDDEN, writes=HIDDEN),

@@ -29,7 +29,7 @@ from cofiprune.adapter import (
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,8 +40,8 @@ ATTENTION = BlockTable(
         linear("self_attn.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
         projection("self_attn.out_proj", reads=HEADS),
     ),
-    exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("layer_norm1",),
+    exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("layer_norm1",),
     attributes=(("self_attn", "num_heads", HEADS.of(1)),),
 )
 FFN = BlockTable(
@@ -50,8 +50,8 @@ FFN = BlockTable(
         linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
         projection("mlp.fc2", reads=INTERMEDIATE),
     ),
-    exit=Exit("mlp", residual=False),
-    skipped=("layer_norm2",),
+    exit=BlockExit("mlp", residual=False),
+    bypassed=("layer_norm2",),
 )
 TEXT = (embedding("embeddings.{token,position}_embedding"), norm("final_layer_norm"))
 POOLING = (

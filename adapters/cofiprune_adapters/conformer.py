@@ -21,15 +21,15 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ExtraTable,
     Family,
-    RestTable,
     Weights,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.wav2vec2 import features
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ FFN = BlockTable(
         linear("ffn{1,2}.intermediate_dense", reads=HIDDEN, writes=INTERMEDIATE),
         projection("ffn{1,2}.output_dense", reads=INTERMEDIATE),
     ),
-    exit=Exit("ffn2", residual=False),
-    skipped=("ffn1_layer_norm", Exit("ffn1", residual=False), "ffn2_layer_norm"),
+    exit=BlockExit("ffn2", residual=False),
+    bypassed=("ffn1_layer_norm", BlockExit("ffn1", residual=False), "ffn2_layer_norm"),
 )
-REST = RestTable(
+REST = ExtraTable(
     rows=(
         norm("conv_module.layer_norm"),
         linear("conv_module.pointwise_conv1", reads=HIDDEN),
@@ -52,7 +52,7 @@ REST = RestTable(
         linear("conv_module.pointwise_conv2", writes=HIDDEN.scaled),
         norm("final_layer_norm"),
     ),
-    exits=(Exit("conv_module", residual=False), "final_layer_norm"),
+    exits=(BlockExit("conv_module", residual=False), "final_layer_norm"),
 )
 TURNED = "rotary positions turn the hidden dimensions head by head (position_embeddings_type='rotary')"
 
@@ -81,7 +81,7 @@ class ConformerAdapter(Adapter):
             ),
             attention=attention(config),
             ffn=FFN,
-            rest=REST,
+            extra=REST,
             heads={
                 "ForCTC": (linear("lm_head", reads=None if config.add_adapter else HIDDEN),),
                 "ForSequenceClassification": (linear("projector", reads=HIDDEN),),
@@ -106,8 +106,8 @@ def attention(config: PretrainedConfig) -> BlockTable:
             tensor("self_attn", "pos_bias_v", HEADS.of(1)),
             projection("self_attn.linear_out", reads=HEADS),
         ),
-        exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
-        skipped=("self_attn_layer_norm",),
+        exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+        bypassed=("self_attn_layer_norm",),
         # A product of each query with the 2 * T - 1 distances, or with the distance of every pair.
         pairwise={"relative": 2, "relative_key": 1}.get(config.position_embeddings_type, 0),
         per_token={"relative": -1}.get(config.position_embeddings_type, 0),

@@ -16,7 +16,7 @@ from cofiprune.adapter import (
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.beit import SHARED
 from cofiprune_adapters.vit import embeddings
 
@@ -33,8 +33,8 @@ ATTENTION = BlockTable(
         tensor("", "lambda_1", HIDDEN),
     ),
     # The module around these two returns a tuple of one.
-    exit=Exit("attention.output", argument=1, keyword="input_tensor", residual=False),
-    skipped=("layernorm_before", Exit("attention.attention", outputs=2)),
+    exit=BlockExit("attention.output", argument=1, keyword="input_tensor", residual=False),
+    bypassed=("layernorm_before", BlockExit("attention.attention", outputs=2)),
     dropped=("lambda_1",),
     attributes=(
         ("attention.attention", "num_attention_heads", HEADS.of(1)),
@@ -48,8 +48,8 @@ FFN = BlockTable(
         projection("output.dense", reads=INTERMEDIATE),
         tensor("", "lambda_2", HIDDEN),
     ),
-    exit=Exit("output", residual=False),
-    skipped=("layernorm_after", "intermediate"),
+    exit=BlockExit("output", residual=False),
+    bypassed=("layernorm_after", "intermediate"),
     dropped=("lambda_2",),
 )
 

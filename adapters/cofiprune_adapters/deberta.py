@@ -28,13 +28,13 @@ from cofiprune.adapter import (
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.bert import FFN, MASKED_LM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-EXIT = Exit("attention", keyword="hidden_states", outputs=2)
+EXIT = BlockExit("attention", keyword="hidden_states", outputs=2)
 ATTRIBUTES = (
     ("attention.self", "num_attention_heads", HEADS.of(1)),
     ("attention.self", "all_head_size", HEADS),

@@ -38,7 +38,7 @@ class Dinov2Adapter(Adapter):
             attention=replace(
                 ATTENTION,
                 rows=(norm("norm1"), *ATTENTION.rows[1:], tensor("layer_scale1", "lambda1", HIDDEN)),
-                skipped=("norm1", "layer_scale1"),
+                bypassed=("norm1", "layer_scale1"),
             ),
             ffn=feed_forward(config),
             # The class token and the mean of the patches, one after the other.
@@ -60,7 +60,7 @@ def feed_forward(config: PretrainedConfig) -> BlockTable:
     )
     inner = gated if config.use_swiglu_ffn else FFN.rows[1:]
     rows = (norm("norm2"), *inner, tensor("layer_scale2", "lambda1", HIDDEN))
-    return replace(FFN, rows=rows, skipped=("norm2", "layer_scale2"))
+    return replace(FFN, rows=rows, bypassed=("norm2", "layer_scale2"))
 
 
 adapter = Dinov2Adapter()

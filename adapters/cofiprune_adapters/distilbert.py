@@ -21,7 +21,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +32,8 @@ ATTENTION = BlockTable(
         projection("attention.out_lin", reads=HEADS),
         norm("sa_layer_norm"),
     ),
-    exit=Exit("sa_layer_norm"),
-    skipped=(Exit("attention", keyword="hidden_states", outputs=2, residual=False),),
+    exit=BlockExit("sa_layer_norm"),
+    bypassed=(BlockExit("attention", keyword="hidden_states", outputs=2, residual=False),),
     attributes=(("attention", "n_heads", HEADS.of(1)), ("attention", "dim", HEADS)),
 )
 FFN = BlockTable(
@@ -42,8 +42,8 @@ FFN = BlockTable(
         projection("ffn.lin2", reads=INTERMEDIATE),
         norm("output_layer_norm"),
     ),
-    exit=Exit("output_layer_norm"),
-    skipped=(Exit("ffn", residual=False),),
+    exit=BlockExit("output_layer_norm"),
+    bypassed=(BlockExit("ffn", residual=False),),
 )
 POOLED = (linear("pre_classifier", reads=HIDDEN, rows=(0, 1)),)
 

@@ -20,7 +20,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,7 +53,7 @@ class EsmAdapter(Adapter):
                     linear("attention.self.{query,key,value}", reads=HIDDEN, writes=HEADS),
                     projection("attention.output.dense", reads=HEADS),
                 ),
-                exit=Exit("attention"),
+                exit=BlockExit("attention"),
                 attributes=(
                     ("attention.self", "num_attention_heads", HEADS.of(1)),
                     ("attention.self", "all_head_size", HEADS),
@@ -65,8 +65,8 @@ class EsmAdapter(Adapter):
                     linear("intermediate.dense", reads=HIDDEN, writes=INTERMEDIATE),
                     projection("output.dense", reads=INTERMEDIATE),
                 ),
-                exit=Exit("output", argument=1),
-                skipped=("LayerNorm", "intermediate"),
+                exit=BlockExit("output", argument=1),
+                bypassed=("LayerNorm", "intermediate"),
             ),
             heads={
                 "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1)),),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import Family, embedding
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.bert import ATTENTION, BertAdapter
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class LayoutLMAdapter(BertAdapter):
     def describe(self, config: PretrainedConfig) -> Family:
         family = super().describe(config)
         stem = (*family.stem, embedding("embeddings.{x,y,h,w}_position_embeddings"))
-        attention = replace(ATTENTION, exit=Exit("attention", keyword="hidden_states"))
+        attention = replace(ATTENTION, exit=BlockExit("attention", keyword="hidden_states"))
         return replace(family, stem=stem, attention=attention)
 
 

@@ -16,7 +16,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters import bert
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ FFN = BlockTable(
         linear("intermediate.dense", reads=HIDDEN, writes=INTERMEDIATE),
         projection("output.dense", reads=INTERMEDIATE),
     ),
-    exit=Exit("output", argument=1, keyword="input_tensor"),
-    skipped=("ln", "intermediate"),
+    exit=BlockExit("output", argument=1, keyword="input_tensor"),
+    bypassed=("ln", "intermediate"),
 )
 
 

@@ -24,7 +24,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,8 +50,8 @@ class ModernBertAdapter(Adapter):
                     linear("attn.Wqkv", reads=HIDDEN, writes=HEADS.times(3)),
                     projection("attn.Wo", reads=HEADS),
                 ),
-                exit=Exit("attn", outputs=2, residual=False),
-                skipped=("attn_norm",),
+                exit=BlockExit("attn", outputs=2, residual=False),
+                bypassed=("attn_norm",),
             ),
             ffn=BlockTable(
                 rows=(
@@ -59,8 +59,8 @@ class ModernBertAdapter(Adapter):
                     linear("mlp.Wi", reads=HIDDEN, writes=INTERMEDIATE.times(2)),
                     projection("mlp.Wo", reads=INTERMEDIATE),
                 ),
-                exit=Exit("mlp", residual=False),
-                skipped=("mlp_norm",),
+                exit=BlockExit("mlp", residual=False),
+                bypassed=("mlp_norm",),
             ),
             heads={
                 "ForSequenceClassification": classifier(pooled=True),

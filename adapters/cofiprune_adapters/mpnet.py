@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import HEADS, HIDDEN, BlockTable, Family, embedding, linear, norm, projection
-from cofiprune.structure import Exit, Shared
+from cofiprune.structure import BlockExit, Shared
 from cofiprune_adapters.roberta import RobertaAdapter
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ ATTENTION = BlockTable(
         projection("attention.attn.o", reads=HEADS),
         norm("attention.LayerNorm"),
     ),
-    exit=Exit("attention", keyword="hidden_states", outputs=2),
+    exit=BlockExit("attention", keyword="hidden_states", outputs=2),
     shared=(Shared("attention.attn", argument=2, keyword="position_bias", dim=1),),
     attributes=(
         ("attention.attn", "num_attention_heads", HEADS.of(1)),

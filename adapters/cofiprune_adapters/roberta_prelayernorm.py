@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import HEADS, HIDDEN, INTERMEDIATE, BlockTable, Family, linear, norm, projection
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters import bert, roberta
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ FFN = BlockTable(
         linear("intermediate.dense", reads=HIDDEN, writes=INTERMEDIATE),
         projection("output.dense", reads=INTERMEDIATE),
     ),
-    exit=Exit("output", argument=1, keyword="input_tensor"),
-    skipped=("intermediate",),
+    exit=BlockExit("output", argument=1, keyword="input_tensor"),
+    bypassed=("intermediate",),
 )
 
 

@@ -25,7 +25,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,13 +74,13 @@ class PostNormAdapter(Adapter):
             ),
             attention=BlockTable(
                 rows=(*ATTENTION, norm("post_attention_layernorm")),
-                exit=Exit("post_attention_layernorm"),
-                skipped=(Exit("self_attn", outputs=2, residual=False),),
+                exit=BlockExit("post_attention_layernorm"),
+                bypassed=(BlockExit("self_attn", outputs=2, residual=False),),
             ),
             ffn=BlockTable(
                 rows=(*ffn, norm("post_mlp_layernorm")),
-                exit=Exit("post_mlp_layernorm"),
-                skipped=(Exit("mlp", residual=False),),
+                exit=BlockExit("post_mlp_layernorm"),
+                bypassed=(BlockExit("mlp", residual=False),),
             ),
             heads={
                 "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1), optional=True),),
@@ -117,13 +117,13 @@ class EuroBertAdapter(Adapter):
             stem=(embedding("embed_tokens"), norm("norm", kind="rms", read_by="lm_head.weight")),
             attention=BlockTable(
                 rows=(norm("input_layernorm", kind="rms"), *ATTENTION),
-                exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
-                skipped=("input_layernorm",),
+                exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+                bypassed=("input_layernorm",),
             ),
             ffn=BlockTable(
                 rows=(norm("post_attention_layernorm", kind="rms"), *FFN),
-                exit=Exit("mlp", residual=False),
-                skipped=("post_attention_layernorm",),
+                exit=BlockExit("mlp", residual=False),
+                bypassed=("post_attention_layernorm",),
             ),
             heads={
                 "ForSequenceClassification": (

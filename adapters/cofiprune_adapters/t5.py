@@ -26,7 +26,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit, Shared
+from cofiprune.structure import BlockExit, Shared
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,8 +47,8 @@ FFN = BlockTable(
         linear("layer.1.DenseReluDense.{wi,wi_0,wi_1}", reads=HIDDEN, writes=INTERMEDIATE, optional=True),
         projection("layer.1.DenseReluDense.wo", reads=INTERMEDIATE),
     ),
-    exit=Exit("layer.1.DenseReluDense", residual=False),
-    skipped=("layer.1.layer_norm",),
+    exit=BlockExit("layer.1.DenseReluDense", residual=False),
+    bypassed=("layer.1.layer_norm",),
 )
 
 
@@ -77,8 +77,8 @@ class T5Adapter(Adapter):
                     *own,
                     projection("layer.0.SelfAttention.o", reads=HEADS),
                 ),
-                exit=Exit("layer.0.SelfAttention", outputs=3 if shares else 2, residual=False),
-                skipped=("layer.0.layer_norm",),
+                exit=BlockExit("layer.0.SelfAttention", outputs=3 if shares else 2, residual=False),
+                bypassed=("layer.0.layer_norm",),
                 shared=(SHARED,) if shares else (),
                 attributes=(
                     ("layer.0.SelfAttention", "n_heads", HEADS.of(1)),

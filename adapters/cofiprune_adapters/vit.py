@@ -23,7 +23,7 @@ from cofiprune.adapter import (
     projection,
     tensor,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,8 +34,8 @@ ATTENTION = BlockTable(
         linear("attention.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
         projection("attention.o_proj", reads=HEADS),
     ),
-    exit=Exit("attention", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("layernorm_before",),
+    exit=BlockExit("attention", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("layernorm_before",),
     attributes=(("attention", "num_attention_heads", HEADS.of(1)),),
 )
 FFN = BlockTable(
@@ -44,8 +44,8 @@ FFN = BlockTable(
         linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
         projection("mlp.fc2", reads=INTERMEDIATE),
     ),
-    exit=Exit("mlp", residual=False),
-    skipped=("layernorm_after",),
+    exit=BlockExit("mlp", residual=False),
+    bypassed=("layernorm_after",),
 )
 MASKED_IMAGE = (linear("decoder.0", reads=HIDDEN),)
 

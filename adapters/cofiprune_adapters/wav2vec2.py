@@ -23,14 +23,14 @@ from cofiprune.adapter import (
     INTERMEDIATE,
     Adapter,
     BlockTable,
+    ExtraTable,
     Family,
-    RestTable,
     Weights,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,8 +41,8 @@ PRE_NORM_ATTENTION = BlockTable(
         projection("attention.out_proj", reads=HEADS),
         norm("layer_norm"),
     ),
-    exit=Exit("attention", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("layer_norm",),
+    exit=BlockExit("attention", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("layer_norm",),
     attributes=(("attention", "num_heads", HEADS.of(1)),),
 )
 PRE_NORM_FFN = BlockTable(
@@ -51,13 +51,13 @@ PRE_NORM_FFN = BlockTable(
         projection("feed_forward.output_dense", reads=INTERMEDIATE),
         norm("final_layer_norm"),
     ),
-    exit=Exit("feed_forward", residual=False),
-    skipped=("final_layer_norm",),
+    exit=BlockExit("feed_forward", residual=False),
+    bypassed=("final_layer_norm",),
 )
 # The norm behind the residual is where the block leaves; what stands before it gives zeros.
-ATTENTION = replace(PRE_NORM_ATTENTION, exit=Exit("layer_norm"), skipped=(PRE_NORM_ATTENTION.exit,))
-FFN = replace(PRE_NORM_FFN, exit=Exit("final_layer_norm"), skipped=(PRE_NORM_FFN.exit,))
-LANGUAGE = RestTable(rows=(linear("adapter_layer.linear_{1,2}"),), exits=(Exit("adapter_layer", residual=False),))
+ATTENTION = replace(PRE_NORM_ATTENTION, exit=BlockExit("layer_norm"), bypassed=(PRE_NORM_ATTENTION.exit,))
+FFN = replace(PRE_NORM_FFN, exit=BlockExit("final_layer_norm"), bypassed=(PRE_NORM_FFN.exit,))
+LANGUAGE = ExtraTable(rows=(linear("adapter_layer.linear_{1,2}"),), exits=(BlockExit("adapter_layer", residual=False),))
 GROUPED = (
     "the convolution that gives it positions is grouped over the hidden dimensions (num_conv_pos_embedding_groups)"
 )
@@ -85,7 +85,7 @@ class Wav2Vec2Adapter(Adapter):
                 *positions(config),
                 linear("encoder.upsample.projection", optional=True),
             ),
-            rest=LANGUAGE if stable and language else RestTable(),
+            extra=LANGUAGE if stable and language else ExtraTable(),
             attention=PRE_NORM_ATTENTION if stable else ATTENTION,
             ffn=PRE_NORM_FFN if stable else FFN,
             heads={

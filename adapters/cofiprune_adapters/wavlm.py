@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import HEADS, BlockTable, Family, embedding, linear, projection, tensor
-from cofiprune.structure import Exit, Shared
+from cofiprune.structure import BlockExit, Shared
 from cofiprune_adapters.wav2vec2 import PRE_NORM_ATTENTION, Wav2Vec2Adapter
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class WavLMAdapter(Wav2Vec2Adapter):
 
 def attention(config: PretrainedConfig, plain: BlockTable) -> BlockTable:
     """wav2vec 2.0's attention block with a gate on the bias, and another way out of the module."""
-    own = Exit("attention", outputs=3, residual=False)
+    own = BlockExit("attention", outputs=3, residual=False)
     rows = (
         linear("attention.{q,k,v}_proj"),
         tensor("attention", "gru_rel_pos_const", None, HEADS.of(1)),
@@ -57,7 +57,7 @@ def attention(config: PretrainedConfig, plain: BlockTable) -> BlockTable:
         projection("attention.out_proj", reads=HEADS, read_in="attention"),
         *plain.rows[2:],
     )
-    leaves = {"exit": own} if plain.exit == PRE_NORM_ATTENTION.exit else {"skipped": (own,)}
+    leaves = {"exit": own} if plain.exit == PRE_NORM_ATTENTION.exit else {"bypassed": (own,)}
     return replace(plain, rows=rows, shared=(SHARED,), attributes=(), **leaves)
 
 

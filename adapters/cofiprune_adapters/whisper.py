@@ -21,7 +21,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +32,8 @@ ATTENTION = BlockTable(
         linear("self_attn.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
         projection("self_attn.out_proj", reads=HEADS),
     ),
-    exit=Exit("self_attn", keyword="hidden_states", outputs=2, residual=False),
-    skipped=("self_attn_layer_norm",),
+    exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+    bypassed=("self_attn_layer_norm",),
     attributes=(("self_attn", "num_heads", HEADS.of(1)),),
 )
 FFN = BlockTable(
@@ -42,8 +42,8 @@ FFN = BlockTable(
         linear("fc1", reads=HIDDEN, writes=INTERMEDIATE),
         projection("fc2", reads=INTERMEDIATE),
     ),
-    exit=Exit("fc2", residual=False),
-    skipped=("final_layer_norm", "fc1"),
+    exit=BlockExit("fc2", residual=False),
+    bypassed=("final_layer_norm", "fc1"),
 )
 SINUSOIDS = "transformers cannot load it with an odd number of them, for which its positions have no sinusoids"
 

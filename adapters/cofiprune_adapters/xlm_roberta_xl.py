@@ -19,7 +19,7 @@ from cofiprune.adapter import (
     norm,
     projection,
 )
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters import bert, roberta
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ FFN = BlockTable(
         linear("intermediate.dense", reads=HIDDEN, writes=INTERMEDIATE),
         projection("output.dense", reads=INTERMEDIATE),
     ),
-    exit=Exit("output", argument=1, keyword="input_tensor"),
-    skipped=("LayerNorm", "intermediate"),
+    exit=BlockExit("output", argument=1, keyword="input_tensor"),
+    bypassed=("LayerNorm", "intermediate"),
 )
 
 

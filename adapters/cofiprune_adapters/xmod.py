@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import HIDDEN, INTERMEDIATE, BlockTable, Family, Weights, linear, norm, projection
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters import bert, roberta
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class XmodAdapter(roberta.RobertaAdapter):
                 norm("output.adapter_layer_norm", optional=True),
                 *(row for place, name in enumerate(config.languages) for row in language(str(name), counted=not place)),
             ),
-            exit=Exit("output", argument=1, keyword="input_tensor"),
+            exit=BlockExit("output", argument=1, keyword="input_tensor"),
             # The layer itself runs this norm, before the block or behind it.
-            skipped=("intermediate", "output.LayerNorm"),
+            bypassed=("intermediate", "output.LayerNorm"),
         )
         final = (norm("encoder.LayerNorm"),) if config.pre_norm else ()
         return replace(family, stem=(*family.stem, *final), attention=bert.ATTENTION, ffn=ffn)

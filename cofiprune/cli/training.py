@@ -104,14 +104,14 @@ def finetune(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
     """The target that was given, checked as far as that goes without the model."""
-    from cofiprune.training.targets import several, the_one
+    from cofiprune.selection.arguments import parse_sparsities, parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
     listed = asked["target_sparsity"]
     if listed is not None:
         asked["target_sparsity"] = listed[0]
-    name, value = the_one(asked)
-    return {name: several(listed) if listed is not None and len(listed) > 1 else value}
+    name, value = parse_target(asked)
+    return {name: parse_sparsities(listed) if listed is not None and len(listed) > 1 else value}
 
 
 def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.masking import given, leave
-from cofiprune.structure import Block, Exit, Shared, Structure
+from cofiprune.masking import bypass, given
+from cofiprune.structure import Block, BlockExit, Shared, Structure
 
 
 class Passthrough(nn.Module):
@@ -24,7 +24,7 @@ class Passthrough(nn.Module):
 
     def __init__(
         self,
-        exit: Exit,
+        exit: BlockExit,
         marker: str | None = None,
         like: Tensor | None = None,
         shared: tuple[Shared, ...] = (),
@@ -51,7 +51,7 @@ class Passthrough(nn.Module):
             owner.register_buffer(name, torch.zeros(1, dtype=like.dtype, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return leave(self.exit, args, kwargs, self.shared, *self.was)
+        return bypass(self.exit, args, kwargs, self.shared, *self.was)
 
     def __getattr__(self, name: str) -> Any:
         """A method that a model calls on the block, to switch it to another kind of attention, say, does nothing."""
@@ -110,7 +110,7 @@ def pick(module: nn.Module, shared: Shared, index: Tensor) -> None:
 
 def remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
     marked = False
-    for exit in (block.exit, *block.skipped):
+    for exit in (block.exit, *block.bypassed):
         marker = None if marked else _matrix_inside(exit.module, structure, block)
         shared = tuple(each for each in block.shared if each.module == exit.module)
         was = model.get_submodule(exit.module) if shared else None

@@ -1,4 +1,4 @@
-"""Laws of where blocks leave: without its blocks and its rest a layer returns its input; a gate scales all of a block."""
+"""Laws of block exits: a layer without its blocks and extras returns its input; a gate scales all of its block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from cofiprune.conformance.calls import Call, Crash, calls_of, crash_site, gap, inside, record
 from cofiprune.conformance.specimens import Subject
 from cofiprune.hooks import replaced_forward
-from cofiprune.masking import leave
+from cofiprune.masking import bypass
 from cofiprune.masks import MaskRegistry
-from cofiprune.structure import Block, Exit, Structure
+from cofiprune.structure import BlockExit, Structure
 
 CLOSED = 1e-12
 """A gate that leaves nothing visible of a block's output."""
@@ -22,11 +22,11 @@ _NOTHING = 1e-6
 
 
 @contextmanager
-def bypassing(model: nn.Module, exits: Iterable[Exit]) -> Iterator[None]:
+def bypassing(model: nn.Module, exits: Iterable[BlockExit]) -> Iterator[None]:
     """Let modules return their input, or zeros, in place of what they compute."""
 
-    def bypassed(exit: Exit) -> Callable[..., Any]:
-        return lambda *args, **kwargs: leave(exit, args, kwargs)
+    def bypassed(exit: BlockExit) -> Callable[..., Any]:
+        return lambda *args, **kwargs: bypass(exit, args, kwargs)
 
     with ExitStack() as replaced:
         for exit in exits:
@@ -43,7 +43,7 @@ def wrong_exit(subject: Subject) -> str:
     crash = crash_site(model, batch)
     if crash is not None:
         return f"Without its blocks the model fails in {crash}. {exit_hint(structure, crash)}"
-    with bypassing(model, structure.rest):
+    with bypassing(model, structure.extra):
         calls = {call.path: call for call in calls_of(model, batch)}
     for path in structure.layers:
         entry, output = calls[path].entry, calls[path].output
@@ -68,7 +68,7 @@ def _wrong_block(path: str, structure: Structure, entry: Tensor, calls: Mapping[
     shown = "; ".join(f"{block.gate!r} through {block.exit}" for block in blocks)
     return (
         f"Layer {path!r} does not return its input. Its blocks leave: {shown}; check residual. What the layer holds "
-        "in addition to its blocks and keeps without them belongs into the family's rest."
+        "in addition to its blocks and keeps without them belongs into the family's extra."
     )
 
 
@@ -83,18 +83,18 @@ def exit_hint(structure: Structure, crash: Crash | None) -> str:
 def uncovered(structure: Structure) -> str:
     """Name a parameter of a block that would outlive its block; "" when there is none."""
     for block in structure.blocks:
-        roots = (block.exit.module, *(exit.module for exit in block.skipped), *block.dropped)
+        roots = (block.exit.module, *(exit.module for exit in block.bypassed), *block.dropped)
         for spec in structure.parameters:
             if spec.gate == block.gate and not any(inside(spec.name, root) for root in roots):
                 return (
                     f"{spec.name!r} belongs to {block.gate!r} but lies outside the modules that are removed with it, "
-                    f"{', '.join(map(repr, roots))}: add its module to skipped, or move the exit up."
+                    f"{', '.join(map(repr, roots))}: add its module to bypassed, or move the exit up."
                 )
     return ""
 
 
 def ungated(subject: Subject) -> str:
-    """Name a parameter of a block's last projection that its gate does not scale, or a wrong `Exit.residual`.
+    """Name a parameter of a block's last projection that its gate does not scale, or a wrong `BlockExit.residual`.
 
     :param subject: under masks that set every gate to `CLOSED`.
     :return: "" when there is none.
@@ -112,9 +112,7 @@ def ungated(subject: Subject) -> str:
     for block in structure.blocks:
         if block.exit.residual == (found.get(block.exit.module, 0.0) <= _NOTHING):
             adds, value = ("not added", False) if block.exit.residual else ("added", True)
-            return (
-                f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: set residual={value}."
-            )
+            return f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: set residual={value}."
     return ""
 
 
@@ -141,15 +139,15 @@ def overreaching(subject: Subject, masks: MaskRegistry, kind: str) -> str:
         path, other = call[0], closed.get(call)
         if not any(True for _ in model.get_submodule(path).parameters()):
             continue  # an activation, say: no row tells which block it belongs to
-        own = [block for block in removed if any(inside(path, root.module) for root in (block.exit, *block.skipped))]
+        own = [block for block in removed if any(inside(path, root.module) for root in (block.exit, *block.bypassed))]
         if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):
             continue
         layer = next((each for each in structure.layers if inside(path, each)), "")
         for block in removed:
             if inside(block.exit.module, layer):
-                roots = ", ".join(repr(root.module) for root in (block.exit, *block.skipped))
+                roots = ", ".join(repr(root.module) for root in (block.exit, *block.bypassed))
                 return (
                     f"Removing {block.gate!r} changes {path!r}, which is not part of it. Removed with it are {roots}: "
-                    "check skipped, and which block the parameters in them belong to."
+                    "check bypassed, and which block the parameters in them belong to."
                 )
     return ""

@@ -130,9 +130,9 @@ def check_ones(subject: Subject) -> float:
 def check_blocks(subject: Subject) -> None:
     """A layer without its blocks returns its input, and a block's gate scales all of its output, bias included.
 
-    Masked and compacted models agree on a wrong `Exit` and on a bias that no gate scales, hence a law apart.
+    Masked and compacted models agree on a wrong `BlockExit` and on a bias that no gate scales, hence a law apart.
 
-    :raises LawError: naming the `Exit` or the parameter.
+    :raises LawError: naming the `BlockExit` or the parameter.
     """
     with subject.masked(("layer",)) as masks:
         for name in masks:
@@ -235,10 +235,11 @@ def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]
 
     transformers loads some (DeBERTa's q_bias) in float32 whatever dtype was asked for: they are compared in that.
     """
-    loaded = again.state_dict()
-    stored = model.state_dict().items()
+    stored, loaded = model.state_dict(), again.state_dict()
     return [
-        name for name, value in stored if name not in loaded or not torch.equal(value.to(loaded[name].dtype), loaded[name])
+        name
+        for name, value in stored.items()
+        if name not in loaded or not torch.equal(value.to(loaded[name].dtype), loaded[name])
     ]
 
 

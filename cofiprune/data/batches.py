@@ -12,35 +12,26 @@ import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cofiprune.data.table import Table, widened
+from cofiprune.data.rows import Batch as Batch
+from cofiprune.data.rows import Padding, located
 from cofiprune.data.tasks import LABELS, Task, label_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Batch = dict[str, Tensor]
+Collate = Callable[[list[Any]], Batch]
 ROWS = "__rows__"
 """Key of the numbers of a batch's rows, [rows], where `with_rows` asks for them."""
 _MEGABATCH = 50
 """Batches that are sorted together; the value of transformers' LengthGroupedSampler."""
-
-
-class Rows(Protocol):
-    """Rows that can be batched by their indices."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the rows as tensors [rows, ...]."""
-        ...
 
 
 class Batches(ABC):
@@ -52,6 +43,8 @@ class Batches(ABC):
         self.labelled = labelled
         """Whether the batches carry labels, so that the model can compute its loss."""
         self.seed = seed
+        self.with_rows = False
+        """Whether batches carry the numbers of their rows."""
         self.epoch = 0
         self._start = 0
         self._rank, self._processes = 0, 1
@@ -60,6 +53,11 @@ class Batches(ABC):
     @abstractmethod
     def total(self) -> int:
         """Number of batches of an epoch over all processes."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether rows are held in memory, so that no code of the user's runs when a batch is made."""
+        return False
 
     @abstractmethod
     def _iterate(self, start: int) -> Iterator[Batch]:
@@ -96,37 +94,44 @@ class Batches(ABC):
 
 
 class RowBatches(Batches):
-    """Batches cut from rows that can be read in any order."""
+    """Batches made of rows that can be read in any order."""
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Sequence[Any],
+        collate: Collate,
         task: Task,
         *,
         batch_size: int,
         shuffle: bool,
         labelled: bool,
         seed: int = 0,
-        lengths: Sequence[int] | NDArray[np.int64] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         """Cut rows into batches.
 
+        :param collate: makes a batch of rows.
         :param lengths: of each row, to group rows by; None to take them in order or shuffled.
         """
         super().__init__(task, labelled=labelled, seed=seed)
         self.rows = rows
+        self.collate = collate
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
-        self.with_rows = False
-        self.multiple = 1
-        """What the length of a batch of token rows is a multiple of."""
-        self.longest: int | None = None
-        """What the model reads at most, where there is a limit."""
 
     @property
     def total(self) -> int:
         return -(-len(self.rows) // self.batch_size)
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.collate, Padding)
+
+    def pad_to(self, multiple: int, longest: int | None) -> None:
+        """Pad batches of tokens to a multiple of a length, as long as the model reads so many: `longest`."""
+        if isinstance(self.collate, Padding):
+            self.collate = replace(self.collate, multiple=multiple, longest=longest)
 
     def resized(self, batch_size: int) -> Self:
         """Return the same rows in batches of another size."""
@@ -135,7 +140,7 @@ class RowBatches(Batches):
         return part
 
     def indices(self) -> list[list[int]]:
-        """The rows of each batch of this epoch in this process."""
+        """Return the rows of each batch of this epoch in this process."""
         everything = np.arange(len(self.rows))
         if self.shuffle:
             order = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, self.epoch, self._processes)
@@ -149,9 +154,8 @@ class RowBatches(Batches):
 
     def _iterate(self, start: int) -> Iterator[Batch]:
         for indices in self.indices()[start:]:
-            batch = self.rows.batch(indices)
-            if isinstance(self.rows, Table):
-                batch = widened(batch, self.multiple, self.rows.fills, self.longest)
+            with located(f"among the rows {indices[:8]}: "):
+                batch = self.collate([self.rows[index] for index in indices])
             yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
 
 
@@ -164,9 +168,9 @@ class LoaderBatches(Batches):
     def __init__(
         self,
         loader: DataLoader[Any],
+        accept: Callable[[Mapping[str, Any]], Batch],
         task: Task,
         *,
-        accept: Callable[[Mapping[str, Any], int], Batch],
         labelled: bool,
         seed: int,
     ) -> None:
@@ -190,7 +194,10 @@ class LoaderBatches(Batches):
         # Past its end an epoch begins again, so that every process has the same number of batches.
         endless = itertools.chain.from_iterable(self._epoch() for _ in itertools.repeat(None))
         own = itertools.islice(endless, self._rank, len(self) * self._processes, self._processes)
-        return (self.accept(batch, start + n) for n, batch in enumerate(itertools.islice(own, start, None)))
+        for number, batch in enumerate(itertools.islice(own, start, None), start):
+            with located(f"in batch {number}: "):
+                accepted = self.accept(batch)
+            yield accepted
 
     def _epoch(self) -> Iterator[Mapping[str, Any]]:
         # Samplers draw their order from the global generator when the first batch is asked for.
@@ -238,7 +245,7 @@ def to_model(batch: Batch, model: PreTrainedModel) -> Batch:
 
 
 def model_inputs(batch: Batch, model: PreTrainedModel) -> Batch:
-    """Return what of a batch a model reads as inputs: all but the labels and the numbers of the rows."""
+    """Return the inputs of a batch: all but the labels and the numbers of the rows."""
     left_out = {ROWS, *label_names(model)}
     return {name: value for name, value in batch.items() if name not in left_out}
 

@@ -1,4 +1,4 @@
-"""Whether rows fit a model, found out before anything is computed with them.
+"""Checks that rows fit a model, before anything is computed with them.
 
 An id outside the vocabulary is an index error deep inside an embedding on the CPU, and on a GPU an
 assertion that takes the process with it. Each message names the row, what is in it and what is possible.
@@ -6,14 +6,15 @@ assertion that takes the process with it. Each message names the row, what is in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from cofiprune.data.table import Array, Column, Table
+from cofiprune.data.rows import Array, Row
 from cofiprune.data.tasks import IGNORED, Task, classes_of, outputs_of
 from cofiprune.errors import DataError
 
@@ -21,19 +22,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check(table: Table, model: PreTrainedModel, task: Task) -> None:
+@dataclass(frozen=True)
+class Column:
+    """All values of a column, one row after another."""
+
+    name: str
+    values: Array
+    """[elements]"""
+    shapes: NDArray[np.int64]
+    """[rows, dimensions of a cell]"""
+    sizes: NDArray[np.int64]
+    """[rows], elements of each cell"""
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Row]) -> Column:
+        """Join the cells of a column, which must all have one number of dimensions.
+
+        :raises DataError: naming the first row that has another number of dimensions than the first.
+        """
+        cells = [row[name] for row in rows]
+        dims = cells[0].ndim
+        for index, cell in enumerate(cells):
+            if cell.ndim != dims:
+                raise DataError(f"row {index}: {name!r} has {cell.ndim} dimensions and {dims} in row 0")
+        shapes = np.array([cell.shape for cell in cells], np.int64).reshape(len(cells), dims)
+        return cls(name, np.concatenate([cell.reshape(-1) for cell in cells]), shapes, shapes.prod(axis=1))
+
+    def first(self, wrong: NDArray[np.bool_]) -> tuple[int, float] | None:
+        """Return row and value of the first element that is wrong."""
+        if not wrong.any():
+            return None
+        position = int(wrong.argmax())
+        return int(np.searchsorted(self.sizes.cumsum(), position, side="right")), self.values[position].item()
+
+
+Columns = Mapping[str, Column]
+
+
+def check(rows: Sequence[Row], model: PreTrainedModel, task: Task) -> None:
     """Make sure that rows are within the range of a model.
 
     :raises DataError: naming the first row at fault.
     """
-    for column in table.columns.values():
+    columns = {name: Column.of(name, rows) for name in rows[0]}
+    for column in columns.values():
         _check_finite(column)
-    if "input_ids" in table.columns:
-        check_tokens(table.columns["input_ids"], model)
-        _check_alignment(table, model)
-    if "pixel_values" in table.columns:
-        _check_images(table.columns["pixel_values"])
-    _LABEL_CHECKS.get(task, _check_nothing)(table, model)
+    if "input_ids" in columns:
+        check_tokens(columns["input_ids"], model)
+        _check_alignment(columns, model)
+    if "pixel_values" in columns:
+        _check_images(columns["pixel_values"])
+    if task == "question-answering":
+        _check_spans(columns)
+    else:
+        _check_labels(columns, model, task)
 
 
 def check_tokens(ids: Column, model: PreTrainedModel) -> None:
@@ -44,15 +86,15 @@ def check_tokens(ids: Column, model: PreTrainedModel) -> None:
     if np.issubdtype(ids.values.dtype, np.floating):
         raise DataError(f"row 0: 'input_ids' holds {ids.values[0]}; token ids are whole numbers")
     size = vocabulary_size(model)
-    found = _first(ids, (ids.values < 0) | (ids.values >= size))
+    found = ids.first((ids.values < 0) | (ids.values >= size))
     if found is not None:
         raise DataError(
             f"row {found[0]}: token id {found[1]} is outside the model's vocabulary of {size} (ids 0 to {size - 1}); "
             "tokenise with the tokenizer of this model, or call model.resize_token_embeddings for added tokens"
         )
-    lengths = ids.shapes[:, -1] if ids.shapes.shape[1] else np.zeros(0, np.int64)
-    if not lengths.size:
+    if not ids.shapes.shape[1]:
         raise DataError("row 0: 'input_ids' is a single number; it takes a list of token ids")
+    lengths = ids.shapes[:, -1]
     if not lengths.all():
         raise DataError(f"row {int(np.argmin(lengths))} has no tokens; leave such rows out")
     limit = longest_sequence(model)
@@ -98,33 +140,23 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _first(column: Column, wrong: NDArray[np.bool_]) -> tuple[int, float] | None:
-    """Row and value of the first element that is wrong."""
-    if not wrong.any():
-        return None
-    position = int(wrong.argmax())
-    return column.row_of(position), column.values[position].item()
-
-
 def _check_finite(column: Column) -> None:
-    if not np.issubdtype(column.values.dtype, np.floating):
-        return
-    found = _first(column, ~np.isfinite(column.values))
-    if found is not None:
-        raise DataError(f"row {found[0]}: {column.name!r} holds {found[1]}, which is not a finite number")
+    if np.issubdtype(column.values.dtype, np.floating):
+        found = column.first(~np.isfinite(column.values))
+        if found is not None:
+            raise DataError(f"row {found[0]}: {column.name!r} holds {found[1]}, which is not a finite number")
 
 
-def _check_alignment(table: Table, model: PreTrainedModel) -> None:
-    ids = table.columns["input_ids"]
+def _check_alignment(columns: Columns, model: PreTrainedModel) -> None:
+    ids = columns["input_ids"]
     for name in ("attention_mask", "token_type_ids"):
-        other = table.columns.get(name)
-        if other is not None and other.shapes.shape == ids.shapes.shape:
-            _same_length(other, ids, "values")
-    types = table.columns.get("token_type_ids")
+        if name in columns and columns[name].shapes.shape == ids.shapes.shape:
+            _same_length(columns[name], ids, "values")
+    types = columns.get("token_type_ids")
     size = getattr(model.config, "type_vocab_size", 0) or 0
     has_table = any(name.endswith("token_type_embeddings") for name, _ in model.named_modules())
     if types is not None and size > 0 and has_table:
-        found = _first(types, (types.values < 0) | (types.values >= size))
+        found = types.first((types.values < 0) | (types.values >= size))
         if found is not None:
             raise DataError(
                 f"row {found[0]}: token type {found[1]} is outside the {size} that {type(model).__name__} has; "
@@ -154,25 +186,48 @@ def _check_images(images: Column) -> None:
         )
 
 
-def _check_nothing(table: Table, model: PreTrainedModel) -> None:
-    """The labels are the model's business."""
-
-
-def _whole(labels: Column, model: PreTrainedModel) -> Array:
-    """Class labels as whole numbers; files often hold them as 0.0 and 1.0."""
-    if np.issubdtype(labels.values.dtype, np.floating):
-        found = _first(labels, labels.values != np.round(labels.values))
+def _check_labels(columns: Columns, model: PreTrainedModel, task: Task) -> None:
+    labels, ids = columns.get("labels"), columns.get("input_ids")
+    if task == "multiple-choice" and ids is not None and ids.shapes.shape[1] != 2:
+        dims = ids.shapes.shape[1]
+        raise DataError(f"row 0: 'input_ids' has {dims} dimensions; {type(model).__name__} takes [choices, tokens]")
+    if labels is None:
+        return
+    if task in ("token-classification", "masked-lm"):
+        if ids is not None:
+            _same_length(labels, ids, "labels")
+    elif task in ("regression", "multi-label"):
+        _check_count(labels, outputs_of(model))
+    elif task in ("classification", "multiple-choice"):
+        _check_count(labels, 1)
+    if task in ("classification", "token-classification"):
+        _check_classes(labels, model, classes_of(model), "classes")
+    elif task == "masked-lm":
+        _check_classes(labels, model, vocabulary_size(model), "token ids")
+    elif task == "multiple-choice" and ids is not None:
+        _check_classes(labels, model, int(ids.shapes[:, 0].min()), "choices")
+    elif task == "multi-label":
+        found = labels.first((labels.values < 0) | (labels.values > 1))
         if found is not None:
-            raise DataError(
-                f"row {found[0]}: label {found[1]:g} is not a class of this {type(model).__name__} with "
-                f"{model.config.num_labels} labels; load the model with num_labels=1 to predict a number"
-            )
-    return labels.values.astype(np.int64)
+            raise DataError(f"row {found[0]}: label {found[1]:g} must lie in [0, 1]: each class is there or not")
 
 
-def _check_classes(labels: Column, model: PreTrainedModel, classes: int, noun: str = "classes") -> None:
-    values = _whole(labels, model)
-    found = _first(labels, ((values < 0) & (values != IGNORED)) | (values >= classes))
+def _check_count(labels: Column, size: int) -> None:
+    wrong = labels.sizes != size
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(f"row {row} has {labels.sizes[row]} labels; this model takes {size} per row")
+
+
+def _check_classes(labels: Column, model: PreTrainedModel, classes: int, noun: str) -> None:
+    name, values = type(model).__name__, labels.values
+    found = labels.first(values != np.round(values))  # files often hold classes as 0.0 and 1.0
+    if found is not None:
+        raise DataError(
+            f"row {found[0]}: label {found[1]:g} is not a class of this {name} with {model.config.num_labels} labels; "
+            "load the model with num_labels=1 to predict a number"
+        )
+    found = labels.first(((values < 0) & (values != IGNORED)) | (values >= classes))
     if found is not None:
         hint = (
             " (test splits of public benchmarks hide their labels behind -1)"
@@ -180,84 +235,16 @@ def _check_classes(labels: Column, model: PreTrainedModel, classes: int, noun: s
             else "; load the model with the num_labels of the data, or map the labels"
         )
         raise DataError(
-            f"row {found[0]}: label {found[1]:g} is not among the {classes} {noun} of {type(model).__name__} "
+            f"row {found[0]}: label {found[1]:g} is not among the {classes} {noun} of {name} "
             f"(0 to {classes - 1}, or {IGNORED} to leave it out){hint}"
         )
 
 
-def _check_classification(table: Table, model: PreTrainedModel) -> None:
-    labels = table.columns.get("labels")
-    if labels is not None:
-        _one_per_row(labels, 1)
-        _check_classes(labels, model, classes_of(model))
-
-
-def _check_tokens_classified(table: Table, model: PreTrainedModel) -> None:
-    labels = table.columns.get("labels")
-    if labels is not None:
-        if "input_ids" in table.columns:
-            _same_length(labels, table.columns["input_ids"], "labels")
-        _check_classes(labels, model, classes_of(model))
-
-
-def _check_masked_lm(table: Table, model: PreTrainedModel) -> None:
-    labels = table.columns.get("labels")
-    if labels is not None:
-        if "input_ids" in table.columns:
-            _same_length(labels, table.columns["input_ids"], "labels")
-        _check_classes(labels, model, vocabulary_size(model), "token ids")
-
-
-def _check_numbers(table: Table, model: PreTrainedModel) -> None:
-    if (labels := table.columns.get("labels")) is not None:
-        _one_per_row(labels, outputs_of(model))
-
-
-def _check_multi_label(table: Table, model: PreTrainedModel) -> None:
-    labels = table.columns.get("labels")
-    if labels is None:
-        return
-    _one_per_row(labels, outputs_of(model))
-    found = _first(labels, (labels.values < 0) | (labels.values > 1))
-    if found is not None:
-        raise DataError(f"row {found[0]}: label {found[1]:g} must lie in [0, 1]: each class is there or not")
-
-
-def _one_per_row(labels: Column, size: int) -> None:
-    sizes = np.diff(labels.starts)
-    wrong = sizes != size
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise DataError(f"row {row} has {sizes[row]} labels; this model takes {size} per row")
-
-
-def _check_spans(table: Table, model: PreTrainedModel) -> None:
+def _check_spans(columns: Columns) -> None:
     for name in ("start_positions", "end_positions"):
-        positions = table.columns.get(name)
-        found = None if positions is None else _first(positions, positions.values < 0)
+        found = columns[name].first(columns[name].values < 0) if name in columns else None
         if found is not None:
             raise DataError(
                 f"row {found[0]}: {name!r} is {found[1]}; a position counts from 0 over the tokens, "
                 "and one past the last leaves the row out of the loss"
             )
-
-
-def _check_choices(table: Table, model: PreTrainedModel) -> None:
-    labels, ids = table.columns.get("labels"), table.columns.get("input_ids")
-    if ids is not None and ids.shapes.shape[1] != 2:
-        found = ids.shapes.shape[1]
-        raise DataError(f"row 0: 'input_ids' has {found} dimensions; {type(model).__name__} takes [choices, tokens]")
-    if labels is not None and ids is not None:
-        _one_per_row(labels, 1)
-        _check_classes(labels, model, int(ids.shapes[:, 0].min()), "choices")
-
-
-_LABEL_CHECKS: dict[Task, Callable[[Table, PreTrainedModel], None]] = {
-    "classification": _check_classification,
-    "regression": _check_numbers,
-    "multi-label": _check_multi_label,
-    "token-classification": _check_tokens_classified,
-    "masked-lm": _check_masked_lm,
-    "question-answering": _check_spans,
-    "multiple-choice": _check_choices,
-}

@@ -21,6 +21,7 @@ from cofiprune.hooks import watching
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 @dataclass
 class Draft:
     """A block as far as it is known from one run of its layer."""

@@ -29,7 +29,7 @@ from cofiprune.derivation.surroundings import find_surroundings
 from cofiprune.derivation.tiny_copy import tiny_copy
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune.hooks import reading
-from cofiprune.structure import UNIT_KINDS, Exit, Kind, UnitKind, unit_of
+from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -242,11 +242,11 @@ class _Derivation:
         layer = self.model.get_submodule(path)
         rows = block_rows(layer, path, part.drafts[index], part.others[index], inner, self.width, bypass.held)
 
-        def local(exit: Exit) -> Exit:
+        def local(exit: BlockExit) -> BlockExit:
             return replace(exit, module=exit.module.removeprefix(f"{path}."))
 
-        skipped = tuple(_short(local(each)) for each in bypass.skipped)
-        return BlockTable(rows=rows, exit=local(bypass.exit), skipped=skipped, dropped=bypass.held)
+        bypassed = tuple(_short(local(each)) for each in bypass.bypassed)
+        return BlockTable(rows=rows, exit=local(bypass.exit), bypassed=bypassed, dropped=bypass.held)
 
     def _family(self, tables: dict[Kind, BlockTable], refused: dict[str, str]) -> Family:
         return Family(
@@ -291,8 +291,8 @@ def _generates(model: PreTrainedModel) -> bool:
     return any(word in name for name in names for word in ("ForCausal", "LMHead"))
 
 
-def _short(exit: Exit) -> str | Exit:
-    return exit.module if exit == Exit(exit.module) else exit
+def _short(exit: BlockExit) -> str | BlockExit:
+    return exit.module if exit == BlockExit(exit.module) else exit
 
 
 def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
@@ -308,6 +308,6 @@ def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
             )
     rows = {row.modules: row for table in (last, *reversed(tables)) for row in table.rows}
     everywhere = set.intersection(*({row.modules for row in table.rows} for table in tables))
-    skipped = dict.fromkeys(itertools.chain.from_iterable(table.skipped for table in tables))
+    bypassed = dict.fromkeys(itertools.chain.from_iterable(table.bypassed for table in tables))
     merged = tuple(replace(row, optional=name not in everywhere) for name, row in rows.items())
-    return replace(last, rows=merged, skipped=tuple(skipped))
+    return replace(last, rows=merged, bypassed=tuple(bypassed))

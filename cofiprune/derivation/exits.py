@@ -1,8 +1,8 @@
 """Find where a block leaves its layer by trying: without the block, the residual stream must come out unchanged.
 
-There are three ways. A module returns the stream itself and is given it (post-norm in a module of its own). A module's
-output is added to the stream outside of it, so that it has to return zeros (pre-norm). Or that holds, and a norm follows
-the addition: the stream leaves through the norm.
+There are three ways. A module is given the stream and returns it (post-norm in a module of its own). The output of a
+module is added to the stream outside of it, so that it has to return zeros (pre-norm). Or a norm follows that addition:
+the stream leaves through the norm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cofiprune.conformance.calls import Call, calls_of, inside, near, same
 from cofiprune.conformance.exits import bypassing
 from cofiprune.conformance.specimens import Batch
 from cofiprune.derivation.blocks import Draft
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Bypass:
     """Where a block leaves, and which modules do not run without it; paths from the model."""
 
-    exit: Exit
-    skipped: tuple[Exit, ...]
+    exit: BlockExit
+    bypassed: tuple[BlockExit, ...]
     held: tuple[str, ...] = ()
     """Parameters that the layer itself holds for the block, by their names in the layer."""
 
@@ -51,7 +51,7 @@ class _Span:
 
     def is_unchanged(self, model: PreTrainedModel, batch: Batch, bypass: Bypass | None = None) -> bool:
         """Whether the stream comes out as it came in, without the block or as the model is; False if it cannot run."""
-        without = nullcontext() if bypass is None else bypassing(model, (bypass.exit, *bypass.skipped))
+        without = nullcontext() if bypass is None else bypassing(model, (bypass.exit, *bypass.bypassed))
         try:
             with without:
                 calls = calls_of(model, batch, [self.seen_at])
@@ -132,26 +132,26 @@ def _candidates(calls: Sequence[Call], layer: str, span: _Span) -> Iterator[Bypa
     for norm in norms:
         for exit in zeros:
             if not inside(norm.path, exit.module):
-                yield _complete(span, apart, Exit(norm.path), exit)
+                yield _complete(span, apart, BlockExit(norm.path), exit)
     for exit in () if norms else zeros:
         yield _complete(span, apart, exit)
 
 
-def _exit_with(call: Call, value: Tensor) -> Exit | None:
+def _exit_with(call: Call, value: Tensor) -> BlockExit | None:
     """The module as one that returns a tensor among its arguments; None when it is not given that."""
     names = [name for name in inspect.signature(call.module.forward).parameters if name != "self"]
     for index, given in enumerate(call.args):
         if given is not None and same(given, value):
             named = names[index] if index < len(names) and names[index] not in ("args", "kwargs", "input") else None
-            return Exit(call.path, index, named, call.outputs, wrapped=call.wrapped)
+            return BlockExit(call.path, index, named, call.outputs, wrapped=call.wrapped)
     for name, given in call.kwargs.items():
         if same(given, value):
             index = names.index(name) if name in names else 0
-            return Exit(call.path, index, name, call.outputs, wrapped=call.wrapped)
+            return BlockExit(call.path, index, name, call.outputs, wrapped=call.wrapped)
     return None
 
 
-def _zero_exit(call: Call, span: _Span) -> Exit | None:
+def _zero_exit(call: Call, span: _Span) -> BlockExit | None:
     """The module as one that returns zeros."""
     if call.output is None or call.output.shape != span.entry.shape:
         return None
@@ -161,15 +161,15 @@ def _zero_exit(call: Call, span: _Span) -> Exit | None:
             if exit is not None:
                 return replace(exit, residual=False)
     if call.args and call.args[0] is not None:
-        # The modules skipped before it hand the states on, so that it is given them then.
-        return Exit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
+        # The modules bypassed before it hand the states on, so that it is given them then.
+        return BlockExit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
     return None
 
 
-def _complete(span: _Span, apart: Sequence[Call], exit: Exit, *skipped: Exit) -> Bypass:
+def _complete(span: _Span, apart: Sequence[Call], exit: BlockExit, *bypassed: BlockExit) -> Bypass:
     """Skip the other modules of the block too: they would fail on parameters that are removed."""
-    gone = [exit, *skipped]
-    more: list[Exit] = []
+    gone = [exit, *bypassed]
+    more: list[BlockExit] = []
     for leaf in span.block.leaves:
         if any(inside(leaf.path, each.module) for each in (*gone, *more)):
             continue
@@ -181,7 +181,7 @@ def _complete(span: _Span, apart: Sequence[Call], exit: Exit, *skipped: Exit) ->
         )
         first = next((index for index, value in enumerate(outer.args) if value is not None), None)
         if first == 0:
-            more.append(Exit(outer.path, outputs=outer.outputs, wrapped=outer.wrapped))
+            more.append(BlockExit(outer.path, outputs=outer.outputs, wrapped=outer.wrapped))
         elif outer.kwargs:
-            more.append(Exit(outer.path, 0, next(iter(outer.kwargs)), outer.outputs, wrapped=outer.wrapped))
-    return Bypass(exit, (*skipped, *more))
+            more.append(BlockExit(outer.path, 0, next(iter(outer.kwargs)), outer.outputs, wrapped=outer.wrapped))
+    return Bypass(exit, (*bypassed, *more))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cofiprune.adapter import Axis, BlockTable, Family, Weights
 from cofiprune.conformance.specimens import head_classes
 from cofiprune.derivation.derive import Derived, derive
-from cofiprune.derivation.twin import small_config
-from cofiprune.structure import Exit
+from cofiprune.derivation.tiny_copy import small_config
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ def written_adapter(model: PreTrainedModel) -> str:
     # Which of these a model has may depend on its head.
     rows = tuple(replace(row, optional=True) for row in stem.values())
     shown = {name: heads[name] for name in sorted(heads) if not _is_bare(name)}
-    derived.family = replace(derived.family, stem=rows)
+    derived = replace(derived, family=replace(derived.family, stem=rows))
     return adapter_source(model.config.model_type, derived, shown)
 
 
@@ -86,8 +86,8 @@ def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[
     ]
     used = [name for name in _IMPORTS if any(f"{name}{after}" in text for after in "(),. \n")]
     head += ["from cofiprune.adapter import (", *(f"    {name}," for name in used), ")"]
-    if "Exit(" in text:
-        head.append("from cofiprune.structure import Exit")
+    if "BlockExit(" in text:
+        head.append("from cofiprune.structure import BlockExit")
     return "\n".join([*head, "", text, ""])
 
 
@@ -113,8 +113,8 @@ def _class_name(model_type: str) -> str:
 
 def _block(table: BlockTable) -> str:
     lines = ["BlockTable(", f"    rows={_rows(table.rows, 4)},", f"    exit={_exit(table.exit)},"]
-    if table.skipped:
-        lines.append(f"    skipped={_tuple((_exit(each) for each in table.skipped), 4)},")
+    if table.bypassed:
+        lines.append(f"    bypassed={_tuple((_exit(each) for each in table.bypassed), 4)},")
     if table.dropped:
         lines.append(f"    dropped={_tuple((_quoted(each) for each in table.dropped), 4)},")
     if table.attributes:
@@ -186,17 +186,17 @@ def _axis(axis: Axis | None) -> str:
     return text + {"slice": "", "scale": ".scaled", "zero": ".zeroed"}[axis.role]
 
 
-def _exit(exit: str | Exit) -> str:
+def _exit(exit: str | BlockExit) -> str:
     if isinstance(exit, str):
         return _quoted(exit)
-    plain = Exit(exit.module)
+    plain = BlockExit(exit.module)
     given: list[tuple[str, Any]] = [
         (each.name, getattr(exit, each.name))
-        for each in fields(Exit)
+        for each in fields(BlockExit)
         if getattr(exit, each.name) != getattr(plain, each.name)
     ]
     named = [f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given]
-    return f"Exit({', '.join([_quoted(exit.module), *named])})"
+    return f"BlockExit({', '.join([_quoted(exit.module), *named])})"
 
 
 def _quoted(text: str) -> str:

@@ -15,7 +15,7 @@ from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.measuring import Progress, conditions_of, timed
 from cofiprune.latency.table import Conditions
 from cofiprune.plan import Plan
-from cofiprune.selection.target import Scale, Target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def latency_target(
     whole = compact(model, Plan.from_values(structure, {}))
     total = round(table.dense)
     setting = f"at batch {batch_size} and length {seq_len} on {conditions.device}"
-    scale = _speedup(setting) if name == "target_speedup" else _milliseconds(setting)
-    left = scale.left(value, total)
-    if left >= total:
-        raise TargetError(f"target_latency_ms={value:g}: the dense model takes {total / 1e6:.3g} ms {setting} already")
     measure = partial(_measured, whole=whole, conditions=conditions, relative=name == "target_speedup", total=total)
-    return Target(scale, value, partial(LatencyCost, table), total, left, setting, slack=_SLACK, measure=measure)
+    cost = partial(LatencyCost, table)
+    target = Target.create(name, value, cost, total, setting=setting, slack=_SLACK, measure=measure)
+    if target.budget >= total:
+        raise TargetError(f"target_latency_ms={value:g}: the dense model takes {total / 1e6:.3g} ms {setting} already")
+    return target
 
 
 def _measured(
@@ -71,21 +71,3 @@ def _measured(
     with timed(whole, conditions, seconds=_SECONDS) as stopwatch:
         ours, dense = stopwatch([small, whole])
     return float(np.median(ours / dense * total if relative else ours))
-
-
-def _speedup(setting: str) -> Scale:
-    return Scale(
-        "target_speedup",
-        left=lambda asked, total: total / asked,
-        asked=lambda left, total: total / left,
-        text=lambda asked: f"a speed-up of {asked:.3g} {setting}",
-    )
-
-
-def _milliseconds(setting: str) -> Scale:
-    return Scale(
-        "target_latency_ms",
-        left=lambda asked, total: 1e6 * asked,
-        asked=lambda left, total: left / 1e6,
-        text=lambda asked: f"{asked:.4g} ms {setting}",
-    )

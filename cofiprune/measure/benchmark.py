@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune import accounting
+from cofiprune.accounting import amount
 from cofiprune.adapter import structure
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import AdapterError, SettingsError
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
-from cofiprune.measure.report import amount, as_text, html_report, html_table, rich_table
+from cofiprune.measure.report import as_text, html_report, html_table, rich_table
 from cofiprune.timing import Timing, cpu_threads, in_turn, timing
 
 if TYPE_CHECKING:

@@ -31,20 +31,6 @@ def bar(part: float, whole: float, width: int = 12) -> str:
     return drawn.ljust(width, "·")
 
 
-def amount(value: float) -> str:
-    """Write a large number with three significant digits.
-
-    >>> amount(109_482_240), amount(1_250), amount(17)
-    ('109 M', '1.25 k', '17')
-    """
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            scaled = value / limit
-            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
-            return f"{scaled:.{digits}f} {letter}"
-    return f"{value:g}"
-
-
 def share(value: float) -> str:
     """Write a share in percent.
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from cofiprune import accounting
+from cofiprune.accounting import amount
 from cofiprune.adapter import adapter_for
 from cofiprune.errors import SettingsError
 from cofiprune.masking import masks_of
-from cofiprune.measure.report import amount, as_text, bar, html_report, html_table, rich_table, share
+from cofiprune.measure.report import as_text, bar, html_report, html_table, rich_table, share
 from cofiprune.record import recorded_sizes
 from cofiprune.structure import Structure
 

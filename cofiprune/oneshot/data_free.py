@@ -29,9 +29,10 @@ from cofiprune.oneshot.importance import activation_importance, weight_importanc
 from cofiprune.oneshot.layerwise import Batch, counted
 from cofiprune.oneshot.reconstruction import Repair
 from cofiprune.plan import Plan
+from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import Target, check_fraction
+from cofiprune.selection.target import Target
 from cofiprune.structure import Structure, UnitKind
 
 if TYPE_CHECKING:

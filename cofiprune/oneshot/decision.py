@@ -49,7 +49,7 @@ def decide(structure: Structure, candidates: Sequence[Candidate], target: Target
     :param stream: what it loses to take out hidden dimensions, where they may go; those of infinite loss stay.
     :raises TargetError: when sizes are chosen for whole groups and none come near the target.
     """
-    by = _by_levels if target.by_levels(structure) else _by_units
+    by = _by_levels if target.needs_levels(structure) else _by_units
     gone = by(structure, candidates, target, stream)
     curves = {each.inner: each.curve for each in candidates} | ({} if stream is None else {"hidden": stream})
     masks = {}
@@ -70,11 +70,11 @@ def _by_units(
         saved = savings(lambda units: cost.exact({**sizes, "hidden": units}), sizes["hidden"])
         most = sum(map(math.isfinite, stream.losses[:-1]))
         narrower = Option(Curve(stream.order[:most], stream.losses[:most]), saved[: most + 1])
-        hidden = give_up({**options, "hidden": narrower}, cost.exact(sizes) - target.left)["hidden"]
+        hidden = give_up({**options, "hidden": narrower}, cost.exact(sizes) - target.budget)["hidden"]
         # With fewer hidden dimensions a unit of a block costs less: what the blocks give up is counted again.
         sizes["hidden"] -= hidden
         options = {each.inner: _option(each, cost, sizes) for each in candidates}
-    gone = give_up(options, cost.exact(sizes) - target.left)
+    gone = give_up(options, cost.exact(sizes) - target.budget)
     return {"hidden": hidden} | {each.inner: _steps(each)[gone[each.inner]] for each in candidates}
 
 

@@ -45,15 +45,15 @@ def select(
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
     cost = target.cost(structure)
     total = cost.exact(structure.sizes)
-    wanted = round(target.left)
-    if target.by_levels(structure):
+    wanted = round(target.budget)
+    if target.needs_levels(structure):
         lost = Losses.of(structure, worth or _above_lowest(flat))
         kept = best_units(flat, sizes_for(structure, lost, target))
     else:
         kept = _threshold(structure, flat, cost, wanted)
         _trim(structure, flat, cost, wanted, kept)
     found = cost.exact(_counts(structure, kept))
-    if abs(found - wanted) > target.tolerance * total and not target.by_levels(structure):
+    if abs(found - wanted) > target.tolerance * total and not target.needs_levels(structure):
         kept = by_blocks(structure, flat, cost, wanted, start=int(kept["hidden"].sum()) if "hidden" in kept else 0)
         _trim(structure, flat, cost, wanted, kept)
         found = cost.exact(_counts(structure, kept))

@@ -34,17 +34,17 @@ def allocate(structure: Structure, lost: Losses, target: Target, *, may_empty: b
     """
     cost = target.cost(structure)
     step = cost.exact(structure.sizes) / _RESOLUTION
-    slack = target.near * target.total
+    slack = target.tie_width * target.total
     candidates: list[tuple[float, float, dict[str, int]]] = []
     for hidden in _hidden_levels(structure, lost, target.round_to):
         full = {**structure.sizes, **({"hidden": hidden} if "hidden" in structure else {})}
         tables = [_options(block, lost, cost, full, target.round_to, may_empty) for block in structure.blocks]
-        wanted = cost.exact(full) - target.left
+        wanted = cost.exact(full) - target.budget
         off, loss, chosen = combination([(table.saved, table.loss) for table in tables], wanted, step, slack)
         loss += float(lost.by_count["hidden"][hidden]) if "hidden" in lost.by_count else 0.0
         candidates.append((off, loss, {**full, **_sizes(tables, chosen)}))
     sizes = _fitted(structure, lost, target, min(candidates, key=lambda each: each[:2])[2])
-    if abs(cost.exact(sizes) - target.left) > target.tolerance * target.total:
+    if abs(cost.exact(sizes) - target.budget) > target.tolerance * target.total:
         raise TargetError(f"{target} cannot be met by any sizes of the blocks; the nearest: "
                           f"{target.text(cost.exact(sizes))}")  # fmt: skip
     return sizes
@@ -134,14 +134,14 @@ def _fitted(structure: Structure, lost: Losses, target: Target, sizes: dict[str,
         inner.append(("hidden", step))
     here = cost.exact(sizes)
     for direction in (-1, 1, -1):
-        while (here - target.left) * direction < 0:
+        while (here - target.budget) * direction < 0:
             moves = []
             for name, units in inner:
                 count = sizes[name] + direction * units
                 if units <= count <= structure[name].size and np.isfinite(lost.by_count[name][count]):
                     change = abs(cost.exact({**sizes, name: count}) - here)
                     worth = abs(lost.by_count[name][count] - lost.by_count[name][sizes[name]])
-                    if 0 < change <= 2 * abs(here - target.left):
+                    if 0 < change <= 2 * abs(here - target.budget):
                         moves.append((-direction * worth / change, name, count))
             if not moves:
                 break

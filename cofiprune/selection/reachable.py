@@ -80,7 +80,7 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     groups = structure.select(_listed(units))
     if not layer_parameters(structure).exact(structure.sizes):
         raise TargetError(f"nothing is left in the layers of this {structure.family} model that could be removed")
-    if target.left >= total:
+    if target.budget >= total:
         raise TargetError(f"{target}: this {structure.family} model is there already, with {target.text(total)}")
     if target.uniform:
         alike = {group.name: torch.ones(group.size) for group in groups}

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.accounting import Cost, layer_parameters
+from cofiprune.accounting import Cost, amount, layer_parameters
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TargetError
 from cofiprune.plan import Plan
@@ -35,47 +34,24 @@ of one model were seen to differ by 3 % (standard deviation), and some by much m
 CostOf = Callable[[Structure], Cost]
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How people ask for an amount of a cost."""
-
-    name: str
-    """The argument that takes it."""
-    left: Callable[[float, float], float]
-    """From what was asked, and the cost of the dense model, to the cost that may be left."""
-    asked: Callable[[float, float], float]
-    """The inverse: from a cost that is left, and that of the dense model."""
-    text: Callable[[float], str]
-    """How messages print it."""
-
-
-def share_removed(name: str, noun: str) -> Scale:
-    """The scale of a removed share, in (0, 1)."""
-    return Scale(
-        name,
-        left=lambda asked, total: (1 - asked) * total,
-        asked=lambda left, total: 1 - left / total,
-        text=lambda asked: f"{noun} {round(asked, 4 if asked < 0.999 else 6):g}",
-    )
-
-
-SPARSITY = share_removed("target_sparsity", "sparsity")
-MODEL_SPARSITY = share_removed("target_model_sparsity", "model sparsity")
+_SHARES = {"target_sparsity": "sparsity", "target_model_sparsity": "model sparsity"}
+"""Arguments that take a removed share, and what messages call it."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A cost, and how much of it may be left; what it was asked as only matters for messages."""
+    """A cost and a budget of it; the argument that asked for it only matters for messages."""
 
-    scale: Scale
-    asked: float
-    """The value of the argument."""
+    name: str
+    """The argument: `target_` followed by `sparsity`, `model_sparsity`, `macs`, `speedup` or `latency_ms`."""
+    requested: float
+    """Its value."""
     cost: CostOf
     """The cost of a model of the family, dense or smaller."""
     total: int
     """The cost of the dense model."""
-    left: float
-    """The cost that may be left, in (0, total)."""
+    budget: float
+    """The cost that may remain, in (0, total)."""
     setting: str = ""
     """Under which conditions it is counted, for messages; empty where there are none."""
     slack: float = 0.0
@@ -95,36 +71,47 @@ class Target:
 
         :param structure: of the model that the share is counted from.
         """
-        total = cost(structure).exact(structure.sizes)
-        return cls(SPARSITY, share, cost, total, SPARSITY.left(share, total), round_to=round_to)
+        return cls.create("target_sparsity", share, cost, cost(structure).exact(structure.sizes), round_to=round_to)
+
+    @classmethod
+    def create(cls, name: str, requested: float, cost: CostOf, total: int, **settings: Any) -> Target:
+        """Make the target that an argument asks for; the budget follows from its value.
+
+        :param total: the cost of the dense model.
+        """
+        if name in _SHARES:
+            budget = (1 - requested) * total
+        else:
+            budget = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}.get(name, requested)
+        return cls(name, requested, cost, total, budget, **settings)
 
     @property
     def tolerance(self) -> float:
         """How far the cost may end from what may be left, as a share of the dense model's."""
-        return max(TOLERANCE, self.slack * self.left / self.total)
+        return max(TOLERANCE, self.slack * self.budget / self.total)
 
     @property
-    def near(self) -> float:
+    def tie_width(self) -> float:
         """How near to what may be left choices are compared by what they lose, as a share of the dense model's cost."""
-        return _NEAR_IN_TIME * self.left / self.total if self.slack else _NEAR * TOLERANCE
+        return _NEAR_IN_TIME * self.budget / self.total if self.slack else _NEAR * TOLERANCE
 
-    def by_levels(self, structure: Structure) -> bool:
+    def needs_levels(self, structure: Structure) -> bool:
         """Whether sizes of whole groups have to be decided together, not unit by unit."""
         return self.uniform or self.round_to > 1 or not self.cost(structure).linear
 
     @property
     def share(self) -> float:
         """The share of the cost that is to go, in (0, 1)."""
-        return 1 - self.left / self.total
+        return 1 - self.budget / self.total
 
     def at(self, share: float) -> Target:
         """The same cost with another share to go; what comes of it is not measured."""
-        return replace(self, left=(1 - share) * self.total, measure=None)
+        return replace(self, budget=(1 - share) * self.total, measure=None)
 
     def removed(self, structure: Structure) -> float:
         """The share that is to go of what a smaller model costs; 0 or less where there is nothing more to do."""
         here = self.cost(structure).exact(structure.sizes)
-        return 1 - self.left / here if here else 0.0
+        return 1 - self.budget / here if here else 0.0
 
     def kept_share(self, structure: Structure) -> float:
         """The cost of a model by that of the dense one."""
@@ -146,49 +133,37 @@ class Target:
             small = compacted(plan)
             structure, real = structure_of(small), self.measure(small)
             off.append(real / self.cost(structure).exact(structure.sizes))
-            tried.append((abs(real / self.left - 1), plan))
+            tried.append((abs(real / self.budget - 1), plan))
             if len(tried) > 1 and max(distance for distance, _ in tried[-2:]) <= _CLOSE:
                 break  # once is luck
             try:
-                plan = decide(replace(self, left=min(self.left / median(off[-_LAST:]), self.total)))
+                plan = decide(replace(self, budget=min(self.budget / median(off[-_LAST:]), self.total)))
             except TargetError:  # beyond what the structure allows; what was found is as near as it gets
                 return min(tried, key=lambda each: each[0])[1]
         return plan
 
-    def text(self, left: float) -> str:
-        """An amount of the cost in the words of the argument."""
-        return self.scale.text(self.scale.asked(left, self.total))
+    def value_of(self, cost: float) -> float:
+        """The value of the argument that asks for a cost: the inverse of how the budget is made."""
+        if self.name in _SHARES:
+            return 1 - cost / self.total
+        return {"target_speedup": self.total / cost, "target_latency_ms": cost / 1e6}.get(self.name, cost)
+
+    def text(self, cost: float) -> str:
+        """A cost in the words of the argument."""
+        return self._text(self.value_of(cost))
+
+    def _text(self, value: float) -> str:
+        if self.name in _SHARES:
+            return f"{_SHARES[self.name]} {round(value, 4 if value < 0.999 else 6):g}"
+        if self.name == "target_speedup":
+            return f"a speed-up of {value:.3g} {self.setting}"
+        if self.name == "target_latency_ms":
+            return f"{value:.4g} ms {self.setting}"
+        return f"{amount(round(value))} MACs {self.setting}"
 
     def __str__(self) -> str:
-        return self.scale.text(self.asked)
+        return self._text(self.requested)
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one, as plain values."""
-        return {self.scale.name: self.asked, **({"target_setting": self.setting} if self.setting else {})}
-
-
-def check_fraction(target: Any, name: str = "target_sparsity") -> float:
-    """Return a sparsity target as a float in (0, 1).
-
-    :raises TargetError: for anything else; a percentage is recognised and the fraction suggested.
-    """
-    if isinstance(target, bool) or not isinstance(target, Real):
-        raise TargetError(f"{name} takes a number in (0, 1), not {target!r}")
-    value = float(target)
-    if 0 < value < 1:
-        return value
-    hint = f"; {value:g} % is {name}={value / 100:g}" if 1 < value < 100 else ""
-    raise TargetError(f"{name} is the share removed and lies in (0, 1); got {value:g}{hint}")
-
-
-def check_positive(target: Any, name: str) -> float:
-    """Return a target as a finite float above 0.
-
-    :raises TargetError: for anything else.
-    """
-    if isinstance(target, bool) or not isinstance(target, Real):
-        raise TargetError(f"{name} takes a number, not {target!r}")
-    value = float(target)
-    if not 0 < value < float("inf"):
-        raise TargetError(f"{name} takes a number above 0; got {value:g}")
-    return value
+        """Return what a resumed run must have in common with this one, as plain values."""
+        return {self.name: self.requested, **({"target_setting": self.setting} if self.setting else {})}

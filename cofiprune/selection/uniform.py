@@ -57,7 +57,7 @@ def uniform_sizes(structure: Structure, lost: Losses, target: Target) -> dict[st
     nearest = float("inf")
     for shape in _shapes(structure, layers, lost, target):
         sizes, intermediate = _fitting(structure, layers, shape, cost, target, "intermediate" in _kinds(lost))
-        off = abs(cost.exact(sizes) - target.left)
+        off = abs(cost.exact(sizes) - target.budget)
         nearest = min(nearest, off, key=abs)
         if off > target.tolerance * target.total:
             continue
@@ -153,7 +153,7 @@ def _fitting(
     low, high = 1, max(1, full // step)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost.exact(sizes_at(middle * step)) <= target.left else (low, middle - 1)
+        low, high = (middle, high) if cost.exact(sizes_at(middle * step)) <= target.budget else (low, middle - 1)
     tried = {min(full, count * step) for count in (low, low + 1)} | ({full} if low == full // step else set())
-    chosen = min(tried, key=lambda count: abs(cost.exact(sizes_at(count)) - target.left))
+    chosen = min(tried, key=lambda count: abs(cost.exact(sizes_at(count)) - target.budget))
     return sizes_at(chosen), chosen

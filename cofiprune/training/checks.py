@@ -13,7 +13,6 @@ from torch import nn
 
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import check
-from cofiprune.data.table import Table
 from cofiprune.data.tasks import label_names, supported_kwargs, task_of
 from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError
 from cofiprune.masking import masks_of
@@ -166,7 +165,7 @@ def check_learnable(
             "without distill_layers_weight an encoder's states are compared with the teacher's as they are, which "
             "needs the same hidden size: give it a weight, or prune other units than 'hidden'"
         )
-    if isinstance(batches, RowBatches) and isinstance(batches.rows, Table):
+    if isinstance(batches, RowBatches) and batches.in_memory:
         try:
             check(batches.rows, teacher, "other")
         except DataError as error:

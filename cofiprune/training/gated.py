@@ -136,7 +136,7 @@ class GatedPhase:
             plan = Plan.from_dict(saved.extra["shrunk"])
             learner.shrink(plan, compact(learner.model, plan), with_optimizer)
         goal, structure = learner.gating.goal, learner.gating.masks.structure
-        shrinks = config.compact_in_training and config.trains_weights and not goal.by_levels(structure)
+        shrinks = config.compact_in_training and config.trains_weights and not goal.needs_levels(structure)
         pauses = [*(looks(schedule) if shrinks else []), steps]
         modules = [each for each in (learner.model, learner.projection) if each is not None]
         with frozen(*([] if config.trains_weights else modules)):  # gates alone learn, or weights too

@@ -86,8 +86,7 @@ class Run:
         accelerator = accelerator_for(config)
         check_compile(config, accelerator.device)
         if isinstance(batches, RowBatches):
-            batches.longest = longest_sequence(model)
-            batches.multiple = padding_multiple(config, model, accelerator.device)
+            batches.pad_to(padding_multiple(config, model, accelerator.device), longest_sequence(model))
         set_seed(config.seed, device_specific=True)
         self.session = Session(
             accelerator,

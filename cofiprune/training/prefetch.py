@@ -8,8 +8,8 @@ from threading import Event, Thread
 
 import torch
 
-from cofiprune.data.batches import Batch, Batches, RowBatches
-from cofiprune.data.table import Table
+from cofiprune.data.batches import Batches
+from cofiprune.data.rows import Batch
 
 _DEPTH = 2
 """Batches that wait, ready."""
@@ -25,7 +25,7 @@ def loaded(batches: Batches, device: torch.device) -> Iterator[Batch]:
     They are made ahead for a GPU, unless code of the user's makes them, which may draw random numbers: those must come
     in step with the training, so that a run can be resumed.
     """
-    if device.type == "cuda" and isinstance(batches, RowBatches) and isinstance(batches.rows, Table):
+    if device.type == "cuda" and batches.in_memory:
         return ahead(iter(batches), pin=True)
     return iter(batches)
 

@@ -19,6 +19,7 @@ from cofiprune.latency.measuring import conditions_of, timed
 from cofiprune.masking import attach, masks_of
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.with_data import check_one_shot
+from cofiprune.selection.arguments import parse_sparsities, parse_target
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.training.budget import check_method
@@ -29,7 +30,7 @@ from cofiprune.training.phases import Run
 from cofiprune.training.preparation import held_out
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.targets import counted_length, several, target_for, the_one
+from cofiprune.training.targets import counted_length, target_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,10 +106,10 @@ def prune(
         "target_speedup": target_speedup,
         "target_latency_ms": target_latency_ms,
     }
-    levels = several(target_sparsity)
+    levels = parse_sparsities(target_sparsity)
     if levels is not None and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    the_one(asked if levels is None else {**asked, "target_sparsity": levels[0]})
+    parse_target(asked if levels is None else {**asked, "target_sparsity": levels[0]})
     structure = structure_of(model)
     check_weights(model)
     check_method(config, has_data=train_dataset is not None)
@@ -226,7 +227,7 @@ def _sweep(
         return order.carry_out(current, target, runs, resume=goes_on)
 
     kept = config.model_dump(mode="json", exclude={"progress", "logging_steps", "eval_steps", "checkpoint_steps"})
-    identity = {"targets": [target.asked for target in targets], "settings": kept}
+    identity = {"targets": [target.requested for target in targets], "settings": kept}
     setting = f"batch {size['batch_size']}, length {size['seq_len']}, {conditions.device}"
     return sweep(model, targets, run, time_of, output_dir=folder, resume=resume, identity=identity, setting=setting)
 

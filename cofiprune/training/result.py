@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reached:
+class TargetReport:
     """The target of a run, and what came of it."""
 
     name: str
@@ -32,7 +32,7 @@ class Reached:
         return self.text
 
 
-def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
+def reached(target: Target, model: PreTrainedModel, plan: Plan) -> TargetReport:
     """What a plan comes to; where the cost is an estimate, it is measured.
 
     :param model: that the plan is for.
@@ -41,15 +41,15 @@ def reached(target: Target, model: PreTrainedModel, plan: Plan) -> Reached:
         left: float = target.cost(structure_of(model)).exact(plan.kept)
     else:
         left = target.measure(compact(model, plan))
-    value = target.scale.asked(left, target.total)
-    if target.measure is not None and abs(left / target.left - 1) > target.slack:
+    value = target.value_of(left)
+    if target.measure is not None and abs(left / target.budget - 1) > target.slack:
         warnings.warn(
-            f"{target} was asked for; measured again, the compacted model has {target.scale.text(value)}. Times vary "
+            f"{target} was asked for; measured again, the compacted model has {target.text(left)}. Times vary "
             "on a busy machine, and no sizes may lie nearer",
             UserWarning,
             stacklevel=2,
         )
-    return Reached(target.scale.name, target.asked, value, f"{target}, reached {target.scale.text(value)}")
+    return TargetReport(target.name, target.requested, value, f"{target}, reached {target.text(left)}")
 
 
 @dataclass(repr=False)
@@ -78,7 +78,7 @@ class PruneResult:
     reason: str = ""
     """Where `method="auto"` picked: what and why, in one sentence."""
 
-    target: Reached | None = None
+    target: TargetReport | None = None
     """What was asked for and reached; None for `finetune`."""
     uniform: bool = False
     """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""

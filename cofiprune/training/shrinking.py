@@ -74,7 +74,7 @@ class Shut(nn.Module):
         plan = Plan.from_values(masks.structure, values)
         cost = target.cost(masks.structure)
         before, after = cost.exact(masks.structure.sizes), cost.exact(plan.kept)
-        return plan if target.left <= after <= (1 - _LEAST) * before else None
+        return plan if target.budget <= after <= (1 - _LEAST) * before else None
 
     def cut(self, gates: Gates, plan: Plan, smaller: Gates) -> Shut:
         """The same for the gates of what a plan leaves."""

@@ -13,7 +13,6 @@ from torch import nn
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches
-from cofiprune.data.table import Table
 from cofiprune.data.tasks import label_names
 from cofiprune.distillation import hidden_projection, teacher_layers
 from cofiprune.plan import Plan
@@ -179,10 +178,10 @@ class Stage:
                 else teacher_layers(self.teacher.config.num_hidden_layers, self.config.distill_layers)
             )
             memory = 0
-            if isinstance(self.batches, RowBatches) and isinstance(self.batches.rows, Table):
+            if self.batches.in_memory:
                 memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
                 for batches in (self.batches, *(batches for batches, _ in self.taken)):
-                    batches.with_rows = memory > 0  # type: ignore[attr-defined]
+                    batches.with_rows = memory > 0
             token_axis = self.batches.task in TOKEN_AXIS
             self.asked = Teacher(self.teacher, layers, token_axis=token_axis, memory=memory)
         return self.asked
@@ -190,7 +189,7 @@ class Stage:
     def _remember(self, state: RunState) -> None:
         """Fill the teacher's memory as it was: its answers depend, in the last digits, on what they were padded to."""
         teacher = self.asked
-        if teacher is None or not isinstance(self.batches, RowBatches) or not self.batches.with_rows:
+        if teacher is None or not self.batches.with_rows:
             return
         labels = {ROWS, *label_names(self.model)}
         for batches, count in (*self.taken, (self.batches, state.batches)):

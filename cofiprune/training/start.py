@@ -150,7 +150,7 @@ def _short_of(structure: Structure, target: Target, config: PruneConfig) -> floa
     unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
     return max(
         unit,
-        target.tolerance if target.by_levels(structure) else 0.0,
+        target.tolerance if target.needs_levels(structure) else 0.0,
         _ESTIMATE * (1 - target.share) if target.measure is not None else 0.0,
     )
 

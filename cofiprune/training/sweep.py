@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from cofiprune.accounting import amount
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import restore
 from cofiprune.errors import CheckpointError
 from cofiprune.masking import attach
-from cofiprune.measure.report import amount, as_text, html_report, html_table, rich_table
+from cofiprune.measure.report import as_text, html_report, html_table, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.training.result import PruneResult
@@ -128,7 +129,7 @@ def sweep(
     points: list[SweepPoint] = []
     current, plan = model, Plan.from_values(structure_of(model), {})
     for target in targets:
-        folder = None if output_dir is None else output_dir / f"sparsity-{target.asked:g}"
+        folder = None if output_dir is None else output_dir / f"sparsity-{target.requested:g}"
         done = None if folder is None or not resume else _read(folder, target, type(model))
         if done is None:
             done = _next(current, plan, target, run, time_of, folder, resume=resume)
@@ -177,7 +178,7 @@ def _next(
     result = run(copy.deepcopy(current), target, runs, goes_on)
     small, whole = result.compact(), plan.then(result.plan.hard)
     point = SweepPoint(
-        target=target.asked,
+        target=target.requested,
         sparsity=1 - target.kept_share(structure_of(small)),
         parameters=sum(parameter.numel() for parameter in small.parameters()),
         metrics=dict(result.metrics),

@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.adapter import Adapter, Family, RestTable, temporarily
+from cofiprune.adapter import Adapter, ExtraTable, Family, temporarily
 from cofiprune.conformance.specimens import inputs, outputs, specimen, tiny_config
 from cofiprune.errors import LawError
 from cofiprune_adapters.conformer import adapter as conformer
@@ -39,7 +39,7 @@ def model_of(model_type: str, cls: str, **settings: Any) -> PreTrainedModel:
 def test_the_rest_of_a_layer_stays_and_is_counted() -> None:
     model = model_of("wav2vec2-bert", "Wav2Vec2BertModel")
     structure = cofiprune.structure(model)
-    assert [exit.module for exit in structure.rest[:2]] == [
+    assert [exit.module for exit in structure.extra[:2]] == [
         "encoder.layers.0.conv_module",
         "encoder.layers.0.final_layer_norm",
     ]
@@ -86,8 +86,8 @@ def test_rotary_positions_of_a_conformer() -> None:
 
 def test_a_rest_that_is_not_named_is_found() -> None:
     model = model_of("wav2vec2-bert", "Wav2Vec2BertModel")
-    lie = Altered(conformer, rest=RestTable(rows=conformer.describe(model.config).rest.rows))
-    with temporarily(lie), pytest.raises(LawError, match="does not return its input.*belongs into the family's rest"):
+    lie = Altered(conformer, extra=ExtraTable(rows=conformer.describe(model.config).extra.rows))
+    with temporarily(lie), pytest.raises(LawError, match="does not return its input.*belongs into the family's extra"):
         cofiprune.check_adapter(model)
 
 

@@ -45,7 +45,6 @@ def test_the_example_checks_prunes_saves_and_reloads(
     check = cofiprune.check_adapter
     # One choice of units here; the test below takes them all.
     monkeypatch.setattr(cofiprune, "check_adapter", lambda adapter: check(adapter, heads="Model", units="head"))
-    monkeypatch.setattr("cofiprune.adapter._registered", dict(cofiprune.adapter._registered))
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     shown = capsys.readouterr().out

@@ -177,12 +177,10 @@ def stood_in(path: Path, programs: list[str]) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory, without a network, that leaves no trace in later tests."""
+    """An empty working directory, without a network, for the pages."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(str(tmp_path))
-    # Adapters that pages register are gone after them.
-    monkeypatch.setattr("cofiprune.adapter._registered", dict(cofiprune.adapter._registered))
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pruning without data", category=UserWarning)

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.adapter import adapter_for, known_families, register_adapter, temporarily
+from cofiprune.adapter import adapter_for, known_families, register_adapter
 from cofiprune.errors import AdapterError
 from cofiprune_adapters.bert import adapter as bert
 
@@ -85,9 +85,8 @@ def test_an_installed_package_is_found_without_an_import(tmp_path: Path) -> None
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put a package on the path as an installer would: its module, and the metadata with its entry point."""
-    monkeypatch.setattr("cofiprune.adapter._registered", {})
 
-    def installed(name: str, code: str, value: str | None = None, model_type: str = "bert") -> None:
+    def installed(name: str, code: str, value: str | None = None, *, model_type: str) -> None:
         site = tmp_path / name
         info = site / f"{name}-1.0.dist-info"
         info.mkdir(parents=True)
@@ -99,7 +98,6 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     return installed
 
 
-REAL = "from cofiprune_adapters.bert import adapter"
 BROKEN: dict[str, tuple[str, str | None, str]] = {
     "a module that cannot be imported": (
         "import a_package_that_is_not_there",
@@ -115,61 +113,74 @@ BROKEN: dict[str, tuple[str, str | None, str]] = {
         "it is the class BertAdapter; the entry point has to name an instance of it",
     ),
     "something else": ("adapter = {'bert': 1}", None, "it is a dict, not a cofiprune.Adapter"),
-    "a module": (REAL, "theirs_module", "it is a module, not a cofiprune.Adapter"),
+    "a module": (
+        "from cofiprune_adapters.bert import adapter",
+        "theirs_module",
+        "it is a module, not a cofiprune.Adapter",
+    ),
 }
+
+
+@pytest.fixture
+def bert_of(build: Callable[..., PreTrainedModel]) -> Callable[[str], PreTrainedModel]:
+    """A BERT that says that it is of another model type."""
+
+    def new(model_type: str) -> PreTrainedModel:
+        model = build("BertModel")
+        model.config.model_type = model_type
+        return model
+
+    return new
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_entry_point_that_does_not_work_is_named(
-    case: str, install: Callable[..., None], build: Callable[..., PreTrainedModel]
+    case: str, install: Callable[..., None], bert_of: Callable[..., PreTrainedModel]
 ) -> None:
     code, value, message = BROKEN[case]
     name = f"theirs_{case.split()[-1]}"
     install(name, code, value, model_type="their-bert")
-    model = build("BertModel")
-    model.config.model_type = "their-bert"
     with pytest.raises(AdapterError) as caught:
-        adapter_for(model)
+        adapter_for(bert_of("their-bert"))
     text = str(caught.value)
     assert f"adapter of model type 'their-bert' that the package {name} names, {value or f'{name}:adapter'!r}" in text
     assert message in text
     assert "their-bert" in known_families()
 
 
-def test_two_packages_for_one_model_type_are_both_named(
-    install: Callable[..., None], build: Callable[..., PreTrainedModel]
+def test_two_packages_for_one_model_type_are_both_named_until_one_is_registered(
+    install: Callable[..., None], bert_of: Callable[..., PreTrainedModel]
 ) -> None:
-    install("their_berts", REAL)
-    model = build("BertModel")
-    with pytest.raises(AdapterError, match="2 packages name an adapter for model type 'bert'") as caught:
-        cofiprune.structure(model)
-    assert "cofiprune ('cofiprune_adapters.bert:adapter')" in str(caught.value)
+    install("their_berts", "from cofiprune_adapters.bert import adapter", model_type="twofold")
+    install("our_berts", "", "cofiprune_adapters.bert:adapter", model_type="twofold")
+    with pytest.raises(AdapterError, match="2 packages name an adapter for model type 'twofold'") as caught:
+        cofiprune.structure(bert_of("twofold"))
+    assert "our_berts ('cofiprune_adapters.bert:adapter')" in str(caught.value)
     assert "their_berts ('their_berts:adapter')" in str(caught.value)
     assert "register_adapter" in str(caught.value)
-    with temporarily(bert):  # what chooses between them
-        assert adapter_for(model) is bert
-
-
-def test_packages_that_name_the_same_adapter_do_not_contradict_one_another(
-    install: Callable[..., None], build: Callable[..., PreTrainedModel]
-) -> None:
-    install("copied_metadata", "", "cofiprune_adapters.bert:adapter")
-    assert adapter_for(build("BertModel")) is bert
-
-
-def test_an_adapter_that_is_registered_is_found(
-    monkeypatch: pytest.MonkeyPatch, build: Callable[..., PreTrainedModel]
-) -> None:
-    monkeypatch.setattr("cofiprune.adapter._registered", {})
-    model = build("BertModel")
-    model.config.model_type = "my-bert"
-    assert "my-bert" not in known_families()
+    assert "twofold" in known_families()
 
     class MyAdapter(type(bert)):  # type: ignore[misc]
-        model_types = ("my-bert",)
+        model_types = ("twofold",)
 
     mine = MyAdapter()
     register_adapter(mine)
-    assert adapter_for(model) is mine
-    assert cofiprune.structure(model).sizes["layers.0.heads"] == 4
-    assert "my-bert" in known_families()
+    assert adapter_for(bert_of("twofold")) is mine
+    assert cofiprune.structure(bert_of("twofold")).sizes["layers.0.heads"] == 4
+
+
+def test_packages_that_name_the_same_adapter_do_not_contradict_one_another(
+    install: Callable[..., None], bert_of: Callable[..., PreTrainedModel]
+) -> None:
+    for name in ("one_package", "its_copied_metadata"):
+        install(name, "", "cofiprune_adapters.bert:adapter", model_type="copied")
+    assert adapter_for(bert_of("copied")) is bert
+
+
+def test_an_adapter_that_is_registered_makes_its_family_known() -> None:
+    class MyAdapter(type(bert)):  # type: ignore[misc]
+        model_types = ("registered",)
+
+    assert "registered" not in known_families()
+    register_adapter(MyAdapter())
+    assert "registered" in known_families()

@@ -4,37 +4,25 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 import cofiprune
 from cofiprune import PruneConfig
-from cofiprune.training import prefetch, stage
 from cofiprune.training.schedule import Schedule
 
 BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
-
-
-@pytest.fixture
-def loops(monkeypatch):
-    """The phases of the runs of a test, as they were when they ended."""
-    found = []
-
-    class Kept(stage.Loop):
-        def leave(self):
-            super().leave()
-            found.append(self)
-
-    monkeypatch.setattr(stage, "Loop", Kept)
-    return found
 
 
 def of_phase(result, phase, key="loss"):
     return [entry for entry in result.history if entry["phase"] == phase and key in entry]
 
 
-def test_gates_start_on_what_one_shot_leaves_and_from_nothing_in_the_original(toy, loops):
+def sizes(model):
+    return dict(cofiprune.structure(model).sizes)
+
+
+def test_gates_start_on_what_one_shot_leaves_and_from_nothing_in_the_original(toy, watch):
     student, rows = toy.student(), toy.rows(32)
-    sizes = dict(cofiprune.structure(student).sizes)
+    steps = watch(student)
     settings = {**BRIEF, "epochs": 2, "freeze_epochs": 0, "sparsity_warmup_epochs": 1, "finetune_epochs": 0}
     result = cofiprune.prune(student, rows, target_sparsity=0.7, one_shot_share=0.5, **settings)
     (first,) = of_phase(result, "one-shot", "sparsity")
@@ -45,26 +33,28 @@ def test_gates_start_on_what_one_shot_leaves_and_from_nothing_in_the_original(to
     assert asked == sorted(asked)
     assert asked[0] == pytest.approx(first["sparsity"])
     assert asked[-1] == pytest.approx(0.7)
-    inner = cofiprune.structure(loops[0].state.modules["model"]).sizes
-    assert sum(inner.values()) < sum(sizes.values())
+    assert sum(sizes(steps[0].model).values()) < sum(sizes(toy.teacher).values())
     assert abs(result.sparsity - 0.7) <= 0.005
 
-    result = cofiprune.prune(toy.student(), rows, target_sparsity=0.7, one_shot_share=0, **settings)
+    student = toy.student()
+    steps = watch(student)
+    result = cofiprune.prune(student, rows, target_sparsity=0.7, one_shot_share=0, **settings)
     assert not of_phase(result, "one-shot", "sparsity")
     assert of_phase(result, "prune", "target_sparsity")[0]["target_sparsity"] == 0
-    assert dict(cofiprune.structure(loops[-1].state.modules["model"]).sizes) == sizes
+    assert sizes(steps[0].model) == sizes(toy.teacher)
 
 
-def test_batches_after_pruning_may_have_another_size(toy, loops):
+def test_batches_after_pruning_may_have_another_size(toy, watch):
+    student = toy.student()
+    steps = watch(student)
     settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 2, "finetune_batch_size": 24}
-    result = cofiprune.prune(toy.student(), toy.rows(48), target_sparsity=0.5, **settings)
-    assert [loop.state.step for loop in loops] == [3, 4]
-    assert loops[1].session.batches.batch_size == 24
+    result = cofiprune.prune(student, toy.rows(48), target_sparsity=0.5, **settings)
+    assert [step.batch[0] for step in steps] == [16] * 3 + [24] * 4
     assert result.history[-1]["epoch"] == 3
     recipe = PruneConfig.preset("glue-small", label_weight=1)
-    for given, steps in (({}, 1), ({"batch_size": 8}, 6), ({"finetune_batch_size": 16}, 3)):
-        cofiprune.finetune(toy.student(), toy.rows(48), config=recipe, epochs=1, progress=False, **given)
-        assert loops[-1].state.step == steps
+    for given, count in (({}, 1), ({"batch_size": 8}, 6), ({"finetune_batch_size": 16}, 3)):
+        result = cofiprune.finetune(toy.student(), toy.rows(48), config=recipe, epochs=1, progress=False, **given)
+        assert result.history[-1]["step"] == count
 
 
 def test_presets_begin_with_the_whole_model():
@@ -88,50 +78,31 @@ def test_the_last_part_of_the_epochs_trains_the_decided_structure(settings, ramp
     assert (schedule.ramp, schedule.gated, schedule.after) == (ramp, 1000 - after, after)
 
 
-def test_plain_epochs_come_first_then_the_rate_starts_again_and_adam_goes_on(toy, loops):
-    dense = sum(parameter.numel() for parameter in toy.teacher.parameters())
-    result = cofiprune.prune(
-        toy.student(),
-        toy.rows(64),
-        target_sparsity=0.5,
-        pre_finetune_epochs=1,
-        epochs=2,
-        freeze_epochs=0,
-        finetune_epochs=1,
-        learning_rate=1e-3,
-        **BRIEF,
-    )
+def test_plain_epochs_come_first_then_the_rate_starts_again_and_adam_goes_on(toy, watch):
+    student = toy.student()
+    seen = watch(student)
+    settings = {**BRIEF, "epochs": 2, "pre_finetune_epochs": 1, "freeze_epochs": 0, "finetune_epochs": 1}
+    result = cofiprune.prune(student, toy.rows(64), target_sparsity=0.5, learning_rate=1e-3, **settings)
     steps = of_phase(result, "prune")
     assert ["target_sparsity" in step for step in steps] == [False] * 4 + [True] * 8
     assert ["constraint" in step for step in steps] == [False] * 4 + [True] * 8
     rates = [step["learning_rate"] for step in steps]
     assert rates[:4] == pytest.approx([1e-3 * (1 - step / 4) for step in range(4)])
     assert rates[4:] == pytest.approx([1e-3 * (1 - step / 8) for step in range(8)])
-    pruning, recovery = loops
-    for loop, count in ((pruning, 12), (recovery, 4)):
-        weight = loop.state.modules["model"].classifier.weight
-        assert int(loop.state.optimizer.state[weight]["step"]) == count
-    assert sum(parameter.numel() for parameter in pruning.state.modules["model"].parameters()) == dense
-    left = sum(parameter.numel() for parameter in recovery.state.modules["model"].parameters())
-    assert left == sum(parameter.numel() for parameter in result.compact().parameters()) < dense
+    assert len(seen) == 16
+    pruning, recovery = seen[11], seen[15]
+    assert (pruning.after["step of classifier.weight"], recovery.after["step of classifier.weight"]) == (12, 4)
+    dense, left = (sum(p.numel() for p in model.parameters()) for model in (toy.teacher, result.compact()))
+    assert (pruning.size, recovery.size) == (dense, left)
+    assert left < dense
 
 
-def test_gates_are_clipped_on_their_own(toy, loops, monkeypatch):
-    clipped = []
-    stock = Accelerator.clip_grad_norm_
-
-    def clip(self, parameters, max_norm, *rest, **more):
-        listed = list(parameters)
-        clipped.append(({id(parameter) for parameter in listed}, max_norm))
-        return stock(self, listed, max_norm, *rest, **more)
-
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+def test_gates_are_clipped_on_their_own(toy, watch):
+    student = toy.student()
+    steps = watch(student)
     settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0, "one_shot_share": 0}
-    cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, **settings)
-    (loop,) = loops
-    weights = {id(parameter) for parameter in loop.state.modules["model"].parameters()}
-    gates = {id(parameter) for parameter in loop.gating.gates.parameters()}
-    assert clipped == [(weights, 1.0), (gates, 1.0)] * 2
+    cofiprune.prune(student, toy.rows(32), target_sparsity=0.5, max_grad_norm=1e-6, **settings)
+    assert [step.norms for step in steps] == [pytest.approx((1e-6, 1e-6), rel=1e-2)] * 2
 
 
 @pytest.mark.parametrize(
@@ -198,68 +169,40 @@ def test_the_last_weights_are_kept_unless_a_metric_is_to_choose(toy):
     assert not torch.equal(seen[-1], seen[0])
 
 
-def test_the_map_to_the_teachers_states_starts_as_the_identity_or_fitted(toy, monkeypatch):
-    made = []
-
-    def noting(make):
-        def noted(*args, **settings):
-            found = make(*args, **settings)
-            made.append((make.__name__, found.weight.detach().clone()))
-            return found
-
-        return noted
-
-    for name in ("hidden_projection", "fitted_projection"):
-        monkeypatch.setattr(stage, name, noting(getattr(stage, name)))
-    for teacher in (toy.teacher, toy.bert(seed=3, hidden_size=24)):
-        settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0}
-        cofiprune.prune(toy.student(), toy.rows(32), target_sparsity=0.5, teacher=teacher, **settings)
-    (same, weight), (other, fitted) = made
-    assert (same, other) == ("hidden_projection", "fitted_projection")
-    assert torch.equal(weight, torch.eye(16))
-    assert fitted.shape == (24, 16)
+def test_the_map_to_the_teachers_states_starts_as_the_identity_or_fitted(toy, watch):
+    settings = {**BRIEF, "epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0, "one_shot_share": 0}
+    for teacher, width in ((toy.teacher, 16), (toy.bert(seed=3, hidden_size=24), 24)):
+        student = toy.student()
+        steps = watch(student)
+        cofiprune.prune(student, toy.rows(32), target_sparsity=0.5, teacher=teacher, **settings)
+        (weight,) = [v for name, v in steps[0].before.items() if name.startswith("other") and v.shape == (width, 16)]
+        assert torch.equal(weight, torch.eye(16)) == (width == 16)
 
 
 @pytest.mark.parametrize(
     ("given", "taught", "on"), [(None, True, False), (None, False, True), (True, True, True), (False, False, False)]
 )
-def test_dropout_is_off_where_a_teacher_is_learned_from_or_as_it_is_said(toy, given, taught, on):
-    student, modes = toy.student(), set()
-    student.register_forward_pre_hook(lambda module, args, kwargs: modes.add(module.training), with_kwargs=True)
-    cofiprune.finetune(student, toy.rows(16), teacher=toy.teacher if taught else None, epochs=1, dropout=given, **BRIEF)
-    assert on in modes
-
-
-def test_gradient_checkpointing_keeps_train_mode(toy, loops):
+def test_dropout_is_off_where_a_teacher_is_learned_from_or_as_it_is_said(toy, watch, given, taught, on):
     student = toy.student()
+    steps = watch(student)
+    cofiprune.finetune(student, toy.rows(16), teacher=toy.teacher if taught else None, epochs=1, dropout=given, **BRIEF)
+    assert [step.trains for step in steps] == [on]
+
+
+def test_gradient_checkpointing_keeps_train_mode(toy, watch):
+    student = toy.student()
+    steps = watch(student)
     # The method's name changes between the releases of transformers.
     enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     cofiprune.finetune(student, toy.rows(16), teacher=toy.teacher, epochs=1, **BRIEF)
-    assert loops[0]._drops_out()
+    assert [step.trains for step in steps] == [True]
 
 
-def test_batches_are_padded_to_a_multiple_where_that_is_asked_for(toy):
-    student, lengths = toy.student(), set()
-
-    def seen(module, args, kwargs):
-        lengths.add(kwargs["input_ids"].shape[1])
-
-    student.register_forward_pre_hook(seen, with_kwargs=True)
+def test_batches_are_padded_to_a_multiple_where_that_is_asked_for(toy, watch):
+    student = toy.student()
+    steps = watch(student)
     cofiprune.finetune(student, toy.rows(48), epochs=1, pad_to_multiple_of=4, **{**BRIEF, "batch_size": 4})
+    lengths = {step.batch[1] for step in steps}
     assert lengths <= {4, 8, 12, 16}
     assert len(lengths) > 1
-
-
-def test_a_run_with_batches_made_ahead_is_the_same_run(toy, monkeypatch):
-    def run():
-        settings = {**BRIEF, "epochs": 2, "finetune_epochs": 1}
-        return cofiprune.prune(toy.student(), toy.rows(48), target_sparsity=0.6, teacher=toy.teacher, **settings)
-
-    plain = run()
-    ahead = prefetch.ahead
-    monkeypatch.setattr("cofiprune.training.loop.loaded", lambda batches, device: ahead(iter(batches), pin=False))
-    made_ahead = run()
-    assert made_ahead.plan == plain.plan
-    pairs = zip(plain.model.state_dict().values(), made_ahead.model.state_dict().values(), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)

@@ -29,7 +29,7 @@ from cofiprune.adapter import (
 )
 from cofiprune.conformance import check_adapter
 from cofiprune.errors import AdapterError, CofipruneError, LawError
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.deberta import adapter as deberta
 from cofiprune_adapters.deberta_v2 import adapter as deberta_v2
@@ -175,32 +175,32 @@ LIES: dict[str, tuple[Adapter, Change, str]] = {
     ),
     "the wrong argument for an exit": (
         bert,
-        block("ffn", exit=Exit("output", argument=0)),
-        r"'layers.0.ffn' through Exit\(module='bert.encoder.layer.0.output', argument=0",
+        block("ffn", exit=BlockExit("output", argument=0)),
+        r"'layers.0.ffn' through BlockExit\(module='bert.encoder.layer.0.output', argument=0",
     ),
     "the attention mask for an exit": (
         deberta,
-        block("attention", exit=Exit("attention", argument=1, outputs=2)),
-        r"'layers.0.attention' through Exit\(module='deberta.encoder.layer.0.attention', argument=1",
+        block("attention", exit=BlockExit("attention", argument=1, outputs=2)),
+        r"'layers.0.attention' through BlockExit\(module='deberta.encoder.layer.0.attention', argument=1",
     ),
     "the wrong number of outputs": (
         bert,
-        block("attention", exit=Exit("attention", keyword="hidden_states", outputs=1)),
-        "'layers.0.attention' through Exit",
+        block("attention", exit=BlockExit("attention", keyword="hidden_states", outputs=1)),
+        "'layers.0.attention' through BlockExit",
     ),
     "a residual that is not added": (
         bert,
-        block("attention", exit=Exit("attention", outputs=2, residual=False)),
-        r"'layers.0.attention' leaves through Exit\(.*the residual is added",
+        block("attention", exit=BlockExit("attention", outputs=2, residual=False)),
+        r"'layers.0.attention' leaves through BlockExit\(.*the residual is added",
     ),
     "an exit inside the block": (
         bert,
-        block("attention", exit=Exit("attention.output", argument=1)),
+        block("attention", exit=BlockExit("attention.output", argument=1)),
         f"'bert.{SELF}.query.weight' belongs to 'layers.0.attention' but lies outside",
     ),
     "a module that is not skipped": (
         bert,
-        block("ffn", skipped=()),
+        block("ffn", bypassed=()),
         "'bert.encoder.layer.0.intermediate.dense.weight' belongs to 'layers.0.ffn' but lies outside",
     ),
     "a bias that no gate scales": (

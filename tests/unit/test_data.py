@@ -102,18 +102,18 @@ def test_every_form_of_data_set_gives_the_same_rows(form):
 
 
 def test_padding_uses_the_models_id_and_masks_it():
-    (batch,) = prepare(rows_of([2, 4], token_type_ids=None), bert(), batch_size=2, group_by_length=False)
-    assert batch["input_ids"][0, 2:].tolist() == [3, 3]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    (batch,) = prepare(rows_of([4, 2], token_type_ids=None), bert(), batch_size=2)
+    assert batch["input_ids"][1, 2:].tolist() == [3, 3]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
 def test_labels_per_token_are_padded_so_that_the_loss_ignores_them():
-    rows = [{"input_ids": [5, 6], "labels": [0, 1], "token_type_ids": [0, 1]}]
-    rows += [{"input_ids": [5, 6, 7], "labels": [0, 1, -100], "token_type_ids": [0, 1, 1]}]
-    (batch,) = prepare(rows, bert(BertForTokenClassification), batch_size=2, group_by_length=False)
+    rows = [{"input_ids": [5, 6, 7], "labels": [0, 1, -100], "token_type_ids": [0, 1, 1]}]
+    rows += [{"input_ids": [5, 6], "labels": [0, 1], "token_type_ids": [0, 1]}]
+    (batch,) = prepare(rows, bert(BertForTokenClassification), batch_size=2)
     assert batch["labels"].tolist() == [[0, 1, -100], [0, 1, -100]]
-    assert batch["token_type_ids"].tolist() == [[0, 1, 0], [0, 1, 1]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 def test_rows_padded_beforehand_are_cut_to_what_is_used():
@@ -128,10 +128,10 @@ def test_rows_padded_beforehand_are_cut_to_what_is_used():
 
 
 def test_choices_of_different_lengths():
-    rows = [{"input_ids": [[5, 6], [7]], "labels": 1}, {"input_ids": [[5], [6, 7, 8]], "labels": 0}]
+    rows = [{"input_ids": [[5], [6, 7, 8]], "labels": 0}, {"input_ids": [[5, 6], [7]], "labels": 1}]
     model = bert(BertForMultipleChoice)
-    (batch,) = prepare(rows, model, batch_size=2, group_by_length=False)
-    assert batch["input_ids"].tolist() == [[[5, 6, 3], [7, 3, 3]], [[5, 3, 3], [6, 7, 8]]]
+    (batch,) = prepare(rows, model, batch_size=2)
+    assert batch["input_ids"].tolist() == [[[5, 3, 3], [6, 7, 8]], [[5, 6, 3], [7, 3, 3]]]
     assert model(**batch).loss.isfinite()
 
 

@@ -17,9 +17,8 @@ import cofiprune
 from cofiprune.adapter import TableAdapter, family_entries, family_from, temporarily
 from cofiprune.cli import main
 from cofiprune.conformance.specimens import inputs, outputs, tiny_config
-from cofiprune.derivation import adapter as derivation
 from cofiprune.derivation import derive, derived_adapter
-from cofiprune.derivation.adapter import for_sizes
+from cofiprune.derivation.derive import _known, family_for
 from cofiprune.derivation.source import written_adapter
 from cofiprune.errors import AdapterError, StructureError
 from cofiprune.structure import Structure
@@ -54,7 +53,7 @@ def test_what_is_derived_is_what_the_declared_table_says(name: str) -> None:
     cls = getattr(transformers, name)
     model = cls(tiny_config(cls.config_class.model_type))
     declared = cofiprune.structure(model)
-    family = for_sizes(derive(model), model.config)
+    family = family_for(derive(model), model.config)
     derived = TableAdapter(model.config.model_type, family).structure(model)
     assert derived.sizes == declared.sizes
     assert derived.refused == declared.refused
@@ -103,7 +102,7 @@ def test_deriving_leaves_the_model_as_it_was() -> None:
     model.tapas.embeddings.train(False)
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    derivation._known.clear()
+    _known.clear()
     cofiprune.structure(model)
     assert [module.training for module in model.modules()] == modes
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -263,7 +262,7 @@ def test_an_encoder_of_text_may_look_back_only() -> None:
 
 
 def test_a_model_that_answers_differently_each_time_is_refused() -> None:
-    with pytest.raises(AdapterError, match="other answers each time"):
+    with pytest.raises(AdapterError, match="its outputs differ each time"):
         cofiprune.structure(RestlessToyModel(ToyConfig()))
 
 

@@ -13,10 +13,11 @@ from cofiprune import PruneConfig, accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
-from cofiprune.selection.target import SPARSITY, Target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Group
 from cofiprune.training.gating import Gating
 from cofiprune.training.schedule import Schedule
+from cofiprune.training.shrinking import Shut
 
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
 
@@ -30,7 +31,7 @@ def bert() -> BertModel:
 def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
-    goal = Target(SPARSITY, target, accounting.layer_parameters, total, (1 - target) * total)
+    goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
     return Gating(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, share=share)
 
 
@@ -154,3 +155,21 @@ def test_a_step_under_gates_reads_no_value_on_the_host() -> None:
     with _Reads() as reading:
         loss.detach().item()
     assert reading.count == 1
+
+
+def test_closed_gates_go_after_some_checks_unless_that_is_more_than_the_target() -> None:
+    with attach(bert()) as masks:
+        gates = Gates(list(masks.structure.groups))
+        shut, target = Shut(gates), Target.of(masks.structure, 0.5)
+        assert shut.plan(gates, masks, target) is None
+        with torch.no_grad():
+            gates.log_alpha.fill_(-20)
+        for _ in range(3):
+            shut.look(gates)
+        assert shut.plan(gates, masks, target) is None
+        shut.looks.zero_()
+        first = gates.groups[-1]
+        shut.looks[-first.size :] = 3
+        plan = shut.plan(gates, masks, target)
+        assert plan is not None
+        assert plan.kept[first.name] == 0

@@ -26,7 +26,7 @@ from cofiprune.latency.table import Conditions, LatencyTable, Surface
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import SPARSITY, Target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.timing import cpu_threads, in_turn
 
@@ -106,7 +106,7 @@ def test_sizes_are_chosen_by_their_times(speedup: float) -> None:
         return LatencyCost(table, of)
 
     total = cost(structure).exact(structure.sizes)
-    target = Target(SPARSITY, 1 - 1 / speedup, cost, total, total / speedup)
+    target = Target.create("target_sparsity", 1 - 1 / speedup, cost, total)
     check_target(structure, target)
     scores = {name: torch.rand(group.size) for name, group in structure.items()}
     plan = select(structure, scores, target)
@@ -191,11 +191,11 @@ def test_a_decision_is_measured_and_corrected() -> None:
         found = structure_of(model)
         return 1.3 * cost(found).exact(found.sizes)
 
-    target = Target(SPARSITY, 0.5, cost, total, 0.5 * total, measure=really)
+    target = Target.create("target_sparsity", 0.5, cost, total, measure=really)
     scores = {name: torch.rand(group.size) for name, group in structure.items()}
     model = bert()
     plan = target.settle(lambda goal: select(structure, scores, goal), lambda plan: cofiprune.compact(model, plan))
-    assert 1.3 * cost(structure).exact(plan.kept) == pytest.approx(target.left, rel=0.02)
+    assert 1.3 * cost(structure).exact(plan.kept) == pytest.approx(target.budget, rel=0.02)
 
 
 @pytest.mark.usefixtures("device")

@@ -30,7 +30,7 @@ from cofiprune.adapter import (
 )
 from cofiprune.conformance.specimens import tiny_config
 from cofiprune.errors import AdapterError, LawError
-from cofiprune.structure import Exit
+from cofiprune.structure import BlockExit
 from cofiprune_adapters.albert import adapter as albert
 from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.mpnet import adapter as mpnet
@@ -161,45 +161,45 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
     ),
     "an exit at the projection, before the residual norm": (
         bert,
-        block("ffn", exit=Exit("output.dense")),
+        block("ffn", exit=BlockExit("output.dense")),
         CLASSIFIER,
         "layer",
         "'bert.encoder.layer.0.output.LayerNorm.weight' belongs to 'layers.0.ffn' but lies outside.*move the exit up",
     ),
     "an exit at the other block": (
         None,
-        block("ffn", exit=Exit("attention", residual=False)),
+        block("ffn", exit=BlockExit("attention", residual=False)),
         CLASSIFIER,
         "layer",
         f"'{LAYER}.mlp.0.weight' belongs to 'layers.0.ffn' but lies outside",
     ),
     "an exit that is not there": (
         None,
-        block("ffn", exit=Exit("mpl", residual=False)),
+        block("ffn", exit=BlockExit("mpl", residual=False)),
         CLASSIFIER,
         "layer",
         f"exit of 'layers.0.ffn' names the module '{LAYER}.mpl'.*Did you mean '{LAYER}.mlp'",
     ),
     "a skipped module that is not there": (
         None,
-        block("ffn", skipped=("mlp_nrm",)),
+        block("ffn", bypassed=("mlp_nrm",)),
         CLASSIFIER,
         "layer",
-        f"skipped of 'layers.0.ffn' names the module '{LAYER}.mlp_nrm'.*Did you mean '{LAYER}.mlp_norm'",
+        f"bypassed of 'layers.0.ffn' names the module '{LAYER}.mlp_nrm'.*Did you mean '{LAYER}.mlp_norm'",
     ),
     "a residual in a block without one": (
         None,
-        block("attention", exit=Exit("attention")),
+        block("attention", exit=BlockExit("attention")),
         CLASSIFIER,
         "layer",
-        r"'layers.0.attention' leaves through Exit\(.*residual=True.*\), in which the residual is not added",
+        r"'layers.0.attention' leaves through BlockExit\(.*residual=True.*\), in which the residual is not added",
     ),
     "a norm before a block that is not skipped": (
         None,
-        block("attention", skipped=()),
+        block("attention", bypassed=()),
         CLASSIFIER,
         "layer",
-        f"'{LAYER}.attention_norm.weight' belongs to 'layers.0.attention' but lies outside.*add its module to skipped",
+        f"'{LAYER}.attention_norm.weight' belongs to 'layers.0.attention' but lies outside.*add its module to bypassed",
     ),
     "a forgotten norm outside the layers": (
         None,
@@ -302,12 +302,12 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
     "norms of two blocks exchanged, and skipped so": (
         None,
         each(
-            block("attention", "attention_norm", norm("mlp_norm"), skipped=("mlp_norm",)),
-            block("ffn", "mlp_norm", norm("attention_norm"), skipped=("attention_norm",)),
+            block("attention", "attention_norm", norm("mlp_norm"), bypassed=("mlp_norm",)),
+            block("ffn", "mlp_norm", norm("attention_norm"), bypassed=("attention_norm",)),
         ),
         CLASSIFIER,
         "layer",
-        f"Removing 'layers.0.attention' changes '{LAYER}.mlp.0'.*Removed with it.*'{LAYER}.mlp_norm': check skipped",
+        f"Removing 'layers.0.attention' changes '{LAYER}.mlp.0'.*Removed with it.*'{LAYER}.mlp_norm': check bypassed",
     ),
     "another dimension of a shared tensor": (
         mpnet,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cofiprune
-from cofiprune.data.table import widened
+from cofiprune.data.rows import Padding
 from cofiprune.training.prefetch import ahead, loaded
 
 
@@ -60,7 +60,7 @@ def rows(length):
 
 
 def test_token_rows_are_padded_to_a_multiple():
-    found = widened(rows(13), 8, {"input_ids": 7}, None)
+    found = Padding({"input_ids": 7}, 8, None).widened(rows(13))
     assert found["input_ids"].shape == found["attention_mask"].shape == (2, 16)
     assert (found["input_ids"][:, 13:] == 7).all()
     assert (found["attention_mask"][:, 13:] == 0).all()
@@ -70,7 +70,7 @@ def test_token_rows_are_padded_to_a_multiple():
 
 def test_labels_of_tokens_are_padded_with_what_does_not_count():
     batch = {**rows(5), "labels": torch.ones(2, 5, dtype=torch.long)}
-    assert (widened(batch, 4, {"labels": -100}, None)["labels"][:, 5:] == -100).all()
+    assert (Padding({"labels": -100}, 4, None).widened(batch)["labels"][:, 5:] == -100).all()
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_labels_of_tokens_are_padded_with_what_does_not_count():
     ],
 )
 def test_what_fits_or_cannot_be_padded_stays(batch, multiple, longest):
-    assert widened(batch, multiple, {}, longest) is batch
+    assert Padding({}, multiple, longest).widened(batch) is batch
 
 
 def test_padding_further_changes_no_answer(build):
     model = build("BertForSequenceClassification").eval()
     batch = {name: value for name, value in rows(5).items() if name != "labels"}
     with torch.no_grad():
-        one, other = model(**batch).logits, model(**widened(batch, 8, {}, None)).logits
+        one, other = model(**batch).logits, model(**Padding({}, 8, None).widened(batch)).logits
     assert (one - other).abs().max() < 1e-12
     with pytest.raises(cofiprune.CofipruneError, match="pad_to_multiple_of"):
         cofiprune.PruneConfig(pad_to_multiple_of=0)

@@ -11,9 +11,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 import cofiprune
 from cofiprune import accounting
 from cofiprune.errors import TargetError
+from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target, reachable
-from cofiprune.selection.target import SPARSITY, TOLERANCE, Target, check_fraction
+from cofiprune.selection.target import TOLERANCE, Target
 from cofiprune.structure import UNIT_KINDS
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]
@@ -131,7 +132,7 @@ def test_nothing_left_to_remove_is_an_error():
     gone = {name: torch.zeros(1) for name in structure if name.endswith((".attention", ".ffn"))}
     empty = cofiprune.structure(cofiprune.compact(model, cofiprune.Plan.from_values(structure, gone)))
     with pytest.raises(TargetError, match="nothing is left"):
-        check_target(empty, Target(SPARSITY, 0.5, accounting.layer_parameters, 100, 50.0))
+        check_target(empty, Target.create("target_sparsity", 0.5, accounting.layer_parameters, 100))
 
 
 @pytest.mark.parametrize("target", [0.5, 1e-9, 1 - 1e-9, np.float32(0.5), np.float64(0.25)])

@@ -66,7 +66,7 @@ def silence(model, dimensions):
                 and side.group == "hidden"
                 and len(spec.shape) == 2
                 and axis == 1
-                and spec.rows != (0, 0)
+                and spec.applications != (0, 0)
             ):
                 with torch.no_grad():
                     model.get_parameter(spec.name)[:, dimensions] = 0.0

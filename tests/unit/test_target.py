@@ -12,10 +12,11 @@ import cofiprune
 from cofiprune import PruneConfig, accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TargetError
+from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import TOLERANCE, Target
-from cofiprune.training.targets import target_for, the_one
+from cofiprune.training.targets import target_for
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -26,7 +27,7 @@ def bert() -> BertForSequenceClassification:
 
 
 def test_without_a_target_it_is_a_sparsity_of_nine_tenths() -> None:
-    assert the_one({"target_sparsity": None, "target_macs": None}) == ("target_sparsity", 0.9)
+    assert parse_target({"target_sparsity": None, "target_macs": None}) == ("target_sparsity", 0.9)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TrainingError
 from cofiprune.masking import attach, masks_of
 from cofiprune.plan import Plan
+from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import check_fraction
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.result import PruneResult
