@@ -27,6 +27,10 @@ _SPELLED_HERE = {
     "resume=False and another output_dir": "another --output-dir",
     "train_dataset: ": "--train-file: ",
     "eval_dataset: ": "--validation-file: ",
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("text_column", "text_pair_column", "label_column", "label_names")
+    },
 }
 
 

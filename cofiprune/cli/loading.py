@@ -7,20 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.cli.columns import Columns, add_column_options, find_columns
-from cofiprune.cli.files import Row, read_rows
-from cofiprune.cli.labels import Head
 from cofiprune.cli.models import TASKS, load_config, load_model, load_tokenizer, model_name, task_by_architecture
 from cofiprune.cli.parser import at_least
-from cofiprune.cli.tokens import CLASSIFIERS, tokenised
-from cofiprune.data.tasks import IGNORED
+from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
+from cofiprune.data.tasks import IGNORED, task_by_name
 from cofiprune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_MAX_LENGTH = 128
-_MAX_LENGTH_OF_PASSAGES = 384  # as the published SQuAD models were trained
+_COLUMNS = ("text_column", "text_pair_column", "label_column")
+Row = dict[str, Any]
 
 
 @dataclass
@@ -31,7 +28,7 @@ class Loaded:
     task: str
     tokenizer: Any = None
     """None for a model without one."""
-    datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    datasets: dict[str, list[Row]] = field(default_factory=dict)
     """By the name of the option that gave the file."""
     collator: Any = None
     """What makes batches, where rows are more than padded."""
@@ -40,18 +37,18 @@ class Loaded:
 def add_data_options(parser: argparse.ArgumentParser, *, train: bool) -> None:
     """Add the files, their columns and how text is tokenised."""
     group = parser.add_argument_group("data")
-    kinds = "csv, tsv, json, jsonl or parquet"
+    kinds = "csv, tsv, json, jsonl, parquet or txt"
+    add = group.add_argument
     if train:
-        group.add_argument("--train-file", metavar="FILE", help=f"training data: {kinds}")
-    group.add_argument("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
-    add_column_options(group)  # type: ignore[arg-type]  # a group adds arguments as a parser does
-    group.add_argument(
-        "--max-length",
-        type=at_least(1),
-        metavar="N",
-        help=f"tokens after which a text is cut (default: {_MAX_LENGTH}, with passages {_MAX_LENGTH_OF_PASSAGES})",
-    )
-    group.add_argument("--tokenizer", metavar="NAME", help="directory or hub name (default: that of the model)")
+        add("--train-file", metavar="FILE", help=f"training data: {kinds}, or a folder that `datasets` saved")
+    add("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
+    add("--text-column", metavar="NAME", help="text, or first text of a pair (default: by its name)")
+    add("--text-pair-column", metavar="NAME", help="second text of a pair")
+    add("--label-column", metavar="NAME", help="label; classes may be names or numbers")
+    add("--label-names", metavar="A,B,...", help="names of the classes in the order of their ids, where they have none")
+    length = "tokens after which a text is cut (default: 128, with passages 384)"
+    add("--max-length", type=at_least(1), metavar="N", help=length)
+    add("--tokenizer", metavar="NAME", help="directory or hub name (default: that of the model)")
 
 
 def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) -> Loaded:
@@ -64,23 +61,25 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     name = model_name(options)
     given = {"train_file": getattr(options, "train_file", None), "validation_file": options.validation_file}
     config = load_config(name)
-    files = {option: read_rows(path) for option, path in given.items() if path is not None}
+    files = {option: load_rows(path) for option, path in given.items() if path is not None}
     task = options.task or _task(config, files)
-    columns = {option: find_columns(rows[0], options, task, str(given[option])) for option, rows in files.items()}
-    if labelled:
-        for option, chosen in columns.items():
-            _check_labelled(files[option][0], chosen, task, str(given[option]))
-    head = _head(config, options, task, files, columns)
+    kind = task_by_name(TASKS[task]) or "embedding"
+    named = {column: getattr(options, column) for column in _COLUMNS}
+    columns = {
+        option: find_text_columns(rows[0], kind, **named, where=str(given[option])) for option, rows in files.items()
+    }
+    for option, chosen in columns.items() if labelled else ():
+        _check_labelled(files[option][0], chosen, task, str(given[option]))
+    rows, chosen = next(((files[option], columns[option]) for option in files), ([], TextColumns(None)))
+    _set_head(config, options, task, _labels(rows, chosen, task))
     model = load_model(name, task, config=config, new_head=trained)
     loaded = Loaded(model, task, load_tokenizer(options.tokenizer or name))
     needs_tokenizer = any(chosen.text is not None for chosen in columns.values())
     if needs_tokenizer and loaded.tokenizer is None:
         raise DataError(f"{options.tokenizer or name} has no tokenizer for the text; name one by --tokenizer")
-    length = _length(options.max_length, task, model)
     for option, rows in files.items():
-        loaded.datasets[option] = tokenised(
-            rows, columns[option], task, loaded.tokenizer, max_length=length, head=head, where=str(given[option])
-        )
+        settings = {"columns": columns[option], "max_length": options.max_length, "where": str(given[option])}
+        loaded.datasets[option] = tokenise(rows, loaded.tokenizer, model, **settings)
     if task == "masked-lm" and needs_tokenizer:
         from transformers import DataCollatorForLanguageModeling
 
@@ -89,7 +88,7 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
 
 
 def _task(config: PretrainedConfig, files: Mapping[str, list[Row]]) -> str:
-    """What the model was saved for; a pretrained one with labelled texts is for classifying them."""
+    """Return what the model was saved for; a pretrained one with labelled texts is for classifying them."""
     stated = task_by_architecture(config) or next(iter(TASKS))
     labels = [row.get("label") for rows in files.values() for row in rows[:1]]
     if stated in ("masked-lm", "feature-extraction") and any(isinstance(label, str | int | float) for label in labels):
@@ -97,32 +96,21 @@ def _task(config: PretrainedConfig, files: Mapping[str, list[Row]]) -> str:
     return stated
 
 
-def _head(
-    config: PretrainedConfig,
-    options: argparse.Namespace,
-    task: str,
-    files: Mapping[str, list[Row]],
-    columns: Mapping[str, Columns],
-) -> Head:
-    """The head that the model has; one that is new is made for the labels of the first file. Both go to `config`."""
+def _set_head(config: PretrainedConfig, options: argparse.Namespace, task: str, labels: list[Any]) -> None:
+    """Make a configuration describe the head for the labels, where the model has none for the task."""
     names = tuple(name.strip() for name in (options.label_names or "").split(",") if name.strip())
-    head = Head.of_model(config)
-    labels = next((_labels(files[option], columns[option], task) for option in files), [])
+    own = Labels.of_model(config)
     if task_by_architecture(config) not in (task, None) and labels:
-        head = Head.of_data(labels, names)
-    elif names and len(names) != len(head.names):
+        Labels.of_data(labels, names).apply(config)
+    elif names and len(names) != len(own.names):
         raise DataError(f"--label-names has {len(names)} names and the model {config.num_labels} labels")
     elif names:
-        head = Head(names, head.multi_label)
-    else:
-        return head
-    head.apply(config)
-    return head
+        Labels(names, own.multi_label).apply(config)
 
 
-def _labels(rows: Sequence[Row], columns: Columns, task: str) -> list[Any]:
-    """The labels from which a head can be made."""
-    if columns.label is None or task not in (*CLASSIFIERS, "token-classification"):
+def _labels(rows: Sequence[Row], columns: TextColumns, task: str) -> list[Any]:
+    """Return the labels from which a head can be made."""
+    if columns.label is None or not task.endswith("classification"):
         return []
     cells = [row.get(columns.label) for row in rows]
     if task == "token-classification":
@@ -130,21 +118,10 @@ def _labels(rows: Sequence[Row], columns: Columns, task: str) -> list[Any]:
     return cells
 
 
-def _check_labelled(row: Row, columns: Columns, task: str, where: str) -> None:
+def _check_labelled(row: Row, columns: TextColumns, task: str, where: str) -> None:
     wanted = {"masked-lm": "", "question-answering": "answers", "feature-extraction": ""}.get(task, "a label")
     if wanted and columns.label is None and "start_positions" not in row:
         raise DataError(
             f"{where} has no column of a known name for {wanted}; its columns are {', '.join(row)}; name it by "
             "--label-column"
         )
-
-
-def _length(asked: int | None, task: str, model: PreTrainedModel) -> int:
-    """Tokens after which a text is cut: never more than the model reads."""
-    from cofiprune.data.checks import longest_sequence
-
-    length = asked or (_MAX_LENGTH_OF_PASSAGES if task == "question-answering" else _MAX_LENGTH)
-    limit = longest_sequence(model)
-    if asked is not None and limit is not None and asked > limit:
-        raise DataError(f"--max-length is {asked}; {type(model).__name__} reads at most {limit} tokens")
-    return length if limit is None else min(length, limit)

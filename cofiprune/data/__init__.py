@@ -1,1 +1,9 @@
-"""Rows in, batches out."""
+"""Rows in, batches out: reading data files, tokenising, checking, padding.
+
+`prune` and `finetune` take rows of tokens; `load_rows` and `tokenise` make these from files of text.
+"""
+
+from cofiprune.data.files import load_rows
+from cofiprune.data.text import Labels, TextColumns, find_text_columns, tokenise
+
+__all__ = ["Labels", "TextColumns", "find_text_columns", "load_rows", "tokenise"]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cofiprune.data.tasks import IGNORED, forward_names
+from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, forward_names
 from cofiprune.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Row = dict[str, Array]
 Batch = dict[str, Tensor]
-LABEL_COLUMNS = ("labels", "label", "label_ids", "gold_label", "is_duplicate", "Quality")
-"""Names under which data sets hold what the models call `labels`, in the order in which they are looked for."""
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _CHUNK = 1000
 """Rows of a columnar data set that are read at a time."""

@@ -1,4 +1,4 @@
-"""Which task a model's head is for: what its labels look like, which loss and which metrics fit it.
+"""The task of a model's head: what its labels look like, which loss and which metrics fit it.
 
 The task is read off the class (`BertForTokenClassification` and every subclass of it), the
 configuration, and, where transformers itself decides by the labels, off one row. Images and audio do
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -28,9 +28,10 @@ Task = Literal[
     "other",
 ]
 """`embedding` is an encoder without a head; `other` a head whose labels are handed on unread."""
-TASKS: tuple[Task, ...] = get_args(Task)
 LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 """Names that labels go by in the models' forward."""
+LABEL_COLUMNS = ("labels", "label", "label_ids", "gold_label", "is_duplicate", "Quality")
+"""Names under which data sets hold what the models call `labels`, in the order in which they are looked for."""
 IGNORED = -100
 """The label that every loss of transformers leaves out."""
 
@@ -60,12 +61,17 @@ def task_of(model: PreTrainedModel, row: Mapping[str, Any] | None = None) -> Tas
     if model.base_model is model:
         return "embedding"
     names = [cls.__name__ for cls in type(model).__mro__]
-    found = next((task for name in names for ending, task in _BY_ENDING.items() if name.endswith(ending)), None)
+    found = next((task for name in names if (task := task_by_name(name)) is not None), None)
     if found == "classification" and not _ends(names, "ForNextSentencePrediction"):
         return _by_labels(model, row)
     if found is None:
         return _BY_PROBLEM_TYPE.get(str(getattr(model.config, "problem_type", None)), "other")
     return found
+
+
+def task_by_name(name: str) -> Task | None:
+    """Return the task that the name of a model's class ends in."""
+    return next((task for ending, task in _BY_ENDING.items() if name.endswith(ending)), None)
 
 
 def classes_of(model: PreTrainedModel) -> int:

@@ -21,9 +21,7 @@ from transformers import (
 
 import cofiprune
 from cofiprune import cli
-from cofiprune.cli.files import read_rows
 from cofiprune.cli.settings import field_docs
-from cofiprune.errors import DataError
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "a", "film", "with", "music", "who", "made", "it")
@@ -286,72 +284,6 @@ def test_evaluate_reads_the_data_of_other_tasks(
     captured = capsys.readouterr()
     assert metric in json.loads(captured.out)
     assert ("are random until trained" in captured.err) == (task != "masked-lm")
-
-
-def test_tags_of_words_go_to_their_first_tokens_and_spans_to_the_tokens_of_the_answer() -> None:
-    from cofiprune.cli.columns import Columns
-    from cofiprune.cli.labels import Head
-    from cofiprune.cli.tokens import tokenised
-
-    tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate((*WORDS, "##s"))})
-    split = [{"tokens": ["films", "a"], "ner_tags": ["B", "O"]}]
-    columns = Columns("tokens", None, "ner_tags")
-    head = Head(("O", "B"))
-    (row,) = tokenised(split, columns, "token-classification", tokenizer, max_length=9, head=head, where="f")
-    assert row["labels"] == [-100, 1, -100, 0, -100]
-
-    columns = Columns("question", "context", "answers")
-    task = "question-answering"
-    found, empty = tokenised(ANSWERED, columns, task, tokenizer, max_length=20, head=head, where="f")
-    assert tokenizer.decode(found["input_ids"][found["start_positions"] : found["end_positions"] + 1]) == "good"
-    assert (empty["start_positions"], empty["end_positions"]) == (0, 0)
-    (cut,) = tokenised(ANSWERED[:1], columns, task, tokenizer, max_length=7, head=head, where="f")
-    assert cut["start_positions"] == len(cut["input_ids"])  # past the last token: no loss counts it
-
-
-@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
-def test_all_kinds_of_files_hold_the_same_rows(ending: str, tmp_path: Path) -> None:
-    rows = [{"sentence": 'said "no", twice', "label": "yes"}, {"sentence": "née", "label": "no"}]
-    file = tmp_path / f"rows.{ending}"
-    if ending == "parquet":
-        arrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), file)
-    elif ending.startswith("json"):
-        text = json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
-        file.write_text(text, encoding="utf-8")
-    elif ending == "csv":
-        write_csv(file, rows)
-    else:
-        lines = [rows[0].keys(), *(row.values() for row in rows)]
-        file.write_text("\n".join(map("\t".join, lines)), encoding="utf-8")
-    assert read_rows(file) == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "sentence,label\nx,1,2\n", "line 2 has 3 fields, the header has 2"),
-        ("a.csv", "sentence,label\nx\n", "line 2 has 1 fields, the header has 2"),
-        ("a.csv", "sentence,label\n", "has no rows"),
-        ("a.jsonl", '{"text": "x"}\nnonsense\n', "line 2 is not a JSON object"),
-        ("a.json", '["x"]', "entry 1 is no JSON object"),
-        ("a.json", '[{"text": "x"}', "cannot read"),
-        ("a.xlsx", "x", "has an ending that is not known"),
-        ("a.parquet", "x", "cannot read"),
-    ],
-)
-def test_files_that_cannot_be_read_are_explained(name: str, text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_rows(tmp_path / name)
-
-
-def test_parquet_without_a_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").write_text("x")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
-        read_rows(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
