@@ -51,7 +51,7 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
     if key not in _known:
         try:
             with reading(model):
-                adapter = TableAdapter(model.config.model_type, family_for(derive(model), model.config), stored=True)
+                adapter = TableAdapter((model.config.model_type,), family_for(derive(model), model.config), stored=True)
                 _prove(model, adapter)
             _known[key] = adapter
         except CofipruneError as error:
@@ -274,7 +274,7 @@ class _Derivation:
 
         :param units: the choice of unit kinds to mask; None for all that the table allows, together.
         """
-        adapter = TableAdapter(self.model.config.model_type, family, stored=True)
+        adapter = TableAdapter((self.model.config.model_type,), family, stored=True)
         try:
             subject = Subject(self.model, self.batch, adapter.structure(self.model))
             present = {group.unit for group in subject.structure.groups}
