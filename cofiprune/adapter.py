@@ -173,7 +173,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
         installed = _installed(model_type)
         if installed is None:
             refuse_undeclared(model)
-            # Loaded late, because it lies above this module: deriving runs models and checks laws.
+            # Deriving runs models and laws, which stand above this module; most models do not need it.
             derived: Adapter = import_module("cofiprune.derivation").derived_adapter(model)
             return derived
         _registered[model_type] = installed

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_cofiprune_masks"
 
 
-def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -> MaskRegistry:
+def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> MaskRegistry:
     """Attach masks of ones to a model; it then runs under whatever they are set to.
 
     :param units: kinds of units to mask, any of "layer", "head", "intermediate", "hidden"; None for all.
@@ -43,7 +43,7 @@ def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -
     return attach_to(model, structure_of(model), units)
 
 
-def attach_to(model: PreTrainedModel, structure: Structure, units: str | tuple[str, ...] | None = None) -> MaskRegistry:
+def attach_to(model: PreTrainedModel, structure: Structure, units: str | Sequence[str] | None = None) -> MaskRegistry:
     """Attach masks of ones to a model whose structure is known; the rest is as in `attach`."""
     if masks_of(model) is not None:
         raise MaskError("masks are attached to this model already; call masks.detach() first")

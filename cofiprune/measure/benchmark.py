@@ -23,7 +23,7 @@ from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import AdapterError, SettingsError
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
-from cofiprune.measure.report import as_text, html_report, html_table, rich_table
+from cofiprune.measure.report import Report, rich_table
 from cofiprune.timing import Timing, cpu_threads, in_turn, timing
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class BenchmarkRow:
 
 
 @dataclass(frozen=True, repr=False)
-class BenchmarkReport:
+class BenchmarkReport(Report):
     """Latency and throughput by batch size and length; prints as a table, and renders in notebooks."""
 
     model: str
@@ -92,15 +92,6 @@ class BenchmarkReport:
         from rich.console import Group
 
         return Group(self._title(), self._setting(), rich_table(*self._table()), *([self.note] if self.note else []))
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        table = html_table(*self._table(), left=())
-        return html_report(self._title(), self._setting(), table, *([self.note] if self.note else []))
 
 
 def benchmark(

@@ -19,7 +19,7 @@ from cofiprune.accounting import amount
 from cofiprune.adapter import adapter_for
 from cofiprune.errors import SettingsError
 from cofiprune.masking import masks_of
-from cofiprune.measure.report import as_text, bar, html_report, html_table, rich_table, share
+from cofiprune.measure.report import Report, bar, rich_table, share
 from cofiprune.record import recorded_sizes
 from cofiprune.structure import Structure
 
@@ -88,7 +88,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True, repr=False)
-class Summary(Size):
+class Summary(Report, Size):
     """Parameters, MACs and structure of a model; prints as tables, and renders in notebooks.
 
     The figures are those of the present model; under masks, those of what `compact` would give.
@@ -152,15 +152,6 @@ class Summary(Size):
         return Group(
             self._title(), *self._result(), rich_table(*self._figures()), rich_table(*self._picture(), bars=(1, 3))
         )
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        figures, picture = html_table(*self._figures()), html_table(*self._picture(), left=(0, 1, 3), mono=(1, 3))
-        return html_report(self._title(), *self._result(), figures, picture)
 
 
 def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:

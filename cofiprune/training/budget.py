@@ -7,15 +7,11 @@ for more time (docs/benchmarks.md).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cofiprune.errors import SettingsError
-
-if TYPE_CHECKING:
-    from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import PruneConfig
 
 SWEEP = (2.0, 4.0)
 """What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
@@ -29,31 +25,6 @@ WORTHWHILE_EPOCHS = 1.0
 shot leaves. A choice on the safe side, not a measured bound."""
 MOST_EPOCHS = 30.0
 """Where a time budget stops being spent: more epochs are worth asking for by name."""
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])\s*")
-
-
-def seconds_of(value: object) -> float:
-    """Read a time: a number of seconds, or a text such as "90s", "10m" or "1h30m".
-
-    :raises ValueError: for anything else, or a time that is not above 0.
-
-    >>> seconds_of("10m"), seconds_of("1h30m"), seconds_of(45)
-    (600.0, 5400.0, 45.0)
-    """
-    found: float | None = None
-    if isinstance(value, str):
-        text = value.strip().lower()
-        parts = _TIME.findall(text)
-        if parts and not _TIME.sub("", text):
-            found = sum(float(number) * _UNITS[unit] for number, unit in parts)
-        elif re.fullmatch(r"\d+(\.\d+)?", text):
-            found = float(text)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        found = float(value)
-    if found is None or not 0 < found < float("inf"):
-        raise ValueError('takes a time above 0: seconds, or a text such as "90s", "10m" or "1h30m"')
-    return found
 
 
 def readable(seconds: float) -> str:
@@ -152,10 +123,9 @@ def check_method(config: PruneConfig, *, has_data: bool) -> None:
     :raises SettingsError: for a budget where nothing is picked, none where it is, and for training without data.
     """
     if config.method == "auto":
-        given = config.model_fields_set & {"time_budget", "epochs"}
-        if config.time_budget is None and "epochs" not in given:
+        if config.time_budget is None and config.epochs is None:
             raise SettingsError("method='auto' picks by a budget: give time_budget='10m', say, or epochs")
-        if config.time_budget is not None and "epochs" in given:
+        if config.time_budget is not None and config.epochs is not None:
             raise SettingsError(
                 f"time_budget={config.time_budget:g} and epochs={config.epochs:g} are two budgets; give one of them"
             )

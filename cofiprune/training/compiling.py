@@ -23,17 +23,17 @@ def check_compile(config: PruneConfig, device: torch.device) -> None:
     :raises SettingsError: when the backend is unknown, or cannot work on this machine.
     """
     if not config.torch_compile:
-        if config.torch_compile_backend is not None:
+        if config.torch_compile_backend != "inductor":
             raise SettingsError("torch_compile_backend says what compiles, and needs torch_compile=True")
         return
     known = torch.compiler.list_backends(exclude_tags=())
-    if config.torch_compile_backend not in (None, *known):
-        near = suggest(str(config.torch_compile_backend), known)
+    if config.torch_compile_backend not in known:
+        near = suggest(config.torch_compile_backend, known)
         raise SettingsError(
             f"unknown torch_compile_backend {config.torch_compile_backend!r}.{near} Choose among {', '.join(known)}"
         )
     try:
-        torch.compile(_smallest, backend=_backend(config))(torch.ones(2, device=device, requires_grad=True))
+        torch.compile(_smallest, backend=config.torch_compile_backend)(torch.ones(2, device=device, requires_grad=True))
     except Exception as error:
         needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
         reason = " ".join(str(error).split("\n")[:2]).strip()
@@ -46,12 +46,8 @@ def compiled(model: nn.Module, config: PruneConfig) -> nn.Module:
     """Return a model whose forward pass is compiled when it is first run; the same parameters and names."""
     if not config.torch_compile:
         return model
-    wrapped: nn.Module = torch.compile(model, backend=_backend(config))  # type: ignore[assignment]
+    wrapped: nn.Module = torch.compile(model, backend=config.torch_compile_backend)  # type: ignore[assignment]
     return wrapped
-
-
-def _backend(config: PruneConfig) -> str:
-    return config.torch_compile_backend or "inductor"
 
 
 def _smallest(values: Tensor) -> Tensor:

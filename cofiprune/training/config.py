@@ -1,214 +1,39 @@
-"""Settings of a run: one frozen pydantic model, whose fields are the keyword arguments of `prune` and `finetune`."""
+"""The settings of a run: `PruneConfig`, whose fields are the keyword arguments of `prune`, and the original's presets.
+
+`prune` takes all of them, `finetune` those of `FINETUNE`, `PruningCallback` those of `CALLBACK`. A field that is None
+is left open: `cofiprune.training.resolved` gives it a value once the facts of the run are known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 from cofiprune.errors import SettingsError, suggest
-from cofiprune.structure import UNIT_KINDS, UnitKind
-from cofiprune.training.budget import seconds_of
+from cofiprune.training.settings import (
+    DistillationSettings,
+    GateSettings,
+    Settings,
+    TargetSettings,
+    TrainingSettings,
+    check_names,
+)
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0, le=1000)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Scheduler = Literal["linear", "cosine", "constant"]
-
-
-_OTHER_NAMES = {
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "bf16": "mixed_precision",
-    "fp16": "mixed_precision",
-    "lr": "learning_rate",
-    "save_steps": "checkpoint_steps",
-    "load_best_model_at_end": "metric_for_best_model",
-}
-"""What the Trainer, or habit, calls a setting."""
-_LESS_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
+FINETUNE = (TrainingSettings, DistillationSettings)
+"""What `finetune` takes."""
+CALLBACK = (DistillationSettings, GateSettings)
+"""What `PruningCallback` takes; the Trainer's arguments stand for the rest."""
+RECOVERY = {f"finetune_{name}": name for name in ("epochs", "batch_size", "learning_rate", "lr_scheduler_type")}
+"""Settings of the recovery, by the name of those of the pruning phase. In `finetune` both mean its one training."""
+_LOWER_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
 
 
-class PruneConfig(BaseModel):
-    """Settings of a pruning run; rates are per optimiser step, epochs are passes over the training data."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    method: Literal["cofi", "one-shot", "gates", "auto"] = "cofi"
-    """How `prune` goes about it with data. "one-shot" decides without training, and needs neither labels nor a
-    teacher. "gates" trains the gates alone, for `epochs`, against the teacher's answers (the model's own by default),
-    and refits what is left. After these two, recovery follows only where `finetune_epochs` is given. "cofi" trains
-    gates and weights. "auto" picks by `time_budget` or `epochs`, and says what and why."""
-    time_budget: float | None = None
-    """With method="auto": how long `prune` may take, in seconds, or as a text such as "90s", "10m" or "1h30m"."""
-    repair: bool | None = None
-    """Refit, by least squares on the training rows, what a decision leaves, so that biases and weights take over what
-    the removed units gave. None: wherever no weights are trained. With gates and weights, True refits to what the
-    model gave under its gates, before the recovery."""
-    epochs: NonNegative = 4
-    """Epochs of the pruning phase, in which gates and weights learn together; fractions are allowed."""
-    finetune_epochs: NonNegative = 2
-    """Epochs of recovery afterwards, on what is left; 0 for none."""
-    pre_finetune_epochs: NonNegative = 0
-    """Epochs of plain training before the gates start."""
-    sparsity_warmup_epochs: NonNegative | None = None
-    """Epochs over which the target sparsity rises to what was asked for; None for 0.125 of the pruning epochs, 0.4
-    with `one_shot_share=0`."""
-    freeze_epochs: NonNegative | None = None
-    """Last part of the pruning epochs, in which the structure is decided and the weights alone learn on;
-    None for 0.875 of them, 0.25 with `one_shot_share=0`. The original has none of it: 0."""
-
-    batch_size: Count = 32
-    """Examples per step and process."""
-    finetune_batch_size: Count | None = None
-    """The same in recovery and in `finetune`; None for `batch_size`. A DataLoader keeps its own."""
-    eval_batch_size: Count = 128
-    gradient_accumulation_steps: Count = 1
-    learning_rate: Positive | None = None
-    """Of the weights in the pruning phase. None: half of what `finetune_learning_rate` is for the target, because
-    most of the model is still there when it starts."""
-    finetune_learning_rate: Positive | None = None
-    """Of what is left, in the recovery and in `finetune`. None chooses it by the share of the layers that is left,
-    because a small model bears, and needs, a larger one: 4e-5 divided by that share, at most 4e-4."""
-    gate_learning_rate: Positive | None = None
-    """Of the gates and of the multipliers. None chooses it by the number of steps: the original's 0.01 is
-    made for 20,000 of them, a short run needs more for its gates to get anywhere."""
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: NonNegative = 1.0
-    """Gradients are clipped to it, those of the weights and of the gates each on their own; 0 for no clipping."""
-    lr_scheduler_type: Scheduler = "linear"
-    finetune_lr_scheduler_type: Scheduler = "linear"
-    warmup_ratio: Fraction = 0.0
-    """Share of a phase's steps over which the learning rate rises."""
-
-    units: tuple[UnitKind, ...] | None = None
-    """Kinds of units to prune; None for all that the model has."""
-    target_seq_len: Count = 128
-    """Length at which `target_macs` is counted and time is measured: tokens, or frames of audio. An image has the
-    length that it has."""
-    target_batch_size: Count = 1
-    """Batch size at which time is measured, for `target_speedup` and `target_latency_ms`."""
-    latency_cache: str | None = None
-    """Where latency tables are kept: a folder, or one file that ends in `.json`. None for a folder in the user's
-    cache."""
-    round_to: Count | Literal["auto"] | None = None
-    """Kept feed-forward and hidden dimensions are multiples of it. "auto" measures on this device, at
-    `target_batch_size` and `target_seq_len`, with which multiple (1, 8, 16, 32, 64) a unit takes least time; None is 8
-    with a target in time, otherwise 1."""
-    uniform: bool = False
-    """Keep the same shape in every layer, so that a plain configuration can state it and the result loads without
-    cofiprune. Layers go as a whole; heads only together with hidden dimensions in most families."""
-    gate_temperature: Positive = 2 / 3
-    gate_stretch: tuple[float, float] = (-0.1, 1.1)
-    compact_in_training: bool = True
-    """While gates and weights learn, take the units whose gates have long been shut out of the model, so that steps
-    get cheaper. They cannot come back then. The original keeps them: False in the presets."""
-    one_shot_share: Annotated[float, Field(ge=0, lt=1)] = 0.97
-    """How much of the way to the target is gone in one shot before the gates start, as a share of the logarithm of
-    what is kept: with 0.97, sparsity 0.945 for a target of 0.95, 0.589 for 0.60. 0, or any
-    `pre_finetune_epochs`, for none of it, as in the original."""
-    warm_start: bool = True
-    """Order the initial gates by the importance of their units, measured on a few batches."""
-    warm_start_spread: NonNegative = 3.0
-    """How much lower, in log_alpha, the least important unit of a group starts than the most important one. Without
-    it all gates start saturated, nothing moves until the pressure is high, and then whole blocks go at once."""
-
-    distill_temperature: Positive = 2.0
-    distill_logits_weight: Weight = 1.0
-    distill_layers_weight: Weight = 2.0
-    """Weight of the error of each matched layer; their errors are added, as in the original."""
-    distill_layer_match: Literal["nearest", "ordered", "same-index"] = "ordered"
-    distill_layers: Count = 1
-    """Number of teacher layers whose states are distilled, evenly spaced up to the last; the original has 4."""
-    teacher_memory_mb: Annotated[int, Field(ge=0)] = 1024
-    """Keep the teacher's answers to up to this many MB of rows, on the training device, instead of asking again
-    every epoch; 0 for none."""
-    label_weight: Weight | None = None
-    """Weight of the loss on the labels; None for 0.5 with a teacher and 1 without. The original uses 0."""
-
-    dropout: bool | None = None
-    """Whether the model's dropout, and whatever else it leaves out at random in training, is on. None: off where it
-    learns from a teacher, whose answers keep it from overfitting, and on without one or with gradient checkpointing,
-    which needs train mode. The original has it on."""
-    train_embeddings: bool | None = None
-    """Whether the embedding tables learn. None: in `finetune` of a model from which nothing was removed, and not
-    otherwise, as in the original."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    pad_to_multiple_of: Count | None = None
-    """Pad batches of token rows to a multiple of so many tokens, up to what the model reads. None: 8 on a GPU in 16-bit
-    precision, else 1. A DataLoader or a collator pads by itself."""
-    torch_compile: bool = False
-    """Compile the forward and backward pass of what is trained with `torch.compile`, when a phase begins. That takes
-    from seconds to minutes, and pays only in runs that are long enough."""
-    torch_compile_backend: str | None = None
-    """None: "inductor". Others: `torch.compiler.list_backends()`."""
-    seed: int = 57
-    logging_steps: Count = 50
-    eval_steps: Count | None = None
-    """Optimiser steps between evaluations, when there is an evaluation set; None for once an epoch."""
-    checkpoint_steps: Count | None = None
-    """Optimiser steps between checkpoints, when there is an `output_dir`; None for once an epoch."""
-    metric_for_best_model: str | None = None
-    """Keep the weights of the evaluation with the best value of this metric, once the sparsity is reached;
-    None keeps the last. What chose the weights is no measure of them: report a score on other data."""
-    greater_is_better: bool | None = None
-    """None: False for losses, errors (mse, mae, ...) and perplexity, else True."""
-    progress: bool = True
-    """Show progress when the output is a terminal or a notebook."""
-
-    def __init__(self, **settings: Any) -> None:
-        """Check settings.
-
-        :raises SettingsError: for an unknown name (with the near misses) or a value out of range.
-        """
-        known = type(self).model_fields
-        for name in settings:
-            if name not in known:
-                listed = ", ".join(sorted(known))
-                near = f" Did you mean {_OTHER_NAMES[name]!r}?" if name in _OTHER_NAMES else suggest(name, known)
-                raise SettingsError(f"unknown setting {name!r}.{near} Settings: {listed}")
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise SettingsError(_in_one_line(error)) from None
-
-    @field_validator("time_budget", mode="before")
-    @classmethod
-    def _readable_time(cls, value: Any) -> Any:
-        return None if value is None else seconds_of(value)
-
-    @field_validator("units", mode="before")
-    @classmethod
-    def _known_units(cls, value: Any) -> Any:
-        chosen = (value,) if isinstance(value, str) else value
-        if chosen is None:
-            return None
-        if not isinstance(chosen, Iterable):
-            raise ValueError(f"takes a choice among {', '.join(UNIT_KINDS)}, such as ('head', 'hidden')")
-        chosen = tuple(chosen)
-        for unit in chosen:
-            if unit not in UNIT_KINDS:
-                near = suggest(str(unit), UNIT_KINDS)
-                raise ValueError(f"unknown unit kind {unit!r}.{near} Choose among {', '.join(UNIT_KINDS)}")
-        if not chosen:
-            raise ValueError(f"units is empty; choose among {', '.join(UNIT_KINDS)}")
-        return chosen
-
-    @field_validator("gate_stretch")
-    @classmethod
-    def _wide_stretch(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not (value[0] < 0 and value[1] > 1):
-            raise ValueError("stretch limits must lie on either side of [0, 1], such as (-0.1, 1.1)")
-        return value
+class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSettings):
+    """All settings of a pruning run; two that are equal make equal runs."""
 
     @property
     def starts_from_one_shot(self) -> bool:
-        """Whether part of the model goes before the gates start. A model that is yet to learn its task has nothing
-        by which that could be chosen."""
+        """Whether one-shot pruning comes before the gates; a model that has yet to learn its task cannot be judged."""
         return self.one_shot_share > 0 and self.pre_finetune_epochs == 0
 
     @property
@@ -227,22 +52,27 @@ class PruneConfig(BaseModel):
         return self.method in ("gates", "auto") or (self.method == "one-shot" and self.trains)
 
     @property
+    def pruning_epochs(self) -> float:
+        """Epochs of the pruning phase."""
+        return 4.0 if self.epochs is None else self.epochs
+
+    @property
     def recovery_epochs(self) -> float:
-        """Epochs of recovery: after one shot and after gates alone, only those that were asked for."""
-        if not self.trains_weights and "finetune_epochs" not in self.model_fields_set:
-            return 0.0
+        """Epochs of recovery: after one shot and after gates alone, only those that are asked for."""
+        if self.finetune_epochs is None:
+            return 2.0 if self.trains_weights else 0.0
         return self.finetune_epochs
 
     @property
     def repairs(self) -> bool:
-        """Whether what a decision leaves is refitted."""
-        return self.repair if self.repair is not None else self.method in ("one-shot", "gates")
+        """Whether what the gates, or one shot as the method, leave of the model is reconstructed."""
+        return self.method in ("one-shot", "gates") if self.repair is None else self.repair is True
 
     def prefers_greater(self) -> bool:
         """Whether a greater value of `metric_for_best_model` is a better one."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not _LESS_IS_BETTER & set((self.metric_for_best_model or "").lower().replace("-", "_").split("_"))
+        return not _LOWER_IS_BETTER & set((self.metric_for_best_model or "").lower().replace("-", "_").split("_"))
 
     @classmethod
     def create(cls, config: PruneConfig | None = None, /, **settings: Any) -> Self:
@@ -256,14 +86,76 @@ class PruneConfig(BaseModel):
         return cls(**{**given, **settings})
 
     @classmethod
+    def for_finetune(cls, config: PruneConfig | None = None, /, **settings: Any) -> Self:
+        """Make the configuration of `finetune`, whose one training stands in the fields of the recovery.
+
+        :param settings: of `FINETUNE`; `epochs`, for example, is `finetune_epochs` in what is returned.
+        :raises SettingsError: as `create`, and for a setting that `finetune` does not take.
+        """
+        check_taken("finetune", settings, FINETUNE)
+        for recovery, name in RECOVERY.items():
+            if name in settings:
+                # Rows that a collator batches keep the size that they were batched with, hence both.
+                settings[recovery] = settings[name] if name == "batch_size" else settings.pop(name)
+        return cls.create(config, **settings)
+
+    @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
         """Return the original's recipe: "glue-small" (CoLA, STS-B, MRPC, RTE), "glue-large" or "squad".
 
         Source: Appendix A and scripts of Xia et al. (2022), arXiv:2204.00408. Keyword settings go on top.
         """
-        if name not in _PRESETS:
-            raise SettingsError(f"unknown preset {name!r}.{suggest(name, _PRESETS)} Presets: {', '.join(_PRESETS)}")
-        return cls.create(**{**_ORIGINAL, **_PRESETS[name], **settings})
+        if name not in PRESETS:
+            raise SettingsError(f"unknown preset {name!r}.{suggest(name, PRESETS)} Presets: {', '.join(PRESETS)}")
+        return cls.create(**{**_ORIGINAL, **dict(zip(_PRESET, PRESETS[name], strict=True)), **settings})
+
+    @classmethod
+    def from_arguments(cls, words: Iterable[str], *, preset: str | None = None) -> Self:
+        """Read settings as they are typed: `--epochs 4 --units head hidden --no-dropout --freeze-epochs none`.
+
+        :param words: what an `argparse` parser of other options leaves over.
+        :param preset: the recipe on top of which they go.
+        :raises SettingsError: for an unknown name (with the near misses) or a value out of range.
+        """
+        typed: dict[str, list[str]] = {}
+        name = ""
+        for word in words:
+            if word.startswith("--"):
+                name, *values = word.removeprefix("--").split("=", 1)
+                typed[name.replace("-", "_")] = values
+            else:
+                typed.setdefault(name.replace("-", "_"), []).append(word)
+        settings: dict[str, Any] = {}
+        for name, values in typed.items():
+            parts = [part for value in values for part in value.split(",")]
+            if not parts:
+                settings[name.removeprefix("no_")] = not name.startswith("no_")
+            else:
+                settings[name] = None if parts == ["none"] else parts[0] if len(parts) == 1 else parts
+        return cls.preset(preset, **settings) if preset else cls.create(**settings)
+
+
+def names_of(*models: type[Settings]) -> list[str]:
+    """The fields of some settings models, each once."""
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def check_taken(
+    who: str, names: Iterable[str], models: tuple[type[Settings], ...], reasons: Mapping[str, str] | None = None
+) -> None:
+    """Make sure that somebody takes settings of these names.
+
+    :param who: the function, for messages.
+    :param reasons: why it does not take some of the other settings, by name.
+    :raises SettingsError: for a setting that only other functions take, and for an unknown one, with the near misses.
+    """
+    known = names_of(*models)
+    for name in names:
+        if name in PruneConfig.model_fields and name not in known:
+            others = "prune and cofiprune.finetune" if name in names_of(*FINETUNE) else "prune"
+            reason = (reasons or {}).get(name, f"it is a setting of cofiprune.{others}")
+            raise SettingsError(f"{who} does not take {name!r}: {reason}. Settings: {', '.join(sorted(known))}")
+    check_names(names, known)
 
 
 _ORIGINAL: dict[str, Any] = {
@@ -283,38 +175,9 @@ _ORIGINAL: dict[str, Any] = {
     "compact_in_training": False,
     "dropout": True,
 }
-_PRESETS: dict[str, dict[str, Any]] = {
-    "glue-small": {
-        "batch_size": 32,
-        "learning_rate": 2e-5,
-        "epochs": 100,
-        "pre_finetune_epochs": 4,
-        "sparsity_warmup_epochs": 20,
-        "eval_steps": 50,
-    },
-    "glue-large": {
-        "batch_size": 32,
-        "learning_rate": 2e-5,
-        "epochs": 20,
-        "pre_finetune_epochs": 1,
-        "sparsity_warmup_epochs": 2,
-        "eval_steps": 500,
-    },
-    "squad": {
-        "batch_size": 16,
-        "learning_rate": 3e-5,
-        "epochs": 20,
-        "pre_finetune_epochs": 1,
-        "sparsity_warmup_epochs": 2,
-        "eval_steps": 500,
-    },
+_PRESET = ("batch_size", "learning_rate", "epochs", "pre_finetune_epochs", "sparsity_warmup_epochs", "eval_steps")
+PRESETS = {
+    "glue-small": (32, 2e-5, 100, 4, 20, 50),
+    "glue-large": (32, 2e-5, 20, 1, 2, 500),
+    "squad": (16, 3e-5, 20, 1, 2, 500),
 }
-
-
-def _in_one_line(error: ValidationError) -> str:
-    parts = []
-    for entry in error.errors():
-        name = ".".join(str(part) for part in entry["loc"])
-        message = entry["msg"].removeprefix("Value error, ")
-        parts.append(f"{name}={entry['input']!r}: {message}")
-    return "; ".join(parts)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -210,11 +210,11 @@ class Loop:
         log(self.session, self.state, means)
         state.sums, state.summed = {}, 0
 
-    def _due(self, every: int | None) -> bool:
+    def _due(self, every: int | Literal["epoch"]) -> bool:
         """Whether something that happens every so many steps, or once an epoch, happens now."""
         if self.state.step == self.total:
             return True
-        if every is None:
+        if every == "epoch":
             return self.state.batches % len(self.session.batches) == 0
         return self.state.total_steps % every == 0
 

@@ -118,7 +118,7 @@ class Run:
         if self.resume and saved is not None and saved.exists():
             choice = Choice(**json.loads(saved.read_text()))
         elif config.time_budget is None:
-            choice = chosen_for_epochs(config.epochs, config.finetune_epochs)
+            choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
         else:
             steps = Schedule.for_training(1, config, len(self.batches)).total
             pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target.share)
@@ -185,7 +185,8 @@ class Run:
         plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
         cuts_hidden = plan.kept.get("hidden", self.model.config.hidden_size) != self.model.config.hidden_size
         check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
-        if not self.config.finetune_epochs:
+        epochs = 2.0 if self.config.finetune_epochs is None else self.config.finetune_epochs
+        if not epochs:
             raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
         if self.config.train_embeddings is None:
             whole = plan.kept == structure.sizes and recorded_sizes(self.model.config) is None
@@ -194,7 +195,7 @@ class Run:
         saved = self._saved(method="finetune")
         if saved is not None and Plan.from_dict(saved.extra["plan"]).keep != plan.keep:
             raise CheckpointError(f"{saved.folder} is of a run with other masks on the model: attach those first")
-        schedule = Schedule.for_training(self.config.finetune_epochs, self.config, len(self.batches))
+        schedule = Schedule.for_training(epochs, self.config, len(self.batches))
         with self.stage.running():
             done = Recovery(self.stage).run(plan, max(schedule.total, 1), None, saved)
         return self._result(plan.hard, masks, done.state, "")

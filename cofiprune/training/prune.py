@@ -254,12 +254,7 @@ def finetune(
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
-    for plain in ("epochs", "learning_rate", "lr_scheduler_type"):
-        if plain in settings:
-            settings[f"finetune_{plain}"] = settings.pop(plain)
-    if "batch_size" in settings:
-        settings.setdefault("finetune_batch_size", settings["batch_size"])
-    config = PruneConfig.create(config, **settings)
+    config = PruneConfig.for_finetune(config, **settings)
     structure_of(model)
     check_weights(model)
     check_trainable(model, gated=False)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact
+from cofiprune.measure.report import Report, entries_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from transformers import PreTrainedModel
 
 
@@ -53,7 +54,7 @@ def reached(target: Target, model: PreTrainedModel, plan: Plan) -> TargetReport:
 
 
 @dataclass(repr=False)
-class PruneResult:
+class PruneResult(Report):
     """A finished run."""
 
     model: PreTrainedModel
@@ -91,7 +92,7 @@ class PruneResult:
         return compact(self.model, uniform=self.uniform, fuse=fuse)
 
     def _rows(self) -> list[tuple[str, str]]:
-        kept = {name: len(indices) for name, indices in self.plan.keep.items()}
+        kept, sizes = self.plan.kept, self.plan.sizes
         blocks = [name for name in kept if name.endswith((".attention", ".ffn"))]
         rows = [
             ("model", f"{type(self.model).__name__} ({self.plan.family})"),
@@ -99,13 +100,13 @@ class PruneResult:
             ("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"),
             ("blocks", f"{sum(kept[name] for name in blocks)} of {len(blocks)} kept"),
         ]
-        for kind, label in ((".heads", "heads"), (".intermediate", "intermediate")):
-            names = [name for name in kept if name.endswith(kind)]
-            total = sum(self.plan.sizes[name] for name in names)
+        for kind in ("heads", "intermediate"):
+            names = [name for name in kept if name.endswith(f".{kind}")]
             if names:
-                rows.append((label, f"{sum(kept[name] for name in names)} of {total} kept"))
+                total = sum(sizes[name] for name in names)
+                rows.append((kind, f"{sum(kept[name] for name in names)} of {total} kept"))
         if "hidden" in kept:
-            rows.append(("hidden", f"{kept['hidden']} of {self.plan.sizes['hidden']} kept"))
+            rows.append(("hidden", f"{kept['hidden']} of {sizes['hidden']} kept"))
         rows += [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in self.metrics.items()]
         if self.method:
             rows.append(("method", self.reason or self.method))
@@ -115,13 +116,7 @@ class PruneResult:
             rows.append(("weights", f"of step {self.best_step}, chosen by the evaluation set"))
         return rows
 
-    def __repr__(self) -> str:
-        return "PruneResult\n" + "\n".join(f"  {name:<14}{value}" for name, value in self._rows())
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
 
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>"
-            f"{html.escape(value)}</td></tr>"
-            for name, value in self._rows()
-        )
-        return f"<table><caption>PruneResult</caption>{cells}</table>"
+        return Group("PruneResult", entries_table(self._rows()))

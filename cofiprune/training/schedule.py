@@ -7,12 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PruneConfig, Scheduler
-
-FROM_ONE_SHOT = (0.125, 0.875)
-FROM_WHOLE = (0.4, 0.25)
-"""Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
-decided: gates that start on what one shot leaves have little to find out, and what they lose must be learned again."""
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.resolved import FROM_DENSE, FROM_ONE_SHOT, gate_learning_rate, weight_learning_rate
+from cofiprune.training.settings import Scheduler
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Schedule:
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         if config.method == "one-shot":
             return cls(per_epoch, 0, 0, 0, 0)
-        epochs = config.epochs
+        epochs = config.pruning_epochs
         rising, frozen = _shares(config, from_one_shot)
         frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
         if not config.trains_weights:
@@ -103,7 +100,7 @@ class Schedule:
 
 def _shares(config: PruneConfig, from_one_shot: bool | None) -> tuple[float, float]:
     started = config.starts_from_one_shot if from_one_shot is None else from_one_shot
-    return FROM_ONE_SHOT if started else FROM_WHOLE
+    return FROM_ONE_SHOT if started else FROM_DENSE
 
 
 def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
@@ -121,21 +118,15 @@ def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
 
 
 def gate_rate(config: PruneConfig, gated_steps: int) -> float:
-    """Return the learning rate of gates and multipliers for a run of some length.
-
-    Adam moves a gate by about its rate each step. Closing one takes a way of about 10 in log_alpha, and the
-    multipliers have to grow first, so that the rate is made inversely proportional to the steps there are,
-    between the original's 0.01 (for runs of 4,000 steps and more) and 0.2. Higher rates were measured to choose
-    worse structures: the gates then oscillate around the target instead of settling.
-    """
+    """Return the learning rate of gates and multipliers for a run of some length."""
     if config.gate_learning_rate is not None:
         return config.gate_learning_rate
-    return min(0.2, max(0.01, 40 / max(gated_steps, 1)))
+    return gate_learning_rate(gated_steps)
 
 
 def pruning_rate(config: PruneConfig, target: float) -> float:
     """Return the learning rate of the weights while gates learn towards a target sparsity in (0, 1)."""
-    return 0.5 * _rate_for(1 - target) if config.learning_rate is None else config.learning_rate
+    return 0.5 * weight_learning_rate(1 - target) if config.learning_rate is None else config.learning_rate
 
 
 def gated_rates(config: PruneConfig, schedule: Schedule, target: float, trained: int) -> Callable[[int], list[float]]:
@@ -161,9 +152,4 @@ def recovery_rate(config: PruneConfig, share: float) -> float:
 
     :param share: kept parameters of the layers by those of the dense model, in (0, 1].
     """
-    return _rate_for(share) if config.finetune_learning_rate is None else config.finetune_learning_rate
-
-
-def _rate_for(share: float) -> float:
-    """4e-5, a common rate for encoders, for a whole model; more for less, since small models need it."""
-    return min(4e-4, 4e-5 / max(share, 1e-9))
+    return weight_learning_rate(share) if config.finetune_learning_rate is None else config.finetune_learning_rate

@@ -18,14 +18,14 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import restore
 from cofiprune.errors import CheckpointError
 from cofiprune.masking import attach
-from cofiprune.measure.report import as_text, html_report, html_table, rich_table
+from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.training.result import PruneResult
 from cofiprune.training.state import has_checkpoints
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
     from transformers import PreTrainedModel
 
 _POINT, _PLAN = "point.json", "plan.json"
@@ -54,7 +54,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, repr=False)
-class SweepResult(Sequence[SweepPoint]):
+class SweepResult(Report, Sequence[SweepPoint]):
     """The models of a sweep, from the largest to the smallest; prints as a table, and renders in notebooks."""
 
     points: tuple[SweepPoint, ...]
@@ -85,16 +85,10 @@ class SweepResult(Sequence[SweepPoint]):
             rows.append([*row, f"{point.seconds / 60:.1f}"])
         return header, rows
 
-    def __rich__(self) -> Table:
-        return rich_table(*self._cells())
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
 
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_report("Sweep", self.setting, html_table(*self._cells(), left=()))
+        return Group(*([self.setting] if self.setting else []), rich_table(*self._cells()))
 
     def plot(self, path: str | Path, *, metric: str | None = None) -> None:
         """Draw the metric, or the size where nothing was evaluated, over sparsity and over latency.

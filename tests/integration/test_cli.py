@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
 
 import cofiprune
 from cofiprune import cli
-from cofiprune.cli.settings import field_docs
+from cofiprune.training.config import FINETUNE, RECOVERY, names_of
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "a", "film", "with", "music", "who", "made", "it")
@@ -105,16 +106,19 @@ def test_help_lists_the_commands_and_version_is_the_packages(capsys: pytest.Capt
     assert capsys.readouterr().out == f"cofiprune {cofiprune.__version__}\n"
 
 
-def test_prune_has_an_option_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["prune", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for name in cofiprune.PruneConfig.model_fields:
-        assert f"--{name.replace('_', '-')}" in shown
-    assert "--progress, --no-progress" in shown
-    assert "(default: 57)" in shown
-    assert set(field_docs()) <= set(cofiprune.PruneConfig.model_fields)
-    assert "passes" not in field_docs()["epochs"]  # the text under the field, not that of the class
-    assert field_docs()["epochs"] in shown.replace("- ", "-")
+@pytest.mark.parametrize(("command", "models"), [("prune", (cofiprune.PruneConfig,)), ("finetune", FINETUNE)])
+def test_a_command_has_the_settings_of_its_function_in_their_words(
+    command: str, models: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main([command, "--help"])
+    shown = re.sub(r"\s+", "", capsys.readouterr().out)  # long words are broken at hyphens
+    for name, field in cofiprune.PruneConfig.model_fields.items():
+        option = f"--{name.replace('_', '-')}"
+        offered = name in names_of(*models) and not (command == "finetune" and name in RECOVERY)
+        assert (re.search(rf"{option}(N|X|NAME|\{{|,--no-)", shown) is not None) == offered, name
+        assert (re.sub(r"\s+", "", field.description or "") in shown) == offered, name
+    assert "--progress,--no-progress" in shown
+    assert "(default:57)" in shown
 
 
 def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(
@@ -351,11 +355,11 @@ def test_what_is_nobodys_mistake_still_ends_in_one_line(
 
         return inspect
 
-    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(KeyboardInterrupt("Stopped; resume=True goes on.")))
+    monkeypatch.setattr("cofiprune.cli.measure.inspect", raising(KeyboardInterrupt("Stopped; resume=True goes on.")))
     assert "Stopped; --resume goes on." in mistake(capsys, "inspect", "m", code=130)
-    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(SystemExit("stopped by SIGTERM")))
+    monkeypatch.setattr("cofiprune.cli.measure.inspect", raising(SystemExit("stopped by SIGTERM")))
     assert "SIGTERM" in mistake(capsys, "inspect", "m", code=143)
-    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(RuntimeError("out of\nmemory")))
+    monkeypatch.setattr("cofiprune.cli.measure.inspect", raising(RuntimeError("out of\nmemory")))
     assert "RuntimeError: out of memory" in mistake(capsys, "inspect", "m", code=1)
     assert cli.main(["inspect", "m", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_gates_alone_and_one_shot_are_followed_by_recovery_only_where_it_was_ask
     assert PruneConfig(method="one-shot").recovery_epochs == 0
     assert not PruneConfig(method="one-shot").trains
     assert PruneConfig(method="one-shot", finetune_epochs=1).trains
-    assert PruneConfig().recovery_epochs == PruneConfig().finetune_epochs
+    assert PruneConfig().recovery_epochs == 2
 
 
 def test_what_is_repaired():

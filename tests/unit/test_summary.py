@@ -1,5 +1,8 @@
 """What `summary` says is what the parameters say."""
 
+import html
+import re
+
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -80,7 +83,9 @@ def test_masks_on_a_compacted_model_count_from_the_dense_one():
     assert str(found.layers[0].heads) == "1 of 4"
 
 
-def test_it_prints_and_renders():
+@pytest.mark.parametrize("jupyter", [False, True])
+def test_text_and_page_show_the_same_in_a_notebook_too(monkeypatch, jupyter):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: jupyter)
     model, _ = masked()
     for state in (model, cofiprune.compact(model)):
         found = summary(state, seq_len=64)
@@ -93,10 +98,8 @@ def test_it_prints_and_renders():
         assert lines["layer 1"].count("removed") == 1
         assert "5 of 32" in lines["layer 1"]
         assert max(map(len, text.splitlines())) <= 110
-        page = found._repr_html_()
-        assert page.count("<tr>") == 7 + 5
-        assert "<script" not in page
-        assert "██··" in page
+        page = html.unescape(re.sub("<[^>]*>", "", found._repr_html_()))
+        assert page.split() == text.split()
 
 
 def test_wrong_length():

@@ -1,13 +1,16 @@
 """Settings: ranges, near misses, and presets that are the original's recipe."""
 
 import inspect
+import json
 
 import pytest
 
 import cofiprune
-from cofiprune import PruneConfig
+from cofiprune import PruneConfig, PruningCallback
 from cofiprune.errors import CofipruneError, SettingsError
 from cofiprune.structure import UNIT_KINDS
+from cofiprune.training.config import CALLBACK, FINETUNE, RECOVERY, names_of
+from cofiprune.training.resolved import Facts, resolve
 from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
 
 NAMES = [
@@ -142,6 +145,82 @@ def test_all_unit_kinds_are_known():
     assert PruneConfig().units is None
 
 
+EXAMPLES = {  # the values of other fields go by their defaults
+    "epochs": 3, "finetune_epochs": 1.5, "finetune_batch_size": 8, "learning_rate": 1e-3, "dropout": True,
+    "finetune_learning_rate": 2e-3, "lr_scheduler_type": "cosine", "finetune_lr_scheduler_type": "constant",
+    "train_embeddings": True, "mixed_precision": "bf16", "pad_to_multiple_of": 4, "torch_compile_backend": "eager",
+    "eval_steps": 7, "checkpoint_steps": 9, "metric_for_best_model": "loss", "greater_is_better": True,
+    "distill_layer_match": "nearest", "label_weight": 0.3, "units": ("head", "hidden"), "one_shot_units": ("head",),
+    "round_to": 4, "sparsity_warmup_epochs": 0.3, "freeze_epochs": 0.7, "gate_learning_rate": 0.03,
+    "gate_stretch": (-0.2, 1.3), "method": "gates", "time_budget": 600.0, "repair": False, "latency_cache": "here",
+}  # fmt: skip
+FACTS = [
+    Facts(7, target=0.9, taught=True),
+    Facts(250, target=0.6, kept_share=0.41, from_one_shot=False, units=("head", "intermediate")),
+    Facts(9, target=0.8, trainer_steps=30, round_to=8, in_16_bit_on_gpu=True),
+    Facts(12, kept_share=1.0, taught=True, labelled=False, needs_train_mode=True, dense=True),
+]
+IN_FINETUNE = {name: recovery for recovery, name in RECOVERY.items()}
+OPEN = {"time_budget", "metric_for_best_model"}
+"""None is an answer to these, not a question."""
+
+
+def other_value(name):
+    """A valid value of a field that is not its default."""
+    default = PruneConfig.model_fields[name].default
+    if name in EXAMPLES:
+        return EXAMPLES[name]
+    return not default if isinstance(default, bool) else default + 1 if default != 0.97 else 0.5
+
+
+def behaviour(config):
+    """Everything that a run can ask of its configuration."""
+    properties = {name: getattr(config, name) for name, kind in vars(PruneConfig).items() if isinstance(kind, property)}
+    return config, properties, config.prefers_greater(), [resolve(config, facts) for facts in FACTS]
+
+
+@pytest.mark.parametrize("name", PruneConfig.model_fields)
+def test_equal_configurations_behave_alike(name):
+    for method in ("cofi", "one-shot", "gates"):
+        config = PruneConfig(**{"method": method, name: other_value(name)})
+        assert getattr(config, name) != PruneConfig.model_fields[name].default
+        expected = behaviour(config)
+        for values in (config.model_dump(), json.loads(config.model_dump_json()), dict(config)):
+            assert behaviour(PruneConfig(**values)) == expected
+            assert behaviour(PruneConfig.create(PruneConfig(**values))) == expected
+
+
+@pytest.mark.parametrize("name", PruneConfig.model_fields)
+def test_open_settings_get_their_value_once(name):
+    config = PruneConfig(**{name: other_value(name)})
+    assert getattr(resolve(config, FACTS[0]), name) == getattr(config, name)
+    for facts in FACTS:
+        found = resolve(config, facts)
+        assert {field for field, value in found if value is None} <= OPEN
+        assert resolve(PruneConfig.create(found), facts) == found
+
+
+@pytest.mark.parametrize("name", PruneConfig.model_fields)
+def test_a_setting_is_taken_or_refused(name):
+    """What `prune` alone takes is not accepted and forgotten by others."""
+    setting = {name: other_value(name)}
+    assert getattr(PruneConfig.create(**setting), name) == setting[name]
+    for takes, make in ((FINETUNE, PruneConfig.for_finetune), (CALLBACK, lambda **s: PruningCallback(**s).config)):
+        if name in names_of(*takes):
+            config = make(**setting)
+            assert getattr(config, name if takes is CALLBACK else IN_FINETUNE.get(name, name)) == setting[name]
+        else:
+            with pytest.raises(SettingsError, match=f"(finetune|PruningCallback) does not take '{name}'"):
+                make(**setting)
+
+
+def test_finetune_goes_by_the_plain_names():
+    config = PruneConfig.for_finetune(PruneConfig(finetune_epochs=9, epochs=5), epochs=1, batch_size=3)
+    assert (config.epochs, config.finetune_epochs, config.finetune_batch_size, config.batch_size) == (5, 1, 3, 3)
+    resolved = resolve(config, Facts(10))
+    assert (resolved.epochs, resolved.learning_rate) == (1, resolved.finetune_learning_rate)
+
+
 def test_settings_go_on_top_of_a_configuration():
     base = PruneConfig(epochs=7, units="head")
     assert PruneConfig.create(base) == base
@@ -202,6 +281,23 @@ def test_presets_are_the_recipe_of_the_paper(name):
 def test_settings_go_on_top_of_a_preset():
     config = PruneConfig.preset("squad", epochs=1, distill_layers_weight=0.5)
     assert (config.epochs, config.distill_layers_weight, config.batch_size) == (1, 0.5, 16)
+
+
+def test_settings_are_read_as_they_are_typed():
+    typed = "--epochs 4 --units head hidden --no-dropout --warm_start --freeze-epochs none --gate-stretch=-0.2,1.2"
+    given = PruneConfig.from_arguments(typed.split(), preset="squad")
+    stretch = (-0.2, 1.2)
+    assert given == PruneConfig.preset(
+        "squad",
+        epochs=4,
+        units=("head", "hidden"),
+        dropout=False,
+        warm_start=True,
+        freeze_epochs=None,
+        gate_stretch=stretch,
+    )
+    with pytest.raises(SettingsError, match="Did you mean 'epochs'"):
+        PruneConfig.from_arguments(["--epoch", "4"])
 
 
 def test_unknown_presets():

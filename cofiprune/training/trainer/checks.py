@@ -6,67 +6,35 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
+from transformers import TrainingArguments
 
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import CALLBACK, PruneConfig, check_taken, names_of
+from cofiprune.training.settings import TRAINER_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
-
-_OF_THE_TRAINER = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "finetune_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "lr_scheduler_type": "lr_scheduler_type",
-    "warmup_ratio": "warmup_steps",
-    "mixed_precision": "bf16",
-    "logging_steps": "logging_steps",
-    "eval_steps": "eval_steps",
-    "checkpoint_steps": "save_steps",
-    "metric_for_best_model": "metric_for_best_model",
-    "greater_is_better": "greater_is_better",
-    "progress": "disable_tqdm",
-}
-"""Settings that the Trainer's arguments decide, and what they are called there."""
-_OF_NOBODY = {
-    "finetune_epochs": "what is left can be trained on with cofiprune.finetune(model, ...) afterwards",
-    "finetune_learning_rate": "the Trainer's learning_rate holds to the end",
-    "finetune_lr_scheduler_type": "the Trainer's lr_scheduler_type holds to the end",
-    "method": 'a Trainer trains; prune(model, train_dataset, method="one-shot") does not',
-    "uniform": "a callback gives every block a shape of its own",
-    "target_seq_len": "a callback takes a sparsity",
-    "target_batch_size": "a callback takes a sparsity",
-    "latency_cache": "a callback takes a sparsity",
-    "repair": "the Trainer trains what the gates leave",
-    "time_budget": "the Trainer's num_train_epochs or max_steps says how long it trains",
-    "train_embeddings": "switch requires_grad of the embeddings off before the Trainer is made",
-    "teacher_memory_mb": "the teacher is asked anew for every batch, because the Trainer does not number its rows",
-}
 
 
 def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
     """Make the configuration of a callback.
 
-    :raises SettingsError: for a setting that the Trainer decides, beside the errors of `PruneConfig`.
+    :raises SettingsError: for a setting that the Trainer decides or that only `prune` takes, and as `PruneConfig`.
     """
-    for name in settings:
-        if name in _OF_THE_TRAINER:
-            raise SettingsError(
-                f"PruningCallback does not take {name!r}: the Trainer decides it, with "
-                f"TrainingArguments({_OF_THE_TRAINER[name]}=...)"
-            )
-        if name in _OF_NOBODY:
-            raise SettingsError(f"PruningCallback does not take {name!r}: {_OF_NOBODY[name]}")
+    names = [(name, name) for name in PruneConfig.model_fields] + [(ours, name) for name, ours in TRAINER_NAMES.items()]
+    decided = {
+        ours: f"the Trainer decides it, with TrainingArguments({theirs}=...)"
+        for ours, theirs in reversed(names)
+        if theirs in TrainingArguments.__dataclass_fields__
+    }
+    check_taken("PruningCallback", settings, CALLBACK, decided)
     made = PruneConfig.create(config, **settings)
-    unused = sorted(name for name in made.model_fields_set if name in _OF_THE_TRAINER or name in _OF_NOBODY)
+    used, defaults = used_settings(made), PruneConfig().model_dump()
+    unused = sorted(name for name, value in made.model_dump().items() if name not in used and value != defaults[name])
     if unused:
         warnings.warn(
-            f"not used of the config, because the Trainer's arguments decide it: {', '.join(unused)}",
+            f"not used of the config, because the Trainer's arguments decide it or it is for prune alone: "
+            f"{', '.join(unused)}",
             UserWarning,
             stacklevel=3,
         )
@@ -75,7 +43,7 @@ def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> Pru
 
 def used_settings(config: PruneConfig) -> dict[str, Any]:
     """The settings that a callback goes by, as plain values."""
-    values = config.model_dump(exclude={*_OF_THE_TRAINER, *_OF_NOBODY})
+    values = config.model_dump(include=set(names_of(*CALLBACK)))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -1,0 +1,151 @@
+"""Values of the settings that are left open (None), from the facts of a run.
+
+`resolve` is the one place where defaults that depend on something are decided; the run uses, logs and saves what it
+returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cofiprune.latency.target import cache_folder
+from cofiprune.structure import UNIT_KINDS, UnitKind
+from cofiprune.training.config import PruneConfig
+
+FROM_ONE_SHOT = (0.125, 0.875)
+FROM_DENSE = (0.4, 0.25)
+"""Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
+decided. Gates that start after one shot have little to find out, and what they lose must be learned again."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What settings depend on; facts that come later in a run have a value for the time before."""
+
+    steps_per_epoch: int
+    """Optimiser steps of an epoch."""
+    target: float | None = None
+    """Share of the cost to remove, in (0, 1); None in `finetune`."""
+    kept_share: float | None = None
+    """Parameters of the layers in the recovery, by those of the dense model; None until that is known."""
+    units: tuple[UnitKind, ...] = UNIT_KINDS
+    """Kinds of units that the model has."""
+    taught: bool = False
+    """Whether there is a teacher."""
+    labelled: bool = True
+    from_one_shot: bool | None = None
+    """Whether the gates start after one shot; None until that is known."""
+    trainer_steps: int | None = None
+    """Optimiser steps of a Trainer, inside which gates learn; None for a run that lays out its own."""
+    round_to: int = 1
+    """Multiple that suits the target and the device."""
+    needs_train_mode: bool = False
+    """Whether gradient checkpointing, which works in train mode only, is on."""
+    in_16_bit_on_gpu: bool = False
+    dense: bool = False
+    """Whether nothing was removed from the model yet."""
+
+
+class ResolvedSettings(PruneConfig):
+    """Settings as a run uses them. Only a `time_budget` that is not there and a `metric_for_best_model` are None."""
+
+    method: Literal["cofi", "one-shot", "gates"]
+    epochs: float
+    finetune_epochs: float
+    finetune_batch_size: int
+    learning_rate: float
+    finetune_learning_rate: float
+    gate_learning_rate: float
+    dropout: bool
+    train_embeddings: bool
+    pad_to_multiple_of: int
+    greater_is_better: bool
+    label_weight: float
+    units: tuple[UnitKind, ...]
+    one_shot_units: tuple[UnitKind, ...]
+    round_to: int
+    sparsity_warmup_epochs: float
+    freeze_epochs: float
+    repair: bool | Literal["one-shot"]
+    latency_cache: str
+
+
+def resolve(config: PruneConfig, facts: Facts) -> ResolvedSettings:
+    """Give every setting that is left open its value.
+
+    :param config: whose method is decided: not "auto".
+    """
+    durations = _durations(config, facts)
+    gated = round((durations["epochs"] - durations["freeze_epochs"]) * facts.steps_per_epoch)
+    left = 1.0 if facts.target is None else 1 - facts.target
+    recovery_rate = weight_learning_rate(left if facts.kept_share is None else facts.kept_share)
+    units = config.units or facts.units
+    narrow = tuple(unit for unit in units if unit != "hidden") or units
+    values: dict[str, Any] = {
+        "finetune_batch_size": config.batch_size,
+        "finetune_learning_rate": recovery_rate,
+        "learning_rate": recovery_rate if facts.target is None else weight_learning_rate(left) / 2,
+        "gate_learning_rate": gate_learning_rate(gated),
+        "dropout": not facts.taught or facts.needs_train_mode,
+        "train_embeddings": facts.target is None and facts.dense,
+        "pad_to_multiple_of": 8 if facts.in_16_bit_on_gpu else 1,
+        "greater_is_better": config.prefers_greater(),
+        "label_weight": 0.5 if facts.taught else 1.0,
+        "units": units,
+        # A Trainer keeps the width of its model.
+        "one_shot_units": narrow if config.units is None or facts.trainer_steps is not None else units,
+        "repair": config.repairs or "one-shot",
+        "latency_cache": str(cache_folder()),
+    }
+    values.update({name: value for name, value in config.model_dump().items() if value is not None}, **durations)
+    if config.round_to in (None, "auto"):
+        values["round_to"] = facts.round_to
+    if not facts.labelled:
+        values["label_weight"] = 0.0
+    return ResolvedSettings(**values)
+
+
+def _durations(config: PruneConfig, facts: Facts) -> dict[str, float]:
+    """Epochs of the parts of a run."""
+    if facts.target is None:  # one training, without gates
+        epochs = 2.0 if config.finetune_epochs is None else config.finetune_epochs
+        return {"epochs": epochs, "finetune_epochs": epochs, "sparsity_warmup_epochs": 0.0, "freeze_epochs": 0.0}
+    started = config.starts_from_one_shot if facts.from_one_shot is None else facts.from_one_shot
+    rising, frozen = FROM_ONE_SHOT if started else FROM_DENSE
+    epochs = config.pruning_epochs
+    warmup, freeze = rising * epochs, frozen * epochs
+    if facts.trainer_steps is not None:  # its steps are shared out whole
+        steps = facts.trainer_steps - round(config.pre_finetune_epochs * facts.steps_per_epoch)
+        warmup, freeze, epochs = (
+            number / facts.steps_per_epoch for number in (round(rising * steps), round(frozen * steps), steps)
+        )
+    if config.method == "gates":
+        freeze = 0.0  # nothing would learn
+    elif config.freeze_epochs is not None:
+        freeze = min(config.freeze_epochs, epochs)
+    if config.sparsity_warmup_epochs is not None:
+        warmup = config.sparsity_warmup_epochs
+    return {
+        "epochs": epochs,
+        "finetune_epochs": config.recovery_epochs,
+        "sparsity_warmup_epochs": warmup,
+        "freeze_epochs": freeze,
+    }
+
+
+def gate_learning_rate(steps: int) -> float:
+    """The learning rate of gates and multipliers for a number of steps in which gates learn.
+
+    Adam moves a gate by about its rate each step. Closing one takes a way of about 10 in log_alpha, and the multipliers
+    have to grow first, so that the rate is inversely proportional to the steps, between the original's 0.01 (for 4,000
+    steps and more) and 0.2. Higher rates were measured to choose worse structures: the gates then oscillate around the
+    target instead of settling.
+    """
+    return min(0.2, max(0.01, 40 / max(steps, 1)))
+
+
+def weight_learning_rate(kept_share: float) -> float:
+    """The learning rate of weights by the kept share of the layers: 4e-5, a common rate, for the dense model, and up to
+    ten times as much for small ones, which need it."""
+    return min(4e-4, 4e-5 / max(kept_share, 1e-9))
