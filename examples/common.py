@@ -33,7 +33,7 @@ from cofiprune.cli.labels import Head
 from cofiprune.cli.models import TASKS, load_config, task_by_architecture
 from cofiprune.cli.models import load_model as load_by_task
 from cofiprune.cli.models import load_tokenizer as tokenizer_of
-from cofiprune.cli.parser import Parser
+from cofiprune.cli.options import Parser
 from cofiprune.errors import CheckpointError
 
 Rows = list[dict[str, Any]]

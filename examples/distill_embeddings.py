@@ -38,8 +38,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import cofiprune
 from cofiprune.cli.models import load_model, load_tokenizer
-from cofiprune.cli.parser import Parser, at_least, one_of, writable_directory
-from cofiprune.cli.settings import add_prune_settings, prune_config
+from cofiprune.cli.options import Parser, add_settings, at_least, one_of, prune_config, writable_directory
 from cofiprune.errors import SettingsError
 
 NAME = "distill_embeddings"
@@ -239,7 +238,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-length", type=at_least(8), default=64, metavar="N", help="tokens to which texts are cut (default: 64)")
     add("--tiny", action="store_true", help="a small random model and few rows: see in seconds that all steps run")
     add("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure the speed-up at the end")
-    add_prune_settings(parser)
+    add_settings(parser, cofiprune.PruneConfig)
     options = parser.parse(list(argv))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -28,7 +28,7 @@ from speed import Speed, speeds
 
 import cofiprune
 from cofiprune.cli.models import to_device
-from cofiprune.cli.parser import Parser, at_least
+from cofiprune.cli.options import Parser, at_least
 from cofiprune.timing import cpu_threads
 
 NAME = "evaluate"

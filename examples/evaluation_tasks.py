@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import cofiprune
 from cofiprune.cli.models import TASKS as HEADS
 from cofiprune.cli.models import load_config, load_model, task_by_architecture
-from cofiprune.cli.parser import Parser, UsageError
+from cofiprune.cli.options import Parser, UsageError
 from cofiprune.errors import CheckpointError, suggest
 
 TASKS: Mapping[str, ModuleType] = {

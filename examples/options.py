@@ -12,8 +12,7 @@ from accelerate import PartialState
 from quickstart_model import bundled_model
 
 import cofiprune
-from cofiprune.cli.parser import Parser, at_least, number, one_of, writable_directory
-from cofiprune.cli.settings import add_prune_settings, prune_config
+from cofiprune.cli.options import Parser, add_settings, at_least, number, one_of, prune_config, writable_directory
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.selection.arguments import check_fraction
 from cofiprune.training.config import PRESETS
@@ -69,7 +68,7 @@ def parse(
     parser = Parser(prog=name, description=description)
     add_common_options(parser, name)
     add_options(parser)
-    add_prune_settings(parser)
+    add_settings(parser, cofiprune.PruneConfig)
     options = parser.parse(list(argv))
     parts = (name.removeprefix("run_"), getattr(options, "task", None))
     options.output_dir = writable_directory(

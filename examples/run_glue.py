@@ -27,7 +27,7 @@ from cofiprune.cli.columns import Columns, add_column_options, find_columns
 from cofiprune.cli.files import Row, read_rows
 from cofiprune.cli.labels import Head
 from cofiprune.cli.models import load_config, task_by_architecture
-from cofiprune.cli.parser import Parser, UsageError
+from cofiprune.cli.options import Parser, UsageError
 from cofiprune.cli.tokens import tokenised
 from cofiprune.errors import CheckpointError, DataError, suggest
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import cofiprune
 from cofiprune.cli.labels import Head
-from cofiprune.cli.parser import Parser
+from cofiprune.cli.options import Parser
 from cofiprune.errors import DataError
 
 

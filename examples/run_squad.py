@@ -21,7 +21,7 @@ from squad_data import load_questions, made_up
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.cli.parser import Parser, at_least, number
+from cofiprune.cli.options import Parser, at_least, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from splits import need_columns, read_split
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import cofiprune
-from cofiprune.cli.parser import Parser
+from cofiprune.cli.options import Parser
 from cofiprune.errors import DataError
 
 SIZE, LEVELS, CLASSES = 8, 16, 10

@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cofiprune import MaskRegistry
+from cofiprune import Adapter, MaskRegistry, register_adapter
+from cofiprune import adapter as adapters
 from cofiprune.conformance import specimens
 
 SIZES: Mapping[str, int] = {
@@ -70,6 +71,13 @@ def _what_was_imported_is_not_collected() -> None:
     # Each run ends with a collection of garbage, which takes longer than the run where it looks through all libraries.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Adapter], None]:
+    """`cofiprune.register_adapter` until the end of a test."""
+    monkeypatch.setattr("cofiprune.adapter._registered", dict(adapters._registered))
+    return register_adapter
 
 
 @pytest.fixture
