@@ -14,8 +14,7 @@ from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
 from cofiprune.hooks import evaluating
-from cofiprune.latency.goal import latency_target
-from cofiprune.latency.rounding import best_multiple
+from cofiprune.latency.target import best_multiple, latency_target
 from cofiprune.measure.benchmark import seen_length
 from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.target import Target
