@@ -28,6 +28,7 @@ from cofiprune.training.checkpoint import identifying
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.phases import pick_method, prune_with_data, train
+from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.sweep import SweepResult, sweep
@@ -194,6 +195,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         )
     masks = attach_to(model, run.structure)
     masks.set_plan(report.plan)
+    facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     result = PruneResult(
         model,
         report.plan,
@@ -202,6 +204,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         method="no data",
         target=reached(target, model, run.structure, report.plan),
         uniform=config.uniform,
+        settings=resolve(PruneConfig.create(config, method="one-shot"), facts),
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
