@@ -91,13 +91,13 @@ def train(run: Run) -> None:
     cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
     run.know(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
     check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
-    if not run.settings.epochs:
+    if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
     run.batches = run.for_recovery
     run.identify(method="finetune")
     if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
-    schedule = Schedule.for_training(run.settings.epochs, run.settings, len(run.batches))
+    schedule = Schedule.for_training(run.settings.finetune_epochs, run.settings, len(run.batches))
     with run.running():
         run.use_plan(plan)
         recover(run, max(schedule.total, 1))

@@ -184,18 +184,19 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         UserWarning,
         stacklevel=4,
     )
+    facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
+    settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
     with nullcontext() if teacher is None else evaluating(teacher):
         report = prune_without_data(
             model,
             target_sparsity=target,
             teacher=teacher,
-            units=config.units,
-            seed=config.seed,
-            repair=config.repair is not False,
+            units=settings.units,
+            seed=settings.seed,
+            repair=settings.repair is not False,
         )
     masks = attach_to(model, run.structure)
     masks.set_plan(report.plan)
-    facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     result = PruneResult(
         model,
         report.plan,
@@ -203,8 +204,8 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         masks.model_sparsity(),
         method="no data",
         target=reached(target, model, run.structure, report.plan),
-        uniform=config.uniform,
-        settings=resolve(PruneConfig.create(config, method="one-shot"), facts),
+        uniform=settings.uniform,
+        settings=settings,
     )
     if evaluate is not None:
         result.metrics = evaluate(model)

@@ -85,7 +85,7 @@ class PruneResult(Report):
     """What was asked for and reached; None for `finetune`."""
     uniform: bool = False
     """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
-    settings: ResolvedSettings | None = None
+    settings: ResolvedSettings = field(kw_only=True)
     """What was used in the end, with a value for every setting that was left open."""
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:

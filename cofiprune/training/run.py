@@ -382,7 +382,7 @@ class Run:
             self.reason,
             None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
             self.target is not None and self.settings.uniform,
-            self.settings,
+            settings=self.settings,
         )
 
 
