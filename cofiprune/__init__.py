@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import Adapter, adapter_for, derive_by, register_adapter, structure
+from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
 from cofiprune.compaction import compact
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
 from cofiprune.errors import CofipruneError
@@ -73,10 +73,6 @@ __all__ = [
 ]
 
 
-# What derives an adapter runs laws and models, and is loaded when a family has no other.
-derive_by(lambda model: import_module("cofiprune.derivation").derived_adapter(model))
-
-
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
@@ -84,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

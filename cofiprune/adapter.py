@@ -1,16 +1,16 @@
 """The contract of an adapter: it describes where units live, and the core acts.
 
-An adapter turns a configuration into a `Family`: rows that say which side of which parameter
-belongs to heads, feed-forward dimensions or the hidden size, and where a block's output leaves it.
-There is no `forward` in an adapter, no tensor arithmetic and no loop over weights. `structure`
-resolves the rows against a model into a `Structure`. Whoever writes an adapter finds all that it takes here.
+An adapter turns a configuration into a `Family`: rows that say which side of which parameter belongs to heads,
+feed-forward dimensions or the hidden size, and where a block's output leaves it. An adapter has no `forward`, no tensor
+arithmetic and no loop over weights. `structure` resolves the rows against a model into a `Structure`. This module has
+every name that an adapter file needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from cofiprune.family import (
 from cofiprune.record import recorded_sizes, recorded_table
 from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.resolving import Resolver, encoder_path
-from cofiprune.structure import Structure
+from cofiprune.structure import BlockExit, Shared, Structure
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -50,17 +50,19 @@ __all__ = [
     "INTERMEDIATE",
     "Adapter",
     "Axis",
+    "BlockExit",
     "BlockTable",
     "ConfigSizes",
     "ExtraTable",
     "Family",
+    "Shared",
     "TableAdapter",
     "Weights",
     "adapter_for",
-    "derive_by",
     "embedding",
     "encoder_path",
     "expand",
+    "family",
     "family_entries",
     "family_from",
     "known_families",
@@ -69,7 +71,6 @@ __all__ = [
     "projection",
     "register_adapter",
     "structure",
-    "temporarily",
     "tensor",
 ]
 
@@ -84,7 +85,7 @@ class Adapter:
     stored: bool = False
     """Whether a compacted model carries the table with it, because nothing that is installed has it."""
     test_settings: Mapping[str, Any] = MappingProxyType({})
-    """Settings of the small configurations that `check_adapter` tries, where a model does not run with stock ones."""
+    """Settings of the small configurations that `check_adapter` tries, where a model does not run with the defaults."""
 
     def describe(self, config: PretrainedConfig) -> Family:
         """Return the family's table for one configuration."""
@@ -103,15 +104,34 @@ class Adapter:
 
 
 class TableAdapter(Adapter):
-    """The adapter of a table that is there already: a derived one, or one that a compacted model carries."""
+    """The adapter of one table, or of a function that makes a table from a configuration."""
 
-    def __init__(self, model_type: str, family: Family, *, stored: bool = False) -> None:
-        self.model_types = (model_type,)
-        self.family = family
+    def __init__(
+        self,
+        model_types: tuple[str, ...],
+        table: Family | Callable[[Any], Family],
+        *,
+        stored: bool = False,
+        test_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model_types = model_types
+        self.table = table
         self.stored = stored
+        self.test_settings = test_settings or {}
 
     def describe(self, config: PretrainedConfig) -> Family:
-        return self.family
+        return self.table if isinstance(self.table, Family) else self.table(config)
+
+
+def family(
+    *model_types: str, test_settings: Mapping[str, Any] | None = None
+) -> Callable[[Callable[[Any], Family]], Adapter]:
+    """Make an adapter of a function that returns a family's table for a configuration: `@family("bert")`.
+
+    :param model_types: the `config.model_type` values that it serves.
+    :param test_settings: as in `Adapter`.
+    """
+    return lambda table: TableAdapter(model_types, table, test_settings=test_settings)
 
 
 _registered: dict[str, Adapter] = {}
@@ -131,18 +151,6 @@ def register_adapter(adapter: Adapter) -> None:
         _registered[model_type] = adapter
 
 
-@contextmanager
-def temporarily(adapter: Adapter) -> Iterator[None]:
-    """Register an adapter for the length of a `with` block."""
-    before = dict(_registered)
-    register_adapter(adapter)
-    try:
-        yield
-    finally:
-        _registered.clear()
-        _registered.update(before)
-
-
 def known_families() -> tuple[str, ...]:
     """Return the model types that have an adapter, registered or installed, sorted."""
     return tuple(sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
@@ -160,12 +168,14 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     model_type = model.config.model_type
     table = recorded_table(model.config)
     if table is not None:
-        return TableAdapter(model_type, family_from(table), stored=True)
+        return TableAdapter((model_type,), family_from(table), stored=True)
     if model_type not in _registered:
         installed = _installed(model_type)
         if installed is None:
             refuse_undeclared(model)
-            return _derive(model)
+            # Deriving runs models and laws, which stand above this module; most models do not need it.
+            derived: Adapter = import_module("cofiprune.derivation").derived_adapter(model)
+            return derived
         _registered[model_type] = installed
     return _registered[model_type]
 
@@ -201,20 +211,6 @@ def _installed(model_type: str) -> Adapter | None:
 
 def _package(point: EntryPoint) -> str:
     return "of an unknown name" if point.dist is None else point.dist.name
-
-
-_derivers: list[Callable[[PreTrainedModel], Adapter]] = []
-
-
-def derive_by(deriver: Callable[[PreTrainedModel], Adapter]) -> None:
-    """Set what makes an adapter for a model of a family without one; it lies above this module and is given to it."""
-    _derivers[:] = [deriver]
-
-
-def _derive(model: PreTrainedModel) -> Adapter:
-    for deriver in _derivers:
-        return deriver(model)
-    raise AdapterError(f"no adapter for model type {model.config.model_type!r} ({type(model).__name__})")
 
 
 def structure(model: PreTrainedModel) -> Structure:

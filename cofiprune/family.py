@@ -148,7 +148,7 @@ class BlockTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigSizes:
-    """How a configuration calls the sizes of a model that has the same shape in every layer."""
+    """The settings of a configuration that state the sizes of a model."""
 
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
@@ -174,8 +174,6 @@ class ExtraTable:
 class Family:
     """Where the units of a family live, for one configuration."""
 
-    sizes: Mapping[Kind, int]
-    """Units of `hidden`, and per layer of `heads` and `intermediate`, as the configuration says."""
     layers: str
     """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way."""
     stem: tuple[Weights, ...]
@@ -190,8 +188,13 @@ class Family:
     """Path of the encoder in models with a head whose class does not name it as their base model."""
     applications: tuple[int, ...] | None = None
     """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
-    config: ConfigSizes | None = None
-    """How the configuration calls its sizes; None where a smaller one cannot be said so, as when layers differ."""
+    config: ConfigSizes = ConfigSizes()
+    """The settings that state the units of `hidden`, and of `heads` and `intermediate` per layer."""
+    sizes: Mapping[Kind, int] = field(default_factory=dict)
+    """Units of a kind whose number no setting states as it is."""
+    uniform: bool = False
+    """Whether smaller values of these settings build the smaller model that compaction leaves; not where layers differ
+    by their position, for instance."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,
     with the reason. A block can always be removed."""

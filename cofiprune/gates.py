@@ -59,14 +59,6 @@ def open_probability(log_alpha: Tensor, *, temperature: float = TEMPERATURE, str
     return torch.sigmoid(log_alpha - _shift(temperature, stretch))
 
 
-def log_alpha_for(probability: Tensor, *, temperature: float = TEMPERATURE, stretch: Stretch = STRETCH) -> Tensor:
-    """Return the log_alpha whose gate is open with `probability`: the inverse of `open_probability`.
-
-    :param probability: [...] in [0, 1]; 0 and 1 give infinities.
-    """
-    return torch.logit(probability) + _shift(temperature, stretch)
-
-
 def deterministic(log_alpha: Tensor, *, temperature: float = TEMPERATURE, stretch: Stretch = STRETCH) -> Tensor:
     """Return the values in [0, 1) at which one group is evaluated, without gradients.
 

@@ -1,10 +1,10 @@
 """Running a stock model under masks, without touching its parameters.
 
-Masks multiply *weights* where they can: a block's last projection carries the masks of its inner
-units, of the hidden dimensions it writes and of its own gate, which costs a product of the size of
-the weight instead of the size of the activations. Embedding lookups are scaled at their output, norms
-take their statistics over the kept dimensions, and a removed block hands its input on. Each masked
-module gets an instance attribute `forward`; parameters, names and state dict stay as they are.
+Masks multiply *weights* where they can: a block's last projection carries the masks of its inner units, of the hidden
+dimensions it writes and of its own gate, at the cost of a product of the size of the weight instead of the
+activations. Embedding lookups are scaled at their output, norms take their statistics over the kept dimensions, and a
+removed block returns its input. Each masked module gets an instance attribute `forward`; parameters, names and state
+dict stay as they are.
 
 Shapes: B batch, T tokens, H hidden, n kept hidden dimensions.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import MaskError
 from cofiprune.masks import MaskRegistry
-from cofiprune.structure import Block, BlockExit, Norm, Parameter, Shared, Side, Structure
+from cofiprune.structure import Block, BlockExit, Parameter, Shared, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_cofiprune_masks"
 
 
-def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -> MaskRegistry:
-    """Attach masks of ones to a model; it then runs under whatever they are set to.
+def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> MaskRegistry:
+    """Attach masks of ones to a model, which then runs under the masks' values.
 
     :param units: kinds of units to mask, any of "layer", "head", "intermediate", "hidden"; None for all.
     :raises AdapterError: when the model's family has no adapter.
@@ -43,7 +44,7 @@ def attach(model: PreTrainedModel, units: str | tuple[str, ...] | None = None) -
     return attach_to(model, structure_of(model), units)
 
 
-def attach_to(model: PreTrainedModel, structure: Structure, units: str | tuple[str, ...] | None = None) -> MaskRegistry:
+def attach_to(model: PreTrainedModel, structure: Structure, units: str | Sequence[str] | None = None) -> MaskRegistry:
     """Attach masks of ones to a model whose structure is known; the rest is as in `attach`."""
     if masks_of(model) is not None:
         raise MaskError("masks are attached to this model already; call masks.detach() first")
@@ -54,31 +55,25 @@ def attach_to(model: PreTrainedModel, structure: Structure, units: str | tuple[s
     sites = list(_sites(model, structure, masks))
     for site in sites:
         site.install()
-    masks.on_detach.extend(site.remove for site in sites)
     # Plain attribute of the instance: not a parameter, buffer or submodule, so nothing of it is saved.
     model.__dict__[_ATTRIBUTE] = masks
-    masks.on_detach.insert(0, _Forget(model).forget)
+    # Bound to objects, so that a deep copy of the model is detached by the deep copy of its masks.
+    masks.on_detach += [partial(_forget, model), *(site.remove for site in sites)]
     return masks
 
 
 def masks_of(model: nn.Module) -> MaskRegistry | None:
-    """The masks attached to a model, or None."""
+    """Return the masks attached to a model, or None."""
     masks: MaskRegistry | None = model.__dict__.get(_ATTRIBUTE)
     return masks
 
 
-class _Forget:
-    """Drops the registry from a model; an object, so that a deep copy forgets on the copy."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def forget(self) -> None:
-        self.model.__dict__.pop(_ATTRIBUTE, None)
+def _forget(model: nn.Module) -> None:
+    model.__dict__.pop(_ATTRIBUTE, None)
 
 
 class _Site:
-    """A module whose forward runs under masks; `stock` is what it ran before."""
+    """A module whose forward runs under masks; `stock` is its own forward."""
 
     def __init__(self, module: nn.Module, masks: MaskRegistry) -> None:
         self.module = module
@@ -109,7 +104,7 @@ class _Weights(_Site):
         self.parameters = parameters
 
     def masked(self) -> dict[str, Tensor]:
-        """Masked values of the parameters that any mask changes, by local name."""
+        """Return the masked values of the parameters that any mask changes, by local name."""
         found = {}
         for name, spec in self.parameters.items():
             value = self.module._parameters[name]
@@ -208,7 +203,7 @@ class _Norm(_Site):
         return output.new_zeros(*states.shape[:-1], len(mask)).index_copy(-1, index, output)
 
     def _weighted(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The same, differentiable in the mask and without looking at its pattern on the host."""
+        """The same, differentiable in the mask, and without reading its values on the host."""
         wide = states.to(torch.promote_types(torch.float32, states.dtype))
         share = (mask > 0).to(wide.dtype)
         share = share / share.sum()
@@ -227,7 +222,7 @@ _EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 
 class _Exit(_Site):
-    """Where a block's output leaves it, or a module inside it: its input or zeros instead, when the block is gone."""
+    """The exit of a block, or a module inside it; both return their input or zeros when the block is removed."""
 
     def __init__(self, module: nn.Module, masks: MaskRegistry, block: Block, exit: BlockExit) -> None:
         super().__init__(module, masks)
@@ -247,13 +242,13 @@ class _Exit(_Site):
         # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
         entry = entry_of(self.exit, args, kwargs) if self.exit.residual else torch.zeros_like(first)
         if self.inside and first.shape != entry.shape:
-            return output  # nothing of it gets past the exit
+            return output  # the exit drops it
         first = torch.where(alive, first, entry)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 def entry_of(exit: BlockExit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The block's input among the arguments of its exit module."""
+    """Return the block's input from the arguments of its exit module."""
     if exit.keyword is not None and exit.keyword in kwargs:
         return kwargs[exit.keyword]
     return args[exit.argument]
@@ -266,10 +261,10 @@ def bypass(
     shared: tuple[Shared, ...] = (),
     maker: nn.Module | None = None,
 ) -> Any:
-    """What a removed block's exit returns.
+    """Return the output of a removed block's exit.
 
-    :param shared: tensors that all layers share and this module hands on.
-    :param maker: the module, where it may have to make them.
+    :param shared: tensors that all layers share and this module passes on.
+    :param maker: the module itself, which may have to make them.
     """
     entry = entry_of(exit, args, kwargs)
     value = entry if exit.residual else torch.zeros_like(entry)
@@ -280,7 +275,7 @@ def bypass(
 
 
 def given(shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], maker: nn.Module | None) -> Tensor | None:
-    """A shared tensor among the arguments of a module, or as the module makes it when it is given none."""
+    """Return a shared tensor from the arguments of a module, or as the module makes it without one."""
     value: Tensor | None = kwargs.get(shared.keyword)
     if len(args) > shared.argument:
         value = args[shared.argument]
@@ -320,9 +315,10 @@ def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Itera
     for path, holders in readers.items():
         yield _Reader(modules[path], masks, holders)
     for norm in structure.norms:
-        yield _norm(modules[norm.module], masks, norm)
+        yield _Norm(modules[norm.module], masks, norm.kind)
     for block in structure.blocks:
-        yield from _block_sites(modules, masks, block)
+        for exit in (*block.bypassed, block.exit):
+            yield _Exit(modules[exit.module], masks, block, exit)
 
 
 def _weights(module: nn.Module, masks: MaskRegistry, parameters: dict[str, Parameter]) -> _Site:
@@ -331,12 +327,3 @@ def _weights(module: nn.Module, masks: MaskRegistry, parameters: dict[str, Param
         if side is not None and side.role == "scale":
             return _Lookup(module, masks, side.group)
     return _Weights(module, masks, parameters)
-
-
-def _norm(module: nn.Module, masks: MaskRegistry, norm: Norm) -> _Site:
-    return _Norm(module, masks, norm.kind)
-
-
-def _block_sites(modules: dict[str, nn.Module], masks: MaskRegistry, block: Block) -> Iterator[_Site]:
-    for exit in (*block.bypassed, block.exit):
-        yield _Exit(modules[exit.module], masks, block, exit)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 METHOD = "cofiprune"
 FORMAT_VERSION = 1
 _COMMON = ("quant_method", "format_version")
-_PER_LAYER = ("attention", "heads", "ffn", "intermediate")
 
 
 def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -124,9 +124,14 @@ class Resolver:
     def _size(self, kind: Kind, name: str | None = None) -> int:
         if self.recorded is not None:
             return self.recorded[name or kind]
-        if kind not in self.family.sizes:
-            raise AdapterError(f"{self._who()}: sizes has {', '.join(self.family.sizes) or 'nothing'}, and no {kind!r}")
-        return int(self.family.sizes[kind])
+        setting = getattr(self.family.config, kind)
+        size = self.family.sizes.get(kind, getattr(self.model.config, setting, None))
+        if not isinstance(size, int):
+            raise AdapterError(
+                f"{self._who()}: its configuration has {size!r} for {setting!r}, where the number of {kind!r} units is "
+                f"expected; name the right setting by ConfigSizes({kind}=...), or give the number in sizes"
+            )
+        return size
 
     def _head_rows(self) -> tuple[Weights, ...]:
         """Rows of the task head; without a description of it, the hidden size cannot be pruned."""

@@ -251,7 +251,7 @@ class Structure(Mapping[str, Group]):
         chosen = UNIT_KINDS if units is None else (units,) if isinstance(units, str) else tuple(units)
         return tuple(group for group in self.groups if group.unit in chosen)
 
-    def select(self, units: str | tuple[str, ...] | list[str] | None = None) -> tuple[Group, ...]:
+    def select(self, units: str | Sequence[str] | None = None) -> tuple[Group, ...]:
         """Return the groups of the unit kinds named.
 
         :param units: any of "layer", "head", "intermediate", "hidden"; None for all that the model has.

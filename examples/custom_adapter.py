@@ -12,8 +12,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 import cofiprune
-from cofiprune.adapter import HEADS, HIDDEN, INTERMEDIATE, BlockTable, Family, embedding, linear, norm, projection
-from cofiprune.structure import BlockExit
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    BlockExit,
+    BlockTable,
+    Family,
+    embedding,
+    family,
+    linear,
+    norm,
+    projection,
+)
 
 
 class ToyConfig(PreTrainedConfig):
@@ -143,24 +154,20 @@ MLP = BlockTable(
 )
 
 
-class ToyAdapter(cofiprune.Adapter):
-    model_types = ("toy",)
-
-    def describe(self, config: ToyConfig) -> Family:
-        hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
-        return Family(
-            sizes={"hidden": hidden, "heads": heads, "intermediate": inner},
-            layers="layers",
-            stem=(embedding("{token,position}_embeddings"), norm("norm")),
-            attention=ATTENTION,
-            ffn=MLP,
-            heads={"ForSequenceClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),)},
-        )
+@family("toy")
+def adapter(config: ToyConfig) -> Family:
+    return Family(
+        layers="layers",
+        stem=(embedding("{token,position}_embeddings"), norm("norm")),
+        attention=ATTENTION,
+        ffn=MLP,
+        heads={"ForSequenceClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),)},
+    )
 
 
 if __name__ == "__main__":
-    print(cofiprune.check_adapter(ToyAdapter()))
-    cofiprune.register_adapter(ToyAdapter())
+    print(cofiprune.check_adapter(adapter))
+    cofiprune.register_adapter(adapter)
     ids = torch.randint(1, 40, (256, 12), generator=torch.Generator().manual_seed(0))
     model = ToyForSequenceClassification(ToyConfig())
     rows = [{"input_ids": row, "labels": int(7 in row)} for row in ids]

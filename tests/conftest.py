@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cofiprune import MaskRegistry
+from cofiprune import Adapter, MaskRegistry, register_adapter
+from cofiprune import adapter as adapters
 from cofiprune.conformance import specimens
 
 SIZES: Mapping[str, int] = {
@@ -62,6 +63,13 @@ def randomise() -> Callable[..., None]:
                 masks[name] = specimens.random_values(len(masks[name]), generator, fractional=fractional)
 
     return change
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Adapter], None]:
+    """`cofiprune.register_adapter` until the end of a test."""
+    monkeypatch.setattr("cofiprune.adapter._registered", dict(adapters._registered))
+    return register_adapter
 
 
 @pytest.fixture

@@ -4,80 +4,64 @@ A group of layers has one set of weights and is applied several times. Its units
 and its parameters are counted once; multiply-accumulates count every application.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     Family,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune_adapters import bert
 
 MASKED_LM = (linear("predictions.dense", reads=HIDDEN), linear("predictions.decoder"))
 
 
-class AlbertAdapter(Adapter):
-    """ALBERT with every head that transformers has for it."""
-
-    model_types = ("albert",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.albert_layer_groups.*.albert_layers",
-            applications=applications(config),
-            stem=(
-                embedding("embeddings.{word,position,token_type}_embeddings", writes=None),
-                linear("encoder.embedding_hidden_mapping_in", writes=HIDDEN.scaled),
-                linear("pooler", reads=HIDDEN, rows=(0, 1), optional=True),
+@family("albert")
+def adapter(config: PretrainedConfig) -> Family:
+    return Family(
+        layers="encoder.albert_layer_groups.*.albert_layers",
+        applications=applications(config),
+        stem=(
+            embedding("embeddings.{word,position,token_type}_embeddings", writes=None),
+            linear("encoder.embedding_hidden_mapping_in", writes=HIDDEN.scaled),
+            linear("pooler", reads=HIDDEN, rows=(0, 1), optional=True),
+        ),
+        attention=BlockTable(
+            rows=(
+                linear("attention.{query,key,value}", reads=HIDDEN, writes=HEADS),
+                projection("attention.dense", reads=HEADS),
+                norm("attention.LayerNorm"),
             ),
-            attention=BlockTable(
-                rows=(
-                    linear("attention.{query,key,value}", reads=HIDDEN, writes=HEADS),
-                    projection("attention.dense", reads=HEADS),
-                    norm("attention.LayerNorm"),
-                ),
-                exit=BlockExit("attention", outputs=2),
-                attributes=(
-                    ("attention", "num_attention_heads", HEADS.of(1)),
-                    ("attention", "all_head_size", HEADS),
-                ),
+            exit=BlockExit("attention", outputs=2),
+            attributes=bert.head_counts("attention"),
+        ),
+        ffn=BlockTable(
+            rows=(
+                linear("ffn", reads=HIDDEN, writes=INTERMEDIATE),
+                projection("ffn_output", reads=INTERMEDIATE),
+                norm("full_layer_layer_norm"),
             ),
-            ffn=BlockTable(
-                rows=(
-                    linear("ffn", reads=HIDDEN, writes=INTERMEDIATE),
-                    projection("ffn_output", reads=INTERMEDIATE),
-                    norm("full_layer_layer_norm"),
-                ),
-                exit=BlockExit("full_layer_layer_norm"),
-                bypassed=("ffn", "activation", BlockExit("ffn_output", residual=False)),
-            ),
-            heads={
-                "ForSequenceClassification": (),
-                "ForMultipleChoice": (),
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": MASKED_LM,
-                "ForPreTraining": MASKED_LM,
-            },
-        )
+            exit=BlockExit("full_layer_layer_norm"),
+            bypassed=("ffn", "activation", BlockExit("ffn_output", residual=False)),
+        ),
+        heads={
+            "ForSequenceClassification": (),
+            "ForMultipleChoice": (),
+            **bert.TOKEN_HEADS,
+            "ForMaskedLM": MASKED_LM,
+            "ForPreTraining": MASKED_LM,
+        },
+    )
 
 
 def applications(config: PretrainedConfig) -> tuple[int, ...]:
@@ -85,6 +69,3 @@ def applications(config: PretrainedConfig) -> tuple[int, ...]:
     per_group = config.num_hidden_layers / config.num_hidden_groups
     counts = Counter(int(layer / per_group) for layer in range(config.num_hidden_layers))
     return tuple(counts[group] for group in range(config.num_hidden_groups) for _ in range(config.inner_group_num))
-
-
-adapter = AlbertAdapter()

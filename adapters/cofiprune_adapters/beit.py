@@ -5,56 +5,41 @@ each head. With `use_shared_relative_position_bias` one table serves all layers,
 time: heads are refused then.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HEADS, HIDDEN, Adapter, Family, linear, norm, tensor
+from transformers import PretrainedConfig
+
+from cofiprune.adapter import HEADS, HIDDEN, Family, family, linear, norm, tensor
 from cofiprune_adapters.vit import ATTENTION, FFN, embeddings
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 BIAS = "relative_position_bias"
 SHARED = "one table of relative position biases (use_shared_relative_position_bias) serves the heads of all layers"
 
 
-class BeitAdapter(Adapter):
+@family("beit")
+def adapter(config: PretrainedConfig) -> Family:
     """BEiT with its heads for images; the heads for segmentation keep their hidden dimensions."""
-
-    model_types = ("beit",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="layers",
-            stem=(
-                *embeddings("cls_token", "mask_token", "position_embeddings"),
-                norm("layernorm"),
-                norm("pooler.layernorm", optional=True),
-                tensor("shared_position_bias", f"{BIAS}_table", optional=True),
+    return Family(
+        layers="layers",
+        stem=(
+            *embeddings("cls_token", "mask_token", "position_embeddings"),
+            norm("layernorm"),
+            norm("pooler.layernorm", optional=True),
+            tensor("shared_position_bias", f"{BIAS}_table", optional=True),
+        ),
+        attention=replace(
+            ATTENTION,
+            rows=(
+                *ATTENTION.rows,
+                tensor("", "lambda_1", HIDDEN),
+                tensor(BIAS, f"{BIAS}_table", None, HEADS.of(1), optional=True),
             ),
-            attention=replace(
-                ATTENTION,
-                rows=(
-                    *ATTENTION.rows,
-                    tensor("", "lambda_1", HIDDEN),
-                    tensor(BIAS, f"{BIAS}_table", None, HEADS.of(1), optional=True),
-                ),
-                dropped=("lambda_1", BIAS),
-            ),
-            ffn=replace(FFN, rows=(*FFN.rows, tensor("", "lambda_2", HIDDEN)), dropped=("lambda_2",)),
-            heads={
-                "ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),),
-                "ForMaskedImageModeling": (norm("layernorm"), linear("lm_head", reads=HIDDEN)),
-            },
-            refused={"head": SHARED} if config.use_shared_relative_position_bias else {},
-        )
-
-
-adapter = BeitAdapter()
+            dropped=("lambda_1", BIAS),
+        ),
+        ffn=replace(FFN, rows=(*FFN.rows, tensor("", "lambda_2", HIDDEN)), dropped=("lambda_2",)),
+        heads={
+            "ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),),
+            "ForMaskedImageModeling": (norm("layernorm"), linear("lm_head", reads=HIDDEN)),
+        },
+        refused={"head": SHARED} if config.use_shared_relative_position_bias else {},
+    )

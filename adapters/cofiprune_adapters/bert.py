@@ -1,26 +1,29 @@
 """BERT (Devlin et al., 2019, arXiv:1810.04805): post-norm blocks, learned absolute positions."""
 
-from __future__ import annotations
+from dataclasses import replace
 
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    Axis,
+    BlockExit,
     BlockTable,
-    ConfigSizes,
     Family,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+
+def head_counts(module: str) -> tuple[tuple[str, str, Axis], ...]:
+    """The integers that an attention module of BERT keeps about its size."""
+    return ((module, "num_attention_heads", HEADS.of(1)), (module, "all_head_size", HEADS))
+
 
 ATTENTION = BlockTable(
     rows=(
@@ -29,10 +32,7 @@ ATTENTION = BlockTable(
         norm("attention.output.LayerNorm"),
     ),
     exit=BlockExit("attention", keyword="hidden_states", outputs=2),
-    attributes=(
-        ("attention.self", "num_attention_heads", HEADS.of(1)),
-        ("attention.self", "all_head_size", HEADS),
-    ),
+    attributes=head_counts("attention.self"),
 )
 FFN = BlockTable(
     rows=(
@@ -43,44 +43,47 @@ FFN = BlockTable(
     exit=BlockExit("output", argument=1, keyword="input_tensor"),
     bypassed=("intermediate",),
 )
+TABLES = embedding("embeddings.{word,position,token_type}_embeddings")
+POOLER = linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True)
+TOKEN_HEADS = {
+    "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
+    "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
+}
 MASKED_LM = (
     linear("cls.predictions.transform.dense", reads=HIDDEN, writes=HIDDEN),
     norm("cls.predictions.transform.LayerNorm", read_by="cls.predictions.decoder.weight"),
     linear("cls.predictions.decoder", reads=HIDDEN),
 )
+NARROW_MASKED_LM = (linear("cls.predictions.transform.dense", reads=HIDDEN), linear("cls.predictions.decoder"))
+"""The same where the decoder is narrower than the hidden size."""
 
 
-class BertAdapter(Adapter):
-    """BERT with every head that transformers has for it."""
-
-    model_types = ("bert",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layer",
-            config=ConfigSizes(),
-            stem=(
-                embedding("embeddings.{word,position,token_type}_embeddings"),
-                norm("embeddings.LayerNorm"),
-                linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True),
-            ),
-            attention=ATTENTION,
-            ffn=FFN,
-            heads={
-                "ForSequenceClassification": (),
-                "ForMultipleChoice": (),
-                "ForNextSentencePrediction": (),
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": MASKED_LM,
-                "ForPreTraining": MASKED_LM,
-            },
-        )
+@family("bert")
+def adapter(config: PretrainedConfig) -> Family:
+    return Family(
+        layers="encoder.layer",
+        uniform=True,
+        stem=(TABLES, norm("embeddings.LayerNorm"), POOLER),
+        attention=ATTENTION,
+        ffn=FFN,
+        heads={
+            "ForSequenceClassification": (),
+            "ForMultipleChoice": (),
+            "ForNextSentencePrediction": (),
+            **TOKEN_HEADS,
+            "ForMaskedLM": MASKED_LM,
+            "ForPreTraining": MASKED_LM,
+        },
+    )
 
 
-adapter = BertAdapter()
+def pre_norm(attention: str, ffn: str) -> tuple[BlockTable, BlockTable]:
+    """The tables of BERT's blocks with a norm before each instead of behind it.
+
+    :param attention: path of the norm in the attention module, which runs it.
+    :param ffn: path of the norm before the feed-forward block.
+    """
+    return (
+        replace(ATTENTION, rows=(norm(attention), *ATTENTION.rows[:2])),
+        replace(FFN, rows=(norm(ffn), *FFN.rows[:2]), bypassed=(ffn, "intermediate")),
+    )

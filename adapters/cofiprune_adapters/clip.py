@@ -9,30 +9,25 @@ SigLIP's image encoder pools by an attention layer of torch, which is as wide in
 reads would slice its heads too, so that the hidden size is refused.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     Family,
     Weights,
     embedding,
+    family,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 ATTENTION = BlockTable(
     rows=(
@@ -66,11 +61,6 @@ def pair(
     """The table of one encoder of a pair."""
     return Family(
         encoder=encoder,
-        sizes={
-            "hidden": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "intermediate": config.intermediate_size,
-        },
         layers="encoder.layers",
         stem=stem,
         attention=ATTENTION,
@@ -92,52 +82,33 @@ def patches(*rows: Weights, others: int = 0) -> tuple[Weights, ...]:
     )
 
 
-class ClipVisionAdapter(Adapter):
+@family("clip_vision_model", "metaclip_2_vision_model")
+def vision(config: PretrainedConfig) -> Family:
     """The image encoders of CLIP and Meta CLIP 2, without and with projection."""
-
-    model_types = ("clip_vision_model", "metaclip_2_vision_model")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        token = tensor("embeddings", "class_embedding", HIDDEN.scaled)
-        # The norm behind the layers sees the pooled row only. The norm before them is spelt like this.
-        rows = patches(token, norm("pre_layrnorm"), norm("post_layernorm"), others=1)
-        return pair(config, rows, encoder="vision_model")
+    token = tensor("embeddings", "class_embedding", HIDDEN.scaled)
+    # The norm behind the layers sees the pooled row only. The norm before them is spelt like this.
+    rows = patches(token, norm("pre_layrnorm"), norm("post_layernorm"), others=1)
+    return pair(config, rows, encoder="vision_model")
 
 
-class ClipTextAdapter(Adapter):
+@family("clip_text_model", "metaclip_2_text_model")
+def text(config: PretrainedConfig) -> Family:
     """The text encoders of CLIP and Meta CLIP 2, without and with projection."""
-
-    model_types = ("clip_text_model", "metaclip_2_text_model")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return pair(config, TEXT, encoder="text_model")
+    return pair(config, TEXT, encoder="text_model")
 
 
-class SiglipVisionAdapter(Adapter):
+@family("siglip_vision_model", "siglip2_vision_model", test_settings={"num_patches": 4})
+def siglip_vision(config: PretrainedConfig) -> Family:
     """The image encoders of SigLIP and SigLIP 2, which is given its patches cut and flattened."""
-
-    model_types = ("siglip_vision_model", "siglip2_vision_model")
-    test_settings = MappingProxyType({"num_patches": 4})
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        refused = {"hidden": POOLING} if getattr(config, "vision_use_head", True) else {}
-        first, positions, *others = patches(norm("post_layernorm"))
-        if config.model_type == "siglip2_vision_model":
-            # Stretched to the size of each image, for which the embeddings read the table itself.
-            positions = replace(positions, read_in="embeddings")
-        return pair(config, (first, positions, *others), refused)
+    refused = {"hidden": POOLING} if getattr(config, "vision_use_head", True) else {}
+    first, positions, *others = patches(norm("post_layernorm"))
+    if config.model_type == "siglip2_vision_model":
+        # Stretched to the size of each image, for which the embeddings read the table itself.
+        positions = replace(positions, read_in="embeddings")
+    return pair(config, (first, positions, *others), refused)
 
 
-class SiglipTextAdapter(Adapter):
+@family("siglip_text_model", "siglip2_text_model")
+def siglip_text(config: PretrainedConfig) -> Family:
     """The text encoders of SigLIP and SigLIP 2; their head is a projection of the last row."""
-
-    model_types = ("siglip_text_model", "siglip2_text_model")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return pair(config, (*TEXT, linear("head", reads=HIDDEN, rows=(0, 1))))
-
-
-vision = ClipVisionAdapter()
-text = ClipTextAdapter()
-siglip_vision = SiglipVisionAdapter()
-siglip_text = SiglipTextAdapter()
+    return pair(config, (*TEXT, linear("head", reads=HIDDEN, rows=(0, 1))))

@@ -10,30 +10,26 @@ With rotary positions the attention turns the hidden dimensions head by head bef
 refused then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     ExtraTable,
     Family,
     Weights,
+    family,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import BlockExit
 from cofiprune_adapters.wav2vec2 import features
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 FFN = BlockTable(
     rows=(
@@ -57,40 +53,31 @@ REST = ExtraTable(
 TURNED = "rotary positions turn the hidden dimensions head by head (position_embeddings_type='rotary')"
 
 
-class ConformerAdapter(Adapter):
-    """Wav2Vec2-BERT and wav2vec 2.0's conformer with every head that transformers has for them."""
-
-    model_types = ("wav2vec2-bert", "wav2vec2-conformer")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        sound = config.model_type != "wav2vec2-bert"
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layers",
-            stem=(
-                *(features(config) if sound else ()),
-                linear("feature_projection.projection", writes=HIDDEN.scaled),
-                tensor("", "masked_spec_embed", HIDDEN.scaled),
-                norm("encoder.layer_norm", optional=True),
-                *unused(sound),
-                *behind(config),
-            ),
-            attention=attention(config),
-            ffn=FFN,
-            extra=REST,
-            heads={
-                "ForCTC": (linear("lm_head", reads=None if config.add_adapter else HIDDEN),),
-                "ForSequenceClassification": (linear("projector", reads=HIDDEN),),
-                "ForAudioFrameClassification": (linear("classifier", reads=HIDDEN),),
-                "ForXVector": (linear("projector", reads=HIDDEN),),
-                **({"ForPreTraining": (linear("project_hid", reads=HIDDEN),)} if sound else {}),
-            },
-            refused={"hidden": TURNED} if config.position_embeddings_type == "rotary" else {},
-        )
+@family("wav2vec2-bert", "wav2vec2-conformer")
+def adapter(config: PretrainedConfig) -> Family:
+    sound = config.model_type != "wav2vec2-bert"
+    return Family(
+        layers="encoder.layers",
+        stem=(
+            *(features(config) if sound else ()),
+            linear("feature_projection.projection", writes=HIDDEN.scaled),
+            tensor("", "masked_spec_embed", HIDDEN.scaled),
+            norm("encoder.layer_norm", optional=True),
+            *unused(sound),
+            *behind(config),
+        ),
+        attention=attention(config),
+        ffn=FFN,
+        extra=REST,
+        heads={
+            "ForCTC": (linear("lm_head", reads=None if config.add_adapter else HIDDEN),),
+            "ForSequenceClassification": (linear("projector", reads=HIDDEN),),
+            "ForAudioFrameClassification": (linear("classifier", reads=HIDDEN),),
+            "ForXVector": (linear("projector", reads=HIDDEN),),
+            **({"ForPreTraining": (linear("project_hid", reads=HIDDEN),)} if sound else {}),
+        },
+        refused={"hidden": TURNED} if config.position_embeddings_type == "rotary" else {},
+    )
 
 
 def attention(config: PretrainedConfig) -> BlockTable:
@@ -135,6 +122,3 @@ def behind(config: PretrainedConfig) -> Iterator[Weights]:
         return
     yield norm("adapter.layers.0.{residual,self_attn}_layer_norm", optional=True)
     yield linear("adapter.layers.0.{residual_conv,self_attn_conv,conv}", reads=HIDDEN, optional=True)
-
-
-adapter = ConformerAdapter()

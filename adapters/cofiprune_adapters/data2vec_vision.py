@@ -1,27 +1,23 @@
 """Data2Vec for images (Baevski et al., 2022, arXiv:2202.03555): BEiT's layers, whose modules have other names."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     Family,
+    family,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import BlockExit
+from cofiprune_adapters import bert
 from cofiprune_adapters.beit import SHARED
 from cofiprune_adapters.vit import embeddings
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 BIAS = "relative_position_bias"
 ATTENTION = BlockTable(
@@ -36,10 +32,7 @@ ATTENTION = BlockTable(
     exit=BlockExit("attention.output", argument=1, keyword="input_tensor", residual=False),
     bypassed=("layernorm_before", BlockExit("attention.attention", outputs=2)),
     dropped=("lambda_1",),
-    attributes=(
-        ("attention.attention", "num_attention_heads", HEADS.of(1)),
-        ("attention.attention", "all_head_size", HEADS),
-    ),
+    attributes=bert.head_counts("attention.attention"),
 )
 FFN = BlockTable(
     rows=(
@@ -54,30 +47,19 @@ FFN = BlockTable(
 )
 
 
-class Data2VecVisionAdapter(Adapter):
+@family("data2vec-vision")
+def adapter(config: PretrainedConfig) -> Family:
     """Data2Vec's image encoder, bare and for classification; the head for segmentation keeps its hidden dimensions."""
-
-    model_types = ("data2vec-vision",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layer",
-            stem=(
-                *embeddings("cls_token", "mask_token", "position_embeddings"),
-                norm("layernorm", optional=True),
-                norm("pooler.layernorm", optional=True),
-                tensor(f"encoder.{BIAS}", f"{BIAS}_table", optional=True),
-            ),
-            attention=ATTENTION,
-            ffn=FFN,
-            heads={"ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),)},
-            refused={"head": SHARED} if config.use_shared_relative_position_bias else {},
-        )
-
-
-adapter = Data2VecVisionAdapter()
+    return Family(
+        layers="encoder.layer",
+        stem=(
+            *embeddings("cls_token", "mask_token", "position_embeddings"),
+            norm("layernorm", optional=True),
+            norm("pooler.layernorm", optional=True),
+            tensor(f"encoder.{BIAS}", f"{BIAS}_table", optional=True),
+        ),
+        attention=ATTENTION,
+        ffn=FFN,
+        heads={"ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),)},
+        refused={"head": SHARED} if config.use_shared_relative_position_bias else {},
+    )

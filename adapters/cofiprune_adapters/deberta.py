@@ -1,4 +1,4 @@
-"""DeBERTa (He et al., 2021, arXiv:2006.03654): BERT's blocks with disentangled attention to relative positions.
+"""DeBERTa v1 (He et al., 2021, arXiv:2006.03654): BERT's blocks with disentangled attention to relative positions.
 
 The relative positions have a table of their own, whose weight the encoder reads directly and every layer
 projects. It is sliced along the hidden dimension but never scaled, since it is not written to the residual
@@ -11,84 +11,63 @@ Multiply-accumulates are exact for sequences of up to `max_relative_positions` t
 the range of relative positions stops growing. The mixing of `talking_head` is not counted.
 """
 
-from __future__ import annotations
+from dataclasses import replace
 
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
-    Adapter,
-    BlockTable,
     Family,
     Weights,
     embedding,
+    family,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import BlockExit
-from cofiprune_adapters.bert import FFN, MASKED_LM
+from cofiprune_adapters import bert
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-EXIT = BlockExit("attention", keyword="hidden_states", outputs=2)
-ATTRIBUTES = (
-    ("attention.self", "num_attention_heads", HEADS.of(1)),
-    ("attention.self", "all_head_size", HEADS),
-)
 POSITIONS = Weights("encoder.rel_embeddings", {"weight": (None, HIDDEN)}, table=True, optional=True)
 """The table of relative positions [2 * span, hidden]."""
 
 
-class DebertaAdapter(Adapter):
-    """DeBERTa (v1) with every head that transformers has for it."""
-
-    model_types = ("deberta",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        talking = getattr(config, "talking_head", False)
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layer",
-            stem=(*embeddings(config), POSITIONS),
-            attention=BlockTable(
-                rows=(
-                    linear("attention.self.in_proj", reads=HIDDEN, writes=HEADS),
-                    tensor("attention.self", "q_bias", HEADS),
-                    tensor("attention.self", "v_bias", HEADS),
-                    # Applied to the 2 * T relative positions of T tokens.
-                    linear(
-                        "attention.self.{pos_proj,pos_q_proj}",
-                        reads=HIDDEN.zeroed,
-                        writes=HEADS,
-                        rows=(2, 0),
-                        optional=True,
-                    ),
-                    linear("attention.self.{head_logits_proj,head_weights_proj}", rows=(0, 0), optional=True),
-                    projection("attention.output.dense", reads=HEADS),
-                    norm("attention.output.LayerNorm"),
+@family("deberta")
+def adapter(config: PretrainedConfig) -> Family:
+    talking = getattr(config, "talking_head", False)
+    return Family(
+        layers="encoder.layer",
+        stem=(*embeddings(config), POSITIONS),
+        attention=replace(
+            bert.ATTENTION,
+            rows=(
+                linear("attention.self.in_proj", reads=HIDDEN, writes=HEADS),
+                tensor("attention.self", "q_bias", HEADS),
+                tensor("attention.self", "v_bias", HEADS),
+                # Applied to the 2 * T relative positions of T tokens.
+                linear(
+                    "attention.self.{pos_proj,pos_q_proj}",
+                    reads=HIDDEN.zeroed,
+                    writes=HEADS,
+                    rows=(2, 0),
+                    optional=True,
                 ),
-                exit=EXIT,
-                attributes=ATTRIBUTES,
-                # Each term is a product of T tokens with 2 * T relative positions.
-                pairwise=2 * len(position_terms(config)),
+                linear("attention.self.{head_logits_proj,head_weights_proj}", rows=(0, 0), optional=True),
+                projection("attention.output.dense", reads=HEADS),
+                norm("attention.output.LayerNorm"),
             ),
-            ffn=FFN,
-            heads={
-                "ForSequenceClassification": (linear("pooler.dense", reads=HIDDEN, rows=(0, 1)),),
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": masked_lm(config),
-            },
-            refused={"head": "talking_head mixes the scores of its heads with one another"} if talking else {},
-        )
+            # Each term is a product of T tokens with 2 * T relative positions.
+            pairwise=2 * len(position_terms(config)),
+        ),
+        ffn=bert.FFN,
+        heads={
+            "ForSequenceClassification": (linear("pooler.dense", reads=HIDDEN, rows=(0, 1)),),
+            **bert.TOKEN_HEADS,
+            "ForMaskedLM": masked_lm(config),
+        },
+        refused={"head": "talking_head mixes the scores of its heads with one another"} if talking else {},
+    )
 
 
 def embeddings(config: PretrainedConfig) -> tuple[Weights, ...]:
@@ -116,12 +95,7 @@ def masked_lm(config: PretrainedConfig) -> tuple[Weights, ...]:
             norm("lm_predictions.lm_head.LayerNorm", read_by=f"{table}.weight"),
             linear(table, reads=HIDDEN),
         )
-    if width(config) == config.hidden_size:
-        return MASKED_LM
-    return (
-        linear("cls.predictions.transform.dense", reads=HIDDEN),
-        linear("cls.predictions.decoder"),
-    )
+    return bert.MASKED_LM if width(config) == config.hidden_size else bert.NARROW_MASKED_LM
 
 
 def width(config: PretrainedConfig) -> int:
@@ -134,6 +108,3 @@ def position_terms(config: PretrainedConfig) -> tuple[str, ...]:
     """Which of "c2p" (content to position) and "p2c" (position to content) the attention adds to its scores."""
     terms = config.pos_att_type or ()
     return tuple(term for term in ("c2p", "p2c") if config.relative_attention and term in terms)
-
-
-adapter = DebertaAdapter()

@@ -9,62 +9,48 @@ a fractional mask cannot scale what it writes: it is sliced only, and the norm b
 above 1 a hidden dimension belongs to a group of channels, so that the hidden size is refused.
 """
 
-from __future__ import annotations
+from dataclasses import replace
 
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
-from cofiprune.adapter import HEADS, HIDDEN, Adapter, BlockTable, Family, Weights, linear, norm, projection
-from cofiprune_adapters.bert import FFN
-from cofiprune_adapters.deberta import ATTRIBUTES, EXIT, POSITIONS, embeddings, masked_lm, position_terms
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune.adapter import HEADS, HIDDEN, Family, Weights, family, linear, norm, projection
+from cofiprune_adapters import bert
+from cofiprune_adapters.deberta import POSITIONS, embeddings, masked_lm, position_terms
 
 
-class DebertaV2Adapter(Adapter):
-    """DeBERTa-v2 and v3 with every head that transformers has for them."""
-
-    model_types = ("deberta-v2",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        grouped = getattr(config, "conv_kernel_size", 0) > 0 and getattr(config, "conv_groups", 1) > 1
-        pooler = (linear("pooler.dense", reads=HIDDEN, rows=(0, 1)),)
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layer",
-            stem=(
-                *embeddings(config),
-                POSITIONS,
-                norm("encoder.LayerNorm", optional=True),
-                linear("encoder.conv.conv", reads=HIDDEN, writes=HIDDEN, optional=True),
-                norm("encoder.conv.LayerNorm", optional=True),
+@family("deberta-v2")
+def adapter(config: PretrainedConfig) -> Family:
+    grouped = getattr(config, "conv_kernel_size", 0) > 0 and getattr(config, "conv_groups", 1) > 1
+    pooler = (linear("pooler.dense", reads=HIDDEN, rows=(0, 1)),)
+    return Family(
+        layers="encoder.layer",
+        stem=(
+            *embeddings(config),
+            POSITIONS,
+            norm("encoder.LayerNorm", optional=True),
+            linear("encoder.conv.conv", reads=HIDDEN, writes=HIDDEN, optional=True),
+            norm("encoder.conv.LayerNorm", optional=True),
+        ),
+        attention=replace(
+            bert.ATTENTION,
+            rows=(
+                *scores(config),
+                linear("attention.self.value_proj", reads=HIDDEN, writes=HEADS),
+                projection("attention.output.dense", reads=HEADS),
+                norm("attention.output.LayerNorm"),
             ),
-            attention=BlockTable(
-                rows=(
-                    *scores(config),
-                    linear("attention.self.value_proj", reads=HIDDEN, writes=HEADS),
-                    projection("attention.output.dense", reads=HEADS),
-                    norm("attention.output.LayerNorm"),
-                ),
-                exit=EXIT,
-                attributes=ATTRIBUTES,
-                # Each term is a product of every token with all relative positions.
-                per_token=positions(config) * len(position_terms(config)),
-            ),
-            ffn=FFN,
-            heads={
-                "ForSequenceClassification": pooler,
-                "ForMultipleChoice": pooler,
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": masked_lm(config),
-            },
-            refused={"hidden": "its convolution is grouped (conv_groups > 1)"} if grouped else {},
-        )
+            # Each term is a product of every token with all relative positions.
+            per_token=positions(config) * len(position_terms(config)),
+        ),
+        ffn=bert.FFN,
+        heads={
+            "ForSequenceClassification": pooler,
+            "ForMultipleChoice": pooler,
+            **bert.TOKEN_HEADS,
+            "ForMaskedLM": masked_lm(config),
+        },
+        refused={"hidden": "its convolution is grouped (conv_groups > 1)"} if grouped else {},
+    )
 
 
 def scores(config: PretrainedConfig) -> tuple[Weights, ...]:
@@ -94,6 +80,3 @@ def positions(config: PretrainedConfig) -> int:
     if span < 1:
         span = config.max_position_embeddings
     return 2 * span
-
-
-adapter = DebertaV2Adapter()

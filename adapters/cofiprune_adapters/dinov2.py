@@ -4,46 +4,34 @@ ViT's blocks with a learned scale on each block's output (layer scale) and, in t
 block. A removed block takes its layer scale along.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HIDDEN, INTERMEDIATE, Adapter, BlockTable, Family, linear, norm, projection, tensor
+from transformers import PretrainedConfig
+
+from cofiprune.adapter import HIDDEN, INTERMEDIATE, BlockTable, Family, family, linear, norm, projection, tensor
 from cofiprune_adapters.vit import ATTENTION, FFN, embeddings
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-
-class Dinov2Adapter(Adapter):
-    """DINOv2 with every head that transformers has for it."""
-
-    model_types = ("dinov2", "dinov2_with_registers")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        others = 1 + getattr(config, "num_register_tokens", 0)
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": intermediate_size(config),
-            },
-            layers="encoder.layer",
-            stem=(
-                *embeddings("cls_token", "register_tokens", "position_embeddings", others=others),
-                tensor("embeddings", "mask_token", None, HIDDEN.scaled),
-                norm("layernorm"),
-            ),
-            attention=replace(
-                ATTENTION,
-                rows=(norm("norm1"), *ATTENTION.rows[1:], tensor("layer_scale1", "lambda1", HIDDEN)),
-                bypassed=("norm1", "layer_scale1"),
-            ),
-            ffn=feed_forward(config),
-            # The class token and the mean of the patches, one after the other.
-            heads={"ForImageClassification": (linear("classifier", reads=HIDDEN.times(2), rows=(0, 1)),)},
-        )
+@family("dinov2", "dinov2_with_registers")
+def adapter(config: PretrainedConfig) -> Family:
+    others = 1 + getattr(config, "num_register_tokens", 0)
+    return Family(
+        layers="encoder.layer",
+        sizes={"intermediate": intermediate_size(config)},
+        stem=(
+            *embeddings("cls_token", "register_tokens", "position_embeddings", others=others),
+            tensor("embeddings", "mask_token", None, HIDDEN.scaled),
+            norm("layernorm"),
+        ),
+        attention=replace(
+            ATTENTION,
+            rows=(norm("norm1"), *ATTENTION.rows[1:], tensor("layer_scale1", "lambda1", HIDDEN)),
+            bypassed=("norm1", "layer_scale1"),
+        ),
+        ffn=feed_forward(config),
+        # The class token and the mean of the patches, one after the other.
+        heads={"ForImageClassification": (linear("classifier", reads=HIDDEN.times(2), rows=(0, 1)),)},
+    )
 
 
 def intermediate_size(config: PretrainedConfig) -> int:
@@ -61,6 +49,3 @@ def feed_forward(config: PretrainedConfig) -> BlockTable:
     inner = gated if config.use_swiglu_ffn else FFN.rows[1:]
     rows = (norm("norm2"), *inner, tensor("layer_scale2", "lambda1", HIDDEN))
     return replace(FFN, rows=rows, bypassed=("norm2", "layer_scale2"))
-
-
-adapter = Dinov2Adapter()

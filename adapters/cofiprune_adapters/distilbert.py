@@ -4,27 +4,23 @@ The layer itself adds the residual and runs the norm behind it, so that a block 
 attention or feed-forward module gives zeros when it is gone.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     ConfigSizes,
     Family,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune_adapters import bert
 
 ATTENTION = BlockTable(
     rows=(
@@ -48,31 +44,23 @@ FFN = BlockTable(
 POOLED = (linear("pre_classifier", reads=HIDDEN, rows=(0, 1)),)
 
 
-class DistilBertAdapter(Adapter):
-    """DistilBERT with every head that transformers has for it."""
-
-    model_types = ("distilbert",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={"hidden": config.dim, "heads": config.n_heads, "intermediate": config.hidden_dim},
-            layers="transformer.layer",
-            config=ConfigSizes(layers="n_layers", hidden="dim", heads="n_heads", intermediate="hidden_dim"),
-            stem=(embedding("embeddings.{word,position}_embeddings"), norm("embeddings.LayerNorm")),
-            attention=ATTENTION,
-            ffn=FFN,
-            heads={
-                "ForSequenceClassification": POOLED,
-                "ForMultipleChoice": POOLED,
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": (
-                    linear("vocab_transform", reads=HIDDEN, writes=HIDDEN),
-                    norm("vocab_layer_norm", read_by="vocab_projector.weight"),
-                    linear("vocab_projector", reads=HIDDEN),
-                ),
-            },
-        )
-
-
-adapter = DistilBertAdapter()
+@family("distilbert")
+def adapter(config: PretrainedConfig) -> Family:
+    return Family(
+        layers="transformer.layer",
+        config=ConfigSizes(layers="n_layers", hidden="dim", heads="n_heads", intermediate="hidden_dim"),
+        uniform=True,
+        stem=(embedding("embeddings.{word,position}_embeddings"), norm("embeddings.LayerNorm")),
+        attention=ATTENTION,
+        ffn=FFN,
+        heads={
+            "ForSequenceClassification": POOLED,
+            "ForMultipleChoice": POOLED,
+            **bert.TOKEN_HEADS,
+            "ForMaskedLM": (
+                linear("vocab_transform", reads=HIDDEN, writes=HIDDEN),
+                norm("vocab_layer_norm", read_by="vocab_projector.weight"),
+                linear("vocab_projector", reads=HIDDEN),
+            ),
+        },
+    )

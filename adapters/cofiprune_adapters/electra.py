@@ -1,52 +1,44 @@
-"""ELECTRA (Clark et al., 2020, arXiv:2003.10555): BERT's blocks behind embeddings that may be narrower.
+"""ELECTRA (Clark et al., 2020, arXiv:2003.10555), generator and discriminator: BERT's blocks, narrower embeddings.
 
 Where `embedding_size` is not the hidden size, the tables, their norm and the generator's head keep their width, and
 the projection between them and the encoder writes the hidden dimensions.
 """
 
-from __future__ import annotations
+from transformers import PretrainedConfig
 
-from typing import TYPE_CHECKING
-
-from cofiprune.adapter import HIDDEN, Adapter, Family, Weights, embedding, linear, norm
-from cofiprune_adapters.bert import ATTENTION, FFN
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune.adapter import HIDDEN, Family, Weights, embedding, family, linear, norm
+from cofiprune_adapters import bert, roberta
 
 
-class ElectraAdapter(Adapter):
-    """ELECTRA, generator and discriminator, with every head that transformers has for it."""
-
-    model_types = ("electra",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        wide = config.embedding_size == config.hidden_size
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layer",
-            stem=(
-                embedding("embeddings.{word,position,token_type}_embeddings", writes=HIDDEN if wide else None),
-                *((norm("embeddings.LayerNorm"),) if wide else (linear("embeddings_project", writes=HIDDEN.scaled),)),
+@family("electra")
+def adapter(config: PretrainedConfig) -> Family:
+    wide = config.embedding_size == config.hidden_size
+    return Family(
+        layers="encoder.layer",
+        stem=narrow_stem("embeddings.{word,position,token_type}_embeddings", wide=wide),
+        attention=bert.ATTENTION,
+        ffn=bert.FFN,
+        heads={
+            "ForSequenceClassification": roberta.CLASSIFIER,
+            "ForMultipleChoice": (summary(config),),
+            **bert.TOKEN_HEADS,
+            "ForMaskedLM": generator(wide),
+            "ForPreTraining": (
+                linear("discriminator_predictions.dense", reads=HIDDEN),
+                linear("discriminator_predictions.dense_prediction"),
             ),
-            attention=ATTENTION,
-            ffn=FFN,
-            heads={
-                "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1)),),
-                "ForMultipleChoice": (summary(config),),
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": generator(wide),
-                "ForPreTraining": (
-                    linear("discriminator_predictions.dense", reads=HIDDEN),
-                    linear("discriminator_predictions.dense_prediction"),
-                ),
-            },
-        )
+        },
+    )
+
+
+def narrow_stem(tables: str, *, wide: bool) -> tuple[Weights, Weights]:
+    """The rows of the embeddings.
+
+    :param wide: whether they are as wide as the hidden size, so that no projection follows them.
+    """
+    if wide:
+        return embedding(tables), norm("embeddings.LayerNorm")
+    return embedding(tables, writes=None), linear("embeddings_project", writes=HIDDEN.scaled)
 
 
 def summary(config: PretrainedConfig) -> Weights:
@@ -64,6 +56,3 @@ def generator(wide: bool) -> tuple[Weights, ...]:
         norm("generator_predictions.LayerNorm", read_by="generator_lm_head.weight"),
         linear("generator_lm_head", reads=HIDDEN),
     )
-
-
-adapter = ElectraAdapter()

@@ -1,25 +1,14 @@
-"""ERNIE (Sun et al., 2020, arXiv:1907.12412): BERT with embeddings of the task beside those of the token."""
-
-from __future__ import annotations
+"""ERNIE (Sun et al., 2020, arXiv:1907.12412), 1.0 to 3.0: BERT with embeddings of the task in addition."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from cofiprune.adapter import Family, embedding
-from cofiprune_adapters.bert import BertAdapter
+from transformers import PretrainedConfig
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune.adapter import Family, embedding, family
+from cofiprune_adapters import bert
 
 
-class ErnieAdapter(BertAdapter):
-    """ERNIE (1.0 to 3.0) with every head that transformers has for it."""
-
-    model_types = ("ernie",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        family = super().describe(config)
-        return replace(family, stem=(*family.stem, embedding("embeddings.task_type_embeddings", optional=True)))
-
-
-adapter = ErnieAdapter()
+@family("ernie")
+def adapter(config: PretrainedConfig) -> Family:
+    plain = bert.adapter.describe(config)
+    return replace(plain, stem=(*plain.stem, embedding("embeddings.task_type_embeddings", optional=True)))

@@ -4,80 +4,34 @@ Contact prediction reads the attention maps of every head of every layer, so tha
 has all of them.
 """
 
-from __future__ import annotations
+from dataclasses import replace
 
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
-from cofiprune.adapter import (
-    HEADS,
-    HIDDEN,
-    INTERMEDIATE,
-    Adapter,
-    BlockTable,
-    Family,
-    embedding,
-    linear,
-    norm,
-    projection,
-)
-from cofiprune.structure import BlockExit
+from cofiprune.adapter import HIDDEN, BlockExit, Family, embedding, family, linear, norm
+from cofiprune_adapters import bert, roberta
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+ATTENTION, FFN = bert.pre_norm("attention.LayerNorm", "LayerNorm")
 
 
-class EsmAdapter(Adapter):
-    """ESM with every head that transformers has for it, protein folding aside."""
-
-    model_types = ("esm",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layer",
-            stem=(
-                embedding("embeddings.word_embeddings"),
-                embedding("embeddings.position_embeddings", optional=True),
-                norm("embeddings.layer_norm", optional=True),
-                norm("encoder.emb_layer_norm_after"),
-                linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True),
-                linear("contact_head.regression", rows=(0, 0)),
-            ),
-            attention=BlockTable(
-                rows=(
-                    norm("attention.LayerNorm"),
-                    linear("attention.self.{query,key,value}", reads=HIDDEN, writes=HEADS),
-                    projection("attention.output.dense", reads=HEADS),
-                ),
-                exit=BlockExit("attention"),
-                attributes=(
-                    ("attention.self", "num_attention_heads", HEADS.of(1)),
-                    ("attention.self", "all_head_size", HEADS),
-                ),
-            ),
-            ffn=BlockTable(
-                rows=(
-                    norm("LayerNorm"),
-                    linear("intermediate.dense", reads=HIDDEN, writes=INTERMEDIATE),
-                    projection("output.dense", reads=INTERMEDIATE),
-                ),
-                exit=BlockExit("output", argument=1),
-                bypassed=("LayerNorm", "intermediate"),
-            ),
-            heads={
-                "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1)),),
-                "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
-                "ForMaskedLM": (
-                    linear("lm_head.dense", reads=HIDDEN, writes=HIDDEN),
-                    norm("lm_head.layer_norm", read_by="lm_head.decoder.weight"),
-                    linear("lm_head.decoder", reads=HIDDEN),
-                ),
-            },
-        )
-
-
-adapter = EsmAdapter()
+@family("esm")
+def adapter(config: PretrainedConfig) -> Family:
+    """Every head that transformers has for it, protein folding aside."""
+    return Family(
+        layers="encoder.layer",
+        stem=(
+            embedding("embeddings.word_embeddings"),
+            embedding("embeddings.position_embeddings", optional=True),
+            norm("embeddings.layer_norm", optional=True),
+            norm("encoder.emb_layer_norm_after"),
+            bert.POOLER,
+            linear("contact_head.regression", rows=(0, 0)),
+        ),
+        attention=replace(ATTENTION, exit=BlockExit("attention")),
+        ffn=replace(FFN, exit=BlockExit("output", argument=1)),
+        heads={
+            "ForSequenceClassification": roberta.CLASSIFIER,
+            "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
+            "ForMaskedLM": roberta.MASKED_LM,
+        },
+    )

@@ -7,73 +7,59 @@ Multiply-accumulates of the layers with local attention are exact for sequences 
 beyond.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     Family,
     Weights,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
-class ModernBertAdapter(Adapter):
-    """ModernBERT with every head that transformers has for it."""
-
-    model_types = ("modernbert",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="layers",
-            stem=(embedding("embeddings.tok_embeddings"), norm("embeddings.norm"), norm("final_norm")),
-            attention=BlockTable(
-                rows=(
-                    norm("attn_norm"),
-                    linear("attn.Wqkv", reads=HIDDEN, writes=HEADS.times(3)),
-                    projection("attn.Wo", reads=HEADS),
-                ),
-                exit=BlockExit("attn", outputs=2, residual=False),
-                bypassed=("attn_norm",),
+@family("modernbert")
+def adapter(config: PretrainedConfig) -> Family:
+    return Family(
+        layers="layers",
+        stem=(embedding("embeddings.tok_embeddings"), norm("embeddings.norm"), norm("final_norm")),
+        attention=BlockTable(
+            rows=(
+                norm("attn_norm"),
+                linear("attn.Wqkv", reads=HIDDEN, writes=HEADS.times(3)),
+                projection("attn.Wo", reads=HEADS),
             ),
-            ffn=BlockTable(
-                rows=(
-                    norm("mlp_norm"),
-                    linear("mlp.Wi", reads=HIDDEN, writes=INTERMEDIATE.times(2)),
-                    projection("mlp.Wo", reads=INTERMEDIATE),
-                ),
-                exit=BlockExit("mlp", residual=False),
-                bypassed=("mlp_norm",),
+            exit=BlockExit("attn", outputs=2, residual=False),
+            bypassed=("attn_norm",),
+        ),
+        ffn=BlockTable(
+            rows=(
+                norm("mlp_norm"),
+                linear("mlp.Wi", reads=HIDDEN, writes=INTERMEDIATE.times(2)),
+                projection("mlp.Wo", reads=INTERMEDIATE),
             ),
-            heads={
-                "ForSequenceClassification": classifier(pooled=True),
-                "ForMultipleChoice": classifier(pooled=True),
-                "ForTokenClassification": classifier(pooled=False),
-                "ForQuestionAnswering": classifier(pooled=False),
-                "ForMaskedLM": (
-                    linear("head.dense", reads=HIDDEN, writes=HIDDEN),
-                    norm("head.norm", read_by="decoder.weight"),
-                    linear("decoder", reads=HIDDEN),
-                ),
-            },
-        )
+            exit=BlockExit("mlp", residual=False),
+            bypassed=("mlp_norm",),
+        ),
+        heads={
+            "ForSequenceClassification": classifier(pooled=True),
+            "ForMultipleChoice": classifier(pooled=True),
+            "ForTokenClassification": classifier(pooled=False),
+            "ForQuestionAnswering": classifier(pooled=False),
+            "ForMaskedLM": (
+                linear("head.dense", reads=HIDDEN, writes=HIDDEN),
+                norm("head.norm", read_by="decoder.weight"),
+                linear("decoder", reads=HIDDEN),
+            ),
+        },
+    )
 
 
 def classifier(*, pooled: bool) -> tuple[Weights, ...]:
@@ -84,6 +70,3 @@ def classifier(*, pooled: bool) -> tuple[Weights, ...]:
         norm("head.norm"),
         linear("classifier", reads=HIDDEN, rows=rows),
     )
-
-
-adapter = ModernBertAdapter()

@@ -4,41 +4,27 @@ The positions turn the queries and keys inside a head, by a fixed table that all
 embeddings may be narrower than the hidden size and are then projected to it.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HIDDEN, Family, embedding, linear, norm
-from cofiprune_adapters.bert import MASKED_LM, BertAdapter
-from cofiprune_adapters.electra import summary
+from transformers import PretrainedConfig
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-NARROW_MASKED_LM = (linear("cls.predictions.transform.dense", reads=HIDDEN), linear("cls.predictions.decoder"))
+from cofiprune.adapter import Family, embedding, family
+from cofiprune_adapters import bert, roberta
+from cofiprune_adapters.electra import narrow_stem, summary
 
 
-class RoFormerAdapter(BertAdapter):
-    """RoFormer with every head that transformers has for it."""
-
-    model_types = ("roformer",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        family = super().describe(config)
-        wide = config.embedding_size == config.hidden_size
-        stem = (
-            embedding("embeddings.{word,token_type}_embeddings", writes=HIDDEN if wide else None),
-            *((norm("embeddings.LayerNorm"),) if wide else (linear("embeddings_project", writes=HIDDEN.scaled),)),
-            embedding("encoder.embed_positions", writes=None),
-        )
-        heads = {
-            **family.heads,
-            "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1)),),
-            "ForMultipleChoice": (summary(config),),
-            "ForMaskedLM": MASKED_LM if wide else NARROW_MASKED_LM,
-        }
-        return replace(family, stem=stem, heads=heads)
-
-
-adapter = RoFormerAdapter()
+@family("roformer")
+def adapter(config: PretrainedConfig) -> Family:
+    plain = bert.adapter.describe(config)
+    wide = config.embedding_size == config.hidden_size
+    stem = (
+        *narrow_stem("embeddings.{word,token_type}_embeddings", wide=wide),
+        embedding("encoder.embed_positions", writes=None),
+    )
+    heads = {
+        **plain.heads,
+        "ForSequenceClassification": roberta.CLASSIFIER,
+        "ForMultipleChoice": (summary(config),),
+        "ForMaskedLM": bert.MASKED_LM if wide else bert.NARROW_MASKED_LM,
+    }
+    return replace(plain, stem=stem, heads=heads)

@@ -7,28 +7,24 @@ with RMSNorm and shares keys and values among several query heads: one unit of `
 with the keys and values that it reads.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     ConfigSizes,
     Family,
     Weights,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune_adapters import bert
 
 ATTENTION = (
     linear("self_attn.{q,k,v}_proj", reads=HIDDEN, writes=HEADS),
@@ -42,7 +38,6 @@ PLAIN_FFN = (
     linear("mlp.fc1", reads=HIDDEN, writes=INTERMEDIATE),
     projection("mlp.fc2", reads=INTERMEDIATE),
 )
-TOKENS = (linear("classifier", reads=HIDDEN),)
 PREDICTIONS = {
     "nomic_bert": ("cls.predictions.transform", "cls.predictions.decoder"),
     "gte": ("lm_head", "lm_head.decoder"),
@@ -51,44 +46,35 @@ PREDICTIONS = {
 """Where the masked language modelling head has its transform and its decoder."""
 
 
-class PostNormAdapter(Adapter):
-    """Nomic-BERT, GTE and jina-embeddings-v3 with every head that transformers has for them."""
-
-    model_types = ("nomic_bert", "gte", "jina_embeddings_v3")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        ffn = PLAIN_FFN if config.model_type == "jina_embeddings_v3" else FFN
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="layers",
-            config=ConfigSizes(head_dim="head_dim"),
-            stem=(
-                embedding("embeddings.word_embeddings"),
-                embedding("embeddings.token_type_embeddings", optional=True),
-                norm("embeddings.LayerNorm"),
-                linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True),
-            ),
-            attention=BlockTable(
-                rows=(*ATTENTION, norm("post_attention_layernorm")),
-                exit=BlockExit("post_attention_layernorm"),
-                bypassed=(BlockExit("self_attn", outputs=2, residual=False),),
-            ),
-            ffn=BlockTable(
-                rows=(*ffn, norm("post_mlp_layernorm")),
-                exit=BlockExit("post_mlp_layernorm"),
-                bypassed=(BlockExit("mlp", residual=False),),
-            ),
-            heads={
-                "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1), optional=True),),
-                "ForTokenClassification": TOKENS,
-                "ForQuestionAnswering": (linear("qa_outputs", reads=HIDDEN),),
-                "ForMaskedLM": masked_lm(*PREDICTIONS[config.model_type]),
-            },
-        )
+@family("nomic_bert", "gte", "jina_embeddings_v3")
+def post_norm(config: PretrainedConfig) -> Family:
+    ffn = PLAIN_FFN if config.model_type == "jina_embeddings_v3" else FFN
+    return Family(
+        layers="layers",
+        config=ConfigSizes(head_dim="head_dim"),
+        uniform=True,
+        stem=(
+            embedding("embeddings.word_embeddings"),
+            embedding("embeddings.token_type_embeddings", optional=True),
+            norm("embeddings.LayerNorm"),
+            bert.POOLER,
+        ),
+        attention=BlockTable(
+            rows=(*ATTENTION, norm("post_attention_layernorm")),
+            exit=BlockExit("post_attention_layernorm"),
+            bypassed=(BlockExit("self_attn", outputs=2, residual=False),),
+        ),
+        ffn=BlockTable(
+            rows=(*ffn, norm("post_mlp_layernorm")),
+            exit=BlockExit("post_mlp_layernorm"),
+            bypassed=(BlockExit("mlp", residual=False),),
+        ),
+        heads={
+            "ForSequenceClassification": (linear("classifier.dense", reads=HIDDEN, rows=(0, 1), optional=True),),
+            **bert.TOKEN_HEADS,
+            "ForMaskedLM": masked_lm(*PREDICTIONS[config.model_type]),
+        },
+    )
 
 
 def masked_lm(transform: str, decoder: str) -> tuple[Weights, ...]:
@@ -100,41 +86,29 @@ def masked_lm(transform: str, decoder: str) -> tuple[Weights, ...]:
     )
 
 
-class EuroBertAdapter(Adapter):
-    """EuroBERT with every head that transformers has for it."""
-
-    model_types = ("eurobert",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        rows = (1, 0) if config.classifier_pooling == "late" else (0, 1)
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_key_value_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="layers",
-            stem=(embedding("embed_tokens"), norm("norm", kind="rms", read_by="lm_head.weight")),
-            attention=BlockTable(
-                rows=(norm("input_layernorm", kind="rms"), *ATTENTION),
-                exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
-                bypassed=("input_layernorm",),
+@family("eurobert")
+def eurobert(config: PretrainedConfig) -> Family:
+    rows = (1, 0) if config.classifier_pooling == "late" else (0, 1)
+    return Family(
+        layers="layers",
+        config=ConfigSizes(heads="num_key_value_heads"),
+        stem=(embedding("embed_tokens"), norm("norm", kind="rms", read_by="lm_head.weight")),
+        attention=BlockTable(
+            rows=(norm("input_layernorm", kind="rms"), *ATTENTION),
+            exit=BlockExit("self_attn", keyword="hidden_states", outputs=2, residual=False),
+            bypassed=("input_layernorm",),
+        ),
+        ffn=BlockTable(
+            rows=(norm("post_attention_layernorm", kind="rms"), *FFN),
+            exit=BlockExit("mlp", residual=False),
+            bypassed=("post_attention_layernorm",),
+        ),
+        heads={
+            "ForSequenceClassification": (
+                linear("dense", reads=HIDDEN, rows=rows),
+                linear("classifier", rows=rows),
             ),
-            ffn=BlockTable(
-                rows=(norm("post_attention_layernorm", kind="rms"), *FFN),
-                exit=BlockExit("mlp", residual=False),
-                bypassed=("post_attention_layernorm",),
-            ),
-            heads={
-                "ForSequenceClassification": (
-                    linear("dense", reads=HIDDEN, rows=rows),
-                    linear("classifier", rows=rows),
-                ),
-                "ForTokenClassification": TOKENS,
-                "ForMaskedLM": (linear("lm_head", reads=HIDDEN),),
-            },
-        )
-
-
-post_norm = PostNormAdapter()
-eurobert = EuroBertAdapter()
+            "ForTokenClassification": (linear("classifier", reads=HIDDEN),),
+            "ForMaskedLM": (linear("lm_head", reads=HIDDEN),),
+        },
+    )

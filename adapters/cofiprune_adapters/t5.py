@@ -9,27 +9,24 @@ the columns of the heads that it has kept.
 Classes that have the decoder too (sequence classification, question answering) are refused as a whole.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
+    ConfigSizes,
     Family,
+    Shared,
     Weights,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit, Shared
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 TABLE = "layer.0.SelfAttention.relative_attention_bias"
 SHARED = Shared(
@@ -52,42 +49,36 @@ FFN = BlockTable(
 )
 
 
-class T5Adapter(Adapter):
+@family("t5", "mt5", "umt5")
+def adapter(config: PretrainedConfig) -> Family:
     """The encoders of T5, mT5 and UMT5, alone and with a token classification head."""
-
-    model_types = ("t5", "mt5", "umt5")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        shares = config.model_type != "umt5"
-        own = () if shares else (Weights(TABLE, {"weight": (None, HEADS)}),)
-        common = (embedding(f"encoder.block.0.{TABLE}", writes=None),) if shares else ()
-        return Family(
-            sizes={"hidden": config.d_model, "heads": config.num_heads, "intermediate": config.d_ff},
-            layers="encoder.block",
-            stem=(
-                embedding("encoder.embed_tokens"),
-                embedding("shared"),  # one with that of the encoder, which is the one that is called
-                norm("encoder.final_layer_norm", kind="rms"),
-                *common,
+    shares = config.model_type != "umt5"
+    own = () if shares else (Weights(TABLE, {"weight": (None, HEADS)}),)
+    common = (embedding(f"encoder.block.0.{TABLE}", writes=None),) if shares else ()
+    return Family(
+        layers="encoder.block",
+        config=ConfigSizes(heads="num_heads", intermediate="d_ff"),
+        stem=(
+            embedding("encoder.embed_tokens"),
+            embedding("shared"),  # one with that of the encoder, which is the one that is called
+            norm("encoder.final_layer_norm", kind="rms"),
+            *common,
+        ),
+        attention=BlockTable(
+            rows=(
+                norm("layer.0.layer_norm", kind="rms"),
+                linear("layer.0.SelfAttention.{q,k,v}", reads=HIDDEN, writes=HEADS),
+                *own,
+                projection("layer.0.SelfAttention.o", reads=HEADS),
             ),
-            attention=BlockTable(
-                rows=(
-                    norm("layer.0.layer_norm", kind="rms"),
-                    linear("layer.0.SelfAttention.{q,k,v}", reads=HIDDEN, writes=HEADS),
-                    *own,
-                    projection("layer.0.SelfAttention.o", reads=HEADS),
-                ),
-                exit=BlockExit("layer.0.SelfAttention", outputs=3 if shares else 2, residual=False),
-                bypassed=("layer.0.layer_norm",),
-                shared=(SHARED,) if shares else (),
-                attributes=(
-                    ("layer.0.SelfAttention", "n_heads", HEADS.of(1)),
-                    ("layer.0.SelfAttention", "inner_dim", HEADS),
-                ),
+            exit=BlockExit("layer.0.SelfAttention", outputs=3 if shares else 2, residual=False),
+            bypassed=("layer.0.layer_norm",),
+            shared=(SHARED,) if shares else (),
+            attributes=(
+                ("layer.0.SelfAttention", "n_heads", HEADS.of(1)),
+                ("layer.0.SelfAttention", "inner_dim", HEADS),
             ),
-            ffn=FFN,
-            heads={"ForTokenClassification": (linear("classifier", reads=HIDDEN),)},
-        )
-
-
-adapter = T5Adapter()
+        ),
+        ffn=FFN,
+        heads={"ForTokenClassification": (linear("classifier", reads=HIDDEN),)},
+    )

@@ -5,28 +5,23 @@ An image is cut into patches, each of which a convolution turns into one row of 
 position vectors are parameters of the embeddings themselves. Each block's norm stands before it and goes with it.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
-    ConfigSizes,
     Family,
     Weights,
+    family,
     linear,
     norm,
     projection,
     tensor,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune_adapters import bert
 
 ATTENTION = BlockTable(
     rows=(
@@ -47,7 +42,6 @@ FFN = BlockTable(
     exit=BlockExit("mlp", residual=False),
     bypassed=("layernorm_after",),
 )
-MASKED_IMAGE = (linear("decoder.0", reads=HIDDEN),)
 
 
 def embeddings(*vectors: str, others: int = 1) -> tuple[Weights, ...]:
@@ -61,36 +55,22 @@ def embeddings(*vectors: str, others: int = 1) -> tuple[Weights, ...]:
     )
 
 
-class ViTAdapter(Adapter):
-    """ViT, DeiT, MSN and I-JEPA with every head that transformers has for them."""
-
-    model_types = ("vit", "deit", "vit_msn", "ijepa")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        others = {"deit": 2, "ijepa": 0}.get(config.model_type, 1)
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="layers",
-            config=ConfigSizes(),
-            stem=(
-                *embeddings("cls_token", "distillation_token", "mask_token", "position_embeddings", others=others),
-                norm("layernorm"),
-                linear("pooler.dense", reads=HIDDEN, rows=(0, 1), optional=True),
-            ),
-            attention=ATTENTION,
-            ffn=FFN,
-            heads={
-                "ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),),
-                "ForImageClassificationWithTeacher": (
-                    linear("{cls,distillation}_classifier", reads=HIDDEN, rows=(0, 1)),
-                ),
-                "ForMaskedImageModeling": MASKED_IMAGE,
-            },
-        )
-
-
-adapter = ViTAdapter()
+@family("vit", "deit", "vit_msn", "ijepa")
+def adapter(config: PretrainedConfig) -> Family:
+    others = {"deit": 2, "ijepa": 0}.get(config.model_type, 1)
+    return Family(
+        layers="layers",
+        uniform=True,
+        stem=(
+            *embeddings("cls_token", "distillation_token", "mask_token", "position_embeddings", others=others),
+            norm("layernorm"),
+            bert.POOLER,
+        ),
+        attention=ATTENTION,
+        ffn=FFN,
+        heads={
+            "ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),),
+            "ForImageClassificationWithTeacher": (linear("{cls,distillation}_classifier", reads=HIDDEN, rows=(0, 1)),),
+            "ForMaskedImageModeling": (linear("decoder.0", reads=HIDDEN),),
+        },
+    )

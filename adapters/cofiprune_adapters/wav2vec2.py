@@ -11,29 +11,25 @@ The base models have post-norm layers, in which the norms stand beside attention
 Multiply-accumulates of SEW are exact where its `squeeze_factor` divides the rows that its convolutions make.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
     ExtraTable,
     Family,
     Weights,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 PRE_NORM_ATTENTION = BlockTable(
     rows=(
@@ -63,39 +59,30 @@ GROUPED = (
 )
 
 
-class Wav2Vec2Adapter(Adapter):
-    """wav2vec 2.0 and the families that share its layers, with every head that transformers has for them."""
-
-    model_types: tuple[str, ...] = ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        factor = getattr(config, "squeeze_factor", 1)
-        language = getattr(config, "adapter_attn_dim", None) is not None
-        stable = getattr(config, "do_stable_layer_norm", False)
-        return Family(
-            sizes={
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-            },
-            layers="encoder.layers",
-            stem=(
-                *features(config, factor),
-                linear("feature_projection{,.projection}", rows=(factor, 0), optional=True),
-                *positions(config),
-                linear("encoder.upsample.projection", optional=True),
-            ),
-            extra=LANGUAGE if stable and language else ExtraTable(),
-            attention=PRE_NORM_ATTENTION if stable else ATTENTION,
-            ffn=PRE_NORM_FFN if stable else FFN,
-            heads={
-                "ForCTC": (linear("lm_head"),),
-                "ForSequenceClassification": (linear("projector"),),
-                "ForAudioFrameClassification": (linear("classifier"),),
-                "ForXVector": (linear("projector"),),
-            },
-            refused={"hidden": GROUPED},
-        )
+@family("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
+def adapter(config: PretrainedConfig) -> Family:
+    factor = getattr(config, "squeeze_factor", 1)
+    language = getattr(config, "adapter_attn_dim", None) is not None
+    stable = getattr(config, "do_stable_layer_norm", False)
+    return Family(
+        layers="encoder.layers",
+        stem=(
+            *features(config, factor),
+            linear("feature_projection{,.projection}", rows=(factor, 0), optional=True),
+            *positions(config),
+            linear("encoder.upsample.projection", optional=True),
+        ),
+        extra=LANGUAGE if stable and language else ExtraTable(),
+        attention=PRE_NORM_ATTENTION if stable else ATTENTION,
+        ffn=PRE_NORM_FFN if stable else FFN,
+        heads={
+            "ForCTC": (linear("lm_head"),),
+            "ForSequenceClassification": (linear("projector"),),
+            "ForAudioFrameClassification": (linear("classifier"),),
+            "ForXVector": (linear("projector"),),
+        },
+        refused={"hidden": GROUPED},
+    )
 
 
 def features(config: PretrainedConfig, per_row: int = 1) -> Iterator[Weights]:
@@ -122,6 +109,3 @@ def positions(config: PretrainedConfig) -> Iterator[Weights]:
     # Where its weight is normalised, a magnitude and a direction take its place.
     yield Weights(f"{path}.conv.parametrizations.weight", {"original0": ()}, optional=True)
     yield Weights(f"{path}.conv.parametrizations.weight", {"original1": ()}, rows=rows, optional=True)
-
-
-adapter = Wav2Vec2Adapter()

@@ -6,17 +6,23 @@ projections are not called: their weights go to torch's `multi_head_attention_fo
 its input, so that heads are refused. The hidden size is refused as in wav2vec 2.0.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from cofiprune.adapter import HEADS, BlockTable, Family, embedding, linear, projection, tensor
-from cofiprune.structure import BlockExit, Shared
-from cofiprune_adapters.wav2vec2 import PRE_NORM_ATTENTION, Wav2Vec2Adapter
+from transformers import PretrainedConfig
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from cofiprune.adapter import (
+    HEADS,
+    BlockExit,
+    BlockTable,
+    Family,
+    Shared,
+    embedding,
+    family,
+    linear,
+    projection,
+    tensor,
+)
+from cofiprune_adapters import wav2vec2
 
 NARROW = "its attention is torch's multi_head_attention_forward, which cannot be narrower inside than at its input"
 SHARED = Shared(
@@ -31,20 +37,16 @@ SHARED = Shared(
 )
 
 
-class WavLMAdapter(Wav2Vec2Adapter):
-    """WavLM with every head that transformers has for it."""
-
-    model_types = ("wavlm",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        family = super().describe(config)
-        table = embedding("encoder.layers.0.attention.rel_attn_embed", writes=None)
-        return replace(
-            family,
-            stem=(*family.stem, table),
-            attention=attention(config, family.attention),
-            refused={**family.refused, "head": NARROW},
-        )
+@family("wavlm")
+def adapter(config: PretrainedConfig) -> Family:
+    plain = wav2vec2.adapter.describe(config)
+    table = embedding("encoder.layers.0.attention.rel_attn_embed", writes=None)
+    return replace(
+        plain,
+        stem=(*plain.stem, table),
+        attention=attention(config, plain.attention),
+        refused={**plain.refused, "head": NARROW},
+    )
 
 
 def attention(config: PretrainedConfig, plain: BlockTable) -> BlockTable:
@@ -57,8 +59,5 @@ def attention(config: PretrainedConfig, plain: BlockTable) -> BlockTable:
         projection("attention.out_proj", reads=HEADS, read_in="attention"),
         *plain.rows[2:],
     )
-    leaves = {"exit": own} if plain.exit == PRE_NORM_ATTENTION.exit else {"bypassed": (own,)}
+    leaves = {"exit": own} if plain.exit == wav2vec2.PRE_NORM_ATTENTION.exit else {"bypassed": (own,)}
     return replace(plain, rows=rows, shared=(SHARED,), attributes=(), **leaves)
-
-
-adapter = WavLMAdapter()

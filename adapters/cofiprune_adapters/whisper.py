@@ -5,26 +5,22 @@ model, it computes the sinusoids of its positions before it reads those in the f
 odd: the hidden size is refused.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
-    Adapter,
+    BlockExit,
     BlockTable,
+    ConfigSizes,
     Family,
     embedding,
+    family,
     linear,
     norm,
     projection,
 )
-from cofiprune.structure import BlockExit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 ATTENTION = BlockTable(
     rows=(
@@ -48,27 +44,16 @@ FFN = BlockTable(
 SINUSOIDS = "transformers cannot load it with an odd number of them, for which its positions have no sinusoids"
 
 
-class WhisperAdapter(Adapter):
-    """Whisper's encoder, bare and for classification."""
-
-    model_types = ("whisper",)
-
-    def describe(self, config: PretrainedConfig) -> Family:
-        return Family(
-            sizes={
-                "hidden": config.d_model,
-                "heads": config.encoder_attention_heads,
-                "intermediate": config.encoder_ffn_dim,
-            },
-            encoder="encoder",
-            layers="layers",
-            # The first convolution makes two rows of what the second makes one.
-            stem=(linear("conv1", rows=(2, 0)), linear("conv2"), embedding("embed_positions"), norm("layer_norm")),
-            attention=ATTENTION,
-            ffn=FFN,
-            heads={"ForAudioClassification": (linear("projector", reads=HIDDEN),)},
-            refused={"hidden": SINUSOIDS},
-        )
-
-
-adapter = WhisperAdapter()
+@family("whisper")
+def adapter(config: PretrainedConfig) -> Family:
+    return Family(
+        encoder="encoder",
+        layers="layers",
+        config=ConfigSizes(heads="encoder_attention_heads", intermediate="encoder_ffn_dim"),
+        # The first convolution makes two rows of what the second makes one.
+        stem=(linear("conv1", rows=(2, 0)), linear("conv2"), embedding("embed_positions"), norm("layer_norm")),
+        attention=ATTENTION,
+        ffn=FFN,
+        heads={"ForAudioClassification": (linear("projector", reads=HIDDEN),)},
+        refused={"hidden": SINUSOIDS},
+    )

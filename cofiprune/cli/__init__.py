@@ -6,6 +6,7 @@ chosen subcommand needs is imported, and torch and transformers not before its a
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cofiprune.cli.parser import Parser, UsageError
+from cofiprune.cli.options import Parser, UsageError
 from cofiprune.errors import CofipruneError, suggest
 
 MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -42,24 +43,15 @@ class Command(NamedTuple):
     summary: str
 
 
+_TRAINED = "MODEL --train-file FILE --output-dir DIR"
 COMMANDS = {
-    "prune": Command(
-        "training", "MODEL --output-dir DIR", "prune a model to a target sparsity and save the smaller one"
-    ),
-    "finetune": Command(
-        "training",
-        "MODEL --train-file FILE --output-dir DIR",
-        "train a model, dense or compacted, with or without a teacher",
-    ),
-    "evaluate": Command("measuring", "MODEL --validation-file FILE", "loss and metrics of a model on a data file"),
-    "benchmark": Command(
-        "measuring", "MODEL [--baseline NAME]", "latency and throughput on this device, next to a baseline"
-    ),
-    "inspect": Command("inspection", "MODEL", "parameters, MACs and structure: what can be pruned, and what cannot"),
+    "prune": Command("train", "MODEL --output-dir DIR", "prune a model to a target and save the smaller one"),
+    "finetune": Command("train", _TRAINED, "train a model, dense or compacted, with or without a teacher"),
+    "evaluate": Command("measure", "MODEL --validation-file FILE", "loss and metrics of a model on a data file"),
+    "benchmark": Command("measure", "MODEL [--baseline NAME]", "latency and throughput on this device"),
+    "inspect": Command("measure", "MODEL", "parameters, MACs and structure: what can be pruned, and what cannot"),
     "export": Command("export", "MODEL OUT", "write a model as ONNX and compare it with the original"),
-    "convert": Command(
-        "conversion", "DIR OUT", "read a directory of the original CoFi, write an ordinary compacted model"
-    ),
+    "convert": Command("export", "DIR OUT", "read a directory of the original CoFi, write a compacted model"),
 }
 
 
@@ -118,7 +110,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _overview() -> Parser:
-    """What is known before a command is chosen."""
+    """Make the parser of a command line without a command."""
     from cofiprune import __version__
 
     listed = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
@@ -127,7 +119,7 @@ def _overview() -> Parser:
         usage="cofiprune COMMAND [options]",
         description="Structured pruning for Hugging Face encoders.",
         epilog=f"commands:\n{listed}\n\nThe options of a command: cofiprune COMMAND --help",
-        keep_lines=True,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cofiprune {__version__}")
     _add_debug(parser)

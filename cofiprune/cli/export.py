@@ -1,4 +1,4 @@
-"""`cofiprune export`: a model as ONNX, compared with the original on inputs of other shapes than the exported ones."""
+"""`cofiprune export` and `convert`: a model as ONNX, compared with the original; an original CoFi run as a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.cli.models import add_task_option, load_model, load_tokenizer
-from cofiprune.cli.parser import UsageError, at_least, one_of, writable_directory
+from cofiprune.cli.options import UsageError, at_least, one_of, writable_directory
 from cofiprune.errors import CofipruneError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORMATS = ("onnx",)
+_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 _NEEDED = ("onnx", "onnxscript")
 _EXAMPLE = (2, 8)
 _COMPARED = ((1, 5), (3, 12))
@@ -166,3 +167,24 @@ def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Se
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     text = model.main_input_name == "input_ids"
     return tuple({0: batch, **({value.dim() - 1: sequence} if text else {})} for value in inputs.values())
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `convert` takes."""
+    parser.add_argument("path", metavar="DIR", help="config.json, pytorch_model.bin and, of a run, zs.pt")
+    parser.add_argument("out", metavar="OUT", help="directory to write to")
+    parser.add_argument(
+        "--task-head",
+        type=one_of(_HEADS, "head"),
+        metavar="HEAD",
+        help=f"{', '.join(_HEADS)} (default: what config.json says)",
+    )
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write the model anew and print its summary."""
+    from cofiprune import cofi_checkpoint
+    from cofiprune.measure.summary import summary
+
+    model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
+    print(f"{summary(model)}\n\nsaved in {options.out}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.cli.models import TASKS, load_config, load_model, load_tokenizer, model_name, task_by_architecture
-from cofiprune.cli.parser import at_least
+from cofiprune.cli.options import at_least
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
 from cofiprune.data.tasks import IGNORED, task_by_name
 from cofiprune.errors import DataError

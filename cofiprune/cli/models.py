@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.cli.parser import UsageError, one_of
+from cofiprune.cli.options import UsageError, one_of
 from cofiprune.errors import CheckpointError, CofipruneError
 
 if TYPE_CHECKING:

@@ -28,17 +28,17 @@ def config_names(model: PreTrainedModel) -> ConfigSizes:
 
     :raises PlanError: when its family's adapter does not give them, or the model has been compacted already.
     """
-    names = adapter_for(model).describe(model.config).config
-    if names is None:
+    family = adapter_for(model).describe(model.config)
+    if not family.uniform:
         raise PlanError(
             f"the configuration of {model.config.model_type} cannot state smaller sizes, or its adapter does not "
-            "declare their names; leave out uniform"
+            "declare that it can (Family(uniform=True)); leave out uniform"
         )
     if recorded_sizes(model.config) is not None:
         raise PlanError(
             "this model has been compacted to sizes that its configuration does not state; start from the dense one"
         )
-    return names
+    return family.config
 
 
 def uniform_units(

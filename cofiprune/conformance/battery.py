@@ -1,36 +1,27 @@
 """The conformance battery: every law of the masks, for every head class of a family.
 
 An adapter only describes, so that a wrong description does not fail where it is made: heads sliced at the wrong
-rows still run and give other answers. What exposes it is the law that a masked model and the compacted one agree,
-in float64 and with biases and norms that are not trivial, beside a few laws that this one is blind to.
+rows still run and give other outputs. It shows in the law that a masked model and the compacted one agree, in float64
+and with biases and norms that are not trivial, and in a few laws for what this one cannot see.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from cofiprune.adapter import Adapter, adapter_for, temporarily
-from cofiprune.adapter import structure as structure_of
-from cofiprune.conformance.description import check_applications, check_structure
-from cofiprune.conformance.laws import (
-    ROUNDED,
-    Case,
-    Choice,
-    Subject,
-    changed_weights,
-    check_blocks,
-    check_case,
-    check_gradients,
-    check_ones,
-    reloaded,
-)
+from cofiprune.adapter import Adapter, adapter_for, family_entries
+from cofiprune.conformance import laws
+from cofiprune.conformance.laws import ROUNDED, Case
 from cofiprune.conformance.specimens import (
     Batch,
+    Choice,
+    Subject,
+    double,
     head_classes,
     inputs,
     outputs,
@@ -94,7 +85,7 @@ def check_adapter(
     """Check every law of the masks and return what was covered.
 
     :param adapter_or_model: an adapter, which need not be registered, or one model of a family that has one. A
-        model is copied and the copy's parameters are replaced by random ones, so that a small one does.
+        model is copied and the copy's parameters are replaced by random ones, so that a small one is enough.
     :param heads: endings of the names of the head classes to check, such as "ForTokenClassification"; by default
         the bare encoder and all that the Auto classes of transformers have. Only with an adapter.
     :param units: one choice of unit kinds to check; by default all 15, less those that the model refuses.
@@ -106,21 +97,19 @@ def check_adapter(
     :raises AdapterError: when a description does not fit a model, or no head class could be checked.
     """
     battery = _Battery(seed, units, batch)
-    if not isinstance(adapter_or_model, Adapter):
-        if heads is not None or configs is not None:
-            raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
-        with torch.random.fork_rng():
-            battery.check(adapter_or_model)
-        return battery.report()
-    with temporarily(adapter_or_model), torch.random.fork_rng():
-        settings = adapter_or_model.test_settings
-        stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
-        chosen = list(stock if configs is None else configs)
-        for config in chosen:
-            for cls in _chosen(head_classes(config), heads):
-                model = battery.build(cls, config)
-                if model is not None:
-                    battery.check(model)
+    with torch.random.fork_rng():
+        if isinstance(adapter_or_model, Adapter):
+            settings = adapter_or_model.test_settings
+            stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
+            for config in list(stock if configs is None else configs):
+                for cls in _chosen(head_classes(config), heads):
+                    model = battery.build(cls, config)
+                    if model is not None:
+                        battery.check(model, adapter_or_model)
+        else:
+            if heads is not None or configs is not None:
+                raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
+            battery.check(adapter_or_model, adapter_for(adapter_or_model))
     return battery.report()
 
 
@@ -138,19 +127,18 @@ def _chosen(
 
 
 class _Battery:
-    """Runs the laws model by model and counts."""
+    """Runs the laws model by model and collects what they cover."""
 
     def __init__(self, seed: int, units: str | Iterable[str] | None, batch: Batch | None) -> None:
         self.seed = seed
-        self.units = None if units is None else {units} if isinstance(units, str) else set(units)
+        chosen = set(UNIT_KINDS) if units is None else {units} if isinstance(units, str) else set(units)
+        if not chosen or chosen - set(UNIT_KINDS):
+            raise StructureError(f"units names {sorted(chosen)}; choose among {', '.join(UNIT_KINDS)}")
+        self.choices = [choice for choice in unit_choices() if units is None or set(choice) == chosen]
         self.batch = batch
-        if self.units is not None and (not self.units or self.units - set(UNIT_KINDS)):
-            raise StructureError(f"units names {sorted(self.units)}; choose among {', '.join(UNIT_KINDS)}")
         self.families: dict[str, None] = {}
         self.heads: list[str] = []
-        self.choices: dict[Choice, None] = {}
-        self.cases = 0
-        self.largest = 0.0
+        self.differences: list[tuple[Case, float]] = []
         self.refused: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
 
@@ -165,7 +153,7 @@ class _Battery:
             outputs(model, self._inputs(model))
         except AdapterError:
             raise
-        except Exception as error:  # whatever a head raises that does not fit the configuration
+        except Exception as error:  # a head that does not fit the configuration
             self.skipped[cls.__name__] = f"{type(error).__name__}: {error}".splitlines()[0]
             return None
         return model
@@ -173,75 +161,100 @@ class _Battery:
     def _inputs(self, model: PreTrainedModel) -> Batch:
         return inputs(model, torch.Generator().manual_seed(self.seed)) if self.batch is None else self.batch
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Check every law on a copy of one model."""
         generator = torch.Generator().manual_seed(self.seed)
         name = type(model).__name__
-        twin = specimen(model, generator)
-        batch = {key: row.double() if row.is_floating_point() else row for key, row in self._inputs(twin).items()}
-        subject = Subject(twin, batch, structure_of(twin))
-        check_structure(subject)
-        check_applications(subject, adapter_for(twin).describe(twin.config).applications)
-        tolerance = EXACT if check_ones(subject) <= EXACT else ROUNDED
-        check_blocks(subject)
-        file = self._has_files(subject)
-        for case in cases(subject.structure, generator):
-            if self.units is None or self.units == set(case.choice):
-                tried = replace(case, reload=case.reload and file)
-                self.largest = max(self.largest, check_case(subject, tried, tolerance))
-                self.choices[case.choice] = None
-                self.cases += 1
-        check_gradients(subject, generator)
-        self.families[subject.structure.family] = None
+        sample = specimen(model, generator)
+        # The table goes along into files, so that an adapter need not be registered to load them.
+        structure = replace(adapter.structure(sample), table=family_entries(adapter.describe(sample.config)))
+        subject = Subject(sample, double(self._inputs(sample)), structure)
+        found = check_laws(subject, generator, self.choices)
+        self.differences += found.differences
+        if found.unsaved:
+            self.skipped[f"{name} from a file"] = found.unsaved
+        self.families[structure.family] = None
         self.heads.append(name)
-        self.refused.update({f"{name}: {unit}": why for unit, why in subject.structure.refused.items()})
-
-    def _has_files(self, subject: Subject) -> bool:
-        """Whether transformers can save and load the model as it is; what it cannot is not the adapter's fault."""
-        try:
-            changed = changed_weights(subject.model, reloaded(subject.model))
-            problem = f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
-        except Exception as error:  # of whatever kind
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
-            self.skipped[f"{type(subject.model).__name__} from a file"] = problem
-        return not problem
+        self.refused.update({f"{name}: {unit}": why for unit, why in structure.refused.items()})
 
     def report(self) -> Report:
         """Return what was covered.
 
         :raises AdapterError: when that is nothing.
         """
-        if not self.cases:
+        if not self.differences:
             why = "; ".join(f"{name}: {reason}" for name, reason in {**self.skipped, **self.refused}.items())
             raise AdapterError(f"nothing could be checked. {why}")
-        covered = (tuple(self.families), tuple(self.heads), tuple(self.choices))
-        return Report(*covered, self.cases, self.largest, self.refused, self.skipped)
+        choices = dict.fromkeys(case.choice for case, _ in self.differences)
+        largest = max(difference for _, difference in self.differences)
+        covered = (tuple(self.families), tuple(self.heads), tuple(choices))
+        return Report(*covered, len(self.differences), largest, self.refused, self.skipped)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The cases that were tried on one model."""
+
+    differences: list[tuple[Case, float]]
+    """Each with the difference between the masked and the compacted model."""
+    unsaved: str = ""
+    """Why no model was saved and loaded; "" where that was possible."""
+
+
+def check_laws(
+    subject: Subject, generator: torch.Generator, choices: Collection[Choice], *, quick: bool = False
+) -> Checked:
+    """Check every law on one model.
+
+    :param generator: of the masks.
+    :param choices: of unit kinds to mask.
+    :param quick: compare masked and compacted models under random masks only.
+    :raises LawError: at the first law that does not hold.
+    """
+    laws.check_structure(subject)
+    laws.check_applications(subject)
+    tolerance = EXACT if laws.check_ones(subject) <= EXACT else ROUNDED
+    if not quick:
+        laws.check_blocks(subject)
+    unsaved = "" if quick else _unsaved(subject.model)
+    differences = []
+    for case in cases(subject.structure, generator):
+        if case.choice in choices and (not quick or case.label.startswith("random")):
+            tried = replace(case, reload=case.reload and not quick and not unsaved)
+            differences.append((tried, laws.check_case(subject, tried, tolerance)))
+    if not quick:
+        laws.check_gradients(subject, generator)
+    return Checked(differences, unsaved)
+
+
+def _unsaved(model: PreTrainedModel) -> str:
+    """Say why transformers cannot save and load the model as it is, which is not the adapter's fault; "" if it can."""
+    try:
+        changed = laws.changed_weights(model, laws.reloaded(model))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
 
 
 def cases(structure: Structure, generator: torch.Generator) -> Iterator[Case]:
-    """Yield random hard and fractional masks for every choice of unit kinds that a model has, and the corners."""
+    """Yield random hard and fractional masks for every choice of unit kinds that a model has, and the extreme ones."""
     present = {group.unit for group in structure.groups}
     for choice in unit_choices():
         if not present.issuperset(choice):
             continue
-        whole = len(choice) == len(present)
+        everything = len(choice) == len(present)
         for fractional in (False, True):
             values = {
                 group.name: random_values(group.size, generator, fractional=fractional)
                 for group in structure.select(choice)
             }
-            yield Case(f"random {'fractional' if fractional else 'hard'} masks", choice, values, reload=whole)
-        if whole or len(choice) == 1:
-            yield from corners(structure, choice)
+            yield Case(f"random {'fractional' if fractional else 'hard'} masks", choice, values, reload=everything)
+        if everything or len(choice) == 1:
+            yield from _extremes(structure, choice)
 
 
-def corners(structure: Structure, choice: Choice) -> Iterator[Case]:
-    """Yield the extreme masks over a choice of unit kinds."""
+def _extremes(structure: Structure, choice: Choice) -> Iterator[Case]:
     groups = structure.select(choice)
-    last = {group.name: torch.eye(group.size, dtype=torch.float64)[-1] for group in groups if group.size > 1}
-    if "hidden" in last:
-        last["hidden"][-3:] = 1  # a norm over a single dimension returns its bias whatever it is given
     gates = {block.gate for block in structure.blocks[::3]}
     units = {str(block.inner) for block in structure.blocks[1::2]}
     for label, names in (
@@ -252,5 +265,8 @@ def corners(structure: Structure, choice: Choice) -> Iterator[Case]:
         zeros = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups if group.name in names}
         if zeros:
             yield Case(label, choice, zeros, reload=label.startswith("every"))
+    last = {group.name: torch.eye(group.size, dtype=torch.float64)[-1] for group in groups if group.size > 1}
+    if "hidden" in last:
+        last["hidden"][-3:] = 1  # a norm over a single dimension returns its bias for every input
     if last:
         yield Case("one unit of each group left", choice, last)

@@ -1,71 +1,62 @@
-"""Checking where blocks leave: without its blocks and its rest a layer returns its input, a gate scales a block."""
+"""Laws of block exits: a layer without its blocks and extras returns its input; a gate scales all of its block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import Crash, crash_site, first_tensor, gap, inside, record
-from cofiprune.masking import bypass, masks_of
-from cofiprune.structure import Block, BlockExit, Structure
+from cofiprune.conformance.calls import Call, Crash, calls_of, crash_site, gap, inside, record
+from cofiprune.conformance.specimens import Subject
+from cofiprune.hooks import replaced_forward
+from cofiprune.masking import bypass
+from cofiprune.masks import MaskRegistry
+from cofiprune.structure import BlockExit, Structure
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-SHUT = 1e-12
-"""A gate at which nothing of a block's output is left to see."""
+CLOSED = 1e-12
+"""A gate that leaves nothing visible of a block's output."""
 _NOTHING = 1e-6
 
 
-def wrong_exit(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
+@contextmanager
+def bypassing(model: nn.Module, exits: Iterable[BlockExit]) -> Iterator[None]:
+    """Let modules return their input, or zeros, in place of what they compute."""
+
+    def bypassed(exit: BlockExit) -> Callable[..., Any]:
+        return lambda *args, **kwargs: bypass(exit, args, kwargs)
+
+    with ExitStack() as replaced:
+        for exit in exits:
+            replaced.enter_context(replaced_forward(model.get_submodule(exit.module), bypassed(exit)))
+        yield
+
+
+def wrong_exit(subject: Subject) -> str:
     """Name the exit through which a removed block does not hand its input on; "" when there is none.
 
-    :param model: under masks that remove every block.
+    :param subject: under masks that remove every block.
     """
+    model, structure, batch = subject.model, subject.structure, subject.batch
     crash = crash_site(model, batch)
     if crash is not None:
         return f"Without its blocks the model fails in {crash}. {exit_hint(structure, crash)}"
-    entries: dict[str, Tensor] = {}
-    exits: dict[str, Tensor | None] = {}
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            found = first_tensor([*args, *kwargs.values()])
-            if found is not None:
-                entries[path] = found
-
-        return hook
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            exits[path] = first_tensor(output)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for path in structure.layers:
-            hook = model.get_submodule(path).register_forward_pre_hook(enter(path), with_kwargs=True)
-            hooks.callback(hook.remove)
-        for path in (*structure.layers, *(block.exit.module for block in structure.blocks)):
-            hooks.callback(model.get_submodule(path).register_forward_hook(leave(path)).remove)
-        hooks.enter_context(_without(model, structure.extra))
-        outputs(model, batch)
+    with bypassing(model, structure.extra):
+        calls = {call.path: call for call in calls_of(model, batch)}
     for path in structure.layers:
-        found = exits[path]
-        if found is None or not torch.equal(found, entries[path]):
-            blocks = [block for block in structure.blocks if inside(block.exit.module, path)]
-            return _wrong_block(path, blocks, entries[path], exits)
+        entry, output = calls[path].entry, calls[path].output
+        assert entry is not None
+        if output is None or not torch.equal(output, entry):
+            return _wrong_block(path, structure, entry, calls)
     return ""
 
 
-def _wrong_block(path: str, blocks: list[Block], entry: Tensor, exits: Mapping[str, Tensor | None]) -> str:
+def _wrong_block(path: str, structure: Structure, entry: Tensor, calls: Mapping[str, Call]) -> str:
+    blocks = [block for block in structure.blocks if inside(block.exit.module, path)]
     for block in blocks:
-        value = exits[block.exit.module]
+        value = calls[block.exit.module].output
         wanted = entry if block.exit.residual else torch.zeros_like(entry)
         if value is None or not torch.equal(value, wanted):
             shape = "nothing" if value is None else f"a tensor of shape {tuple(value.shape)}"
@@ -77,29 +68,8 @@ def _wrong_block(path: str, blocks: list[Block], entry: Tensor, exits: Mapping[s
     shown = "; ".join(f"{block.gate!r} through {block.exit}" for block in blocks)
     return (
         f"Layer {path!r} does not return its input. Its blocks leave: {shown}; check residual. What the layer holds "
-        "beside its blocks and keeps without them belongs into the family's rest."
+        "in addition to its blocks and keeps without them belongs into the family's extra."
     )
-
-
-@contextmanager
-def _without(model: PreTrainedModel, rest: tuple[BlockExit, ...]) -> Iterator[None]:
-    """A model whose layers hold nothing beside their blocks."""
-
-    def silent(exit: BlockExit) -> Callable[..., Any]:
-        return lambda *args, **kwargs: bypass(exit, args, kwargs)
-
-    modules = [(model.get_submodule(exit.module), exit) for exit in rest]
-    before = [(module, module.__dict__.get("forward")) for module, _ in modules]
-    for module, exit in modules:
-        module.__dict__["forward"] = silent(exit)
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
 
 
 def exit_hint(structure: Structure, crash: Crash | None) -> str:
@@ -123,26 +93,16 @@ def uncovered(structure: Structure) -> str:
     return ""
 
 
-def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
+def ungated(subject: Subject) -> str:
     """Name a parameter of a block's last projection that its gate does not scale, or a wrong `BlockExit.residual`.
 
-    :param model: under masks that set every gate to `SHUT`.
+    :param subject: under masks that set every gate to `CLOSED`.
     :return: "" when there is none.
     """
+    model, structure, batch = subject.model, subject.structure, subject.batch
     gated = {spec.name.rpartition(".")[0]: spec for spec in structure.parameters if spec.gated}
-    found: dict[str, float] = {}
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = first_tensor(output)
-            found[path] = 0.0 if value is None else float(value.abs().max())
-
-        return hook
-
-    with ExitStack() as hooks:
-        for path in (*gated, *(block.exit.module for block in structure.blocks)):
-            hooks.callback(model.get_submodule(path).register_forward_hook(leave(path)).remove)
-        outputs(model, batch)
+    calls = calls_of(model, batch, {*gated, *(block.exit.module for block in structure.blocks)})
+    found = {call.path: float(call.output.abs().max()) for call in calls if call.output is not None}
     scaled = {spec.name for spec in structure.parameters if spec.gated}
     for path in gated:
         if found.get(path, 0.0) > _NOTHING:
@@ -150,47 +110,44 @@ def ungated(model: PreTrainedModel, structure: Structure, batch: Batch) -> str:
             names = ", ".join(repr(name) for name in own if name not in scaled) or repr(path)
             return f"{names} is not scaled by {gated[path].gate!r}: describe the whole module by projection(...)."
     for block in structure.blocks:
-        if block.exit.residual == (found[block.exit.module] <= _NOTHING):
-            adds = "not added" if block.exit.residual else "added"
-            return f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: turn residual around."
+        if block.exit.residual == (found.get(block.exit.module, 0.0) <= _NOTHING):
+            adds, value = ("not added", False) if block.exit.residual else ("added", True)
+            return f"{block.gate!r} leaves through {block.exit}, in which the residual is {adds}: set residual={value}."
     return ""
 
 
-def overreaching(model: PreTrainedModel, structure: Structure, batch: Batch, kind: str) -> str:
-    """Name a block that takes with it what another block reads; "" when none does.
+def overreaching(subject: Subject, masks: MaskRegistry, kind: str) -> str:
+    """Name a block whose removal changes what another block reads; "" when there is none.
 
-    Where a residual is added outside of the blocks, one without it is one whose gate is all but shut. (Where it is not,
-    a norm goes too, and what comes behind it differs.)
+    Where the residual is added outside of the blocks, removing a block is the same as closing its gate. (Elsewhere a
+    norm goes with the block, and what follows differs.)
 
-    :param model: under masks, which are changed.
+    :param masks: attached to the model; they are changed.
     :param kind: "attention" or "ffn", the blocks to remove.
     """
-    masks = masks_of(model)
-    assert masks is not None
+    model, structure, batch = subject.model, subject.structure, subject.batch
     removed = [block for block in structure.blocks if block.gate.endswith(kind)]
     if any(block.exit.residual for block in removed):
         return ""
     found = []
-    for gate in (SHUT, 0.0):
+    for gate in (CLOSED, 0.0):
         for block in structure.blocks:
             masks[block.gate] = [gate if block in removed else 1.0]
         found.append(record(model, batch))
-    shut, gone = found
+    closed, gone = found
     for call, value in gone.items():
-        if not any(True for _ in model.get_submodule(call[0]).parameters()):
-            continue  # an activation, say: nothing describes which block it is of
-        own = [
-            block for block in removed if any(inside(call[0], root.module) for root in (block.exit, *block.bypassed))
-        ]
-        other = shut.get(call)
+        path, other = call[0], closed.get(call)
+        if not any(True for _ in model.get_submodule(path).parameters()):
+            continue  # an activation, say: no row tells which block it belongs to
+        own = [block for block in removed if any(inside(path, root.module) for root in (block.exit, *block.bypassed))]
         if own or (other is not None and other.shape == value.shape and gap(value, other) <= _NOTHING):
             continue
-        layer = next((path for path in structure.layers if inside(call[0], path)), "")
+        layer = next((each for each in structure.layers if inside(path, each)), "")
         for block in removed:
             if inside(block.exit.module, layer):
                 roots = ", ".join(repr(root.module) for root in (block.exit, *block.bypassed))
                 return (
-                    f"Removing {block.gate!r} changes {call[0]!r}, which is not part of it. Removed with it are "
-                    f"{roots}: check bypassed, and which block the parameters in them belong to."
+                    f"Removing {block.gate!r} changes {path!r}, which is not part of it. Removed with it are {roots}: "
+                    "check bypassed, and which block the parameters in them belong to."
                 )
     return ""

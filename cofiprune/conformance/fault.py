@@ -1,60 +1,76 @@
-"""Tracing a difference between a masked model and its compacted self to the parameter described wrongly.
+"""Trace a difference between a masked model and its compacted self to the parameter that is described wrongly.
 
-A parameter's description can be tried on its own: by `units`, and a scale folded into the wrong module can be taken out
-again. Where neither tells, the two models are compared module by module.
+What a parameter assigns to a removed unit may take any value without the output changing: where it does change, its row
+is wrong, or the row whose mask should silence it. A scale that was folded into the wrong module can be taken out again.
+Where neither tells, the two models are compared module by module.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.compaction import compact
 from cofiprune.compaction.slicing import positions, sliced
-from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import Crash, crash_site, gap, inside, record
-from cofiprune.conformance.units import wrong_units
-from cofiprune.conformance.wording import described, layout, module_of, role_of
-from cofiprune.masking import attach, masks_of
+from cofiprune.conformance.calls import Crash, compared, crash_site, gap, inside, record
+from cofiprune.conformance.specimens import Choice, Subject, Values, outputs
+from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
 from cofiprune.structure import Parameter, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Values = Mapping[str, Tensor]
+
+def module_of(spec: Parameter) -> str:
+    """Return the path of the module whose row describes a parameter."""
+    return (spec.described_as or spec.name).rpartition(".")[0]
 
 
-def locate(
-    model: PreTrainedModel, batch: Batch, structure: Structure, values: Values, choice: Sequence[str], limit: float
-) -> str:
+def role_of(spec: Parameter, group: str) -> str | None:
+    """Return what the mask of a group does to a parameter; None when it has no axis of the group."""
+    return next((side.role for side in spec.sides if side is not None and side.group == group), None)
+
+
+def described(specs: Sequence[Parameter]) -> str:
+    """Name parameters, each with its axes."""
+    return " and ".join(f"{spec.name!r} ({_layout(spec)})" for spec in specs)
+
+
+def _layout(spec: Parameter) -> str:
+    def axis(side: Side | None) -> str:
+        if side is None:
+            return "no axis"
+        return f"{side.group} as copies {side.copies} x units {side.units} x block {side.block}, {side.role}"
+
+    sides = zip(spec.shape, spec.sides, strict=True)
+    return "; ".join(f"dimension {dim}, {length} long: {axis(side)}" for dim, (length, side) in enumerate(sides))
+
+
+def locate(subject: Subject, values: Values, choice: Choice, limit: float) -> str:
     """Say why a masked model and its compacted self differ.
 
-    :param model: without masks.
-    :param values: masks under which the two differ; the fewest of them that suffice are looked at.
+    :param subject: without masks.
+    :param values: masks under which the two differ; the fewest of them that suffice are examined.
     :param choice: the unit kinds that are masked.
-    :param limit: the largest difference that is none.
+    :param limit: the largest difference that is rounding.
     """
-    values = _fewest(model, batch, values, choice, limit)
-    fractional = all(bool((value > 0).all()) for value in values.values())
-    with attach(model, tuple(choice)) as masks:
-        masks.update(values)
+    values = _fewest(subject, values, choice, limit)
+    with subject.masked(choice, values) as masks:
         plan = masks.plan()
-        small = compact(model)
-        crash = crash_site(small, batch)
-        found = ""
+        small = subject.compacted(plan)
+        crash = crash_site(small, subject.batch)
         if crash is not None:
-            found = f"The compacted model fails in {crash}. {_of_module(structure, small, crash, values)}"
-        elif fractional:
-            found = _wrong_scale(model, small, batch, structure, plan, limit)
+            found = f"The compacted model fails in {crash}. {_about_module(subject.structure, small, crash, values)}"
+        elif all(bool((value > 0).all()) for value in values.values()):
+            found = _wrong_scale(subject, small, plan, limit)
         else:
-            found = wrong_units(model, batch, structure, values, limit)
-        found = found or _first_difference(model, small, batch, structure, plan, limit)
+            found = _wrong_units(subject, values, limit)
+        found = found or _first_difference(subject, small, plan, limit)
     return f"It takes {' and '.join(_shown(name, value) for name, value in values.items())}. {found}"
 
 
@@ -63,38 +79,34 @@ def _shown(name: str, value: Tensor) -> str:
     return f"{name} with unit {', '.join(f'{index} at {number:g}' for index, number in list(changed.items())[:6])}"
 
 
-def _fewest(model: PreTrainedModel, batch: Batch, values: Values, choice: Sequence[str], limit: float) -> Values:
+def _fewest(subject: Subject, values: Values, choice: Choice, limit: float) -> Values:
     """The mask of one unit, or else of one group, that is enough for a difference; all where neither is."""
     for name, value in values.items():
-        if _differs(model, batch, {name: value}, choice, limit):
+        if _differs(subject, {name: value}, choice, limit):
             for unit in (value != 1).nonzero().flatten().tolist():
                 single = torch.ones_like(value)
                 single[unit] = value[unit]
-                if _differs(model, batch, {name: single}, choice, limit):
+                if _differs(subject, {name: single}, choice, limit):
                     return {name: single}
             return {name: value}
     return values
 
 
-def _differs(model: PreTrainedModel, batch: Batch, values: Values, choice: Sequence[str], limit: float) -> bool:
-    with attach(model, tuple(choice)) as masks:
-        masks.update(values)
+def _differs(subject: Subject, values: Values, choice: Choice, limit: float) -> bool:
+    with subject.masked(choice, values) as masks:
         plan = masks.plan()
-        masked = outputs(model, batch)
-        small = compact(model)
-    return crash_site(small, batch) is not None or not _same(masked, outputs(small, batch), plan, limit)
+        masked = subject.outputs()
+        small = subject.compacted(plan)
+    crashes = crash_site(small, subject.batch) is not None
+    return crashes or compared(masked, outputs(small, subject.batch), plan) > limit
 
 
-def _same(masked: Mapping[str, Tensor], cut: Mapping[str, Tensor], plan: Plan, limit: float) -> bool:
-    return all(_close(value, cut[name], plan, (), limit) is True for name, value in masked.items())
-
-
-def _of_module(structure: Structure, small: nn.Module, crash: Crash, values: Values) -> str:
+def _about_module(structure: Structure, small: nn.Module, crash: Crash, values: Values) -> str:
     """What the adapter says about the module in which the compacted model fails."""
     own = [spec for spec in structure.parameters if module_of(spec) == crash.module]
     below = [spec for spec in structure.parameters if inside(module_of(spec), crash.module) and spec not in own]
     if any(inside(path, crash.module) for path in structure.layers):
-        # It failed between the layers, or beside them: what is in them has been there.
+        # It failed outside the layers, so that those have run.
         below = [spec for spec in below if not structure.in_layers(spec)]
     # The bias or norm of a projection into the residual stream has an axis, and rightly no other.
     open_ = [spec for spec in below if len(spec.shape) > 1 or None in spec.sides]
@@ -104,21 +116,16 @@ def _of_module(structure: Structure, small: nn.Module, crash: Crash, values: Val
         told.append(f"{described(own)}: every dimension that follows a group needs its axis, and no other.")
     if without:
         told.append(f"Of the parameters below it, these have no axis of {', '.join(values)}: {', '.join(without[:8])}.")
-    integers = _integers(small.get_submodule(crash.module))
-    if integers and type(small.get_submodule(crash.module)).__module__.partition(".")[0] != "torch":
+    module = small.get_submodule(crash.module)
+    integers = _integers(module)
+    if integers and type(module).__module__.partition(".")[0] != "torch":
         told.append(f"If one of its integers follows a group, it belongs in the attributes of its block: {integers}.")
-    told += _given(structure, crash, values)
+    for block in structure.blocks:
+        if block.inner in values and inside(crash.module, block.exit.module):
+            told += [f"{shared}: check module, argument, keyword and dim." for shared in block.shared] or [
+                f"If it is given a tensor with an entry for every unit of {block.inner}, its block needs Shared(...)."
+            ]
     return " ".join(told)
-
-
-def _given(structure: Structure, crash: Crash, values: Values) -> list[str]:
-    """What the adapter says about tensors that a module gets with an entry for every inner unit."""
-    blocks = [block for block in structure.blocks if block.inner in values and inside(crash.module, block.exit.module)]
-    found = [f"{shared}: check module, argument, keyword and dim." for block in blocks for shared in block.shared]
-    return found or [
-        f"If it is given a tensor with an entry for every unit of {block.inner}, its block needs Shared(...)."
-        for block in blocks
-    ]
 
 
 def _integers(module: nn.Module) -> str:
@@ -126,22 +133,19 @@ def _integers(module: nn.Module) -> str:
     return ", ".join(f"{name} = {value}" for name, value in found.items())
 
 
-def _wrong_scale(
-    model: PreTrainedModel, small: PreTrainedModel, batch: Batch, structure: Structure, plan: Plan, limit: float
-) -> str:
+def _wrong_scale(subject: Subject, small: PreTrainedModel, plan: Plan, limit: float) -> str:
     """Name a module whose parameters carry a fractional mask that they should not, or lack one; masks are set."""
-    masked = outputs(model, batch)
-    weights = dict(model.named_parameters())
-    cut = dict(small.named_parameters())
+    masked = subject.outputs()
+    weights, cut = dict(subject.model.named_parameters()), dict(small.named_parameters())
     modules: dict[str, list[Parameter]] = {}
-    for spec in structure.parameters:
+    for spec in subject.structure.parameters:
         if any(side is not None and side.group in plan.scale for side in spec.sides):
             modules.setdefault(module_of(spec), []).append(spec)
     for path, specs in modules.items():
         kept = [cut[spec.name].detach().clone() for spec in specs]
         for spec in specs:
             cut[spec.name].data.copy_(sliced(weights[spec.name].detach(), _other_role(spec), plan))
-        repaired = _same(masked, outputs(small, batch), plan, limit)
+        repaired = compared(masked, outputs(small, subject.batch), plan) <= limit
         for spec, value in zip(specs, kept, strict=True):
             cut[spec.name].data.copy_(value)
         if repaired:
@@ -159,51 +163,117 @@ def _other_role(spec: Parameter) -> Parameter:
     return replace(spec, sides=sides)
 
 
-def _first_difference(
-    model: PreTrainedModel, small: PreTrainedModel, batch: Batch, structure: Structure, plan: Plan, limit: float
-) -> str:
-    """Name the first module, in the order in which they finish, whose output differs; masks are set."""
-    cut = record(small, batch)
-    norms = {norm.module for norm in structure.norms}
-    for call, value in record(model, batch).items():
+def _wrong_units(subject: Subject, values: Values, limit: float) -> str:
+    """Name a parameter in which the elements of a removed unit still change the output; masks are set."""
+    structure = subject.structure
+    stock = subject.outputs()
+    weights = dict(subject.model.named_parameters())
+
+    def is_read(spec: Parameter) -> bool:
+        removed = _removed(spec, values)
+        if removed is None:
+            return False
+        dim, elements = removed
+        parameter = weights[spec.name]
+        with torch.no_grad():
+            before = parameter.clone()
+            parameter.index_add_(dim, elements, torch.ones_like(before).index_select(dim, elements))
+            after = subject.outputs()
+            parameter.copy_(before)
+        return any(gap(after[name], value) > limit for name, value in stock.items())
+
+    read = [spec for spec in structure.parameters if is_read(spec)]
+    if not read:
+        return ""
+    order = {path: place for place, (path, _) in enumerate(record(subject.model, subject.batch))}
+    first = min(read, key=lambda spec: order.get(module_of(spec), len(order)))
+    return (
+        f"The parameter at fault is {described([_blamed(structure, first, read, is_read)])}: what this assigns to a "
+        "removed unit still changes the output. Correct the axes in its row: which group, which dimension, copies, "
+        "block, role."
+    )
+
+
+def _removed(spec: Parameter, values: Values) -> tuple[int, Tensor] | None:
+    """The first dimension of a parameter along which the masks remove something, and what."""
+    for dim, side in enumerate(spec.sides):
+        if side is not None and side.group in values:
+            gone = tuple((values[side.group] == 0).nonzero().flatten().tolist())
+            if gone:
+                return dim, positions(side, gone)
+    return None
+
+
+def _blamed(
+    structure: Structure, first: Parameter, read: Sequence[Parameter], is_read: Callable[[Parameter], bool]
+) -> Parameter:
+    """Choose between the rows that write a block's inner units and the projection that reads them."""
+    group = next(side.group for side in first.sides if side is not None)
+    writers = [spec for spec in structure.parameters if role_of(spec, group) == "slice" and not spec.gated]
+    readers = [spec for spec in structure.parameters if role_of(spec, group) == "scale" and spec.gated]
+    modules = {module_of(spec) for spec in writers}
+    if not readers or len(modules) < 2 or not modules <= {module_of(spec) for spec in read}:
+        return first
+    # Either several modules agree with one another and the projection that masks them is the odd one out, or one row
+    # describes them all, and wrongly: then the output ignores them once they are laid out as the projection is.
+    side = next(side for side in readers[0].sides if side is not None and side.group == group)
+    turned = [_laid_out(spec, side) for spec in writers]
+    return first if all(spec is not None and not is_read(spec) for spec in turned) else readers[0]
+
+
+def _laid_out(spec: Parameter, like: Side) -> Parameter | None:
+    """A parameter with the layout of another one's side, as often as that fits; None when it does not."""
+    sides = list(spec.sides)
+    for dim, side in enumerate(sides):
+        if side is not None and side.group == like.group:
+            times, remainder = divmod(side.length, like.length)
+            if remainder:
+                return None
+            sides[dim] = replace(side, copies=times * like.copies, block=like.block)
+    return replace(spec, sides=tuple(sides))
+
+
+def _first_difference(subject: Subject, small: PreTrainedModel, plan: Plan, limit: float) -> str:
+    """Name the first module, in the order in which they return, whose output differs; masks are set."""
+    structure = subject.structure
+    cut = record(small, subject.batch)
+    for call, value in record(subject.model, subject.batch).items():
         path = call[0]
-        if call not in cut or _close(value, cut[call], plan, _sides_near(structure, path), limit) is not False:
-            continue
-        module = model.get_submodule(path)
         own = [spec for spec in structure.parameters if module_of(spec) == path]
-        if own and "norm" in type(module).__name__.lower() and path not in norms:
-            return f"The first module that differs is {path!r} with {described(own)}: declare it by norm(...)."
+        others = [spec for spec in structure.parameters if module_of(spec) != path]
+        if call not in cut or _agree(value, cut[call], plan, [*own, *others], limit) is not False:
+            continue
+        module = subject.model.get_submodule(path)
+        is_norm = "norm" in type(module).__name__.lower() and path not in {norm.module for norm in structure.norms}
         if own:
-            return f"The first module that differs is {path!r} with {described(own)}."
-        integers = _integers(module) or "it has none"
+            hint = ": declare it by norm(...)." if is_norm else "."
+            return f"The first module that differs is {path!r} with {described(own)}{hint}"
         return (
             f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
-            f"missing from the attributes of its block ({integers}), or an axis in it has the wrong copies or block."
+            f"missing from the attributes of its block ({_integers(module) or 'it has none'}), or an axis in it has "
+            "the wrong copies or block."
         )
     return "No single module differs before the output does."
 
 
-def _sides_near(structure: Structure, path: str) -> list[Side]:
-    """Sides of a module's parameters, then all others: the layouts that its output may have."""
-    near = [(module_of(spec) != path, side) for spec in structure.parameters for side in spec.sides if side is not None]
-    return [side for _, side in sorted(near, key=lambda pair: pair[0])]
+def _agree(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter], limit: float) -> bool | None:
+    """Whether a tensor of the masked model is the compacted model's on the kept units; None when not comparable.
 
-
-def _close(full: Tensor, small: Tensor, plan: Plan, sides: Sequence[Side], limit: float) -> bool | None:
-    """Whether a tensor of the masked model is the compacted model's on the kept units; None when not comparable."""
+    :param specs: with the layouts that a dimension may have, likeliest first.
+    """
     if full.dim() != small.dim():
         return None
     for dim, (long, short) in enumerate(zip(full.shape, small.shape, strict=True)):
         if long != short:
-            index = _kept_positions(long, short, plan, sides)
+            index = _kept_positions(long, short, plan, specs)
             if index is None:
                 return None
             full = full.index_select(dim, index)
     return gap(full, small) <= limit
 
 
-def _kept_positions(long: int, short: int, plan: Plan, sides: Sequence[Side]) -> Tensor | None:
-    for side in sides:
+def _kept_positions(long: int, short: int, plan: Plan, specs: Sequence[Parameter]) -> Tensor | None:
+    for side in (side for spec in specs for side in spec.sides if side is not None):
         keep = plan.keep[side.group]
         if side.length == long and side.copies * len(keep) * side.block == short:
             return positions(side, keep)
@@ -213,29 +283,29 @@ def _kept_positions(long: int, short: int, plan: Plan, sides: Sequence[Side]) ->
     return None
 
 
-def tied_alone(model: PreTrainedModel, structure: Structure, message: str) -> str:
+def tied_alone(subject: Subject, message: str) -> str:
     """Name a second name of a tied parameter in a message, which a row must describe too; "" when there is none."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    sides = {spec.name: spec.sides for spec in structure.parameters}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    names = {id(parameter): name for name, parameter in subject.model.named_parameters()}
+    sides = {spec.name: spec.sides for spec in subject.structure.parameters}
+    for name, parameter in subject.model.named_parameters(remove_duplicate=False):
         first = names[id(parameter)]
         if name != first and name in message and any(sides[first]):
-            return f"{name!r} is tied to {first!r}, and needs a row of its own beside that one's."
+            return f"{name!r} is tied to {first!r}, and needs a row of its own in addition to that one's."
     return ""
 
 
-def first_change(model: PreTrainedModel, batch: Batch, structure: Structure, *, limit: float = 0.0) -> str:
+def first_change(subject: Subject, *, limit: float = 0.0) -> str:
     """Name the first module whose output the masks attached to a model change.
 
-    :param limit: the largest change that is none.
+    :param limit: the largest change that is rounding.
     """
-    kinds = {norm.module: norm.kind for norm in structure.norms}
-    stock = copy.deepcopy(model)
+    kinds = {norm.module: norm.kind for norm in subject.structure.norms}
+    stock = copy.deepcopy(subject.model)
     masks = masks_of(stock)
     if masks is not None:
         masks.detach()
-    before = record(stock, batch)
-    for call, value in record(model, batch).items():
+    before = record(stock, subject.batch)
+    for call, value in record(subject.model, subject.batch).items():
         if call in before and (value.shape != before[call].shape or gap(value, before[call]) > limit):
             kind = kinds.get(call[0])
             declared = "" if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
@@ -243,21 +313,21 @@ def first_change(model: PreTrainedModel, batch: Batch, structure: Structure, *, 
     return "No single module differs before the output does."
 
 
-def wrong_shapes(structure: Structure, small: PreTrainedModel, plan: Plan) -> str:
+def wrong_shapes(structure: Structure, small: PreTrainedModel, kept: Mapping[str, int]) -> str:
     """Name a parameter of a compacted model whose size is not the one that its sides say; "" when there is none."""
     found = {name: tuple(value.shape) for name, value in small.named_parameters()}
     for spec in structure.parameters:
         shape = tuple(
-            length if side is None else side.copies * plan.kept[side.group] * side.block
+            length if side is None else side.copies * kept[side.group] * side.block
             for length, side in zip(spec.shape, spec.sides, strict=True)
         )
-        if spec.gate is not None and not plan.kept[spec.gate]:
+        if spec.gate is not None and not kept[spec.gate]:
             if spec.name in found:
                 return f"{spec.name!r} is there though {spec.gate!r} is removed."
         elif spec.name not in found:
             return f"{spec.name!r} went with a removed block, but no row of the block describes it: add one."
         elif found[spec.name] != shape:
-            return f"{spec.name!r} has shape {found[spec.name]} in the place of {shape} ({layout(spec)})."
+            return f"{spec.name!r} has shape {found[spec.name]} in the place of {shape} ({_layout(spec)})."
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,37 +14,17 @@ from torch import Tensor
 from transformers.utils import logging
 
 from cofiprune import accounting
-from cofiprune.compaction import compact
 from cofiprune.conformance import exits, fault
-from cofiprune.conformance.specimens import Batch, outputs, tensors
-from cofiprune.conformance.trace import crash_site, gap
+from cofiprune.conformance.calls import calls_of, compared, crash_site, largest
+from cofiprune.conformance.specimens import Choice, Subject, Values, outputs, tensors
 from cofiprune.errors import LawError
-from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
-from cofiprune.plan import Plan
-from cofiprune.structure import Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Values = Mapping[str, Tensor]
-Choice = tuple[UnitKind, ...]
-
 ROUNDED = 1e-5
 """Largest difference allowed to a model whose own modules round to float32, relative to its outputs."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under test (float64, evaluation mode), its inputs and its structure."""
-
-    model: PreTrainedModel
-    batch: Batch
-    structure: Structure
-
-    @property
-    def who(self) -> str:
-        return f"{type(self.model).__name__} ({self.structure.family})"
 
 
 @dataclass(frozen=True)
@@ -54,12 +35,68 @@ class Case:
     choice: Choice
     """The kinds of units that are masked."""
     values: Values
-    """Masks by group name, [units] each; groups that are not named keep ones."""
+    """Groups that are not named keep ones."""
     reload: bool = False
-    """Whether to send the compacted model through a file too."""
+    """Whether to save and load the compacted model too."""
 
     def __str__(self) -> str:
         return f"{self.label} over units {', '.join(self.choice)}"
+
+
+def check_structure(subject: Subject) -> None:
+    """Every layer has its groups, in canonical order, each has parameters, and attributes hold their sizes.
+
+    :raises LawError: with the first group or attribute for which this is wrong.
+    """
+    structure = subject.structure
+    kinds = {"attention": "layer", "heads": "head", "ffn": "layer", "intermediate": "intermediate"}
+    expected = [] if "hidden" in structure.refused else ["hidden"]
+    for index in range(len(structure.layers)):
+        expected += [f"layers.{index}.{kind}" for kind, unit in kinds.items() if unit not in structure.refused]
+    if list(structure) != expected:
+        pairs = zip([*structure, None], [*expected, None], strict=False)
+        found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
+        raise LawError(f"{subject.who}: the structure has group {found!r} in the place of {wanted!r}")
+    for name in structure:
+        if not any(spec.gate == name or fault.role_of(spec, name) for spec in structure.parameters):
+            raise LawError(f"{subject.who}: no parameter has an axis of group {name!r}")
+    if problem := exits.uncovered(structure):
+        raise LawError(f"{subject.who}: a removed block leaves nothing behind. {problem}")
+    if problem := _wrong_attribute(subject):
+        raise LawError(f"{subject.who}: attributes hold the sizes of the groups that they follow. {problem}")
+
+
+def _wrong_attribute(subject: Subject) -> str:
+    structure = subject.structure
+    for attribute in structure.attributes:
+        group = structure[attribute.group]
+        size = group.size * attribute.per_unit
+        value = getattr(subject.model.get_submodule(attribute.module), attribute.name, None)
+        counts = attribute.per_unit == 1 or value in (None, group.size)
+        if value != size and counts:  # the number of elements per unit is checked by the laws of the masks
+            readers = [spec for spec in structure.parameters if spec.gated and fault.role_of(spec, group.name)]
+            return (
+                f"{attribute.name!r} of {attribute.module!r} is {value}, and should be {size}: {group.name} has "
+                f"{group.size} units, and {attribute.per_unit} is counted for each. Check the attribute's name and its "
+                "axis (HEADS.of(1) counts heads, HEADS their elements), sizes, and the projection that says how many "
+                f"elements a unit has: {fault.described(readers)}."
+            )
+    return ""
+
+
+def check_applications(subject: Subject) -> None:
+    """Every layer runs as often as the description says; counts of operations follow this, and no other law does.
+
+    :raises LawError: naming the first layer that does not.
+    """
+    layers = subject.structure.layers
+    runs = Counter(call.path for call in calls_of(subject.model, subject.batch, layers))
+    for path, times in zip(layers, subject.structure.applications or (1,) * len(layers), strict=True):
+        if runs[path] != times:
+            raise LawError(
+                f"{subject.who}: layer {path!r} runs {runs[path]} times in a forward pass, and `applications` says "
+                f"{times}. It is ({', '.join(str(runs[each]) for each in layers)}) for these layers."
+            )
 
 
 def check_ones(subject: Subject) -> float:
@@ -69,24 +106,23 @@ def check_ones(subject: Subject) -> float:
         that more than 1e-10 shows that the model itself rounds to float32.
     :raises LawError: when one of this does not hold.
     """
-    model, batch = subject.model, subject.batch
-    stock = outputs(model, batch)
+    model = subject.model
+    stock = subject.outputs()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = [name for name, _ in model.named_parameters()]
-    with attach(model) as masks:
-        if largest(stock, run(subject, "masks of ones")) != 0:
-            which = fault.first_change(model, batch, subject.structure)
-            raise LawError(f"{subject.who}: masks of ones change the outputs. {which}")
+    with subject.masked() as masks:
+        if largest(stock, _run(subject, "masks of ones")) != 0:
+            raise LawError(f"{subject.who}: masks of ones change the outputs. {fault.first_change(subject)}")
         if list(model.state_dict()) != list(before) or [name for name, _ in model.named_parameters()] != names:
             raise LawError(f"{subject.who}: attached masks change the names of parameters or of the state dict")
         masks.bind({name: value.clone() for name, value in masks.items()})
-        rounding = largest(stock, run(subject, "differentiable masks of ones"))
+        rounding = largest(stock, _run(subject, "differentiable masks of ones"))
         if not rounding <= ROUNDED * size(stock):
-            which = fault.first_change(model, batch, subject.structure, limit=ROUNDED)
+            which = fault.first_change(subject, limit=ROUNDED)
             raise LawError(f"{subject.who}: differentiable masks of ones change the outputs by {rounding:.2g}. {which}")
     after = model.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    if changed or largest(stock, outputs(model, batch)) != 0:
+    if changed or largest(stock, subject.outputs()) != 0:
         raise LawError(f"{subject.who}: detaching does not restore {', '.join(changed) or 'the outputs'}")
     return rounding
 
@@ -94,26 +130,22 @@ def check_ones(subject: Subject) -> float:
 def check_blocks(subject: Subject) -> None:
     """A layer without its blocks returns its input, and a block's gate scales all of its output, bias included.
 
-    Masked and compacted models agree on a wrong `Exit` and on a bias that no gate scales, hence a law apart.
+    Masked and compacted models agree on a wrong `BlockExit` and on a bias that no gate scales, hence a law apart.
 
-    :raises LawError: naming the `Exit` or the parameter.
+    :raises LawError: naming the `BlockExit` or the parameter.
     """
-    structure = subject.structure
-    with attach(subject.model, "layer") as masks:
+    with subject.masked(("layer",)) as masks:
         for name in masks:
-            masks[name] = [exits.SHUT]
-        problem = exits.ungated(subject.model, structure, subject.batch)
-        if problem:
+            masks[name] = [exits.CLOSED]
+        if problem := exits.ungated(subject):
             raise LawError(f"{subject.who}: a block's gate must scale all of its output. {problem}")
         for name in masks:
             masks[name] = [0]
-        problem = exits.wrong_exit(subject.model, structure, subject.batch)
-        if problem:
+        if problem := exits.wrong_exit(subject):
             raise LawError(f"{subject.who}: a removed block must hand its input on. {problem}")
         for kind in ("attention", "ffn"):
-            problem = exits.overreaching(subject.model, structure, subject.batch, kind)
-            if problem:
-                raise LawError(f"{subject.who}: a block that is left must work as before. {problem}")
+            if problem := exits.overreaching(subject, masks, kind):
+                raise LawError(f"{subject.who}: a block that stays must work as before. {problem}")
 
 
 def check_case(subject: Subject, case: Case, tolerance: float) -> float:
@@ -123,36 +155,50 @@ def check_case(subject: Subject, case: Case, tolerance: float) -> float:
     :return: the largest difference between the masked and the compacted model.
     :raises LawError: naming the parameter at fault.
     """
-    model, structure = subject.model, subject.structure
-    with attach(model, case.choice) as masks:
-        for name, value in case.values.items():
-            masks[name] = value
+    with subject.masked(case.choice, case.values) as masks:
         plan = masks.plan()
-        masked = run(subject, str(case))
+        masked = _run(subject, str(case))
         limit = tolerance * size(masked)
-        small = compact(model)
-        problem = wrong_counts(subject, masks, plan, small)
-        if problem:
+        small = subject.compacted(plan)
+        if problem := _wrong_counts(subject, masks, small):
             raise LawError(f"{subject.who}: counts are not those of the compacted model ({case}). {problem}")
         try:
             cut = outputs(small, subject.batch)
             difference = compared(masked, cut, plan)
-        except Exception:  # of whatever kind: the search below runs it again and says where
+        except Exception:  # the search below runs the model again and says where it fails
             difference = float("inf")
         if difference > limit:
             masks.detach()
-            found = fault.locate(model, subject.batch, structure, case.values, case.choice, limit)
+            found = fault.locate(subject, case.values, case.choice, limit)
             raise LawError(f"{subject.who}: masked and compacted model differ by {difference:.2g} ({case}). {found}")
         masks.bind({name: value.clone() for name, value in masks.items()})
-        bound = compared(run(subject, f"differentiable {case}"), cut, plan)
+        bound = compared(_run(subject, f"differentiable {case}"), cut, plan)
         if bound > limit:
             raise LawError(f"{subject.who}: differentiable and set masks differ by {bound:.2g} ({case})")
     if case.reload:
-        check_reload(subject, small, cut, case, limit)
+        _check_reload(subject, small, cut, case, limit)
     return difference
 
 
-def check_reload(subject: Subject, small: PreTrainedModel, cut: Mapping[str, Tensor], case: Case, limit: float) -> None:
+def _wrong_counts(subject: Subject, masks: MaskRegistry, small: PreTrainedModel) -> str:
+    """Say which counts differ from those of a compacted model's tensors; "" when none do."""
+    kept = masks.plan().kept
+    if problem := fault.wrong_shapes(subject.structure, small, kept):
+        return problem
+    layers = tuple(f"{path}." for path in subject.structure.layers)
+    total, left = (
+        sum(value.numel() for name, value in model.named_parameters() if name.startswith(layers))
+        for model in (subject.model, small)
+    )
+    counted = accounting.layer_parameters(subject.structure).exact(kept)
+    if counted != left or masks.sparsity() != 1 - left / total:
+        return f"The layers have {counted} parameters by count and {left} in the compacted model."
+    return ""
+
+
+def _check_reload(
+    subject: Subject, small: PreTrainedModel, cut: Mapping[str, Tensor], case: Case, limit: float
+) -> None:
     """A compacted model has the same weights after saving and loading, and the same outputs.
 
     :param cut: its outputs. Matrix products may round otherwise where weights lie elsewhere in memory.
@@ -160,14 +206,15 @@ def check_reload(subject: Subject, small: PreTrainedModel, cut: Mapping[str, Ten
     """
     try:
         again = reloaded(small)
-    except Exception as error:  # of whatever kind: before it was compacted, the model could be loaded
-        why = f"{error}. {fault.tied_alone(subject.model, subject.structure, str(error))}"
+    except Exception as error:  # the dense model could be loaded
+        why = f"{error}. {fault.tied_alone(subject, str(error))}"
         raise LawError(f"{subject.who}: the compacted model does not load from its file ({case}). {why}") from error
-    stored, loaded = small.state_dict(), again.state_dict()
-    changed = changed_weights(small, again)
-    retyped = any(value.dtype != loaded[name].dtype for name, value in stored.items() if name in loaded)
-    if retyped or _others(small, again):
+    loaded = {**again.state_dict(), **dict(again.named_buffers())}
+    stored = {**small.state_dict(), **dict(small.named_buffers())}
+    # A buffer that is in no file, such as the frequencies of rotary positions, may come back in another dtype too.
+    if any(name in loaded and value.dtype != loaded[name].dtype for name, value in stored.items()):
         limit = max(limit, ROUNDED * size(cut))
+    changed = changed_weights(small, again)
     difference = largest(cut, outputs(again, subject.batch))
     if changed or difference > limit:
         named = ", ".join(changed[:4]) or f"the outputs by {difference:.2g}"
@@ -176,7 +223,7 @@ def check_reload(subject: Subject, small: PreTrainedModel, cut: Mapping[str, Ten
 
 def reloaded(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model as it comes back from a file, in float64 and evaluation mode."""
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _without_progress_bars():
         model.save_pretrained(folder)
         again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
     again.train(False)
@@ -184,21 +231,16 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]:
-    """Names of the weights of a model that came back from a file changed, or not at all."""
-    loaded = again.state_dict()
-    stored = model.state_dict().items()
-    return [name for name, value in stored if name not in loaded or not _same(value, loaded[name])]
+    """Name the weights of a model that a file changed or lost.
 
-
-def _others(model: PreTrainedModel, again: PreTrainedModel) -> bool:
-    """Whether a buffer that is in no file, such as the frequencies of rotary positions, came back in another dtype."""
-    loaded = dict(again.named_buffers())
-    return any(name in loaded and value.dtype != loaded[name].dtype for name, value in model.named_buffers())
-
-
-def _same(stored: Tensor, loaded: Tensor) -> bool:
-    """Whether a tensor came back; transformers loads some (DeBERTa's q_bias) in float32 whatever was asked for."""
-    return torch.equal(stored.to(loaded.dtype), loaded)
+    transformers loads some (DeBERTa's q_bias) in float32 whatever dtype was asked for: they are compared in that.
+    """
+    stored, loaded = model.state_dict(), again.state_dict()
+    return [
+        name
+        for name, value in stored.items()
+        if name not in loaded or not torch.equal(value.to(loaded[name].dtype), loaded[name])
+    ]
 
 
 def check_gradients(subject: Subject, generator: torch.Generator) -> None:
@@ -211,7 +253,7 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
         group.name: (torch.rand(group.size, generator=generator, dtype=torch.float64) * 0.6 + 0.3).requires_grad_()
         for group in structure.groups
     }
-    with attach(subject.model) as masks, torch.enable_grad():
+    with subject.masked() as masks, torch.enable_grad():
         masks.bind(values)
         found = [value for value in tensors(subject.model(**subject.batch)).values() if value.requires_grad]
         weights = [torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in found]
@@ -223,71 +265,26 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
             raise LawError(f"{subject.who}: the gradient of mask {name!r} is {state}. {scaled}")
 
 
-def wrong_counts(subject: Subject, masks: MaskRegistry, plan: Plan, small: PreTrainedModel) -> str:
-    """Say which counts differ from those of a compacted model's tensors; "" when none do."""
-    structure = subject.structure
-    problem = fault.wrong_shapes(structure, small, plan)
-    layers = tuple(f"{path}." for path in structure.layers)
-    total, left = (
-        sum(value.numel() for name, value in model.named_parameters() if name.startswith(layers))
-        for model in (subject.model, small)
-    )
-    counted = accounting.layer_parameters(structure).exact(plan.kept)
-    if not problem and (counted != left or masks.sparsity() != 1 - left / total):
-        problem = f"The layers have {counted} parameters by count and {left} in the compacted model."
-    return problem
-
-
-def compared(full: Mapping[str, Tensor], small: Mapping[str, Tensor], plan: Plan) -> float:
-    """Return the largest difference between outputs of a masked and of a compacted model.
-
-    Where the encoder's states come out, only the kept hidden dimensions have a counterpart, and what the masked
-    model has in the removed ones counts as a difference.
-    """
-    difference = 0.0
-    for name, value in full.items():
-        shapes = list(zip(value.shape, small[name].shape, strict=True)) if value.dim() == small[name].dim() else []
-        kept = list(plan.keep.get("hidden", ()))
-        # The last dimension of the states, the second of an image's feature maps.
-        hidden = (plan.sizes.get("hidden"), len(kept))
-        dims = [dim for dim, pair in enumerate(shapes) if pair == hidden and pair[0] != pair[1]]
-        if kept and dims:
-            wide = value.movedim(dims[0], -1)
-            removed = sorted(set(range(wide.shape[-1])) - set(kept))
-            difference = max(difference, float(wide[..., removed].abs().max()))
-            value = wide[..., kept].movedim(-1, dims[0])
-        difference = max(difference, largest({name: value}, small))
-    return difference
-
-
-def run(subject: Subject, what: str) -> dict[str, Tensor]:
+def _run(subject: Subject, what: str) -> dict[str, Tensor]:
     """Run a model under masks.
 
     :raises LawError: when it fails, naming the module.
     """
     try:
-        return outputs(subject.model, subject.batch)
-    except Exception as error:  # of whatever kind: it comes from inside the model
+        return subject.outputs()
+    except Exception as error:
         crash = crash_site(subject.model, subject.batch)
         hint = exits.exit_hint(subject.structure, crash)
         raise LawError(f"{subject.who}: fails under {what}, in {crash}. {hint}") from error
 
 
-def largest(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Largest difference; infinite when shapes differ or something is not a number."""
-    if any(value.shape != right[name].shape for name, value in left.items()):
-        return float("inf")
-    return max(gap(value, right[name]) for name, value in left.items())
-
-
 def size(found: Mapping[str, Tensor]) -> float:
-    """Largest number among some outputs, at least 1."""
+    """Return the largest number among some outputs, at least 1."""
     return max(1.0, *(float(value.abs().max()) for value in found.values()))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars that transformers shows when it writes and reads a model."""
+def _without_progress_bars() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     try:

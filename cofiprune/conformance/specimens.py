@@ -1,6 +1,6 @@
 """Small random models to test adapters on: every head class of a family, in float64, with inputs that have padding.
 
-Biases and norms are random too: with the zeros and ones of a fresh model, laws hold that a trained model would break.
+Biases and norms are random too: with the zeros and ones of a new model, laws hold that a trained model would break.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import copy
 import importlib
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +20,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
+from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import AdapterError
-from cofiprune.structure import UNIT_KINDS, UnitKind
+from cofiprune.masking import attach_to
+from cofiprune.masks import MaskRegistry
+from cofiprune.plan import Plan
+from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Batch = Mapping[str, Tensor]
+Values = Mapping[str, Tensor]
+"""Masks by group name, [units] each."""
+Choice = tuple[UnitKind, ...]
 
 # Different numbers for different things, so that a mistaken axis does not fit by chance.
 _SIZES: Mapping[str, Any] = {
@@ -64,6 +73,38 @@ _TOKENS = 9
 _SAMPLES = 160
 _FRAMES = 20
 _CHOICES = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test (float64, evaluation mode), its inputs and its structure."""
+
+    model: PreTrainedModel
+    batch: Batch
+    structure: Structure
+
+    @property
+    def who(self) -> str:
+        """The model's class and family, as messages name it."""
+        return f"{type(self.model).__name__} ({self.structure.family})"
+
+    @contextmanager
+    def masked(self, units: Choice | None = None, values: Values | None = None) -> Iterator[MaskRegistry]:
+        """Attach masks over some unit kinds for the length of a `with` block.
+
+        :param values: of the masks; ones for groups that are not named.
+        """
+        with attach_to(self.model, self.structure, units) as masks:
+            masks.update(values or {})
+            yield masks
+
+    def compacted(self, plan: Plan) -> PreTrainedModel:
+        """Return the model without what a plan removes."""
+        return compacted(self.model, self.structure, plan)
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the model's outputs, as `outputs` does."""
+        return outputs(self.model, self.batch)
 
 
 def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
@@ -212,6 +253,11 @@ def _patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Te
         "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
         "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
     }
+
+
+def double(batch: Batch) -> dict[str, Tensor]:
+    """Return a batch with its floating-point numbers in float64."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
 
 
 def _noise(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:

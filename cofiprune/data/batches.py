@@ -81,6 +81,12 @@ class Batches(ABC):
             raise ValueError(f"cannot skip {batches} batches of an epoch of {len(self)}")
         self._start = batches
 
+    def from_start(self) -> Self:
+        """Return these batches, the next iteration of which begins with the first batch of the first epoch."""
+        self.set_epoch(0)
+        self.skip(0)
+        return self
+
     def shard(self, rank: int, processes: int) -> Self:
         """Return the part of one of several processes; every part has the same number of batches.
 

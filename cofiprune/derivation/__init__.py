@@ -1,6 +1,5 @@
-"""Families that nobody has declared: their tables are derived from a model, proved on it, and can be written down."""
+"""Undeclared families: their tables are derived from a model, proved on it, and can be written to a file."""
 
-from cofiprune.derivation.adapter import derived_adapter
-from cofiprune.derivation.derive import Derived, derive
+from cofiprune.derivation.derive import Derived, derive, derived_adapter
 
 __all__ = ["Derived", "derive", "derived_adapter"]

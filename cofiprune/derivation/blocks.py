@@ -1,23 +1,25 @@
-"""Finding the layers of an encoder, and in a layer the two blocks, by watching it run.
+"""Find the layers of an encoder, and in a layer the two blocks, from the calls of one run.
 
-A block starts with the matrices that read the residual stream, as it is or behind a norm, and ends with the matrix that
-writes into it. What lies between is the block's own: its inner width is what the last matrix reads.
+A block starts with the matrices that read the residual stream, directly or through a norm, and ends with the matrix
+that writes into it. The modules between them are the block's own; the last matrix reads its inner width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.conformance.trace import inside
-from cofiprune.derivation.trace import Call, near, same
+from cofiprune.conformance.calls import Call, calls_of, first_tensor, inside, near, same
+from cofiprune.conformance.specimens import Batch
 from cofiprune.errors import AdapterError
+from cofiprune.hooks import watching
 
-_NORM = "norm"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Draft:
     """A block as far as it is known from one run of its layer."""
 
     entries: list[Tensor]
-    """The residual stream where the block starts, then what norms make of it."""
+    """The residual stream where the block starts, then the outputs of norms over it."""
     readers: list[Call] = field(default_factory=list)
     """The matrices that read it."""
     inner: list[Call] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Draft:
 def find_layers(model: nn.Module, count: int | None) -> str:
     """Return the path of the list of layers: the one with most parameters, every member of it with several matrices.
 
-    :param count: how many layers the configuration speaks of.
+    :param count: number of layers by the configuration.
     :raises AdapterError: when there is none.
     """
     found: list[tuple[int, str]] = []
@@ -66,7 +68,7 @@ def find_layers(model: nn.Module, count: int | None) -> str:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a projection: a linear map, possibly spelt as a convolution."""
+    """Whether a module is a projection: a linear layer, possibly written as a convolution."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding | nn.LayerNorm)
 
@@ -85,12 +87,11 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_norm(call: Call) -> bool:
-    """Whether a module normalises the last dimension of what it is given."""
+    """Whether a module normalises the last dimension of its input."""
     module, entry, output = call.module, call.entry, call.output
     if entry is None or output is None or entry.shape != output.shape or is_matrix(module):
         return False
-    named = _NORM in type(module).__name__.lower()
-    return named or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    return "norm" in type(module).__name__.lower() or isinstance(module, nn.LayerNorm | nn.RMSNorm)
 
 
 def norm_kind(call: Call) -> Literal["layer", "rms"]:
@@ -175,3 +176,34 @@ def _settle(block: Draft, loose: list[Call]) -> None:
 def _shown(block: Draft, layer: str) -> str:
     names = [call.path.removeprefix(f"{layer}.") for call in (*block.readers, *block.inner)]
     return ", ".join(names) or "none"
+
+
+def mixes(model: PreTrainedModel, batch: Batch, layer: str, path: str, *, token: int = 0) -> bool:
+    """Whether the input of a module for one token changes with another token at the entry of its layer.
+
+    :param token: the one that is changed, of the first example. With the first token, those that follow it are
+        compared; with any other, those before it.
+    """
+    plain, changed = (_entry(model, batch, layer, path, token, shift) for shift in (0.0, 1.0))
+    if plain is None or changed is None:
+        return False
+    plain, changed = (value.reshape(value.shape[0], -1, value.shape[-1])[0] for value in (plain, changed))
+    others = slice(1, None) if token == 0 else slice(None, token)
+    return not near(plain[others], changed[others])
+
+
+def _entry(model: PreTrainedModel, batch: Batch, layer: str, path: str, token: int, shift: float) -> Tensor | None:
+    """The input of a module when a token of the first example is shifted at the entry of a layer."""
+
+    def move(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        moved = [value.clone() if isinstance(value, Tensor) else value for value in args]
+        named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        states = first_tensor([*moved, *named.values()])
+        if states is not None:
+            # Different for every dimension: a norm would remove a shift that is the same for all.
+            states[0, token] += shift * torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype)
+        return tuple(moved), named
+
+    with watching(model, before={layer: move}):
+        calls = calls_of(model, batch, [path])
+    return calls[0].entry if calls else None

@@ -1,112 +1,195 @@
-"""Deriving the table of a family from a model of it that runs, and proving it before it is used.
+"""Derive the table of an undeclared family from a model of it, and prove the table before it is used.
 
-Blocks, axes and exits come from watching a small double of the model (`twin`). Where the run leaves a choice, in which
-order a fused matrix holds its parts, say, the laws of the masks choose. What cannot be pruned exactly is refused, with
-what the law found at fault.
+Blocks, axes and exits come from watching a tiny copy of the model. Where the run leaves a choice, such as the order of
+the parts in a fused matrix, the laws of the masks choose. Units that cannot be pruned exactly are refused, with the
+reason that the law found. A table is derived once per class and configuration.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import BlockTable, Family, encoder_path
-from cofiprune.conformance.specimens import Batch
-from cofiprune.conformance.trace import inside
-from cofiprune.derivation.blocks import Draft, find_blocks, find_layers
-from cofiprune.derivation.exits import Way, find_ways
-from cofiprune.derivation.mixing import mixes
-from cofiprune.derivation.proof import problem
+import torch
+
+from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, encoder_path, known_families
+from cofiprune.conformance.battery import check_laws
+from cofiprune.conformance.calls import calls_of, compared, inside
+from cofiprune.conformance.laws import size
+from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values
+from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes
+from cofiprune.derivation.exits import Bypass, find_bypasses
 from cofiprune.derivation.rows import Inner, attributes, block_rows
 from cofiprune.derivation.settings import Settings, find_settings
 from cofiprune.derivation.surroundings import find_surroundings
-from cofiprune.derivation.trace import watch
-from cofiprune.derivation.twin import twin_of
-from cofiprune.errors import AdapterError
-from cofiprune.structure import BlockExit, Kind, unit_of
+from cofiprune.derivation.tiny_copy import tiny_copy
+from cofiprune.errors import AdapterError, CofipruneError
+from cofiprune.hooks import reading
+from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Largest difference allowed on the model itself, relative to its outputs: what trained weights round to."""
+_COARSE = 0.1
+"""The same for half precision."""
+
+_known: dict[tuple[type, str], Adapter | str] = {}
 
 
-@dataclass
-class Part:
-    """One block kind of the family: its draft in every layer, and how the blocks leave."""
+def derived_adapter(model: PreTrainedModel) -> Adapter:
+    """Derive an adapter from a model, prove it on a tiny copy and on the model itself, and keep it for others.
 
-    kind: Kind
-    drafts: list[Draft]
-    others: list[Draft]
-    ways: list[Way]
+    :raises AdapterError: with what could not be told apart, or with the law that does not hold and where.
+    """
+    key = (type(model), _fingerprint(model.config))
+    if key not in _known:
+        try:
+            with reading(model):
+                adapter = TableAdapter((model.config.model_type,), family_for(derive(model), model.config), stored=True)
+                _prove(model, adapter)
+            _known[key] = adapter
+        except CofipruneError as error:
+            _known[key] = str(error)
+    found = _known[key]
+    if isinstance(found, str):
+        raise AdapterError(
+            f"no adapter for model type {model.config.model_type!r} ({type(model).__name__}), and none could be "
+            f"derived: {found} Families with one: {', '.join(known_families())}. To describe it yourself, see "
+            "docs/how-to/add-an-adapter.md."
+        )
+    return found
 
 
-@dataclass
+def _fingerprint(config: PretrainedConfig) -> str:
+    """A digest of the settings that a model's modules depend on."""
+    entries: dict[str, Any] = config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        entries.pop(name, None)
+    text = repr(sorted((str(name), repr(value)) for name, value in entries.items()))
+    return hashlib.sha256(f"{text}{config._attn_implementation}".encode()).hexdigest()
+
+
+def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Compare masked and compacted outputs of the model itself, under masks over all units.
+
+    :raises CofipruneError: when they differ, or when the table does not fit the model.
+    """
+    structure = adapter.structure(model)  # every row has to fit
+    weights = next(model.parameters())
+    if weights.is_meta:
+        return
+    generator = torch.Generator().manual_seed(2)
+    batch = {name: value.to(weights.device) for name, value in inputs(model, generator).items()}
+    batch = {name: row.to(weights.dtype) if row.is_floating_point() else row for name, row in batch.items()}
+    subject = Subject(model, batch, structure)
+    values = {group.name: random_values(group.size, generator, fractional=True) for group in structure.groups}
+    with subject.masked(values=values) as masks:
+        masked, plan = subject.outputs(), masks.plan()
+        difference = compared(masked, outputs(subject.compacted(plan), batch), plan)
+    if not difference <= _TOLERANCE.get(weights.dtype, _COARSE) * size(masked):
+        raise AdapterError(
+            f"on the model itself masked and compacted outputs differ by {difference:.2g}, although they agree on "
+            "a small model of its kind."
+        )
+
+
+@dataclass(frozen=True)
 class Derived:
-    """A derived table and how its sizes are spelt in the configuration."""
+    """A derived table and the expressions that give its sizes for a configuration."""
 
     family: Family
     settings: Settings
 
 
-def derive(model: PreTrainedModel) -> Derived:
-    """Derive the table of a model's family on a double of it.
+def family_for(derived: Derived, config: PretrainedConfig) -> Family:
+    """Return the table for another configuration of the same kind, with its sizes."""
+    settings = derived.settings.of(config)
+    heads = 1 if settings.query_heads is None else settings.query_heads // settings.units["heads"]
 
-    :raises AdapterError: when it has no blocks that can be told apart or taken out, saying what was found.
+    def counted(axis: Axis) -> Axis:
+        return axis.of(heads) if axis.block is not None and axis.block > 1 else axis
+
+    table = derived.family.attention
+    shared = tuple((module, name, counted(axis)) for module, name, axis in table.attributes)
+    return replace(derived.family, sizes=settings.units, attention=replace(table, attributes=shared))
+
+
+def derive(model: PreTrainedModel) -> Derived:
+    """Derive the table of a model's family on a tiny copy of it.
+
+    :raises AdapterError: when it has no blocks that can be told apart or removed, saying what was found.
     """
-    twin, batch = twin_of(model)
-    return _Derivation(twin, batch).run()
+    return _Derivation(*tiny_copy(model)).run()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One block kind of the family: its draft in every layer, and how the blocks are bypassed."""
+
+    kind: Kind
+    drafts: list[Draft]
+    others: list[Draft]
+    bypasses: list[Bypass]
+
+    @property
+    def width(self) -> int:
+        entry = self.drafts[0].writer.entry
+        assert entry is not None
+        return entry.shape[-1]
 
 
 class _Derivation:
-    """One derivation, on one small model."""
+    """One derivation, on one tiny model."""
 
     def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
         self.model = model
         self.batch = batch
-        self.calls = watch(model, batch)
         count = getattr(model.config, "num_hidden_layers", None)
         self.list = find_layers(model, count if isinstance(count, int) else None)
         self.base = encoder_path(model)
         if not inside(self.list, self.base):
             raise AdapterError(f"its layers {self.list!r} do not lie in its base model {self.base!r}")
         self.layers = [f"{self.list}.{name}" for name, _ in model.get_submodule(self.list).named_children()]
+        self.attention, self.ffn = self._parts()
+        self.width = self.attention.drafts[0].entries[0].shape[-1]
+        readers = [call.output.shape[-1] for call in self.attention.drafts[0].readers if call.output is not None]
+        narrow = min(self.attention.width, *readers)  # keys and values may be shared
+        self.settings = find_settings(model.config, self.width, self.attention.width, self.ffn.width, narrow)
 
     def run(self) -> Derived:
-        attention, ffn = self._parts()
-        width = attention.drafts[0].entries[0].shape[-1]
-        inner_width = _width(attention)
-        settings = find_settings(self.model.config, width, inner_width, _width(ffn), self._narrow(attention))
-        self.width = width
-        table = self._tables(attention, ffn, settings)
-        family = self._family(table, settings)
-        family = self._with_hidden(family, (attention, ffn), settings)
-        found = problem(self.model, self.batch, family, None, whole=True)
-        if found:
+        family = self._with_hidden(self._with_blocks())
+        if found := self._problem(family, quick=False):
             raise AdapterError(found)
-        return Derived(family, settings)
+        return Derived(family, self.settings)
 
-    def _parts(self) -> tuple[Part, Part]:
+    def _parts(self) -> tuple[_Part, _Part]:
         """Attention and feed-forward in every layer: the first block that mixes tokens is attention."""
-        drafts, ways = [], []
+        calls = calls_of(self.model, self.batch)
+        drafts, bypasses = [], []
         for layer in self.layers:
-            blocks = find_blocks(self.calls, layer)
-            found = find_ways(self.model, self.batch, self.calls, layer, blocks)
+            blocks = find_blocks(calls, layer)
+            found = find_bypasses(self.model, self.batch, calls, layer, blocks)
             if found is None:
                 raise AdapterError(
                     f"in its layer {layer!r} no module was found through which the states leave unchanged when "
                     f"{blocks[0].writer.path!r} or {blocks[1].writer.path!r} writes nothing"
                 )
             drafts.append(blocks)
-            ways.append(found)
-        order = [mixes(self.model, self.batch, self.layers[0], drafts[0][place].writer.path) for place in (0, 1)]
-        if not any(order):
+            bypasses.append(found)
+        writers = [block.writer.path for block in drafts[0]]
+        mixing = [mixes(self.model, self.batch, self.layers[0], path) for path in writers]
+        if not any(mixing):
             raise AdapterError(f"no block of its layer {self.layers[0]!r} lets tokens look at one another")
-        first = 0 if order[0] else 1
-        # Not the last one: some models pad their inputs further.
+        first = mixing.index(True)
+        # Not the last token: some models pad their inputs further.
         late = min(5, drafts[0][0].entries[0].shape[-2] - 1)
-        looks_ahead = mixes(self.model, self.batch, self.layers[0], drafts[0][first].writer.path, token=late)
+        looks_ahead = mixes(self.model, self.batch, self.layers[0], writers[first], token=late)
         if not looks_ahead and _generates(self.model):
             raise AdapterError(
                 "each of its tokens sees those before it only, and its kind generates: it is a decoder, and cofiprune "
@@ -114,99 +197,98 @@ class _Derivation:
             )
         kinds: tuple[tuple[Kind, int], ...] = (("heads", first), ("intermediate", 1 - first))
         attention, ffn = (
-            Part(kind, [each[place] for each in drafts], [each[1 - place] for each in drafts], [w[place] for w in ways])
+            _Part(
+                kind,
+                [each[place] for each in drafts],
+                [each[1 - place] for each in drafts],
+                [each[place] for each in bypasses],
+            )
             for kind, place in kinds
         )
         return attention, ffn
 
-    def _narrow(self, attention: Part) -> int:
-        """The smallest width of what attention makes of the stream: keys and values may be shared."""
-        draft = attention.drafts[0]
-        widths = [call.output.shape[-1] for call in draft.readers if call.output is not None]
-        return min([_width(attention), *widths])
-
-    def _tables(self, attention: Part, ffn: Part, settings: Settings) -> tuple[BlockTable, BlockTable, dict[str, str]]:
-        """The tables of both blocks; of the choices that are left the first with which the law holds."""
+    def _with_blocks(self) -> Family:
+        """The table with both blocks: of the choices that are left the first with which the law holds."""
+        tables = {part.kind: next(self._choices(part)) for part in (self.attention, self.ffn)}
         refused: dict[str, str] = {}
-        tables = []
-        for part in (attention, ffn):
-            unit = unit_of(part.kind)
-            first: BlockTable | None = None
-            trouble = ""
-            for table in self._choices(part, settings):
-                first = first or table
-                pair = {part.kind: table}
-                other = ffn if part is attention else attention
-                pair[other.kind] = next(self._choices(other, settings))
-                tried = self._family((pair["heads"], pair["intermediate"], {}), settings)
-                found = problem(self.model, self.batch, tried, (unit,))
-                if not found:
-                    tables.append(table)
+        for part in (self.attention, self.ffn):
+            problems = []
+            for table in self._choices(part):
+                family = self._family({**tables, part.kind: table}, {})
+                problem = self._problem(family, (unit_of(part.kind),))
+                if not problem:
+                    tables[part.kind] = table
                     break
-                trouble = trouble or found
+                problems.append(problem)
             else:
-                refused[unit] = trouble
-                assert first is not None
-                tables.append(first)
-        return tables[0], tables[1], refused
+                refused[unit_of(part.kind)] = problems[0]
+        return self._family(tables, refused)
 
-    def _choices(self, part: Part, settings: Settings) -> Iterator[BlockTable]:
-        units = settings.units[part.kind]
-        inner = Inner(part.kind, units, _width(part), settings.query_heads if part.kind == "heads" else None)
+    def _choices(self, part: _Part) -> Iterator[BlockTable]:
+        units = self.settings.units[part.kind]
+        inner = Inner(part.kind, units, part.width, self.settings.query_heads if part.kind == "heads" else None)
         fused = any(
             call.output is not None and call.output.shape[-1] in (2 * inner.width, 3 * inner.width)
             for call in part.drafts[0].readers
         )
         for spelt in (inner, replace(inner, interleaved=True)) if fused else (inner,):
-            tables = [self._table(part, index, spelt) for index in range(len(self.layers))]
-            merged = _merged(tables, self.layers)
+            merged = _merged([self._table(part, index, spelt) for index in range(len(self.layers))], self.layers)
             layer = self.model.get_submodule(self.layers[-1])
             for choice in attributes(layer, self.layers[-1], part.drafts[-1], spelt):
                 yield replace(merged, attributes=choice)
 
-    def _table(self, part: Part, index: int, inner: Inner) -> BlockTable:
-        path, way = self.layers[index], part.ways[index]
+    def _table(self, part: _Part, index: int, inner: Inner) -> BlockTable:
+        path, bypass = self.layers[index], part.bypasses[index]
         layer = self.model.get_submodule(path)
-        rows = block_rows(layer, path, part.drafts[index], part.others[index], inner, self.width, way.held)
+        rows = block_rows(layer, path, part.drafts[index], part.others[index], inner, self.width, bypass.held)
 
         def local(exit: BlockExit) -> BlockExit:
             return replace(exit, module=exit.module.removeprefix(f"{path}."))
 
-        bypassed = tuple(_short(local(each)) for each in way.bypassed)
-        return BlockTable(rows=rows, exit=local(way.exit), bypassed=bypassed, dropped=way.held)
+        bypassed = tuple(_short(local(each)) for each in bypass.bypassed)
+        return BlockTable(rows=rows, exit=local(bypass.exit), bypassed=bypassed, dropped=bypass.held)
 
-    def _family(self, tables: tuple[BlockTable, BlockTable, dict[str, str]], settings: Settings) -> Family:
-        attention, ffn, refused = tables
+    def _family(self, tables: dict[Kind, BlockTable], refused: dict[str, str]) -> Family:
         return Family(
-            sizes=settings.units,
+            sizes=self.settings.units,
             layers=self.list.removeprefix(self.base).lstrip("."),
             stem=(),
-            attention=attention,
-            ffn=ffn,
-            refused={"hidden": "nothing is known yet of what stands around the layers", **refused},
+            attention=tables["heads"],
+            ffn=tables["intermediate"],
+            refused={"hidden": "the modules around the layers are not known yet", **refused},
         )
 
-    def _with_hidden(self, family: Family, parts: Sequence[Part], settings: Settings) -> Family:
-        """Add what stands around the layers, and allow hidden dimensions where the law then holds for them."""
-        writers = [call.path for part in parts for draft in part.drafts for call in (draft.writer, *draft.norms)]
+    def _with_hidden(self, family: Family) -> Family:
+        """Add the modules around the layers, and allow hidden dimensions where the law then holds for them."""
+        drafts = [*self.attention.drafts, *self.ffn.drafts]
+        writers = [call.path for draft in drafts for call in (draft.writer, *draft.norms)]
         around = find_surroundings(self.model, self.batch, self.layers, self.base, self.width, writers)
         refused = {unit: why for unit, why in family.refused.items() if unit != "hidden"}
-        name = type(self.model).__name__
-        wide = replace(family, stem=tuple(around.stem), heads={name: tuple(around.head)}, refused=refused)
-        found = problem(self.model, self.batch, wide, ("hidden",))
-        return replace(wide, refused={**refused, "hidden": found}) if found else wide
+        heads = {type(self.model).__name__: tuple(around.head)}
+        wide = replace(family, stem=tuple(around.stem), heads=heads, refused=refused)
+        problem = self._problem(wide, ("hidden",))
+        return replace(wide, refused={**refused, "hidden": problem}) if problem else wide
+
+    def _problem(self, family: Family, units: tuple[UnitKind, ...] | None = None, *, quick: bool = True) -> str:
+        """Return the first law that a table breaks, in the words of its error; "" when all hold.
+
+        :param units: the choice of unit kinds to mask; None for all that the table allows, together.
+        """
+        adapter = TableAdapter((self.model.config.model_type,), family, stored=True)
+        try:
+            subject = Subject(self.model, self.batch, adapter.structure(self.model))
+            present = {group.unit for group in subject.structure.groups}
+            choice = tuple(unit for unit in UNIT_KINDS if unit in present) if units is None else units
+            check_laws(subject, torch.Generator().manual_seed(1), [choice], quick=quick)
+        except CofipruneError as error:
+            return str(error)
+        return ""
 
 
 def _generates(model: PreTrainedModel) -> bool:
-    """Whether there is a class that generates beside a model's own: some encoders of text look back only, too."""
-    beside = vars(sys.modules[type(model).__module__])
-    return any(word in name for name in beside for word in ("ForCausal", "LMHead"))
-
-
-def _width(part: Part) -> int:
-    entry = part.drafts[0].writer.entry
-    assert entry is not None
-    return entry.shape[-1]
+    """Whether the modelling file has a class that generates: some encoders of text look back only, too."""
+    names = vars(sys.modules[type(model).__module__])
+    return any(word in name for name in names for word in ("ForCausal", "LMHead"))
 
 
 def _short(exit: BlockExit) -> str | BlockExit:
@@ -214,7 +296,7 @@ def _short(exit: BlockExit) -> str | BlockExit:
 
 
 def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
-    """One table for all layers: what only some of them have is optional.
+    """One table for all layers; rows that only some of them have are optional.
 
     :raises AdapterError: when blocks leave their layers in different ways.
     """
@@ -224,12 +306,8 @@ def _merged(tables: Sequence[BlockTable], layers: Sequence[str]) -> BlockTable:
             raise AdapterError(
                 f"its layers differ: a block leaves {layers[-1]!r} through {last.exit}, {path!r} through {table.exit}"
             )
-    rows = {row.modules: row for table in reversed(tables) for row in reversed(table.rows)}
-    ordered = [row.modules for row in last.rows] + [name for name in rows if name not in {r.modules for r in last.rows}]
+    rows = {row.modules: row for table in (last, *reversed(tables)) for row in table.rows}
     everywhere = set.intersection(*({row.modules for row in table.rows} for table in tables))
     bypassed = dict.fromkeys(itertools.chain.from_iterable(table.bypassed for table in tables))
-    return replace(
-        last,
-        rows=tuple(replace(rows[name], optional=name not in everywhere) for name in ordered),
-        bypassed=tuple(bypassed),
-    )
+    merged = tuple(replace(row, optional=name not in everywhere) for name, row in rows.items())
+    return replace(last, rows=merged, bypassed=tuple(bypassed))

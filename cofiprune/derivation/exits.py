@@ -1,24 +1,25 @@
-"""Where a block leaves its layer, found by trying: without the block, the residual stream must come out unchanged.
+"""Find where a block leaves its layer by trying: without the block, the residual stream must come out unchanged.
 
-There are three ways. A module returns the stream itself and is given it (post-norm in a module of its own). A module's
-output is added to the stream outside of it, so that it has to return zeros (pre-norm). Or that holds, and a norm stands
-behind the addition: the stream leaves through the norm.
+There are three ways. A module is given the stream and returns it (post-norm in a module of its own). The output of a
+module is added to the stream outside of it, so that it has to return zeros (pre-norm). Or a norm follows that addition:
+the stream leaves through the norm.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.conformance.specimens import Batch, outputs
-from cofiprune.conformance.trace import first_tensor, inside
+from cofiprune.conformance.calls import Call, calls_of, inside, near, same
+from cofiprune.conformance.exits import bypassing
+from cofiprune.conformance.specimens import Batch
 from cofiprune.derivation.blocks import Draft
-from cofiprune.derivation.trace import Call, Overrides, near, same
-from cofiprune.masking import bypass
 from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
@@ -26,73 +27,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Way:
-    """Where a block leaves, and what does not run without it; paths from the model."""
+class Bypass:
+    """Where a block leaves, and which modules do not run without it; paths from the model."""
 
     exit: BlockExit
     bypassed: tuple[BlockExit, ...]
     held: tuple[str, ...] = ()
     """Parameters that the layer itself holds for the block, by their names in the layer."""
 
-    @property
-    def overrides(self) -> Overrides:
-        def stand_in(exit: BlockExit) -> Any:
-            return lambda *args, **kwargs: bypass(exit, args, kwargs)
-
-        return Overrides({each.module: stand_in(each) for each in (self.exit, *self.bypassed)})
-
 
 @dataclass(frozen=True)
-class Lookout:
-    """A place where the residual stream behind a block can be seen."""
-
-    path: str
-    given: bool
-    """What the module is given, rather than what it returns."""
-
-    def see(self, model: PreTrainedModel, batch: Batch, way: Way | None) -> Tensor | None:
-        """The stream there when a block has left, in the way given; None when the model does not run like that."""
-        seen: list[Tensor | None] = []
-        module = model.get_submodule(self.path)
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append(first_tensor([*args, *kwargs.values()]))
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(first_tensor(output))
-
-        if self.given:
-            hook = module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            hook = module.register_forward_hook(after)
-        try:
-            with (Overrides() if way is None else way.overrides).installed(model):
-                outputs(model, batch)
-        except Exception:  # of whatever kind: such a way is none
-            return None
-        finally:
-            hook.remove()
-        return seen[0] if seen else None
-
-
-@dataclass(frozen=True)
-class Span:
-    """A block in its layer: the residual stream in front of it and behind it."""
+class _Span:
+    """A block in its layer, with the residual stream before and after it."""
 
     block: Draft
     other: Draft
     entry: Tensor
     after: Tensor
-    lookout: Lookout
+    seen_at: str
+    """A module at which the stream behind the block can be seen."""
+    given: bool
+    """Whether it is the input of that module, rather than its output."""
+
+    def is_unchanged(self, model: PreTrainedModel, batch: Batch, bypass: Bypass | None = None) -> bool:
+        """Whether the stream comes out as it came in, without the block or as the model is; False if it cannot run."""
+        without = nullcontext() if bypass is None else bypassing(model, (bypass.exit, *bypass.bypassed))
+        try:
+            with without:
+                calls = calls_of(model, batch, [self.seen_at])
+        except Exception:  # a model without the block may fail anywhere
+            return False
+        return bool(calls) and near(calls[0].entry if self.given else calls[0].output, self.entry)
 
 
-def find_ways(
+def find_bypasses(
     model: PreTrainedModel, batch: Batch, calls: Sequence[Call], layer: str, blocks: Sequence[Draft]
-) -> tuple[Way, Way] | None:
-    """How each of two blocks leaves its layer; None when no way is found for one of them.
+) -> tuple[Bypass, Bypass] | None:
+    """Find how each of two blocks leaves its layer; None when that is not found for one of them.
 
-    The stream between them is what the norm between them returns (post-norm) or reads (pre-norm). Post-norm comes
-    first, because one of its norms, taken as standing in front of what follows, could be taken out too.
+    The stream between them is the output of the norm between them (post-norm) or its input (pre-norm). Post-norm is
+    tried first, because one of its norms could be removed too as if it stood before the block that follows.
     """
     first, second = blocks
     whole = next(call for call in calls if call.path == layer)
@@ -100,24 +74,23 @@ def find_ways(
     assert whole.output is not None
     assert boundary.entry is not None
     assert boundary.output is not None
-    post = (boundary.output, Lookout(second.readers[0].path, given=True), False)
-    pre = (boundary.entry, Lookout(boundary.path, given=True), True)
-    for between, lookout, in_front in (post, pre):
+    for between, seen_at, in_front in (
+        (boundary.output, second.readers[0].path, False),
+        (boundary.entry, boundary.path, True),
+    ):
         left, right = _with_boundary(first, second, boundary, in_front=in_front)
         found = []
         for span in (
-            Span(left, right, first.entries[0], between, lookout),
-            Span(right, left, between, whole.output, Lookout(layer, given=False)),
+            _Span(left, right, first.entries[0], between, seen_at, given=True),
+            _Span(right, left, between, whole.output, layer, given=False),
         ):
-            way = next((each for each in _ways(calls, layer, span) if _works(model, batch, span, each)), None)
-            if way is None:
+            tried = _candidates(calls, layer, span)
+            bypass = next((each for each in tried if span.is_unchanged(model, batch, each)), None)
+            if bypass is None:
                 break
-            held = [
-                name
-                for name, value in model.get_submodule(layer).named_parameters(recurse=False)
-                if _silences(model, batch, span, value)
-            ]
-            found.append(replace(way, held=tuple(held)))
+            own = model.get_submodule(layer).named_parameters(recurse=False)
+            held = tuple(name for name, value in own if _silences(model, batch, span, value))
+            found.append(replace(bypass, held=held))
         if len(found) == 2:
             first.norms, second.norms = left.norms, right.norms
             return found[0], found[1]
@@ -132,68 +105,75 @@ def _with_boundary(first: Draft, second: Draft, norm: Call, *, in_front: bool) -
     return replace(first, norms=[*first.norms, norm]), replace(second, norms=others)
 
 
-def _silences(model: PreTrainedModel, batch: Batch, span: Span, value: nn.Parameter) -> bool:
-    """Whether nothing is left of a block when one parameter is zero: a scale of all that it writes."""
+def _silences(model: PreTrainedModel, batch: Batch, span: _Span, value: nn.Parameter) -> bool:
+    """Whether a block writes nothing when one parameter is zero: a scale of all that it writes."""
     kept = value.detach().clone()
     with torch.no_grad():
         value.zero_()
         try:
-            return near(span.lookout.see(model, batch, None), span.entry)
+            return span.is_unchanged(model, batch)
         finally:
             value.copy_(kept)
 
 
-def _works(model: PreTrainedModel, batch: Batch, span: Span, way: Way) -> bool:
-    return near(span.lookout.see(model, batch, way), span.entry)
-
-
-def _ways(calls: Sequence[Call], layer: str, span: Span) -> Iterator[Way]:
-    """Candidates, those that leave most modules out first."""
+def _candidates(calls: Sequence[Call], layer: str, span: _Span) -> Iterator[Bypass]:
+    """Yield possible bypasses, those that skip most modules first."""
     under = [call for call in calls if inside(call.path, layer) and call.path != layer]
     apart = [call for call in under if not any(inside(leaf.path, call.path) for leaf in span.other.leaves)]
     apart.sort(key=lambda call: call.path.count("."))
     for call in apart:
-        place = call.place(span.entry)
-        if place is not None and same(call.output, span.after):
-            yield from _complete(calls, span, apart, place)
+        exit = _exit_with(call, span.entry)
+        if exit is not None and same(call.output, span.after):
+            yield _complete(span, apart, exit)
     last = span.block.writer
     silent = [call for call in apart if inside(last.path, call.path) or call.start > last.end]
-    zeros = [exit for call in silent for exit in _zero(call, span)]
+    zeros = [exit for call in silent if (exit := _zero_exit(call, span)) is not None]
     norms = [call for call in span.block.norms if same(call.output, span.after)]
     for norm in norms:
         for exit in zeros:
             if not inside(norm.path, exit.module):
-                yield from _complete(calls, span, apart, BlockExit(norm.path), exit)
+                yield _complete(span, apart, BlockExit(norm.path), exit)
     for exit in () if norms else zeros:
-        yield from _complete(calls, span, apart, exit)
+        yield _complete(span, apart, exit)
 
 
-def _zero(call: Call, span: Span) -> Iterator[BlockExit]:
+def _exit_with(call: Call, value: Tensor) -> BlockExit | None:
+    """The module as one that returns a tensor among its arguments; None when it is not given that."""
+    names = [name for name in inspect.signature(call.module.forward).parameters if name != "self"]
+    for index, given in enumerate(call.args):
+        if given is not None and same(given, value):
+            named = names[index] if index < len(names) and names[index] not in ("args", "kwargs", "input") else None
+            return BlockExit(call.path, index, named, call.outputs, wrapped=call.wrapped)
+    for name, given in call.kwargs.items():
+        if same(given, value):
+            index = names.index(name) if name in names else 0
+            return BlockExit(call.path, index, name, call.outputs, wrapped=call.wrapped)
+    return None
+
+
+def _zero_exit(call: Call, span: _Span) -> BlockExit | None:
     """The module as one that returns zeros."""
     if call.output is None or call.output.shape != span.entry.shape:
-        return
+        return None
     for value in (*span.block.entries, *call.args, *call.kwargs.values()):
         if value is not None and value.shape == call.output.shape:
-            place = call.place(value)
-            if place is not None:
-                yield replace(place, residual=False)
-                return
+            exit = _exit_with(call, value)
+            if exit is not None:
+                return replace(exit, residual=False)
     if call.args and call.args[0] is not None:
-        # What is bypassed in front of it hands the states on, so that it is given them then.
-        yield BlockExit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
+        # The modules bypassed before it hand the states on, so that it is given them then.
+        return BlockExit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
+    return None
 
 
-def _complete(
-    calls: Sequence[Call], span: Span, apart: Sequence[Call], exit: BlockExit, *bypassed: BlockExit
-) -> Iterator[Way]:
-    """Add what else of the block is not to run: modules that would fail on parameters which are gone."""
+def _complete(span: _Span, apart: Sequence[Call], exit: BlockExit, *bypassed: BlockExit) -> Bypass:
+    """Skip the other modules of the block too: they would fail on parameters that are removed."""
     gone = [exit, *bypassed]
     more: list[BlockExit] = []
-    left = [leaf for leaf in span.block.leaves if not any(inside(leaf.path, each.module) for each in gone)]
-    for leaf in left:
-        if any(inside(leaf.path, each.module) for each in more):
+    for leaf in span.block.leaves:
+        if any(inside(leaf.path, each.module) for each in (*gone, *more)):
             continue
-        # The outermost module around it that holds nothing of what is to stay.
+        # The outermost module around it that contains nothing that stays.
         outer = next(
             call
             for call in apart
@@ -204,4 +184,4 @@ def _complete(
             more.append(BlockExit(outer.path, outputs=outer.outputs, wrapped=outer.wrapped))
         elif outer.kwargs:
             more.append(BlockExit(outer.path, 0, next(iter(outer.kwargs)), outer.outputs, wrapped=outer.wrapped))
-    yield Way(exit, (*bypassed, *more))
+    return Bypass(exit, (*bypassed, *more))

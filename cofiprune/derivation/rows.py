@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from cofiprune.adapter import HIDDEN, Axis, Weights, linear, norm, projection, tensor
-from cofiprune.conformance.trace import inside
+from cofiprune.conformance.calls import Call, inside
 from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, weight_shape
-from cofiprune.derivation.trace import Call
 from cofiprune.structure import Kind
 
 

@@ -18,17 +18,17 @@ class Settings:
     """Units by kind, and the expressions that give them for a configuration."""
 
     units: Mapping[Kind, int]
-    spelt: Mapping[Kind, str]
+    expressions: Mapping[Kind, str]
     """Python expressions in `config`."""
     query_heads: int | None = None
     """Where groups of heads share keys and values; `units["heads"]` then counts the groups."""
-    query_spelt: str | None = None
+    query_expression: str | None = None
 
     def of(self, config: PretrainedConfig) -> Settings:
         """The same for another configuration of the family."""
-        units = {kind: _value(config, text) for kind, text in self.spelt.items()}
-        query = None if self.query_spelt is None else _value(config, self.query_spelt)
-        return Settings(units, self.spelt, query, self.query_spelt)
+        units = {kind: _value(config, text) for kind, text in self.expressions.items()}
+        query = None if self.query_expression is None else _value(config, self.query_expression)
+        return Settings(units, self.expressions, query, self.query_expression)
 
 
 def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediate: int, narrow: int) -> Settings:
@@ -47,13 +47,13 @@ def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediat
         keys = _spelt(config, ("key_value", "kv"), ("dim", "size"), lambda n: n == narrow * count // width)
         if keys is not None:
             query, heads = heads, keys
-    spelt = {
+    expressions = {
         "hidden": _spelt(config, ("hidden", "d_model", "dim", "embed"), (), lambda n: n == hidden) or str(hidden),
         "heads": heads,
         "intermediate": _spelt(config, ("",), ("vocab",), lambda n: n == intermediate) or _ratio(config, intermediate),
     }
-    units: dict[Kind, int] = {kind: _value(config, text) for kind, text in spelt.items()}  # type: ignore[misc]
-    return Settings(units, spelt, None if query is None else count, query)  # type: ignore[arg-type]
+    units: dict[Kind, int] = {kind: _value(config, text) for kind, text in expressions.items()}  # type: ignore[misc]
+    return Settings(units, expressions, None if query is None else count, query)  # type: ignore[arg-type]
 
 
 def _spelt(

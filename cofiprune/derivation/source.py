@@ -1,17 +1,18 @@
-"""Writing a derived table down as the adapter file that it would be, ready to be saved and edited."""
+"""Write a derived table as an adapter file, ready to be edited."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import Axis, BlockTable, Family, Weights
+from cofiprune.adapter import Axis, BlockTable, ConfigSizes, Weights
 from cofiprune.conformance.specimens import head_classes
 from cofiprune.derivation.derive import Derived, derive
-from cofiprune.derivation.twin import small_config
-from cofiprune.structure import BlockExit
+from cofiprune.derivation.tiny_copy import small_config
+from cofiprune.structure import BlockExit, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,20 +31,16 @@ def written_adapter(model: PreTrainedModel) -> str:
     for cls in head_classes(model.config):
         try:
             other = derive(cls(small_config(model.config))).family
-        except Exception:  # of whatever kind: a head that does not fit the configuration is left out
+        except Exception:  # a head that does not fit the configuration is left out
             continue
         heads.update(other.heads)
         for row in other.stem:
             stem.setdefault(row.modules, row)
     # Which of these a model has may depend on its head.
     rows = tuple(replace(row, optional=True) for row in stem.values())
-    shown = {name: heads[name] for name in sorted(heads) if not _is_bare(name)}
-    derived.family = replace(derived.family, stem=rows)
+    shown = {name: heads[name] for name in sorted(heads) if not name.endswith(("Model", "Encoder"))}
+    derived = replace(derived, family=replace(derived.family, stem=rows))
     return adapter_source(model.config.model_type, derived, shown)
-
-
-def _is_bare(name: str) -> bool:
-    return name.endswith(("Model", "Encoder"))
 
 
 def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[Weights, ...]]) -> str:
@@ -52,54 +49,62 @@ def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[
     :param model_type: of the family.
     :param heads: rows of every head class that was derived, by the class's name.
     """
-    family, spelt = derived.family, derived.settings.spelt
+    family = derived.family
+    refused = (f'            "{unit}": {json.dumps(why)},' for unit, why in family.refused.items())
     body = [
         f"ATTENTION = {_block(family.attention)}",
         f"FFN = {_block(family.ffn)}",
         "",
         "",
-        f"class {_class_name(model_type)}(Adapter):",
-        f'    model_types = ("{model_type}",)',
-        "",
-        "    def describe(self, config):",
-        "        return Family(",
-        "            sizes={",
-        *(f'                "{kind}": {text},' for kind, text in spelt.items()),
-        "            },",
-        f'            layers="{family.layers}",',
-        f"            stem={_rows(family.stem, 12)},",
-        "            attention=ATTENTION,",
-        "            ffn=FFN,",
-        "            heads={",
-        *(f'                "{name}": {_rows(rows, 16)},' for name, rows in heads.items()),
-        "            },",
-        *_refused(family),
-        "        )",
-        "",
-        "",
-        f"adapter = {_class_name(model_type)}()",
+        f'@family("{model_type}")',
+        "def adapter(config):",
+        "    return Family(",
+        f'        layers="{family.layers}",',
+        *_sizes(derived.settings.expressions),
+        f"        stem={_rows(family.stem, 8)},",
+        "        attention=ATTENTION,",
+        "        ffn=FFN,",
+        "        heads={",
+        *(f'            "{name}": {_rows(rows, 12)},' for name, rows in heads.items()),
+        "        },",
+        *(("        refused={", *refused, "        },") if family.refused else ()),
+        "    )",
     ]
     text = "\n".join(body)
+    used = [name for name in _IMPORTS if re.search(rf"\b{name}\b", text)]
     head = [
-        f'"""{model_type}: derived, and proved on a small model; what it says of names and axes may be edited."""',
+        f'"""{model_type}: derived, and proved on a small model. Names and axes may be edited; check the result."""',
         "",
+        "from cofiprune.adapter import (",
+        *(f"    {name}," for name in used),
+        ")",
     ]
-    used = [name for name in _IMPORTS if any(f"{name}{after}" in text for after in "(),. \n")]
-    head += ["from cofiprune.adapter import (", *(f"    {name}," for name in used), ")"]
-    if "BlockExit(" in text:
-        head.append("from cofiprune.structure import BlockExit")
     return "\n".join([*head, "", text, ""])
+
+
+def _sizes(expressions: Mapping[Kind, str]) -> Iterator[str]:
+    """The arguments that say where the configuration has the sizes."""
+    settings = {kind: text.removeprefix("config.") for kind, text in expressions.items()}
+    stated = {kind: name for kind, name in settings.items() if name.isidentifier()}
+    named = [f'{kind}="{name}"' for kind, name in stated.items() if name != getattr(ConfigSizes, kind)]
+    if named:
+        yield f"        config=ConfigSizes({', '.join(named)}),"
+    computed = [f'"{kind}": {text}' for kind, text in expressions.items() if kind not in stated]
+    if computed:
+        yield f"        sizes={{{', '.join(computed)}}},"
 
 
 _IMPORTS = (
     "HEADS",
     "HIDDEN",
     "INTERMEDIATE",
-    "Adapter",
+    "BlockExit",
     "BlockTable",
+    "ConfigSizes",
     "Family",
     "Weights",
     "embedding",
+    "family",
     "linear",
     "norm",
     "projection",
@@ -107,28 +112,16 @@ _IMPORTS = (
 )
 
 
-def _class_name(model_type: str) -> str:
-    return "".join(part.capitalize() for part in model_type.replace("_", "-").split("-")) + "Adapter"
-
-
 def _block(table: BlockTable) -> str:
     lines = ["BlockTable(", f"    rows={_rows(table.rows, 4)},", f"    exit={_exit(table.exit)},"]
     if table.bypassed:
         lines.append(f"    bypassed={_tuple((_exit(each) for each in table.bypassed), 4)},")
     if table.dropped:
-        lines.append(f"    dropped={_tuple((_quoted(each) for each in table.dropped), 4)},")
+        lines.append(f"    dropped={_tuple((json.dumps(each) for each in table.dropped), 4)},")
     if table.attributes:
-        shown = (f"({_quoted(module)}, {_quoted(name)}, {_axis(axis)})" for module, name, axis in table.attributes)
+        shown = (f'("{module}", "{name}", {_axis(axis)})' for module, name, axis in table.attributes)
         lines.append(f"    attributes={_tuple(shown, 4)},")
     return "\n".join([*lines, ")"])
-
-
-def _refused(family: Family) -> Iterable[str]:
-    if family.refused:
-        yield "            refused={"
-        for unit, why in family.refused.items():
-            yield f'                "{unit}": {_quoted(why)},'
-        yield "            },"
 
 
 def _rows(rows: Iterable[Weights], indent: int) -> str:
@@ -146,7 +139,7 @@ def _tuple(parts: Iterable[str], indent: int) -> str:
 def _row(row: Weights) -> str:
     """A row by the function that makes it; by the class where none does."""
     more = ["optional=True"] if row.optional else []
-    name = _quoted(row.modules)
+    name = json.dumps(row.modules)
     sides = row.tensors.get("weight", ())
     if row.norm is not None:
         kinds = ['kind="rms"'] if row.norm == "rms" else []
@@ -166,7 +159,7 @@ def _row(row: Weights) -> str:
         return f"linear({', '.join([name, *reads, *writes, *rows, *more])})"
     if len(row.tensors) == 1 and row.rows == (0, 0) and not row.gated:
         ((local, axes),) = row.tensors.items()
-        return f"tensor({', '.join([name, _quoted(local), *(_axis(axis) for axis in axes), *more])})"
+        return f"tensor({', '.join([name, json.dumps(local), *(_axis(axis) for axis in axes), *more])})"
     tensors = ", ".join(
         f'"{local}": ({"".join(f"{_axis(axis)}, " for axis in axes)})' for local, axes in row.tensors.items()
     )
@@ -188,16 +181,12 @@ def _axis(axis: Axis | None) -> str:
 
 def _exit(exit: str | BlockExit) -> str:
     if isinstance(exit, str):
-        return _quoted(exit)
+        return json.dumps(exit)
     plain = BlockExit(exit.module)
     given: list[tuple[str, Any]] = [
         (each.name, getattr(exit, each.name))
         for each in fields(BlockExit)
         if getattr(exit, each.name) != getattr(plain, each.name)
     ]
-    named = [f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given]
-    return f"BlockExit({', '.join([_quoted(exit.module), *named])})"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+    named = [f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in given]
+    return f"BlockExit({', '.join([json.dumps(exit.module), *named])})"

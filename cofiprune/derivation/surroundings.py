@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.adapter import HIDDEN, Axis, Weights, embedding, linear, norm
+from cofiprune.conformance.calls import Call, calls_of, inside, same
 from cofiprune.conformance.specimens import Batch
-from cofiprune.conformance.trace import inside
 from cofiprune.derivation.blocks import is_matrix, is_norm, is_transposed, norm_kind, weight_shape
-from cofiprune.derivation.trace import Call, same, watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +61,7 @@ class _Outside:
         self.model = model
         self.layers = layers
         self.width = width
-        calls = watch(model, batch)
+        calls = calls_of(model, batch)
         first = next(call for call in calls if call.path == layers[0])
         self.tokens = first.entry.shape[-2] if first.entry is not None else 1
         self.batch_size = first.entry.shape[0] if first.entry is not None else 1
@@ -72,7 +71,7 @@ class _Outside:
         self.tables = {id(value) for value in self._tables()}
         self.silenced = list(writers)
         while True:
-            self.seen = {(call.path, call.start): call for call in watch(self._zeroed(), batch)}
+            self.seen = {(call.path, call.start): call for call in calls_of(self._zeroed(), batch)}
             # Behind the layers, what a norm makes of zeros is its bias.
             after = [call for call in self.calls if call.start > self.start and call.path not in self.silenced]
             more = [call.path for call in after if is_norm(call) and self._reads(call)]
@@ -90,19 +89,19 @@ class _Outside:
 
     def _zeroed(self) -> PreTrainedModel:
         """A copy of the model that writes nothing into some of the hidden dimensions."""
-        twin = copy.deepcopy(self.model)
+        zeroed = copy.deepcopy(self.model)
         before = [call.path for call in self.calls if call.start < self.start]
         with torch.no_grad():
             for path in (*self.silenced, *before):
-                module = twin.get_submodule(path)
+                module = zeroed.get_submodule(path)
                 for value in module.parameters(recurse=False):
                     self._zero(module, value)
-            for module in twin.modules():
+            for module in zeroed.modules():
                 if not isinstance(module, nn.Embedding) and not is_matrix(module):
                     for value in module.parameters(recurse=False):
                         if value.dim() > 1 and value.shape[-1] == self.width:
                             value[..., list(_ZEROED)] = 0
-        return twin
+        return zeroed
 
     def _zero(self, module: nn.Module, value: nn.Parameter) -> None:
         if isinstance(module, nn.Embedding) or is_transposed(module):
@@ -172,23 +171,23 @@ class _Outside:
 
     def _reads(self, call: Call) -> bool:
         """Whether what a module is given has zeros in the zeroed dimensions."""
-        twin = self.seen.get((call.path, call.start))
-        return twin is not None and _has_zeros(twin.entry, self.width)
+        seen = self.seen.get((call.path, call.start))
+        return seen is not None and _has_zeros(seen.entry, self.width)
 
     def _copies(self, call: Call) -> int:
         """How many sets of hidden dimensions a matrix reads, side by side; 0 for none."""
-        twin = self.seen.get((call.path, call.start))
-        if twin is None or twin.entry is None or twin.entry.shape[-1] % self.width:
+        seen = self.seen.get((call.path, call.start))
+        if seen is None or seen.entry is None or seen.entry.shape[-1] % self.width:
             return 0
-        parts = torch.split(twin.entry, self.width, dim=-1)
+        parts = torch.split(seen.entry, self.width, dim=-1)
         return len(parts) if all(_has_zeros(part, self.width) for part in parts) else 0
 
     def _writes(self, call: Call) -> bool:
-        twin = self.seen.get((call.path, call.start))
-        return twin is not None and (
-            _has_zeros(twin.output, self.width)
+        seen = self.seen.get((call.path, call.start))
+        return seen is not None and (
+            _has_zeros(seen.output, self.width)
             or (
-                twin.output is not None and twin.output.dim() > 2 and _has_zeros(twin.output.movedim(1, -1), self.width)
+                seen.output is not None and seen.output.dim() > 2 and _has_zeros(seen.output.movedim(1, -1), self.width)
             )
         )
 

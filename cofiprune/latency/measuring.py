@@ -1,13 +1,13 @@
-"""Measuring a latency table: real, compacted models with some blocks of one size and no others, against one with none.
+"""Measuring a latency table: compacted models that have some blocks of one size and no others, against one without any.
 
-So a block runs inside the model's own forward pass, on the masks, positions and caches that it will meet there.
+A block is thus timed inside the model's own forward pass, with the masks, positions and caches that it meets there.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compacted
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.hooks import evaluating
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
@@ -31,29 +31,32 @@ if TYPE_CHECKING:
 _WIDTH_SHARES = (0.125, 0.25, 0.5, 1.0)
 _UNIT_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 _FEW = 8
-"""Up to so many units every number of them is measured."""
+"""Largest number of units of which every smaller number is measured."""
 _FINE = 64
-"""From so many units on, multiples of 8 are measured."""
+"""Number of units from which on only multiples of 8 are measured."""
 _SECONDS = 1.0
-"""For one width and one kind of block, beside the five runs that each size gets in any case."""
+"""For one width and one kind of block, in addition to the five runs of each size."""
 _LONG = 0.25
-"""Seconds of a forward pass from which on a block is measured alone and not many like it together."""
+"""Seconds of a forward pass from which on one block is measured alone, and not many alike together."""
 
 Progress = Callable[[float], None]
+"""Called with the share that is done, in [0, 1]."""
+Stopwatch = Callable[[Sequence["PreTrainedModel"]], NDArray[np.float64]]
+"""From some models to the nanoseconds of their forward passes, [models, rounds], measured in turn."""
 
 
 def conditions_of(
     model: PreTrainedModel, structure: Structure, *, batch_size: int, seq_len: int, cut_hidden: bool
 ) -> Conditions:
-    """What a table for this model, on the device where it is, holds for.
+    """Return the conditions of a table for this model on the device that it is on.
 
-    :param cut_hidden: other widths than the model's are measured too.
+    :param cut_hidden: measure other widths than the model's, too.
     """
     on_cpu = model.device.type == "cpu"
     on_cuda = model.device.type == "cuda"
     other = torch.cuda.get_device_name(model.device) if on_cuda else model.device.type
     return Conditions(
-        device=cpu_name() if on_cpu else other,
+        device=_cpu_name() if on_cpu else other,
         threads=torch.get_num_threads() if on_cpu else 0,
         torch=torch.__version__,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -65,8 +68,7 @@ def conditions_of(
     )
 
 
-def cpu_name() -> str:
-    """What the processor calls itself."""
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -83,60 +85,49 @@ def measure(
     :param model: without fractional masks; it is not changed.
     """
     alike = _alike(structure)
+    levels = {name: _unit_levels(structure, blocks[0]) for name, blocks in alike.items()}
+    grids: dict[str, list[list[float]]] = {name: [] for name in alike}
+    fixed: list[float] = []
     with timed(model, conditions) as stopwatch:
-        dense = float(np.median(stopwatch([compact(model, Plan.from_values(structure, {}))])))
+        dense = float(np.median(stopwatch([compacted(model, structure, Plan.from_values(structure, {}))])))
         together = 1 if dense > _LONG * 1e9 else len(structure.blocks)
-        fixed: list[float] = []
-        grids: dict[str, list[list[float]]] = {name: [] for name in alike}
         for row, width in enumerate(conditions.widths):
             empty = _with(model, structure, width, (), None)
-            rows = []
+            without = []
             for index, (name, blocks) in enumerate(alike.items()):
-                several = blocks[:together]
-                models = [
-                    _with(model, structure, width, several, units) for units in _unit_levels(structure, blocks[0])
-                ]
-                several_times = stopwatch([_same_tables(empty, each, structure) for each in [empty, *models]])
-                times = [float(time) for time in np.median(several_times, axis=1)]
-                grids[name].append([max(time - times[0], 0.0) / len(several) for time in times[1:]])
-                rows.append(times[0])
+                chosen = blocks[:together]
+                models = [empty, *(_with(model, structure, width, chosen, units) for units in levels[name])]
+                measured = stopwatch([_same_tables(empty, each, structure) for each in models])
+                first, *times = (float(time) for time in np.median(measured, axis=1))
+                grids[name].append([max(time - first, 0.0) / len(chosen) for time in times])
+                without.append(first)
                 if on_progress is not None:
                     on_progress((row + (index + 1) / len(alike)) / len(conditions.widths))
-            fixed.append(float(np.median(rows)))
-    surfaces = {
-        name: Surface(tuple(_unit_levels(structure, blocks[0])), _rising(grids[name])) for name, blocks in alike.items()
-    }
+            fixed.append(float(np.median(without)))
+    surfaces = {name: Surface(tuple(levels[name]), _rising(grids[name])) for name in alike}
     stands_for = {block.gate: name for name, blocks in alike.items() for block in blocks}
     return LatencyTable(conditions, dense, tuple(np.maximum.accumulate(fixed).tolist()), surfaces, stands_for)
 
 
-Stopwatch = Callable[[Sequence["PreTrainedModel"]], NDArray[np.float64]]
-"""From some models to the nanoseconds of their forward passes, [models, rounds], measured in turn."""
-
-
 @contextmanager
 def timed(model: PreTrainedModel, conditions: Conditions, *, seconds: float = _SECONDS) -> Iterator[Stopwatch]:
-    """What measures models under some conditions.
+    """Give a stopwatch for models under some conditions.
 
-    :param seconds: for all of them together, beside the five rounds that there are in any case.
+    :param seconds: for all of them together, in addition to five rounds.
     """
-
-    def stopwatch(models: Sequence[PreTrainedModel]) -> NDArray[np.float64]:
-        with ExitStack() as stack:
-            passes = []
-            for each in models:
-                each.to(model.device)  # type: ignore[arg-type]
-                stack.enter_context(evaluating(each))
-                passes.append(partial(each, **inputs))
-            own = model.device.type == "cpu" and torch.get_num_threads() == 1
-            rounds = in_turn(passes, model.device, seconds=seconds, warmup=2, own_time=own)
-        return 1e9 * np.asarray(rounds)
-
     with torch.inference_mode():
         generator = torch.Generator().manual_seed(0)
         inputs: dict[str, Any] = dict(
             synthetic_inputs(model, batch_size=conditions.batch_size, seq_len=conditions.seq_len, generator=generator)
         )
+
+        def stopwatch(models: Sequence[PreTrainedModel]) -> NDArray[np.float64]:
+            passes = [partial(each.to(model.device), **inputs) for each in models]  # type: ignore[arg-type]
+            own = model.device.type == "cpu" and torch.get_num_threads() == 1
+            with evaluating(*models):
+                rounds = in_turn(passes, model.device, seconds=seconds, warmup=2, own_time=own)
+            return 1e9 * np.asarray(rounds)
+
         yield stopwatch
 
 
@@ -155,7 +146,7 @@ def _alike(structure: Structure) -> dict[str, list[Block]]:
 def _with(
     model: PreTrainedModel, structure: Structure, width: int, blocks: Sequence[Block], units: int | None
 ) -> PreTrainedModel:
-    """A model of some width with so many units in some blocks, and no others."""
+    """A smaller model of some width, with `units` units in some blocks and no other blocks."""
     names = {block.gate for block in blocks}
     kept: dict[str, int] = {}
     for block in structure.blocks:
@@ -166,11 +157,11 @@ def _with(
     if "hidden" in structure:
         kept["hidden"] = width
     masks = {name: (torch.arange(structure[name].size) < count).double() for name, count in kept.items()}
-    return compact(model, Plan.from_values(structure, masks))
+    return compacted(model, structure, Plan.from_values(structure, masks))
 
 
 def _same_tables(first: PreTrainedModel, other: PreTrainedModel, structure: Structure) -> PreTrainedModel:
-    """Let models of one width share the memory of their embedding tables."""
+    """Give a model the embedding tables of another one of its width, so that both are in memory once."""
     tables = set(structure.embeddings)
     theirs: Mapping[str, Any] = dict(first.named_parameters())
     for name, parameter in other.named_parameters():
@@ -196,12 +187,12 @@ def _unit_levels(structure: Structure, block: Block) -> list[int]:
 
 
 def _round(size: float, most: int) -> int:
-    """A multiple of 8 where that is fine enough, and the whole: kernels take longer for what lies between."""
+    """The nearest multiple of 8 where that is fine enough, because kernels take longer for other sizes; or all."""
     return most if size >= most else max(1, round(size)) if most < _FINE else max(8, 8 * round(size / 8))
 
 
 def _rising(grid: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """Make times rise, strictly, with units and with the width, with as little change as averages of neighbours are."""
+    """Make times rise strictly with the units, and not fall with the width, by averaging neighbours out of order."""
     pooled = np.asarray([_pooled(row) for row in grid])
     pooled = np.maximum.accumulate(pooled, axis=0)
     slope = np.linspace(0, 1e-3, pooled.shape[1]) * pooled.max(initial=1.0)

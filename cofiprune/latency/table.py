@@ -1,7 +1,7 @@
-"""The latency table: what was measured, and under which conditions. Pure data, saved as JSON.
+"""The latency table: measured times and the conditions that they hold for. Pure data, saved as JSON.
 
-A model's time is taken as the sum of its blocks' times and a fixed part (embeddings, head, the loop over the layers). A
-block's time is a surface over its inner units and the hidden width, measured at a grid and linear in between.
+A model's time is modelled as the sum of its blocks' times and a fixed part: embeddings, head, the loop over the layers.
+A block's time is a surface over its inner units and the hidden width, measured on a grid and linear in between.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a measurement holds for; with anything else it is another one."""
+    """The conditions of a measurement; under any others it has to be repeated."""
 
     device: str
     threads: int
-    """Threads of the CPU that torch computes with; 0 on other devices."""
+    """CPU threads of torch; 0 on other devices."""
     torch: str
     dtype: str
     batch_size: int
     seq_len: int
-    """As it was asked for: tokens, or frames of audio; images have the length that they have."""
+    """As requested: tokens, or frames of audio; images have a fixed length."""
     model: str
     """The model's class."""
     sizes: Mapping[str, Any]
-    """Sizes of its groups, one entry per kind, and shapes that do not follow from them."""
+    """Sizes of its groups, one entry per kind, and the number of elements that depend on no group."""
     widths: tuple[int, ...]
-    """Hidden sizes that were measured; ascending."""
+    """Measured hidden sizes, ascending."""
 
     def difference(self, other: Conditions) -> str | None:
-        """The first thing in which other conditions differ, in words; None where they are the same."""
+        """Return the first difference from other conditions in words, or None."""
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
@@ -50,9 +50,9 @@ class Surface:
     """Nanoseconds of one kind of block by hidden width and inner units."""
 
     units: tuple[int, ...]
-    """Numbers of inner units that were measured; ascending, from 1 to all."""
+    """Measured numbers of inner units, ascending, from 1 to all."""
     times: tuple[tuple[float, ...], ...]
-    """[widths, units]; does not fall along either."""
+    """[widths, units]; does not decrease along either."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class LatencyTable:
 
     conditions: Conditions
     dense: float
-    """Nanoseconds of the model as it is."""
+    """Nanoseconds of the dense model."""
     fixed: tuple[float, ...]
     """Nanoseconds without any block, by hidden width."""
     surfaces: Mapping[str, Surface]
-    """By the gate of a block that stands for all like it."""
+    """By the gate of the first block of each shape."""
     stands_for: Mapping[str, str]
     """For the gate of every block, the gate in `surfaces`."""
 
@@ -79,26 +79,16 @@ class LatencyTable:
     def load(cls, path: Path) -> Self:
         """Read a table.
 
-        :raises TargetError: when the file is none, or one of a newer version.
+        :raises TargetError: when the file is none, or one of another version.
         """
+        from pydantic import TypeAdapter  # imported late: only targets in time need it
+
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             version = entries.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise TargetError(f"{path} is a latency table in format {version}; this version reads {FORMAT_VERSION}")
-            conditions = entries["conditions"]
-            surfaces = {
-                gate: Surface(tuple(each["units"]), tuple(map(tuple, each["times"])))
-                for gate, each in entries["surfaces"].items()
-            }
-            return cls(
-                Conditions(**{**conditions, "widths": tuple(conditions["widths"])}),
-                float(entries["dense"]),
-                tuple(entries["fixed"]),
-                surfaces,
-                dict(entries["stands_for"]),
-            )
+            table: Self = TypeAdapter(cls).validate_python(entries)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, TargetError):
-                raise
             raise TargetError(f"{path} is no latency table that can be read ({error!r}); delete it") from error
+        if version != FORMAT_VERSION:
+            raise TargetError(f"{path} is a latency table in format {version}; this version reads {FORMAT_VERSION}")
+        return table

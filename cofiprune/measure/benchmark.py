@@ -1,14 +1,13 @@
-"""How fast a model runs on this device, side by side with a baseline.
+"""Latency and throughput of a model on this device, side by side with a baseline.
 
-The two are measured in turn within one process, so that a change in the machine's clock or load meets
-both; medians keep single outliers out. The ratio of multiply-accumulates says what speed-up would be
-ideal: what is missing from it is overhead that does not shrink with the model.
+Both are timed in turn within one process, so that a change in the machine's clock or load affects both; medians keep
+outliers out. The ratio of multiply-accumulates is the ideal speed-up: overhead does not shrink with the model.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from cofiprune import accounting
 from cofiprune.accounting import amount
-from cofiprune.adapter import structure
+from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import AdapterError, SettingsError
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, rich_table
+from cofiprune.structure import Structure
 from cofiprune.timing import Timing, cpu_threads, in_turn, timing
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One size of batch."""
+    """The timings of one batch size and length."""
 
     batch_size: int
     seq_len: int
-    """Length that the encoder's layers see: the one asked for, for images the number of patches."""
+    """Length that the encoder's layers see: the one asked for, or for images the number of patches."""
     model: Timing
     baseline: Timing | None
     ideal_speedup: float | None
-    """Ratio of multiply-accumulates; None without a baseline, or where a family has no adapter to count them."""
+    """Ratio of multiply-accumulates; None without a baseline, or for a family without an adapter."""
 
     @property
     def speedup(self) -> float | None:
@@ -58,7 +58,7 @@ class BenchmarkReport(Report):
     device: str
     dtype: str
     threads: int
-    """Threads of the CPU that torch computes with."""
+    """CPU threads of torch."""
     rows: tuple[BenchmarkRow, ...]
     note: str = ""
 
@@ -68,30 +68,27 @@ class BenchmarkReport(Report):
         entries["rows"] = [{**asdict(row), "speedup": row.speedup} for row in self.rows]
         return entries
 
-    def _title(self) -> str:
-        return f"{self.model}, against {self.baseline}" if self.baseline else self.model
-
-    def _setting(self) -> str:
-        threads = f", {self.threads} {'thread' if self.threads == 1 else 'threads'}" if self.device == "cpu" else ""
-        return f"milliseconds per batch on {self.device}{threads}, {self.dtype}"
-
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        header = ["batch", "length", "median", "p90", "examples/s"]
-        if self.baseline is not None:
-            header += ["baseline median", "p90", "examples/s", "speed-up", "ideal"]
-        rows = []
-        for row in self.rows:
-            cells = [str(row.batch_size), str(row.seq_len), *_cells(row.model)]
-            if row.baseline is not None:
-                cells += [*_cells(row.baseline), f"{row.speedup:.2f}x"]
-                cells.append("" if row.ideal_speedup is None else f"{row.ideal_speedup:.2f}x")
-            rows.append(cells)
-        return header, rows
-
     def __rich__(self) -> Group:
         from rich.console import Group
 
-        return Group(self._title(), self._setting(), rich_table(*self._table()), *([self.note] if self.note else []))
+        title = f"{self.model}, against {self.baseline}" if self.baseline else self.model
+        threads = f", {self.threads} {'thread' if self.threads == 1 else 'threads'}" if self.device == "cpu" else ""
+        setting = f"milliseconds per batch on {self.device}{threads}, {self.dtype}"
+        header = ["batch", "length", "median", "p90", "examples/s"]
+        if self.baseline is not None:
+            header += ["baseline median", "p90", "examples/s", "speed-up", "ideal"]
+        rows = [[str(row.batch_size), str(row.seq_len), *_cells(row)] for row in self.rows]
+        return Group(title, setting, rich_table(header, rows), *([self.note] if self.note else []))
+
+
+def _cells(row: BenchmarkRow) -> list[str]:
+    cells = []
+    for one in (row.model, row.baseline):
+        if one is not None:
+            cells += [f"{one.median_ms:.2f}", f"{one.p90_ms:.2f}", f"{one.examples_per_second:.1f}"]
+    if row.speedup is not None:
+        cells += [f"{row.speedup:.2f}x", "" if row.ideal_speedup is None else f"{row.ideal_speedup:.2f}x"]
+    return cells
 
 
 def benchmark(
@@ -107,21 +104,21 @@ def benchmark(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> BenchmarkReport:
-    """Time a model's forward pass on made-up inputs, on the device it is on.
+    """Time a model's forward pass on synthetic inputs, on the device that it is on.
 
-    :param baseline: measured in turn with the model, for the speed-up; on the same device.
+    :param baseline: timed in turn with the model, for the speed-up; on the same device.
     :param seq_len: tokens per example, or frames of audio; images have the size of the configuration.
     :param runs: timed passes for each model and size; by default at least 5, and more within `seconds`.
     :param warmup: passes before the timed ones.
-    :param seconds: time to spend on each size, both models together.
+    :param seconds: time for each size, both models together.
     :param threads: of the CPU; torch's present number by default.
-    :param dtype: measure copies in this precision instead of the models themselves.
+    :param dtype: time copies in this precision instead of the models themselves.
     :raises SettingsError: for sizes below 1, or models on different devices.
     :raises DataError: when a model cannot read so many tokens.
     """
-    sizes, lengths = _whole("batch_size", batch_size), _whole("seq_len", seq_len)
-    _whole("runs", 1 if runs is None else runs)
-    _whole("threads", 1 if threads is None else threads)
+    sizes, lengths = _counts("batch_size", batch_size), _counts("seq_len", seq_len)
+    _counts("runs", 1 if runs is None else runs)
+    _counts("threads", 1 if threads is None else threads)
     pair = [model] if baseline is None else [model, baseline]
     if baseline is not None and baseline.device != model.device:
         raise SettingsError(f"the baseline is on {baseline.device} and the model on {model.device}; put both on one")
@@ -134,80 +131,61 @@ def benchmark(
         lengths = lengths[:1]
     for one in pair:  # a length that is too much for a model is known before anything is timed
         synthetic_inputs(one, batch_size=1, seq_len=max(lengths), generator=torch.Generator())
-    rows = []
+    described = [(one, _structure_or_none(one)) for one in pair]
+    timer = partial(in_turn, device=model.device, runs=runs, warmup=warmup, seconds=seconds)
     with cpu_threads(threads), reading(*pair), torch.inference_mode():
-        for length in lengths:
-            for size in sizes:
-                rows.append(_row(pair, size, length, runs, warmup, seconds, seed))
+        rows = [_row(described, size, length, seed, timer) for length in lengths for size in sizes]
         used = torch.get_num_threads()
-    return BenchmarkReport(
-        model=_described(model),
-        baseline=None if baseline is None else _described(baseline),
-        device=_device_name(model.device),
-        dtype=str(pair[0].dtype).removeprefix("torch."),
-        threads=used,
-        rows=tuple(rows),
-        note=note,
-    )
+    names = [f"{type(one).__name__} ({amount(one.num_parameters())} parameters)" for one in pair]
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    kind = str(pair[0].dtype).removeprefix("torch.")
+    return BenchmarkReport(names[0], names[1] if baseline is not None else None, device, kind, used, tuple(rows), note)
 
 
 def _row(
-    pair: Sequence[PreTrainedModel], size: int, length: int, runs: int | None, warmup: int, seconds: float, seed: int
+    described: Sequence[tuple[PreTrainedModel, Structure | None]],
+    size: int,
+    length: int,
+    seed: int,
+    timer: Callable[[Sequence[Callable[[], object]]], list[list[float]]],
 ) -> BenchmarkRow:
-    """Time each model on one size of batch, in turn."""
-    inputs = [
-        synthetic_inputs(one, batch_size=size, seq_len=length, generator=torch.Generator().manual_seed(seed))
-        for one in pair
-    ]
-    seen = [seen_length(one, batch, length) for one, batch in zip(pair, inputs, strict=True)]
-    passes = [partial(one, **batch) for one, batch in zip(pair, inputs, strict=True)]
-    times = in_turn(passes, pair[0].device, runs=runs, warmup=warmup, seconds=seconds)
-    timings = [timing(one, size) for one in times]
-    macs = [_macs(one, tokens) for one, tokens in zip(pair, seen, strict=True)]
-    ideal = macs[1] / macs[0] if len(pair) == 2 and macs[0] and macs[1] else None
-    return BenchmarkRow(size, seen[0], timings[0], timings[1] if len(pair) == 2 else None, ideal)
+    """Time one or two models on one size of batch."""
+    passes, seen, macs = [], [], []
+    for model, structure in described:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = synthetic_inputs(model, batch_size=size, seq_len=length, generator=generator)
+        passes.append(partial(model, **inputs))
+        seen.append(length)
+        if structure is not None:
+            seen[-1] = seen_length(model, structure, inputs, length)
+            macs.append(accounting.model_macs(structure, seen[-1]).exact(structure.sizes))
+    first, *others = (timing(times, size) for times in timer(passes))
+    ideal = macs[1] / macs[0] if len(macs) == 2 and all(macs) else None
+    return BenchmarkRow(size, seen[0], first, others[0] if others else None, ideal)
 
 
-def seen_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], asked: int) -> int:
-    """Length of the sequence that the encoder's first layer reads."""
-    try:
-        path = structure(model).layers[0]
-    except (AdapterError, IndexError):
-        return asked
+def seen_length(model: PreTrainedModel, structure: Structure, inputs: Mapping[str, Tensor], asked: int) -> int:
+    """Return the length of the sequence that the encoder's first layer reads; `asked` for one without layers."""
     seen: list[int] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 3)
         seen.extend(value.shape[1] for value in tensors)
 
-    with reading(model), torch.no_grad(), watching(model, before={path: note}):
+    with reading(model), torch.no_grad(), watching(model, before=dict.fromkeys(structure.layers[:1], note)):
         model(**inputs)
     return seen[0] if seen else asked
 
 
-def _macs(model: PreTrainedModel, seq_len: int) -> int | None:
+def _structure_or_none(model: PreTrainedModel) -> Structure | None:
     try:
-        table = structure(model)
+        return structure_of(model)
     except AdapterError:
         return None
-    return accounting.model_macs(table, seq_len).exact(table.sizes)
 
 
-def _cells(one: Timing) -> list[str]:
-    return [f"{one.median_ms:.2f}", f"{one.p90_ms:.2f}", f"{one.examples_per_second:.1f}"]
-
-
-def _whole(name: str, value: int | Sequence[int]) -> list[int]:
+def _counts(name: str, value: int | Sequence[int]) -> list[int]:
     values = list(value) if isinstance(value, Sequence) else [value]
     if not values or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in values):
         raise SettingsError(f"{name} takes whole numbers of at least 1, not {value!r}")
     return values
-
-
-def _described(model: PreTrainedModel) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{type(model).__name__} ({amount(count)} parameters)"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,8 +1,7 @@
 """Loss and metrics of a model on a data set.
 
-The metrics of a task are counted batch by batch on the model's device, so that nothing but two
-numbers per metric is kept; predictions are collected only for a `compute_metrics` of the user's,
-which gets what transformers' Trainer would give it.
+A task's own metrics are counted batch by batch on the model's device. Predictions are collected only for
+`compute_metrics`, which gets them as transformers' Trainer would give them.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel
 
 ComputeMetrics = Callable[["EvalPrediction"], Mapping[str, float]]
+Preprocess = Callable[[Any, Any], Any]
 _NOT_PREDICTIONS = ("loss", "hidden_states", "attentions", "past_key_values")
 
 
@@ -35,7 +35,7 @@ def evaluate(
     compute_metrics: ComputeMetrics | None = None,
     batch_size: int = 32,
     data_collator: Collator | None = None,
-    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+    preprocess_logits_for_metrics: Preprocess | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Return the loss of a model on a data set, the metrics of its task, and those of `compute_metrics`.
@@ -62,12 +62,7 @@ def evaluate(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     try:
-        return evaluate_batches(
-            model,
-            batches,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        return evaluate_batches(model, batches, compute_metrics, preprocess_logits_for_metrics)
     finally:
         if device is not None:
             model.to(home)  # type: ignore[arg-type]
@@ -76,9 +71,8 @@ def evaluate(
 def evaluate_batches(
     model: PreTrainedModel,
     batches: Batches,
-    *,
     compute_metrics: ComputeMetrics | None = None,
-    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+    preprocess_logits_for_metrics: Preprocess | None = None,
 ) -> dict[str, float]:
     """Evaluate on batches that `cofiprune.data.prepare` made; the rest is as in `evaluate`."""
     metrics = Metrics(batches.task)
@@ -96,11 +90,12 @@ def evaluate_batches(
         order = None
         if isinstance(batches, RowBatches):
             order = np.argsort([index for indices in batches.indices() for index in indices])
-        found.update(_computed(compute_metrics, kept, order))
+        predictions, labels = (_joined(list(parts), order) for parts in zip(*kept, strict=True))
+        found.update(_computed(compute_metrics, predictions, labels))
     return found
 
 
-def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Callable[[Any, Any], Any] | None) -> Any:
+def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Preprocess | None) -> Any:
     """Predictions and labels of a batch, on the CPU, nested as the Trainer nests them."""
     ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}
     predictions: Any = tuple(value for name, value in outputs.items() if name not in ignored)
@@ -119,11 +114,9 @@ def _numpy(value: Any) -> Any:
     return tuple(_numpy(part) for part in value) if isinstance(value, tuple | list) else value
 
 
-def _computed(compute: ComputeMetrics, kept: list[tuple[Any, Any]], order: Any) -> dict[str, float]:
+def _computed(compute: ComputeMetrics, predictions: Any, labels: Any) -> dict[str, float]:
     from transformers import EvalPrediction
 
-    predictions = _joined([predicted for predicted, _ in kept], order)
-    labels = _joined([label for _, label in kept], order)
     result = compute(EvalPrediction(predictions=predictions, label_ids=labels))
     if not isinstance(result, Mapping):
         raise DataError(f"compute_metrics must return a dict of numbers, not {type(result).__name__}")

@@ -1,6 +1,6 @@
 """The default metrics of each task, counted batch by batch on the device of the predictions.
 
-Nothing is read back before the end, so that no batch waits for the one before it.
+Nothing is read back before the end, so that no batch waits for the previous one.
 
 Shapes: B rows, T tokens, C classes.
 """
@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,29 +68,20 @@ def counted(task: Task, outputs: Any, batch: Mapping[str, Tensor]) -> Counts:
     logits, labels = outputs.get("logits"), batch.get("labels")
     if task == "question-answering":
         return _spans(outputs, batch)
-    if labels is None or logits is None or task in ("other", "embedding"):
-        first = next(iter(batch.values()))
+    if labels is None or logits is None or task in ("other", "embedding", "regression"):
+        first = next(iter(batch.values())) if labels is None else labels
         return {"weight": torch.tensor(len(first), device=first.device)}
-    if task == "regression":
-        return {"weight": torch.tensor(len(labels), device=labels.device)}
     if task == "multi-label":
         predicted, true = logits > 0, labels.view_as(logits) > 0.5
-        return {
-            "weight": torch.tensor(len(labels), device=labels.device),
-            "accuracy_right": (predicted == true).sum(),
-            "accuracy_of": torch.tensor(true.numel(), device=labels.device),
-            "both": (predicted & true).sum(),
-            "predicted": predicted.sum(),
-            "true": true.sum(),
-        }
-    answers = logits.argmax(-1)
-    labels = labels.view_as(answers)
-    asked = labels != IGNORED
-    return {
-        "weight": asked.sum(),
-        "accuracy_right": ((answers == labels) & asked).sum(),
-        "accuracy_of": asked.sum(),
-    }
+        counts = {"both": (predicted & true).sum(), "predicted": predicted.sum(), "true": true.sum()}
+        sizes = {"weight": len(labels), "accuracy_of": true.numel()}
+        counts |= {name: torch.tensor(size, device=labels.device) for name, size in sizes.items()}
+        return {**counts, "accuracy_right": (predicted == true).sum()}
+    predicted = logits.argmax(-1)
+    labels = labels.view_as(predicted)
+    counts_for = labels != IGNORED
+    right = ((predicted == labels) & counts_for).sum()
+    return {"weight": counts_for.sum(), "accuracy_right": right, "accuracy_of": counts_for.sum()}
 
 
 def _spans(outputs: Any, batch: Mapping[str, Tensor]) -> Counts:
@@ -128,4 +118,4 @@ def _regression(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float(np.nan)
+    return part / whole if whole else math.nan

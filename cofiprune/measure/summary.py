@@ -1,8 +1,8 @@
-"""What a model costs and what is left of its structure, next to the dense model it came from.
+"""Parameters, multiply-accumulates and structure of a model, next to the dense model that it comes from.
 
-Every figure comes from the one table that masks, slicing and sparsity read, so that it is the number
-that `sum(p.numel())` would give. A compacted model remembers the sizes it came from; the dense
-structure is rebuilt from its configuration without allocating a weight.
+Every figure comes from the structure that masks, slicing and sparsity read, so that it is what `sum(p.numel())` would
+give. A compacted model records the sizes it has left; the dense structure is rebuilt from its configuration without
+allocating a weight.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 State = Literal["dense", "masked", "compacted"]
 _WIDTH = 16
-_FIGURES = (
-    ("parameters", "parameters"),
-    ("layer_parameters", "  in the encoder's layers"),
-    ("embedding_parameters", "  in embedding tables"),
-    ("parameters_without_embeddings", "  without embedding tables"),
-    ("macs", "MACs"),
-    ("layer_macs", "  in the encoder's layers"),
-)
+_FIGURES = {
+    "parameters": "parameters",
+    "layer_parameters": "  in the encoder's layers",
+    "embedding_parameters": "  in embedding tables",
+    "parameters_without_embeddings": "  without embedding tables",
+    "macs": "MACs",
+    "layer_macs": "  in the encoder's layers",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Size:
     parameters: int
     """Every parameter; tied ones count once."""
     layer_parameters: int
-    """Of the encoder's layers: what `sparsity` divides by."""
+    """Of the encoder's layers, the denominator of `sparsity`."""
     embedding_parameters: int
     """Of the embedding tables."""
     macs: int
@@ -62,13 +62,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Kept:
-    """Units of a group that are kept, of how many."""
+    """The kept units of a group."""
 
     kept: int
     total: int
 
     def __str__(self) -> str:
         return f"{self.kept} of {self.total}"
+
+    def drawn(self) -> str:
+        """A bar, of one cell per unit where they are few."""
+        return bar(self.kept, self.total, self.total if 4 <= self.total <= _WIDTH else _WIDTH)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class LayerSummary:
 class Summary(Report, Size):
     """Parameters, MACs and structure of a model; prints as tables, and renders in notebooks.
 
-    The figures are those of the present model; under masks, those of what `compact` would give.
+    The figures are those of the present model; under masks, those that `compact` would give.
     """
 
     name: str
@@ -101,7 +105,7 @@ class Summary(Report, Size):
     """The length for which MACs are counted, in tokens."""
     state: State
     dense: Size
-    """The model before anything was removed."""
+    """Before anything was removed."""
     hidden: Kept | None
     """Dimensions of the residual stream; None where the family cannot prune them."""
     layers: tuple[LayerSummary, ...]
@@ -116,48 +120,42 @@ class Summary(Report, Size):
         """Removed share of every parameter."""
         return 1 - self.parameters / self.dense.parameters
 
-    def _title(self) -> str:
-        state = {"dense": "", "masked": ", under masks", "compacted": ", compacted"}[self.state]
-        return f"{self.name} ({self.family}){state}, MACs at {self.seq_len} tokens"
+    def __rich__(self) -> Group:
+        from rich.console import Group
 
-    def _result(self) -> list[str]:
-        if self.state == "dense":
-            return []
-        return [f"sparsity {self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"]
+        state = {"dense": "", "masked": ", under masks", "compacted": ", compacted"}[self.state]
+        lines = [f"{self.name} ({self.family}){state}, MACs at {self.seq_len} tokens"]
+        if self.state != "dense":
+            lines.append(f"sparsity {self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model")
+        blocks = ["kept", "attention", "heads", "feed-forward", "dimensions"]
+        return Group(*lines, rich_table(*self._figures()), rich_table(blocks, self._blocks(), bars=(1, 3)))
 
     def _figures(self) -> tuple[list[str], list[list[str]]]:
-        rows = [[label, amount(getattr(self.dense, name))] for name, label in _FIGURES]
+        """Header and rows of the table of costs."""
+        rows = [[label, amount(getattr(self.dense, name))] for name, label in _FIGURES.items()]
         if self.state == "dense":
             return ["", "dense"], rows
-        for row, (name, _) in zip(rows, _FIGURES, strict=True):
+        for row, name in zip(rows, _FIGURES, strict=True):
             before, now = getattr(self.dense, name), getattr(self, name)
             row += [amount(now), share(1 - now / before) if before else "", f"{before / now:.1f}x" if now else ""]
         return ["", "dense", "if compacted" if self.state == "masked" else "now", "removed", "smaller"], rows
 
-    def _picture(self) -> tuple[list[str], list[list[str]]]:
-        rows = []
-        if self.hidden is not None:
-            rows.append(["hidden", _drawn(self.hidden), str(self.hidden), "", ""])
+    def _blocks(self) -> list[list[str]]:
+        """Rows of the table of kept units."""
+        rows = [] if self.hidden is None else [["hidden", self.hidden.drawn(), str(self.hidden), "", ""]]
         for layer in self.layers:
             row = [f"layer {layer.index}"]
             for present, kept in ((layer.attention, layer.heads), (layer.ffn, layer.intermediate)):
                 count = "removed" if not present else "kept" if kept is None else str(kept)
-                row += [_drawn(kept or Kept(int(present), 1)) if present else "", count]
+                row += [(kept or Kept(1, 1)).drawn() if present else "", count]
             rows.append(row)
-        return ["kept", "attention", "heads", "feed-forward", "dimensions"], rows
-
-    def __rich__(self) -> Group:
-        from rich.console import Group
-
-        return Group(
-            self._title(), *self._result(), rich_table(*self._figures()), rich_table(*self._picture(), bars=(1, 3))
-        )
+        return rows
 
 
 def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
-    """Count a model's parameters and multiply-accumulates, and list what is kept of its structure.
+    """Count a model's parameters and multiply-accumulates, and list the kept units of every layer.
 
-    Under masks, it says what `compact` would give; of a compacted model, what is left of the dense one.
+    Under masks, the figures are those of the model that `compact` would give.
 
     :param seq_len: length for which MACs are counted: tokens, image patches or audio frames.
     :raises AdapterError: when the model's family has no adapter.
@@ -167,21 +165,33 @@ def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
     recorded, masks = recorded_sizes(model.config), masks_of(model)
     structure = dense_structure(model)
     kept = {**structure.sizes, **(recorded or {}), **(masks.plan().kept if masks is not None else {})}
-    state: State = "masked" if masks is not None else "compacted" if recorded else "dense"
+
+    def units(name: str) -> Kept | None:
+        return Kept(kept[name], structure[name].size) if name in structure else None
+
     return Summary(
         name=type(model).__name__,
         family=structure.family,
         seq_len=seq_len,
-        state=state,
-        dense=Size(**_figures(structure, structure.sizes, seq_len)),
-        **_figures(structure, kept, seq_len),
-        hidden=_kept("hidden", structure, kept),
-        layers=tuple(_layer(index, structure, kept) for index in range(len(structure.layers))),
+        state="masked" if masks is not None else "compacted" if recorded else "dense",
+        dense=Size(**_costs(structure, structure.sizes, seq_len)),
+        **_costs(structure, kept, seq_len),
+        hidden=units("hidden"),
+        layers=tuple(
+            LayerSummary(
+                index,
+                attention=bool(kept.get(f"layers.{index}.attention", 1)),
+                ffn=bool(kept.get(f"layers.{index}.ffn", 1)),
+                heads=units(f"layers.{index}.heads"),
+                intermediate=units(f"layers.{index}.intermediate"),
+            )
+            for index in range(len(structure.layers))
+        ),
     )
 
 
 def dense_structure(model: PreTrainedModel) -> Structure:
-    """The structure that a model had before anything was removed from it.
+    """Return the structure that a model had before anything was removed from it.
 
     :raises AdapterError: when the model's family has no adapter.
     """
@@ -195,7 +205,7 @@ def dense_structure(model: PreTrainedModel) -> Structure:
     return adapter.structure(skeleton, dense=True)
 
 
-def _figures(structure: Structure, kept: Mapping[str, int], seq_len: int) -> dict[str, int]:
+def _costs(structure: Structure, kept: Mapping[str, int], seq_len: int) -> dict[str, int]:
     costs = {
         "parameters": accounting.model_parameters(structure),
         "layer_parameters": accounting.layer_parameters(structure),
@@ -204,23 +214,3 @@ def _figures(structure: Structure, kept: Mapping[str, int], seq_len: int) -> dic
         "layer_macs": accounting.layer_macs(structure, seq_len),
     }
     return {name: cost.exact(kept) for name, cost in costs.items()}
-
-
-def _layer(index: int, structure: Structure, kept: Mapping[str, int]) -> LayerSummary:
-    prefix = f"layers.{index}."
-    return LayerSummary(
-        index=index,
-        attention=bool(kept.get(f"{prefix}attention", 1)),
-        ffn=bool(kept.get(f"{prefix}ffn", 1)),
-        heads=_kept(f"{prefix}heads", structure, kept),
-        intermediate=_kept(f"{prefix}intermediate", structure, kept),
-    )
-
-
-def _drawn(kept: Kept) -> str:
-    """A bar of a cell per unit where they are few."""
-    return bar(kept.kept, kept.total, kept.total if 4 <= kept.total <= _WIDTH else _WIDTH)
-
-
-def _kept(name: str, structure: Structure, kept: Mapping[str, int]) -> Kept | None:
-    return Kept(kept[name], structure[name].size) if name in structure else None

@@ -52,7 +52,7 @@ def check_one_shot(structure: Structure, target: Target, units: str | Sequence[U
 
     :raises TargetError: saying what can be reached.
     """
-    kinds = tuple({group.unit for group in structure.select(_listed(units)) if group.kind != "hidden"})
+    kinds = tuple({group.unit for group in structure.select(units) if group.kind != "hidden"})
     if not can_start(structure, units):
         raise TargetError('one shot on data cuts heads and feed-forward dimensions: units must include "head" or '
                           '"intermediate"')  # fmt: skip
@@ -123,7 +123,7 @@ class SequentialPruning:
         self.structure = structure_of(model)
         self.target = target
         self.pending = set(_inner(self.structure, units))
-        chosen = self.structure.select(_listed(units))
+        chosen = self.structure.select(units)
         self.may_empty = any(group.unit == "layer" for group in chosen)
         self.cuts_hidden = units is not None and any(group.kind == "hidden" for group in chosen)
         self.seed = seed
@@ -259,10 +259,6 @@ def _scored(model: PreTrainedModel, structure: Structure, batches: Sequence[Batc
 
 def _inner(structure: Structure, units: str | Sequence[UnitKind] | None) -> list[str]:
     """Names of the groups inside blocks that may be cut and have something to cut, from the bottom to the top."""
-    chosen = {group.name for group in structure.select(_listed(units)) if group.size}
+    chosen = {group.name for group in structure.select(units) if group.size}
     names = [block.inner for block in structure.blocks if block.inner in chosen]
     return [name for name in names if name is not None and structure[name].layer is not None]
-
-
-def _listed(units: str | Sequence[UnitKind] | None) -> str | tuple[UnitKind, ...] | None:
-    return units if units is None or isinstance(units, str) else tuple(units)

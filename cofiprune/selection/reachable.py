@@ -55,7 +55,7 @@ def reachable(
 
     :param units: unit kinds; None for all that the structure has.
     """
-    groups = structure.select(_listed(units))
+    groups = structure.select(units)
     chosen = {group.name for group in groups}
     highest = 1 - cost.exact(_least(structure, groups)) / cost.exact(structure.sizes)
     reached = torch.zeros(RESOLUTION + 1, dtype=torch.bool)
@@ -77,7 +77,7 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     """
     cost = target.cost(structure)
     total = cost.exact(structure.sizes)
-    groups = structure.select(_listed(units))
+    groups = structure.select(units)
     if not layer_parameters(structure).exact(structure.sizes):
         raise TargetError(f"nothing is left in the layers of this {structure.family} model that could be removed")
     if target.budget >= total:
@@ -171,7 +171,3 @@ def _least(structure: Structure, groups: Sequence[Group]) -> dict[str, int]:
         if not counts[block.gate] or (block.inner is not None and not counts[block.inner]):
             counts[block.gate] = 0
     return counts
-
-
-def _listed(units: str | Sequence[UnitKind] | None) -> str | tuple[UnitKind, ...] | None:
-    return units if units is None or isinstance(units, str) else tuple(units)

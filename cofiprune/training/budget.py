@@ -7,11 +7,28 @@ for more time (docs/benchmarks.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from cofiprune.adapter import structure as structure_of
+from cofiprune.data.batches import Batch, Batches, model_inputs, to_model
+from cofiprune.data.tasks import supported_kwargs
+from cofiprune.distillation import predictions
 from cofiprune.errors import SettingsError
+from cofiprune.hooks import evaluating
+from cofiprune.oneshot.layerwise import counted
+from cofiprune.oneshot.with_data import FIT_POSITIONS, sweeps
 from cofiprune.training.config import PruneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SWEEP = (2.0, 4.0)
 """What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
@@ -23,6 +40,8 @@ FLOOR = 0.1
 WORTHWHILE_EPOCHS = 1.0
 """Fewer epochs than this are not tried: training begins with a loss, and a run that is cut short ends below what one
 shot leaves. A choice on the safe side, not a measured bound."""
+_STEPS = 4
+"""Steps that are timed; the first, which pays for what is set up once, does not count."""
 MOST_EPOCHS = 30.0
 """Where a time budget stops being spent: more epochs are worth asking for by name."""
 
@@ -144,6 +163,54 @@ def _affordable(pace: Pace, seconds: float, share: float) -> float:
     return max(seconds / (per_epoch + pace.taught(1.0)), 0.0)
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle one of some measurements, the lower of two."""
-    return sorted(values)[(len(values) - 1) // 2]
+def measure_pace(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Batches,
+    *,
+    steps_per_epoch: int,
+    target: float,
+) -> Pace:
+    """Time a few training steps of a model, and its teacher on the same rows; weights and random state stay.
+
+    :param batches: of this process, from the first one on.
+    :param target: the sparsity that one shot would go to.
+    """
+    inputs = [model_inputs(to_model(batch, model), model) for batch in itertools.islice(batches, _STEPS)]
+    structure = structure_of(model)
+    positions = sum(counted(model, structure, batch) for batch in inputs) / len(inputs)
+    with evaluating(model), torch.random.fork_rng():  # which puts the modes back
+        model.train()
+        step = _median_seconds(lambda batch: _step(model, batch), inputs)
+    asked = 0.0 if teacher is None else _median_seconds(lambda batch: _teach(teacher, batch), inputs)
+    rows = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
+    return Pace(step, asked, steps_per_epoch, rows * one_shot_steps(sweeps(1 - target)) * step)
+
+
+def _median_seconds(run: Callable[[Batch], None], batches: list[Batch]) -> float:
+    """Median seconds of all runs but the first, which pays for what is set up once."""
+    found = []
+    for batch in batches:
+        started = time.perf_counter()
+        run(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return statistics.median_low(found[1:] or found)
+
+
+def _step(model: PreTrainedModel, batch: Batch) -> None:
+    """A forward and a backward pass, of which nothing is kept."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = torch.stack([part.float().square().mean() for part in _outputs(model, batch)]).sum()
+    if learning:
+        torch.autograd.grad(loss, learning, allow_unused=True)
+
+
+@torch.no_grad()
+def _teach(teacher: PreTrainedModel, batch: Batch) -> None:
+    _outputs(teacher, batch)
+
+
+def _outputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
+    return predictions(model(**batch, **supported_kwargs(model, return_dict=True)))

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import check
 from cofiprune.data.tasks import label_names, supported_kwargs, task_of
-from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError
+from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError, suggest
 from cofiprune.masking import masks_of
+from cofiprune.training.checkpoint import has_checkpoints
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.objective import label_weight
-from cofiprune.training.projection import hidden_width
-from cofiprune.training.state import has_checkpoints
+from cofiprune.training.objective import hidden_width, label_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,12 +197,57 @@ def check_measurable(batches: Batches, model: PreTrainedModel, *, computed: bool
         )
 
 
+def check_compile(config: PruneConfig, device: torch.device) -> None:
+    """Compile something small, where the settings ask for compiled training steps.
+
+    :raises SettingsError: when the backend is unknown, or cannot work on this machine.
+    """
+    if not config.torch_compile:
+        if config.torch_compile_backend != "inductor":
+            raise SettingsError("torch_compile_backend says what compiles, and needs torch_compile=True")
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.torch_compile_backend not in known:
+        near = suggest(config.torch_compile_backend, known)
+        raise SettingsError(
+            f"unknown torch_compile_backend {config.torch_compile_backend!r}.{near} Choose among {', '.join(known)}"
+        )
+    try:
+        torch.compile(_smallest, backend=config.torch_compile_backend)(torch.ones(2, device=device, requires_grad=True))
+    except Exception as error:
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
+        reason = " ".join(str(error).split("\n")[:2]).strip()
+        raise SettingsError(
+            f"torch_compile=True does not work here ({reason}); its default backend needs {needed}"
+        ) from error
+
+
+def _smallest(values: Tensor) -> Tensor:
+    return (values * 2).sin().sum()
+
+
+def metric_name(metric: str, values: Iterable[str]) -> str:
+    """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
+
+    :raises SettingsError: when it gives no such metric.
+    """
+    found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
+    if found is None:
+        known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
+        raise SettingsError(
+            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
+            f"{suggest(metric, known)} compute_metrics can add others"
+        )
+    return found
+
+
 def resolve_teacher(
-    teacher: PreTrainedModel | Literal["self"] | None, student: PreTrainedModel
+    teacher: PreTrainedModel | Literal["self"] | None, student: PreTrainedModel, *, of_dense: bool = False
 ) -> PreTrainedModel | None:
     """Return the model that teaches, or None.
 
     :param teacher: a model of the same vocabulary and labels, "self" for a copy of the student as it is, or None.
+    :param of_dense: the copy has no masks, whatever an earlier run left on the student.
     :raises TeacherError: when it cannot teach this student.
     """
     if teacher is None:
@@ -211,7 +255,11 @@ def resolve_teacher(
     if isinstance(teacher, str):
         if teacher != "self":
             raise TeacherError(f'teacher takes a model, "self" or None, not {teacher!r}; load a folder first')
-        return copy.deepcopy(student)
+        copied = copy.deepcopy(student)
+        masks = masks_of(copied) if of_dense else None
+        if masks is not None:
+            masks.detach()
+        return copied
     if not isinstance(teacher, nn.Module) or not hasattr(teacher, "config"):
         raise TeacherError(f'teacher takes a transformers model, "self" or None, not {type(teacher).__name__}')
     if teacher is student:

@@ -1,19 +1,36 @@
-"""The loss of a step: labels, the teacher's answers, and the states of its layers, each by its weight."""
+"""The loss of a step: labels, the teacher's outputs, and the states of its layers, each by its weight.
+
+A teacher's forward pass is a third of the cost of a training step, and most of it once the student is small. Its
+outputs for a row depend on the row alone (it is in evaluation mode), so that they are kept from the first epoch on.
+Rows that a collator of the user's makes, and images, are computed anew each time.
+
+Shapes: B examples, T tokens of the batch, t tokens of a row, S teacher layers distilled, H hidden.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.batches import ROWS
-from cofiprune.data.tasks import IGNORED, Task, label_names, supported_kwargs
-from cofiprune.distillation import PredictionKind, layerwise_loss, logit_loss, predictions
+from cofiprune.data.batches import ROWS, Batches, model_inputs
+from cofiprune.data.tasks import IGNORED, Task, forward_names, label_names, supported_kwargs
+from cofiprune.distillation import (
+    PredictionKind,
+    hidden_projection,
+    layerwise_loss,
+    logit_loss,
+    predictions,
+    teacher_layers,
+)
 from cofiprune.errors import TrainingError
+from cofiprune.hooks import evaluating
+from cofiprune.record import recorded_sizes
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,27 +46,10 @@ _PREDICTION_OF: Mapping[Task, PredictionKind] = {
     "embedding": "embedding",
     "other": "regression",
 }
-TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
+_TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
 """Tasks whose predictions have a token axis."""
-
-
-def label_weight(config: PruneConfig, *, taught: bool, labelled: bool) -> float:
-    """Weight of the loss on the labels in a run with or without a teacher and labels."""
-    if not labelled:
-        return 0.0
-    if config.label_weight is None:
-        return 0.5 if taught else 1.0
-    return config.label_weight
-
-
-def counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
-    if task == "question-answering" and "input_ids" in batch:
-        length = batch["input_ids"].shape[1]
-        return (batch["start_positions"] < length).any() & (batch["end_positions"] < length).any()
-    if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
-        return (batch["labels"] != IGNORED).any()
-    return None
+_FIT_BATCHES = 8
+_RIDGE = 1e-3
 
 
 class Objective:
@@ -58,22 +58,45 @@ class Objective:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: Teacher | None,
-        projection: nn.Linear | None,
-        task: Task,
+        teacher: PreTrainedModel | None,
+        batches: Batches,
         config: PruneConfig,
         *,
-        labelled: bool,
+        fitted: bool = False,
+        memory: int = 0,
     ) -> None:
-        used = bool(config.distill_logits_weight or config.distill_layers_weight)
-        self.teacher = teacher if used else None
-        self.projection = projection
-        self.task = task
+        """Set up the parts that count, on the device of the student.
+
+        :param batches: whose task and labels it is for, and on which a projection is fitted.
+        :param fitted: fit the projection even where the identity would fit its shape.
+        :param memory: bytes that the teacher's outputs may take; 0 to compute them anew in every epoch.
+        """
+        distils = bool(config.distill_logits_weight or config.distill_layers_weight)
+        self.task = batches.task
         self.config = config
-        self.label_weight = label_weight(config, taught=teacher is not None, labelled=labelled)
+        self.label_weight = label_weight(config, taught=teacher is not None, labelled=batches.labelled)
         self.labels = set(label_names(student))
-        self.distils_layers = teacher is not None and projection is not None
+        self.projection: nn.Linear | None = None
+        """From the student's states to the teacher's; learned along with the student."""
+        self.teacher: Teacher | None = None
+        self.learns_from_teacher = teacher is not None
+        layers: Sequence[int] = ()
+        if teacher is not None and config.distill_layers_weight:
+            layers = teacher_layers(teacher.config.num_hidden_layers, config.distill_layers)
+            self.projection = new_projection(student, teacher, batches, fitted=fitted)
+        if teacher is not None and distils:
+            self.teacher = Teacher(teacher, layers, token_axis=self.task in _TOKEN_AXIS, memory=memory)
         self.options = supported_kwargs(student, output_hidden_states=self.distils_layers, return_dict=True)
+
+    @property
+    def distils_layers(self) -> bool:
+        """Whether the student's hidden states are compared."""
+        return self.projection is not None
+
+    def cut(self, keep: Sequence[int]) -> None:
+        """Go on with a student that was compacted to some hidden dimensions."""
+        if self.projection is not None:
+            self.projection = cut_projection(self.projection, keep)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
         """Return the parts of the loss, unweighted, and their weighted sum as `loss`.
@@ -88,14 +111,14 @@ class Objective:
         return self.of(output, batch, alive)
 
     def of(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
-        """Return the same for what the student has answered, with `hidden_states` when `distils_layers`."""
+        """Return the same for outputs of the student, with `hidden_states` when `distils_layers`."""
         parts: dict[str, Tensor] = {}
         if self.label_weight:
             # The mean over no labels at all, such as those of a batch where nothing is masked, is not a number.
-            counted = counts_labels(self.task, batch)
+            counted = _counts_labels(self.task, batch)
             parts["label_loss"] = output.loss if counted is None else torch.where(counted, output.loss, 0.0)
         if self.teacher is not None:
-            parts.update(self._teacher_parts(output, batch, alive))
+            parts.update(self._teacher_parts(self.teacher, output, batch, alive))
         weights = {
             "label_loss": self.label_weight,
             "logits_loss": self.config.distill_logits_weight,
@@ -104,10 +127,11 @@ class Objective:
         total = torch.stack([weights[name] * value.float() for name, value in parts.items()]).sum()
         return {**parts, "loss": total}
 
-    def _teacher_parts(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
-        assert self.teacher is not None
+    def _teacher_parts(
+        self, teacher: Teacher, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None
+    ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
-        answers = self.teacher.answer(inputs, batch.get(ROWS))
+        answers = teacher.answer(inputs, batch.get(ROWS))
         mask = batch.get("attention_mask")
         parts: dict[str, Tensor] = {}
         ours, theirs = predictions(output), answers.predictions
@@ -119,19 +143,18 @@ class Objective:
                 theirs,
                 temperature=self.config.distill_temperature,
                 kind=_PREDICTION_OF[self.task],
-                mask=self._mask_for(ours[0], mask),
+                mask=mask if mask is not None and ours[0].dim() > 1 and ours[0].shape[:2] == mask.shape else None,
             )
-        if self.distils_layers:
-            assert self.projection is not None
+        if self.projection is not None:
             states = output.hidden_states[1:]
             parts["layers_loss"] = layerwise_loss(
                 states,
-                dict(zip(self.teacher.layers, answers.states, strict=True)),
+                dict(zip(teacher.layers, answers.states, strict=True)),
                 self.projection,
                 how=self.config.distill_layer_match,
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
-                teacher_depth=self.teacher.depth,
+                teacher_depth=teacher.depth,
                 reduction="sum",
             )
         if not parts:
@@ -141,9 +164,180 @@ class Objective:
             )
         return parts
 
-    @staticmethod
-    def _mask_for(prediction: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The attention mask where the prediction has a token axis; None where it has not."""
-        if mask is None or prediction.dim() < 2 or prediction.shape[:2] != mask.shape:
-            return None
-        return mask
+
+def label_weight(config: PruneConfig, *, taught: bool, labelled: bool) -> float:
+    """Weight of the loss on the labels in a run with or without a teacher and labels."""
+    if not labelled:
+        return 0.0
+    if config.label_weight is None:
+        return 0.5 if taught else 1.0
+    return config.label_weight
+
+
+def _counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
+    if task == "question-answering" and "input_ids" in batch:
+        length = batch["input_ids"].shape[1]
+        return (batch["start_positions"] < length).any() & (batch["end_positions"] < length).any()
+    if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
+        return (batch["labels"] != IGNORED).any()
+    return None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of a teacher for a batch."""
+
+    predictions: tuple[Tensor, ...]
+    """As `cofiprune.distillation.predictions` returns them."""
+    states: tuple[Tensor, ...]
+    """S of [B, T, H]: outputs of the chosen layers."""
+
+
+class Teacher:
+    """Runs a teacher, or remembers what it put out."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], *, token_axis: bool, memory: int) -> None:
+        """Set up a memory.
+
+        :param layers: the S layers whose outputs are wanted.
+        :param token_axis: whether the predictions have one: [B, T, ...] instead of [B, ...].
+        :param memory: bytes that it may grow to; 0 for none.
+        """
+        self.token_axis = token_axis
+        self.reads = set(forward_names(model))
+        self.options = supported_kwargs(model, output_hidden_states=bool(layers), return_dict=True)
+        self.model = model
+        self.layers = tuple(layers)
+        self.depth = int(model.config.num_hidden_layers)
+        self.memory = memory
+        self.used = 0
+        self._known: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def answer(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
+        """Return the teacher's outputs for a batch.
+
+        :param inputs: what the model reads, without labels.
+        :param rows: [B] numbers of the rows, on the CPU, when the same number always means the same row.
+        """
+        mask = inputs.get("attention_mask")
+        if rows is None or not self.memory or mask is None or mask.dim() != 2:
+            return self._run(inputs)
+        numbers = rows.tolist()
+        if self.knows(rows):
+            return self._recall(numbers, mask)
+        outputs = self._run(inputs)
+        if self.used < self.memory:
+            self._remember(numbers, outputs, mask)
+        return outputs
+
+    def knows(self, rows: Tensor) -> bool:
+        """Whether the outputs for all these rows are remembered."""
+        return all(number in self._known for number in rows.tolist())
+
+    @torch.no_grad()
+    def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
+        inputs = {name: value for name, value in inputs.items() if name in self.reads}
+        output = self.model(**inputs, **self.options)
+        states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
+        return Outputs(tuple(part.detach() for part in predictions(output)), states)
+
+    def _remember(self, numbers: list[int], outputs: Outputs, mask: Tensor) -> None:
+        position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        lengths = (mask.ne(0) * position).amax(1).tolist()
+        for index, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
+            parts = [
+                part[index, :length].clone() if self.token_axis else part[index].clone() for part in outputs.predictions
+            ]
+            states = [state[index, :length].clone() for state in outputs.states]
+            self._known[number] = (parts, states)
+            self.used += sum(part.numel() * part.element_size() for part in (*parts, *states))
+
+    def _recall(self, numbers: list[int], mask: Tensor) -> Outputs:
+        width = mask.shape[1]
+        known = [self._known[number] for number in numbers]
+        parts = tuple(
+            _stack(rows, width) if self.token_axis else torch.stack(rows)
+            for rows in ([row[index] for row, _ in known] for index in range(len(known[0][0])))
+        )
+        states = tuple(_stack([row[index] for _, row in known], width) for index in range(len(self.layers)))
+        return Outputs(parts, states)
+
+
+def _stack(rows: list[Tensor], width: int) -> Tensor:
+    """Pad rows [t, ...] with zeros to [B, width, ...]."""
+    out = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return out
+
+
+def new_projection(
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Batches, *, fitted: bool = False
+) -> nn.Linear:
+    """Return the linear map from a student's states to a teacher's: the identity where they match, else fitted.
+
+    :param fitted: fit it in any case, because the student has changed since they matched.
+    """
+    width, wanted = hidden_width(student), hidden_width(teacher)
+    if not fitted and width == wanted and student.config.num_hidden_layers == teacher.config.num_hidden_layers:
+        return hidden_projection(width, wanted).to(student.device)
+    return fitted_projection(student, teacher, batches)
+
+
+@torch.no_grad()
+def fitted_projection(student: PreTrainedModel, teacher: PreTrainedModel, batches: Batches) -> nn.Linear:
+    """Return the map that takes the student's last states nearest to the teacher's on a few batches.
+
+    Ridge regression with an intercept in float64. A student of other or fewer dimensions than its teacher has
+    no identity to start from.
+    """
+    device = student.device
+    gram: Tensor | None = None
+    with evaluating(student):
+        for batch in itertools.islice(batches.from_start(), _FIT_BATCHES):
+            inputs = {name: value.to(device) for name, value in model_inputs(batch, student).items()}
+            ours = student(
+                **inputs, **supported_kwargs(student, output_hidden_states=True, return_dict=True)
+            ).hidden_states[-1]
+            read = {name: value for name, value in inputs.items() if name in forward_names(teacher)}
+            theirs = teacher(
+                **read, **supported_kwargs(teacher, output_hidden_states=True, return_dict=True)
+            ).hidden_states[-1]
+            mask = inputs.get("attention_mask")
+            if mask is not None and mask.shape == ours.shape[:2]:
+                ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+            ours, theirs = ours.flatten(0, -2).double(), theirs.flatten(0, -2).double()
+            joined = torch.cat([ours, ours.new_ones(len(ours), 1), theirs], dim=1)
+            gram = joined.T @ joined if gram is None else gram + joined.T @ joined
+    assert gram is not None
+    width = hidden_width(student)
+    inner, cross = gram[: width + 1, : width + 1], gram[: width + 1, width + 1 :]
+    ridge = _RIDGE * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    solution = torch.linalg.solve(inner + ridge, cross).T.float()
+    projection = nn.Linear(width, hidden_width(teacher)).to(device)
+    projection.weight.copy_(solution[:, :-1])
+    projection.bias.copy_(solution[:, -1])
+    return projection
+
+
+def _last_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    read = {name: value for name, value in inputs.items() if name in forward_names(model)}
+    states = model(**read, **supported_kwargs(model, output_hidden_states=True, return_dict=True)).hidden_states
+    last: Tensor = states[-1]
+    return last
+
+
+def cut_projection(projection: nn.Linear, keep: Sequence[int]) -> nn.Linear:
+    """Return a learned map for a student that was compacted to some hidden dimensions."""
+    small = hidden_projection(len(keep), projection.out_features, keep=None)
+    with torch.no_grad():
+        small.weight.copy_(projection.weight[:, list(keep)])
+        small.bias.copy_(projection.bias)
+    return small.to(projection.weight.device)
+
+
+def hidden_width(model: PreTrainedModel) -> int:
+    """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
+    recorded = recorded_sizes(model.config) or {}
+    return int(recorded.get("hidden", model.config.hidden_size))

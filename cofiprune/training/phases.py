@@ -1,247 +1,313 @@
-"""One call of `prune` or `finetune`: what is checked and set up for it, and its phases in their order."""
+"""The phases of a run, in their order: one shot, gates, reconstruction, recovery. Each takes the run one step on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import set_seed
+import torch
+from accelerate.utils import broadcast_object_list
 
+from cofiprune.accounting import layer_parameters
 from cofiprune.adapter import structure as structure_of
-from cofiprune.data.batches import Batches, RowBatches
-from cofiprune.data.checks import longest_sequence
-from cofiprune.data.prepare import prepare
+from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import CheckpointError, SettingsError
-from cofiprune.masking import attach, masks_of
-from cofiprune.masks import MaskRegistry
+from cofiprune.hooks import evaluating, frozen
+from cofiprune.masking import attach, attach_to, masks_of
+from cofiprune.measure.summary import dense_structure
+from cofiprune.oneshot.fisher import measured_importance
+from cofiprune.oneshot.reconstruction import Repair
+from cofiprune.oneshot.with_data import calibration, position_weights
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
-from cofiprune.training.budget import Choice, choose, chosen_for_epochs
-from cofiprune.training.checks import check_callbacks, check_learnable, check_output_dir, take_masks_off
-from cofiprune.training.compiling import check_compile
-from cofiprune.training.config import PruneConfig
-from cofiprune.training.gated import GatedPhase
-from cofiprune.training.interrupt import Interrupt
-from cofiprune.training.loop import Callback, Session, log
-from cofiprune.training.opening import Opening
-from cofiprune.training.preparation import accelerator_for, held_out, padding_multiple
-from cofiprune.training.probe import measure_pace
-from cofiprune.training.progress import Display
-from cofiprune.training.recovery import Recovery
-from cofiprune.training.refit import check_rows
-from cofiprune.training.result import PruneResult, reached
-from cofiprune.training.schedule import Schedule
-from cofiprune.training.stage import Stage
-from cofiprune.training.state import RunState, SavedRun, load_checkpoint
+from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
+from cofiprune.training.checks import check_learnable
+from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
+from cofiprune.training.loop import Loop
+from cofiprune.training.run import Run
+from cofiprune.training.schedule import Schedule, gated_rates, pruning_rate, rate, recovery_rate
+from cofiprune.training.start import Left, can_go_on, one_shot_start, prune_once
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
-class Run:
-    """One call of `prune` or `finetune`, with everything checked and set up."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        config: PruneConfig,
-        train_dataset: Any,
-        eval_dataset: Any,
-        collator: Callable[[list[Any]], Any] | None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None,
-        output_dir: str | Path | None,
-        callbacks: Sequence[Callback],
-        *,
-        resume: bool = False,
-        teaches_itself: bool = False,
-    ) -> None:
-        """Check and set up everything; nothing of the models is changed.
-
-        :param teaches_itself: the teacher is a copy of the model as it came, so that checkpoints must hold it.
-        """
-        self.model = model
-        self.teacher = teacher
-        self.resume = resume
-        self.reason = ""
-        batches = prepare(
-            train_dataset,
-            model,
-            batch_size=config.batch_size,
-            shuffle=True,
-            seed=config.seed,
-            collator=collator,
-            need_labels=teacher is None and config.trains_weights,
-            name="train_dataset",
-        )
-        evaluate = held_out(eval_dataset, model, config, collator, compute_metrics)
-        if evaluate is None and config.metric_for_best_model is not None:
-            raise SettingsError("metric_for_best_model needs an eval_dataset")
-        called = check_callbacks(callbacks)
-        folder = check_output_dir(output_dir, resume=resume)
-        accelerator = accelerator_for(config)
-        check_compile(config, accelerator.device)
-        if isinstance(batches, RowBatches):
-            batches.pad_to(padding_multiple(config, model, accelerator.device), longest_sequence(model))
-        set_seed(config.seed, device_specific=True)
-        self.session = Session(
-            accelerator,
-            config,
-            batches.shard(accelerator.process_index, accelerator.num_processes),
-            Display(enabled=config.progress and accelerator.is_main_process),
-            Interrupt(),
-            called,
-            evaluate,
-            folder,
-        )
-        self.stage = Stage(model, teacher, self.session, batches.shard(0, 1), teaches_itself=teaches_itself)
-
-    @property
-    def config(self) -> PruneConfig:
-        return self.session.config
-
-    @property
-    def batches(self) -> Batches:
-        return self.stage.batches
-
-    def decide(self, target: Target) -> None:
-        """Pick a method and epochs by the budget, say so, and go by it.
-
-        :raises SettingsError: when the budget is too small for anything.
-        """
-        config, folder = self.config, self.session.output_dir
-        saved = None if folder is None else folder / "choice.json"
-        if self.resume and saved is not None and saved.exists():
-            choice = Choice(**json.loads(saved.read_text()))
-        elif config.time_budget is None:
-            choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
+def prune_with_data(run: Run, target: Target) -> None:
+    """Prune by the configuration's method, and let what is left recover for the epochs that it has for that."""
+    config = run.config
+    schedule = Schedule.for_pruning(config, len(run.batches))
+    _check_before(run, schedule)
+    run.identify(method="prune", **target.identity())
+    saved = run.saved
+    with run.running():
+        if saved is None:
+            start(run, target)
         else:
-            steps = Schedule.for_training(1, config, len(self.batches)).total
-            pace = measure_pace(self.model, self.teacher, self.batches, steps_per_epoch=steps, target=target.share)
-            choice = choose(pace, config.time_budget, share=1 - target.share)
-        if saved is not None and self.session.accelerator.is_main_process:
-            saved.parent.mkdir(parents=True, exist_ok=True)
-            saved.write_text(json.dumps(asdict(choice)))
-        settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs}
-        self.session.config = config.model_copy(update={**settings, "time_budget": None})
-        self.reason = choice.reason
-        if config.progress and self.session.accelerator.is_main_process:
-            self.session.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
-
-    def prune(self, target: Target) -> PruneResult:
-        """Prune by the configuration's method, and let what is left recover for the epochs that it has for that."""
-        structure = structure_of(self.model)
-        if self.config.trains:
-            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
-            check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
-        schedule = Schedule.for_pruning(self.config, len(self.batches))
-        recovery = Schedule.for_recovery(self.config, schedule, len(self.stage.for_recovery()))
-        if self.config.metric_for_best_model is not None and not recovery:
-            raise SettingsError(
-                "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
-                "no epochs are left for it by finetune_epochs and freeze_epochs"
-            )
-        if self.config.method != "one-shot" and self.config.repairs:
-            check_rows(self.model, self.stage.calibrated)
-        saved = self._saved(method="prune", **target.identity())
-        with self.stage.running():
-            take_masks_off(self.model, quietly=self.resume)
-            masks = attach(self.model)
-            try:
-                plan, state = self._phases(masks, target, saved)
-            except Exception:
-                masks.detach()
-                raise
-        plan.check(structure)
-        return self._result(plan, masks, state, self.config.method, target)
-
-    def _phases(self, masks: MaskRegistry, target: Target, saved: SavedRun | None) -> tuple[Plan, RunState]:
-        done, opening = None, Opening(self.stage)
+            run.state.extra = dict(saved.extra)
+            run.use_plan(Plan.from_dict(saved.extra["plan"]))
         if saved is not None and saved.phase == "recover":
-            plan, recovery = Plan.from_dict(saved.extra["plan"]), int(saved.extra["steps"])
+            recover(run, saved.extra["steps"])
+            return
+        if config.method == "one-shot":
+            decided = Plan.from_values(run.small_structure, {})
         else:
-            if self.config.method == "one-shot":
-                schedule = Schedule.for_pruning(self.config, len(self.batches))
-                plan, done = opening.decide(masks, target)
-            else:
-                plan, done, schedule = GatedPhase(self.stage, opening).run(masks, target, saved)
-            recovery = Schedule.for_recovery(self.config, schedule, len(self.stage.for_recovery()))
-            saved = None
-        if recovery:
-            return plan.hard, Recovery(self.stage).run(plan, recovery, done, saved, pruned=True).state
-        assert done is not None
-        masks.set_plan(plan)
-        if self.session.evaluate is not None and self.config.method != "one-shot":
-            log(self.session, done.state, self.session.evaluate(self.model))  # what was logged last had other masks
-        return plan, done.state
+            schedule = Schedule.for_pruning(config, len(run.batches), from_one_shot=run.state.extra["from_one_shot"])
+            decided = learn_gates(run, target, schedule)
+        steps = Schedule.for_recovery(config, schedule, len(run.for_recovery))
+        if config.method != "one-shot" and config.repairs:
+            reconstruct(run, decided)
+        elif steps:
+            run.cut(decided)
+        if steps:
+            recover(run, steps)
+        elif run.evaluate is not None and config.method != "one-shot":
+            run.log(run.evaluate(run.small))  # what was logged last had other masks
 
-    def finetune(self) -> PruneResult:
-        masks = masks_of(self.model)
-        structure = structure_of(self.model)
-        plan = Plan.from_values(structure, {} if masks is None else dict(masks.items()))
-        cuts_hidden = plan.kept.get("hidden", self.model.config.hidden_size) != self.model.config.hidden_size
-        check_learnable(self.model, self.teacher, self.batches, self.config, cuts_hidden=cuts_hidden)
-        epochs = 2.0 if self.config.finetune_epochs is None else self.config.finetune_epochs
-        if not epochs:
-            raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
-        if self.config.train_embeddings is None:
-            whole = plan.kept == structure.sizes and recorded_sizes(self.model.config) is None
-            self.stage.trains_embeddings = whole
-        self.stage.use(self.stage.for_recovery())
-        saved = self._saved(method="finetune")
-        if saved is not None and Plan.from_dict(saved.extra["plan"]).keep != plan.keep:
-            raise CheckpointError(f"{saved.folder} is of a run with other masks on the model: attach those first")
-        schedule = Schedule.for_training(epochs, self.config, len(self.batches))
-        with self.stage.running():
-            done = Recovery(self.stage).run(plan, max(schedule.total, 1), None, saved)
-        return self._result(plan.hard, masks, done.state, "")
 
-    def _saved(self, **identity: Any) -> SavedRun | None:
-        """Remember what identifies this run; the checkpoint to resume from, when asked for one."""
-        kept = self.config.model_dump(exclude={"progress", "logging_steps", "eval_steps", "checkpoint_steps"})
-        structure = structure_of(self.model)
-        self.session.fingerprint = {
-            **identity,
-            "family": structure.family,
-            "sizes": sum(structure.sizes.values()),
-            "batches": len(self.batches),
-            "processes": self.session.accelerator.num_processes,
-            "teacher": None
-            if self.teacher is None
-            else "self"
-            if self.stage.teaches_itself
-            else type(self.teacher).__name__,
-            "config": {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()},
-        }
-        if not self.resume or self.session.output_dir is None:
-            return None
-        return load_checkpoint(self.session.output_dir, self.session.fingerprint)
-
-    def _result(
-        self, plan: Plan, masks: MaskRegistry | None, state: RunState, method: str, target: Target | None = None
-    ) -> PruneResult:
-        evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
-        if state.best is not None:
-            evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
-        last = evaluated[-1] if evaluated else {}
-        metrics = {name: value for name, value in last.items() if name.startswith("eval_")}
-        if self.session.output_dir is not None and self.session.accelerator.is_main_process:
-            self.session.output_dir.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
-            plan.save(self.session.output_dir / "plan.json")
-        return PruneResult(
-            self.model,
-            plan,
-            masks.sparsity() if masks is not None else 0.0,
-            masks.model_sparsity() if masks is not None else 0.0,
-            metrics,
-            state.history,
-            state.seconds,
-            state.best["step"] if state.best is not None else None,
-            method,
-            self.reason,
-            None if target is None else reached(target, self.model, plan),
+def _check_before(run: Run, schedule: Schedule) -> None:
+    """Make sure that there is something to learn from, all through the run."""
+    config = run.config
+    if config.trains:
+        cuts_hidden = any(group.kind == "hidden" for group in run.structure.select(config.units))
+        check_learnable(run.model, run.teacher, run.batches, config, cuts_hidden=cuts_hidden)
+    if config.metric_for_best_model is not None and not Schedule.for_recovery(config, schedule, len(run.for_recovery)):
+        raise SettingsError(
+            "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
+            "no epochs are left for it by finetune_epochs and freeze_epochs"
         )
+    if config.method != "one-shot" and config.repairs:
+        calibration(run.model, run.calibration.from_start())  # raises where there are too few rows
+
+
+def train(run: Run) -> None:
+    """Train what the masks on the model keep, or all of it: `finetune`."""
+    masks, config = masks_of(run.model), run.config
+    plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
+    cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
+    check_learnable(run.model, run.teacher, run.batches, config, cuts_hidden=cuts_hidden)
+    epochs = 2.0 if config.finetune_epochs is None else config.finetune_epochs
+    if not epochs:
+        raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
+    if config.train_embeddings is None:
+        run.trains_embeddings = plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None
+    run.batches = run.for_recovery
+    run.identify(method="finetune")
+    if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
+        raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
+    schedule = Schedule.for_training(epochs, config, len(run.batches))
+    with run.running():
+        run.use_plan(plan)
+        recover(run, max(schedule.total, 1))
+
+
+def pick_method(run: Run, target: Target) -> None:
+    """Pick a method and epochs by the budget, say so, and go by it: `method="auto"`.
+
+    :raises SettingsError: when the budget is too small for anything.
+    """
+    config = run.config
+    saved = None if run.folder is None else run.folder / "choice.json"
+    if run.resume and saved is not None and saved.exists():
+        choice = Choice(**json.loads(saved.read_text()))
+    elif config.time_budget is None:
+        choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
+    else:
+        steps = Schedule.for_training(1, config, len(run.batches)).total
+        batches = run.batches.from_start()
+        pace = measure_pace(run.model, run.teacher, batches, steps_per_epoch=steps, target=target.share)
+        choice = choose(pace, config.time_budget, share=1 - target.share)
+    if saved is not None and run.accelerator.is_main_process:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.write_text(json.dumps(asdict(choice)))
+    settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs, "time_budget": None}
+    run.config = config.model_copy(update=settings)
+    run.reason = choice.reason
+    if config.progress and run.accelerator.is_main_process:
+        run.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
+
+
+# One shot.
+
+
+def start(run: Run, target: Target) -> None:
+    """Prune in one shot: all of the way, or as far as gates are to start from; else start with a copy of the model."""
+    began = time.perf_counter()
+    if run.config.method == "one-shot":
+        found: Left | None = prune_once(run.model, run.calibration, run.config, target, _progress(run))
+    else:
+        found = one_shot_start(run.model, run.calibration, run.config, target, _progress(run))
+    run.state.extra["from_one_shot"] = found is not None
+    if found is None:
+        run.use_plan(Plan.from_values(run.structure, {}))
+        return
+    run.state.phase, run.state.seconds = "one-shot", time.perf_counter() - began
+    run.use(*found)
+    measured = {} if run.evaluate is None else run.evaluate(run.small)
+    run.log({"sparsity": 1 - run.layers_left, **measured})
+
+
+def _progress(run: Run) -> Callable[[float], None]:
+    run.display.begin("one-shot", total=100, done=0)
+
+    def progress(share: float) -> None:
+        run.display.reach(round(100 * share))
+        if run.interrupt.requested is not None and run.accelerator.num_processes == 1:
+            run.interrupt.stop("Stopped in the one-shot stage: the model is as it was.")
+
+    return progress
+
+
+# Gates.
+
+
+def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
+    """Learn gates and weights, or gates alone; decide what stays of the small model, and set its masks to that."""
+    config, steps = run.config, schedule.before + schedule.gated
+    masks = attach_to(run.small, run.small_structure)
+    names = [group.name for group in masks.structure.present(config.units)]
+    learner = GateLearner(masks, names, target, config, schedule, layers_left=run.layers_left)
+    if run.saved is not None:
+        learner.count_from(run.state.extra["origin"])
+    elif config.warm_start:
+        importance = measured_importance(run.small, masks, names, run.batches.from_start(), seed=config.seed)
+        learner.gates.initialise_from(importance, spread=config.warm_start_spread)
+    run.state.extra["origin"] = learner.origin()
+    run.learn_from(fitted=False)
+    run.state.begin("prune")
+    _begin(run, learner)
+    run.go_on()
+    checks = check_steps(schedule) if learner.shrinks() else []
+    modules = [each for each in (run.small, run.objective.projection) if each is not None]
+    with frozen(*([] if config.trains_weights else modules)):
+        loop = _loop(run, learner, steps)
+        while run.state.step < steps:
+            found = learner.long_closed() if run.state.step in checks else None
+            if found is not None:
+                loop.leave()  # a copy would keep what Accelerate has put on the model
+                learner = _shrunk(run, learner, found)
+                loop = _loop(run, learner, steps)
+            loop.train(next(step for step in (*checks, steps) if step > run.state.step))
+    decided = _decided(run, learner)
+    if config.repairs:
+        learner.settle()  # what is reconstructed is the model under its gates
+    else:
+        learner.masks.set_plan(decided)
+    return decided
+
+
+def _begin(run: Run, learner: GateLearner) -> None:
+    """Set up the optimiser of a learner and of what it learns along with."""
+    weights = run.weight_groups() if run.config.trains_weights else []
+    rate = pruning_rate(run.config, learner.target.share)
+    run.learn(torch.optim.AdamW([*weights, *learner.groups()], lr=rate), gates=learner)
+
+
+def _loop(run: Run, learner: GateLearner, steps: int) -> Loop:
+    assert run.state.optimizer is not None
+    trained = len(run.state.optimizer.param_groups) - len(learner.groups())
+    rates = gated_rates(run.config, learner.schedule, learner.target.share, trained)
+    return Loop(run, total=steps, rates=rates, learner=learner)
+
+
+def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
+    """Go on with what a plan leaves of the small model, the optimiser's moments cut to size.
+
+    :return: the learner itself where the target could not be met from there.
+    """
+    small = compacted(run.small, run.small_structure, plan)
+    masks = attach(small)
+    if not can_go_on(masks.structure, learner.target, run.config):
+        return learner
+    model, projection, optimizer = run.small, run.objective.projection, run.state.optimizer
+    run.cut(plan, small)
+    smaller = learner.on(masks, plan, layers_left=run.layers_left)
+    _begin(run, smaller)
+    assert optimizer is not None
+    assert run.state.optimizer is not None
+    pairs = [
+        *weight_pairs(model, learner.masks.structure, small, plan),
+        *projection_pairs(projection, run.objective.projection, plan),
+        *learner.pairs(smaller, plan),
+    ]
+    transplant(optimizer, run.state.optimizer, pairs)
+    return smaller
+
+
+def _decided(run: Run, learner: GateLearner) -> Plan:
+    """What stays; where that is measured, the first process does."""
+
+    def decide() -> Plan:
+        return learner.decide(lambda plan: compacted(run.small, run.small_structure, plan))
+
+    if run.accelerator.num_processes == 1 or learner.target.measure is None:
+        return decide()
+    outcome: list[Any] = [decide().to_dict() if run.accelerator.is_main_process else None]
+    broadcast_object_list(outcome)
+    return Plan.from_dict(outcome[0])
+
+
+# After the decision.
+
+
+def reconstruct(run: Run, decided: Plan) -> None:
+    """Refit what a plan leaves of the small model, by least squares, so that it takes over what is gone.
+
+    What is reproduced is the model under its gates where weights were trained along with them, else the dense one.
+    """
+    rows = calibration(run.small, run.calibration.from_start())
+    small = compacted(run.small, run.small_structure, decided)
+    dense, structure, plan = run.small, run.small_structure, decided
+    if not run.config.trains_weights:
+        dense, structure, plan = run.model, run.structure, run.plan.then(decided)
+    with evaluating(dense, small):
+        weights = position_weights(dense, rows, seed=run.config.seed)
+        Repair(
+            dense, structure, small, structure_of(small), plan, rows,
+            ridge=None, weights=weights, everything=True,
+        ).run()  # fmt: skip
+    run.cut(decided, small)
+
+
+def recover(run: Run, steps: int) -> None:
+    """Train what is left for some optimiser steps."""
+    config, state = run.config, run.state
+    if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
+        run.learn_from(fitted=True)
+    groups = run.weight_groups()
+    learning_rate = recovery_rate(config, _kept_share(run))
+    state.begin("recover")
+    run.learn(torch.optim.AdamW(groups, lr=learning_rate))
+    state.extra["steps"] = steps
+    if run.target is not None:
+        _take_recovery_batches(run)
+    run.go_on()
+    warmup = round(config.warmup_ratio * steps)
+
+    def rates(step: int) -> list[float]:
+        factor = rate(config.finetune_lr_scheduler_type, step, steps, warmup)
+        return [learning_rate * factor] * len(groups)
+
+    Loop(run, total=steps, rates=rates).train()
+    if state.best is not None:
+        run.small.load_state_dict(state.best["model"])
+
+
+def _take_recovery_batches(run: Run) -> None:
+    """Go on with the batches of the recovery, at the same place of the epoch."""
+    state = run.state
+    taken = state.extra["taken"] if run.saved is not None else state.batches_seen
+    state.extra["taken"] = taken
+    before, run.batches = run.batches, run.for_recovery
+    run.taken = [(before, taken)]
+    state.batches_seen = round(taken * len(run.batches) / len(before))
+
+
+def _kept_share(run: Run) -> float:
+    """Parameters in the layers of the small model by those of the dense model that it comes from."""
+    cut_before = recorded_sizes(run.model.config) is not None
+    dense = dense_structure(run.model) if cut_before else run.structure
+    return layer_parameters(run.structure).exact(run.plan.kept) / layer_parameters(dense).exact(dense.sizes)

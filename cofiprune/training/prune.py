@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -16,19 +16,20 @@ from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
 from cofiprune.latency.measuring import conditions_of, timed
-from cofiprune.masking import attach, masks_of
+from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_without_data
 from cofiprune.oneshot.with_data import check_one_shot
 from cofiprune.selection.arguments import parse_sparsities, parse_target
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
 from cofiprune.training.budget import check_method
+from cofiprune.training.checkpoint import identifying
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.loop import Callback
-from cofiprune.training.phases import Run
-from cofiprune.training.preparation import held_out
+from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.run import Callback, Run
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.targets import counted_length, target_for
 
@@ -113,123 +114,130 @@ def prune(
     structure = structure_of(model)
     check_weights(model)
     check_method(config, has_data=train_dataset is not None)
-    if config.uniform:
-        units = uniform_units(model, structure, config.units)
-        if config.units is None and config.method in ("one-shot", "auto"):
-            units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
-        config = PruneConfig.create(config, units=units)
+    config = _with_units(config, model, structure)
     if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
     on_data = train_dataset is not None and config.method in ("one-shot", "auto")
-    check = check_one_shot if on_data else check_target
     targets = []
     for level in levels or (target_sparsity,):
         targets.append(target_for(model, structure, config, {**asked, "target_sparsity": level}))
-        check(structure, targets[-1], config.units)
-    taught = resolve_teacher(teacher, model)
-    copied = None if taught is None or teacher is taught else masks_of(taught)
-    if copied is not None:
-        copied.detach()  # of the run that is resumed; its checkpoint has the teacher's weights
-    order = _Order(
+        (check_one_shot if on_data else check_target)(structure, targets[-1], config.units)
+    run = Run(
+        model,
+        structure,
+        config,
+        targets[0],
+        resolve_teacher(teacher, model, of_dense=True),
+        teacher == "self",
         train_dataset,
-        taught,
         eval_dataset,
         data_collator,
         compute_metrics,
-        config,
+        output_dir,
         callbacks,
-        teaches_itself=teacher == "self",
+        resume,
     )
-    if levels is None:
-        result = order.carry_out(model, targets[0], output_dir, resume=resume)
-        result.uniform = config.uniform
-        return result
-    return _sweep(model, targets, order, output_dir, resume=resume)
+    return _prune(run, targets[0]) if levels is None else _sweep(run, targets)
 
 
-@dataclass(frozen=True)
-class _Order:
-    """What `prune` was asked to do, except to which model and how far."""
+def _with_units(config: PruneConfig, model: PreTrainedModel, structure: Structure) -> PruneConfig:
+    """Name the unit kinds that go where every layer keeps the same shape: those that the configuration can say."""
+    if not config.uniform:
+        return config
+    units = uniform_units(model, structure, config.units)
+    if config.units is None and config.method in ("one-shot", "auto"):
+        units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
+    return PruneConfig.create(config, units=units)
 
-    train_dataset: Any
-    teacher: PreTrainedModel | None
-    eval_dataset: Any
-    collator: Callable[[list[Any]], Any] | None
-    compute_metrics: Callable[[Any], dict[str, float]] | None
-    config: PruneConfig
-    callbacks: Sequence[Callback]
-    teaches_itself: bool
 
-    def carry_out(
-        self, model: PreTrainedModel, target: Target, output_dir: str | Path | None, *, resume: bool
-    ) -> PruneResult:
-        """Prune one model to one target."""
-        if self.train_dataset is None:
-            return self._without_data(model, target, output_dir, resume=resume)
-        if self.config.trains:
-            check_trainable(model, gated=self.config.method != "one-shot")
-        elif resume:
-            raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
-        run = Run(
+def _prune(run: Run, target: Target) -> PruneResult:
+    """Prune one model to one target."""
+    config = run.config
+    if run.train_dataset is None:
+        return _prune_data_free(run, target)
+    if config.trains:
+        check_trainable(run.model, gated=config.method != "one-shot")
+    elif run.resume:
+        raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
+    run.prepare()
+    if config.method == "auto":
+        pick_method(run, target)
+    prune_with_data(run, target)
+    return run.result()
+
+
+def _prune_data_free(run: Run, target: Target) -> PruneResult:
+    """Prune in one shot without data."""
+    model, teacher, config = run.model, run.teacher, run.config
+    if run.resume:
+        raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
+    folder = check_output_dir(run.output_dir, resume=False)
+    evaluate = run.held_out()
+    take_masks_off(model, stacklevel=5)
+    source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
+    kept = "0.83, 0.69 and 0.51" if teacher is None else "0.85, 0.81 and 0.75"
+    warnings.warn(
+        f"pruning without data, from {source}. What to expect: a MiniLM-L6 with 0.872 on SST-2 keeps {kept} at "
+        "sparsities of 0.2, 0.5 and 0.9. A few thousand rows of the task and a teacher bring most of the rest back, "
+        "labelled or not: prune(model, train_dataset, teacher=...).",
+        UserWarning,
+        stacklevel=4,
+    )
+    with nullcontext() if teacher is None else evaluating(teacher):
+        report = prune_without_data(
             model,
-            self.teacher,
-            self.config,
-            self.train_dataset,
-            self.eval_dataset,
-            self.collator,
-            self.compute_metrics,
-            output_dir,
-            self.callbacks,
-            resume=resume,
-            teaches_itself=self.teaches_itself,
+            target_sparsity=target,
+            teacher=teacher,
+            units=config.units,
+            seed=config.seed,
+            repair=config.repair is not False,
         )
-        if self.config.method == "auto":
-            run.decide(target)
-        return run.prune(target)
-
-    def _without_data(
-        self, model: PreTrainedModel, target: Target, output_dir: str | Path | None, *, resume: bool
-    ) -> PruneResult:
-        if resume:
-            raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
-        folder = check_output_dir(output_dir, resume=False)
-        measured = held_out(self.eval_dataset, model, self.config, self.collator, self.compute_metrics)
-        take_masks_off(model, stacklevel=5)
-        result = _prune_without_data(model, target, self.teacher, self.config)
-        if measured is not None:
-            result.metrics = measured(model)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            result.plan.save(folder / "plan.json")
-        return result
+    masks = attach_to(model, run.structure)
+    masks.set_plan(report.plan)
+    result = PruneResult(
+        model,
+        report.plan,
+        masks.sparsity(),
+        masks.model_sparsity(),
+        method="no data",
+        target=reached(target, model, run.structure, report.plan),
+        uniform=config.uniform,
+    )
+    if evaluate is not None:
+        result.metrics = evaluate(model)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        result.plan.save(folder / "plan.json")
+    return result
 
 
-def _sweep(
-    model: PreTrainedModel, targets: Sequence[Target], order: _Order, output_dir: str | Path | None, *, resume: bool
-) -> SweepResult:
+def _sweep(run: Run, targets: Sequence[Target]) -> SweepResult:
     """Prune to several targets, each from what the one before has left."""
-    config = order.config
+    config, model = run.config, run.model
     if config.time_budget is not None:
         share = config.model_copy(update={"time_budget": config.time_budget / len(targets)})
-        order = replace(order, config=share)
-    folder = None if output_dir is None else Path(output_dir)
-    if resume and folder is None:
+        run = replace(run, config=share)
+    folder = None if run.output_dir is None else Path(run.output_dir)
+    if run.resume and folder is None:
         raise SettingsError("resume=True needs the output_dir that holds the models that are done")
     take_masks_off(model, stacklevel=4)
     size = {"batch_size": config.target_batch_size, "seq_len": counted_length(model, config)}
-    conditions = conditions_of(model, structure_of(model), **size, cut_hidden=False)
+    conditions = conditions_of(model, run.structure, **size, cut_hidden=False)
 
     def time_of(small: PreTrainedModel) -> float:
         with timed(small, conditions) as stopwatch:
             return float(np.median(stopwatch([small]))) / 1e6
 
-    def run(current: PreTrainedModel, target: Target, runs: Path | None, goes_on: bool) -> PruneResult:
-        return order.carry_out(current, target, runs, resume=goes_on)
+    def prune_next(current: PreTrainedModel, target: Target, runs: Path | None, goes_on: bool) -> PruneResult:
+        structure = structure_of(current)
+        point = replace(run, model=current, structure=structure, target=target, output_dir=runs, resume=goes_on)
+        return _prune(point, target)
 
-    kept = config.model_dump(mode="json", exclude={"progress", "logging_steps", "eval_steps", "checkpoint_steps"})
-    identity = {"targets": [target.requested for target in targets], "settings": kept}
+    identity = {"targets": [target.requested for target in targets], "settings": identifying(config)}
     setting = f"batch {size['batch_size']}, length {size['seq_len']}, {conditions.device}"
-    return sweep(model, targets, run, time_of, output_dir=folder, resume=resume, identity=identity, setting=setting)
+    return sweep(
+        model, targets, prune_next, time_of, output_dir=folder, resume=run.resume, identity=identity, setting=setting
+    )
 
 
 def finetune(
@@ -255,7 +263,7 @@ def finetune(
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     config = PruneConfig.for_finetune(config, **settings)
-    structure_of(model)
+    structure = structure_of(model)
     check_weights(model)
     check_trainable(model, gated=False)
     taught = resolve_teacher(teacher, model)
@@ -263,42 +271,19 @@ def finetune(
         raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
     run = Run(
         model,
-        taught,
+        structure,
         config,
+        None,
+        taught,
+        teacher == "self",
         train_dataset,
         eval_dataset,
         data_collator,
         compute_metrics,
         output_dir,
         callbacks,
-        resume=resume,
-        teaches_itself=teacher == "self",
+        resume,
     )
-    return run.finetune()
-
-
-def _prune_without_data(
-    model: PreTrainedModel, target: Target, teacher: PreTrainedModel | None, config: PruneConfig
-) -> PruneResult:
-    source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
-    kept = "0.83, 0.69 and 0.51" if teacher is None else "0.85, 0.81 and 0.75"
-    warnings.warn(
-        f"pruning without data, from {source}. What to expect: a MiniLM-L6 with 0.872 on SST-2 keeps {kept} at "
-        "sparsities of 0.2, 0.5 and 0.9. A few thousand rows of the task and a teacher bring most of the rest back, "
-        "labelled or not: prune(model, train_dataset, teacher=...).",
-        UserWarning,
-        stacklevel=5,
-    )
-    with nullcontext() if teacher is None else evaluating(teacher):
-        report = prune_without_data(
-            model,
-            target_sparsity=target,
-            teacher=teacher,
-            units=config.units,
-            seed=config.seed,
-            repair=config.repair is not False,
-        )
-    masks = attach(model)
-    masks.set_plan(report.plan)
-    found = reached(target, model, report.plan)
-    return PruneResult(model, report.plan, masks.sparsity(), masks.model_sparsity(), method="no data", target=found)
+    run.prepare()
+    train(run)
+    return run.result()

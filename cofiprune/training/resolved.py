@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cofiprune.latency.cache import cache_folder
+from cofiprune.latency.target import cache_folder
 from cofiprune.structure import UNIT_KINDS, UnitKind
 from cofiprune.training.config import PruneConfig
 

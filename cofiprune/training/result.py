@@ -6,11 +6,12 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compacted
 from cofiprune.measure.report import Report, entries_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,15 +34,15 @@ class TargetReport:
         return self.text
 
 
-def reached(target: Target, model: PreTrainedModel, plan: Plan) -> TargetReport:
+def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: Plan) -> TargetReport:
     """What a plan comes to; where the cost is an estimate, it is measured.
 
     :param model: that the plan is for.
     """
     if target.measure is None:
-        left: float = target.cost(structure_of(model)).exact(plan.kept)
+        left: float = target.cost(structure).exact(plan.kept)
     else:
-        left = target.measure(compact(model, plan))
+        left = target.measure(compacted(model, structure, plan))
     value = target.value_of(left)
     if target.measure is not None and abs(left / target.budget - 1) > target.slack:
         warnings.warn(

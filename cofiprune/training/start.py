@@ -1,25 +1,18 @@
-"""Where the gates start: on what one shot leaves of the model, so that they decide only what is hard to decide.
-
-Up to some sparsity, pruning block by block with repair costs next to nothing; that part is done in one shot.
-The gates then learn on the smaller model, whose steps are cheaper, and take it the rest of the way.
-"""
+"""One-shot pruning at the beginning of a run: all of the way, or as far as gates are to start from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
-from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact, restore
+from cofiprune.compaction import compact
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
 from cofiprune.hooks import evaluating
-from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.with_data import SequentialPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
@@ -30,42 +23,14 @@ from cofiprune.training.config import PruneConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
+Left = tuple["PreTrainedModel", Plan]
+"""A smaller model, and what of the dense one it keeps."""
 _ESTIMATE = 0.15
 """How much more than what is asked for one shot leaves where that is measured in the end, as a share of it: estimates
 may be off by as much, and gates cannot give back what is gone."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """What one shot has left of a model."""
-
-    whole: PreTrainedModel
-    """The model itself, with its own weights until `write_back`."""
-    small: PreTrainedModel
-    """What is left, repaired; this is what learns."""
-    plan: Plan
-    """What is kept, in terms of the whole model."""
-
-    @property
-    def share(self) -> float:
-        """Parameters left in the layers, by those of the whole model's."""
-        structure = structure_of(self.whole)
-        cost = accounting.layer_parameters(structure)
-        return cost.exact(self.plan.kept) / cost.exact(structure.sizes)
-
-    def write_back(self, masks: MaskRegistry, decided: Plan) -> Plan:
-        """Bring the small model's weights into the whole one, and return a plan for the small one in its terms.
-
-        :param masks: of the whole model; set to that plan.
-        """
-        restore(self.whole, self.small, self.plan)
-        plan = self.plan.then(decided)
-        masks.set_plan(plan)
-        return plan
-
-
-def start_for(
+def one_shot_start(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
@@ -73,31 +38,53 @@ def start_for(
     on_progress: Callable[[float], None] | None = None,
     *,
     cuts_hidden: bool = True,
-) -> Start | None:
+) -> Left | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
+
+    Up to some sparsity, pruning block by block with reconstruction costs next to nothing. Gates then decide only what
+    is hard to decide, on a smaller model, whose steps are cheaper.
 
     :param target: what the gates are to reach in the end; one shot stops a unit short of it at least.
     :param cuts_hidden: whether hidden dimensions may go, where the configuration's units name them.
-    :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
-        a configuration that leaves it out.
+    :return: what is left of the model and of its units; None where there is nothing to do: no unit kind that this
+        works on, no way to the target from there, or a configuration that leaves it out.
     """
-    if not config.starts_from_one_shot or not can_start(structure_of(model), config.units) or target.uniform:
+    structure = structure_of(model)
+    if not config.starts_from_one_shot or not can_start(structure, config.units) or target.uniform:
         return None
-    whole = structure_of(model)
-    here = target.kept_share(whole)  # less than 1 where the model is what an earlier run has left
+    here = target.kept_share(structure)  # less than 1 where the model is what an earlier run has left
     left = max(
-        here * ((1 - target.share) / here) ** config.one_shot_share, 1 - target.share + _short_of(whole, target, config)
+        here * ((1 - target.share) / here) ** config.one_shot_share,
+        1 - target.share + _short_of(structure, target, config),
     )
     if left >= here:
         return None
     try:
-        start = one_shot(model, batches, config, target.at(1 - left), on_progress, cuts_hidden=cuts_hidden)
+        found = _one_shot(model, batches, config, target.at(1 - left), on_progress, cuts_hidden=cuts_hidden)
     except (DataError, TargetError):
         return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
-    return start if can_go_on(start.small, target, config) else None
+    return found if can_go_on(structure_of(found[0]), target, config) else None
 
 
-def one_shot(
+def prune_once(
+    model: PreTrainedModel,
+    batches: Batches,
+    config: PruneConfig,
+    target: Target,
+    on_progress: Callable[[float], None] | None = None,
+) -> Left:
+    """Prune all of the way to a target in one shot.
+
+    :raises TargetError: when no sizes meet the target.
+    """
+    small, plan = _one_shot(model, batches, config, target, on_progress)
+    left = target.kept_share(structure_of(small))
+    if target.measure is None and abs(1 - left - target.share) > target.tolerance:
+        raise TargetError(f"in one shot, the nearest to {target} is {target.text(left * target.total)}")
+    return small, plan
+
+
+def _one_shot(
     model: PreTrainedModel,
     batches: Batches,
     config: PruneConfig,
@@ -105,7 +92,7 @@ def one_shot(
     on_progress: Callable[[float], None] | None = None,
     *,
     cuts_hidden: bool = True,
-) -> Start:
+) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
     :param batches: of the whole data set, the same for every process.
@@ -113,19 +100,17 @@ def one_shot(
     :raises TargetError: when no sizes meet the target without cutting hidden dimensions.
     """
     processes = PartialState()
-    batches.set_epoch(0)
-    batches.skip(0)
-    taken = calibration(model, batches)
+    rows = calibration(model, batches.from_start())
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if processes.is_main_process:
         units = config.units if cuts_hidden else tuple(unit for unit in config.units or () if unit != "hidden") or None
         try:
             with evaluating(model):
-                run = SequentialPruning(
-                    model, taken, target, units=units, seed=config.seed, repair=config.repair is not False
+                pruning = SequentialPruning(
+                    model, rows, target, units=units, seed=config.seed, repair=config.repair is not False
                 )
-                plan, small = run.run(on_progress)
+                plan, small = pruning.run(on_progress)
             outcome = [plan.to_dict()]
         except (DataError, TargetError) as error:
             outcome = [error]  # the others wait for what comes of it
@@ -139,7 +124,7 @@ def one_shot(
     if processes.num_processes > 1:
         for parameter in small.parameters():
             broadcast(parameter.data)
-    return Start(model, small, plan)
+    return small, plan
 
 
 def _short_of(structure: Structure, target: Target, config: PruneConfig) -> float:
@@ -155,9 +140,8 @@ def _short_of(structure: Structure, target: Target, config: PruneConfig) -> floa
     )
 
 
-def can_go_on(small: PreTrainedModel, target: Target, config: PruneConfig) -> bool:
+def can_go_on(structure: Structure, target: Target, config: PruneConfig) -> bool:
     """Whether the target can be reached from what is left; where units go in large steps it need not be."""
-    structure = structure_of(small)
     units = tuple({group.unit for group in structure.present(config.units)})
     if not units or target.removed(structure) <= 0:
         return False

@@ -7,15 +7,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.compaction.uniform_config import config_names
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
-from cofiprune.hooks import evaluating
-from cofiprune.latency.goal import latency_target
-from cofiprune.latency.rounding import best_multiple
+from cofiprune.latency.target import best_multiple, latency_target
 from cofiprune.measure.benchmark import seen_length
 from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.target import Target
@@ -92,9 +92,9 @@ def _counted(
 
 
 def _macs(model: PreTrainedModel, structure: Structure, config: PruneConfig, value: float) -> Target:
-    with evaluating(model):
-        length = counted_length(model, config)
-        seq_len = seen_length(model, synthetic_inputs(model, batch_size=1, seq_len=length), length)
+    length = counted_length(model, config)
+    inputs = synthetic_inputs(model, batch_size=1, seq_len=length, generator=torch.Generator())
+    seq_len = seen_length(model, structure, inputs, length)
     setting = f"at {seq_len} tokens"
     cost = partial(accounting.model_macs, seq_len=seq_len)
     total = cost(structure).exact(structure.sizes)

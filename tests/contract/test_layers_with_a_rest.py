@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.adapter import Adapter, ExtraTable, Family, temporarily
+from cofiprune.adapter import Adapter, ExtraTable, Family
 from cofiprune.conformance.specimens import inputs, outputs, specimen, tiny_config
 from cofiprune.errors import LawError
 from cofiprune_adapters.conformer import adapter as conformer
@@ -87,16 +87,16 @@ def test_rotary_positions_of_a_conformer() -> None:
 def test_a_rest_that_is_not_named_is_found() -> None:
     model = model_of("wav2vec2-bert", "Wav2Vec2BertModel")
     lie = Altered(conformer, extra=ExtraTable(rows=conformer.describe(model.config).extra.rows))
-    with temporarily(lie), pytest.raises(LawError, match="does not return its input.*belongs into the family's rest"):
-        cofiprune.check_adapter(model)
+    with pytest.raises(LawError, match="does not return its input.*belongs into the family's extra"):
+        cofiprune.check_adapter(lie, heads="Model", configs=[model.config])
 
 
 def test_a_projection_that_is_not_called_needs_its_reader() -> None:
     model = model_of("wavlm", "WavLMModel", do_stable_layer_norm=True)
     table = wavlm.describe(model.config).attention
     lie = Altered(wavlm, attention=replace(table, rows=tuple(replace(row, read_in=None) for row in table.rows)))
-    with temporarily(lie), pytest.raises(LawError, match="attention"):
-        cofiprune.check_adapter(model)
+    with pytest.raises(LawError, match="attention"):
+        cofiprune.check_adapter(lie, heads="Model", configs=[model.config])
 
 
 def test_wavlm_hands_its_positions_on_without_its_first_block() -> None:

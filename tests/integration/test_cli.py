@@ -355,11 +355,11 @@ def test_what_is_nobodys_mistake_still_ends_in_one_line(
 
         return inspect
 
-    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(KeyboardInterrupt("Stopped; resume=True goes on.")))
+    monkeypatch.setattr("cofiprune.cli.measure.inspect", raising(KeyboardInterrupt("Stopped; resume=True goes on.")))
     assert "Stopped; --resume goes on." in mistake(capsys, "inspect", "m", code=130)
-    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(SystemExit("stopped by SIGTERM")))
+    monkeypatch.setattr("cofiprune.cli.measure.inspect", raising(SystemExit("stopped by SIGTERM")))
     assert "SIGTERM" in mistake(capsys, "inspect", "m", code=143)
-    monkeypatch.setattr("cofiprune.cli.inspection.inspect", raising(RuntimeError("out of\nmemory")))
+    monkeypatch.setattr("cofiprune.cli.measure.inspect", raising(RuntimeError("out of\nmemory")))
     assert "RuntimeError: out of memory" in mistake(capsys, "inspect", "m", code=1)
     assert cli.main(["inspect", "m", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -33,7 +33,7 @@ import yaml
 
 import cofiprune
 from cofiprune.cli import COMMANDS
-from cofiprune.cli.parser import Parser
+from cofiprune.cli.options import Parser
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

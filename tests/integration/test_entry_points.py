@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.adapter import adapter_for, known_families, register_adapter
+from cofiprune.adapter import adapter_for, family, known_families, register_adapter
 from cofiprune.errors import AdapterError
 from cofiprune_adapters.bert import adapter as bert
 
@@ -29,11 +29,15 @@ version = "1.0"
 {model_type} = "{value}"
 """
 ADAPTER = """
-from cofiprune_adapters.bert import BertAdapter
+from cofiprune import Adapter
+from cofiprune_adapters.bert import adapter as bert
 
 
-class TheirAdapter(BertAdapter):
+class TheirAdapter(Adapter):
     model_types = ("their-bert",)
+
+    def describe(self, config):
+        return bert.describe(config)
 
 
 adapter = TheirAdapter()
@@ -108,9 +112,9 @@ BROKEN: dict[str, tuple[str, str | None, str]] = {
     "no such module": ("", "their_missing:adapter", "No module named 'their_missing'"),
     "no such attribute": ("adaptor = None", None, "has no attribute 'adapter'"),
     "the class and no instance": (
-        "from cofiprune_adapters.bert import BertAdapter as adapter",
+        "from cofiprune import Adapter\nclass Theirs(Adapter): ...\nadapter = Theirs",
         None,
-        "it is the class BertAdapter; the entry point has to name an instance of it",
+        "it is the class Theirs; the entry point has to name an instance of it",
     ),
     "something else": ("adapter = {'bert': 1}", None, "it is a dict, not a cofiprune.Adapter"),
     "a module": (
@@ -160,10 +164,7 @@ def test_two_packages_for_one_model_type_are_both_named_until_one_is_registered(
     assert "register_adapter" in str(caught.value)
     assert "twofold" in known_families()
 
-    class MyAdapter(type(bert)):  # type: ignore[misc]
-        model_types = ("twofold",)
-
-    mine = MyAdapter()
+    mine = family("twofold")(bert.describe)
     register_adapter(mine)
     assert adapter_for(bert_of("twofold")) is mine
     assert cofiprune.structure(bert_of("twofold")).sizes["layers.0.heads"] == 4
@@ -178,9 +179,6 @@ def test_packages_that_name_the_same_adapter_do_not_contradict_one_another(
 
 
 def test_an_adapter_that_is_registered_makes_its_family_known() -> None:
-    class MyAdapter(type(bert)):  # type: ignore[misc]
-        model_types = ("registered",)
-
     assert "registered" not in known_families()
-    register_adapter(MyAdapter())
+    register_adapter(family("registered")(bert.describe))
     assert "registered" in known_families()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -25,7 +25,6 @@ from transformers import (
 
 import cofiprune
 from cofiprune import PruneConfig, PruningCallback
-from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import (
     AdapterError,
     CheckpointError,
@@ -37,9 +36,6 @@ from cofiprune.errors import (
 )
 from cofiprune.masking import masks_of
 from cofiprune.measure.evaluation import evaluate
-from cofiprune.selection.target import Target
-from cofiprune.training.start import start_for
-from cofiprune.training.trainer.run import rows_again
 
 INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
 INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
@@ -127,27 +123,32 @@ class Begin(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             self.plan = masks_of(model).plan()
-            self.weights = cofiprune.compact(model, self.plan).state_dict()
+            self.weights = dict(cofiprune.compact(model, self.plan).named_parameters())
 
 
 @pytest.mark.parametrize("target", [0.6, 0.9])
-def test_gates_start_on_what_one_shot_leaves(toy, tmp_path, target):
-    """The one-shot part of `prune` by itself, with the same rows in the same order, leaves the same model."""
-    model, rows = toy.student(), toy.rows(96, seed=1)
+def test_gates_start_on_what_one_shot_leaves(toy, watch, tmp_path, target):
+    """They start on the model that `prune` starts on, given the same batches in the same order."""
+    rows, student, model, batches = toy.rows(96, seed=1), toy.student(), toy.student(), []
+
+    def read(module, args, kwargs):
+        batches.append({"labels": torch.zeros(16, dtype=torch.long), **kwargs})
+
+    handle = model.register_forward_pre_hook(read, with_kwargs=True)
     begin, callback = Begin(), PruningCallback(target)
-    trainer = trainer_for(model, rows, tmp_path, callback, more=[begin])
-    batches = rows_again(trainer.get_train_dataloader(), model, callback.config, trainer.args, taught=False)
-    goal = Target.of(structure_of(toy.student()), target)
-    start = start_for(toy.student(), batches, callback.config, goal)
-    trainer.train()
-    assert 0.1 < 1 - start.share < target
-    assert begin.plan.keep == start.plan.keep
-    repaired, bare = start.small.state_dict(), cofiprune.compact(toy.student(), start.plan).state_dict()
-    assert all(torch.allclose(begin.weights[name], value, atol=1e-6) for name, value in repaired.items())
-    assert any(not torch.allclose(bare[name], value, atol=1e-4) for name, value in repaired.items())
+    trainer_for(model, rows, tmp_path, callback, more=[begin]).train()
+    handle.remove()
     check_outcome(toy, callback, model, toy.teacher, target)
     kept = callback.plan.keep
-    assert all(set(kept[name]) <= set(start.plan.keep[name]) for name in kept)  # what is gone stays gone
+    assert all(set(kept[name]) <= set(begin.plan.keep[name]) for name in kept)  # what is gone stays gone
+
+    steps = watch(student)
+    settings = {"target_sparsity": target, "epochs": 1, "finetune_epochs": 0, "progress": False}
+    cofiprune.prune(student, DataLoader(batches[:6], batch_size=None), **settings)
+    assert dict(cofiprune.structure(steps[0].model).sizes) == {n: size for n, size in begin.plan.kept.items() if size}
+    bare = cofiprune.compact(toy.student(), begin.plan).state_dict()
+    assert all(torch.allclose(value, steps[0].before[name], atol=1e-6) for name, value in begin.weights.items())
+    assert any(not torch.allclose(value, bare[name], atol=1e-4) for name, value in begin.weights.items())
 
 
 @pytest.mark.parametrize("share", [0.75, 0.0])
@@ -271,27 +272,37 @@ def test_with_a_teacher_accumulated_batches_are_one_batch(toy, tmp_path):
     assert found[8][:3] == pytest.approx(found[16][:3], rel=1e-4)
 
 
+def samples_of(model):
+    """The values of the masks in each pass of training: a sample of the gates, or None where they are set."""
+    found = []
+
+    def look(module, args, kwargs):
+        masks = masks_of(model)
+        if masks is not None and torch.is_grad_enabled():
+            readings = [masks.read(name) for name in masks]
+            bound = any(reading.bound for reading in readings)
+            found.append(tuple(torch.cat([reading.value for reading in readings]).tolist()) if bound else None)
+
+    model.bert.register_forward_pre_hook(look, with_kwargs=True)
+    return found
+
+
 def test_accumulated_batches_are_one_step_of_the_gates(toy, tmp_path):
-    draws = []
-
-    class Draws(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            draws.append(callback._run.hooks.draws)
-
-    callback = PruningCallback(0.5, one_shot_share=0)
-    trainer = trainer_for(
-        toy.student(),
+    model = toy.student()
+    samples, callback = samples_of(model), PruningCallback(0.5, one_shot_share=0, warm_start=False)
+    trainer_for(
+        model,
         toy.rows(56, seed=1),  # 7 batches: steps of 3, 3 and 1
         tmp_path,
         callback,
-        more=[Draws()],
         per_device_train_batch_size=8,
         gradient_accumulation_steps=3,
         num_train_epochs=4,
-    )
-    trainer.train()
-    assert draws[:9] == [3, 3, 1] * 3  # a sample for each batch, as long as gates learn
-    assert draws[9:] == [0, 0, 0]
+    ).train()
+    assert len(samples) == 28
+    assert None not in samples[:21]
+    assert len(set(samples[:21])) == 21  # one for each batch, as long as gates learn
+    assert set(samples[21:]) == {None}
     logged = [entry for entry in callback.history if "expected_sparsity" in entry]
     assert [entry["step"] for entry in logged] == list(range(1, 9))
 
@@ -694,29 +705,22 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
 WORKER = """
 import json, os, sys
 import torch
-from transformers import TrainerCallback
 sys.path.insert(0, sys.argv[1])
 import conftest as toy
-from test_pruning_callback import trainer_for
+from test_pruning_callback import samples_of, trainer_for
 import cofiprune
 
-class Look(TrainerCallback):
-    seen = []
-    def on_step_begin(self, args, state, control, **kwargs):
-        gates = callback._run.gating.gates
-        drawn = gates.sample(0, state.global_step)
-        self.seen.append([gates.log_alpha.double().sum().item(), sum(v.double().sum().item() for v in drawn.values())])
-
-callback = cofiprune.PruningCallback(0.6, "self" if sys.argv[3] == "taught" else None)
+callback = cofiprune.PruningCallback(0.6, "self" if sys.argv[3] == "taught" else None, freeze_epochs=1)
 model = toy.bert()
+samples = samples_of(model)
 trainer = trainer_for(
-    model, toy.rows(48), sys.argv[2], callback, more=[Look()], per_device_train_batch_size=8,
+    model, toy.rows(48), sys.argv[2], callback, per_device_train_batch_size=8,
     gradient_accumulation_steps=2, num_train_epochs=3, **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
 )
 trainer.train()
 report = {
     "processes": trainer.args.world_size,
-    "gates": Look.seen,
+    "gates": samples,
     "weights": sum(value.double().abs().sum().item() for value in model.state_dict().values()),
     "plan": callback.plan.to_dict(),
     "sparsity": cofiprune.masking.masks_of(model).sparsity(),
@@ -760,7 +764,7 @@ def test_two_processes_keep_the_same_gates(tmp_path, taught):
     assert first["processes"] == second["processes"] == 2
     for name in ("gates", "weights", "plan"):
         assert first[name] == second[name]
-    assert first["gates"][0] != first["gates"][-1]
+    assert len({tuple(sample) for sample in first["gates"] if sample is not None}) > 3
     assert first["sparsity"] == pytest.approx(0.6, abs=0.005)
     if taught == "taught":
         (alone,) = in_processes(1, tmp_path, taught)  # half as many rows per step, the same mean

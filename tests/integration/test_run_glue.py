@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 import cofiprune
-from cofiprune.cli.parser import Parser
+from cofiprune.cli.options import Parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -7,7 +7,7 @@ import torch
 
 import cofiprune
 from cofiprune.errors import SettingsError
-from cofiprune.training.compiling import check_compile
+from cofiprune.training.checks import check_compile
 from cofiprune.training.config import PruneConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")  # its own compiler warns of its own parts

@@ -269,19 +269,22 @@ def test_how_often_it_saves_and_logs_may_change_when_it_goes_on(toy, whole, tmp_
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_lost(toy, tmp_path):
-    student = toy.student()
+    student, seen = toy.student(), []
+    before = toy.snapshot(student)
+    student.register_forward_pre_hook(lambda module, args: seen.append(module))  # on what is made of it, too
 
     def poison(entry):
         if entry["step"] == 4:
             with torch.no_grad():
-                student.classifier.bias.fill_(float("nan"))
+                seen[-1].classifier.bias.fill_(float("nan"))
 
-    settings = settings_of(toy, logging_steps=1, one_shot_share=0)  # so that it is the student itself that learns
+    settings = settings_of(toy, logging_steps=1, one_shot_share=0)
     whole = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
     settings["output_dir"] = tmp_path
     with pytest.raises(TrainingError) as caught:
         cofiprune.prune(student, toy.rows(ROWS), callbacks=[poison], **settings)
     assert masks_of(student) is None
+    assert toy.is_unchanged(student, before)
     # The fourth step's own checkpoint would hold what the callback did, and is not written.
     assert all(word in str(caught.value) for word in ("step 4", "classifier.bias"))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -25,7 +25,6 @@ from cofiprune.adapter import (
     linear,
     norm,
     projection,
-    temporarily,
 )
 from cofiprune.conformance import check_adapter
 from cofiprune.errors import AdapterError, CofipruneError, LawError
@@ -50,6 +49,8 @@ CONFIGS = {
 }
 
 Change = Callable[[Family], Family]
+Build = Callable[..., PreTrainedModel]
+Register = Callable[[Adapter], None]
 
 
 class Altered(Adapter):
@@ -278,13 +279,13 @@ def test_the_truth_passes_where_the_lies_do_not() -> None:
         check_adapter(Altered(true, lambda family: family), heads="ForMaskedLM", configs=[config])
 
 
-def test_a_registered_adapter_takes_precedence(build: Callable[..., PreTrainedModel]) -> None:
+def test_a_registered_adapter_takes_precedence(build: Build, register: Register) -> None:
     model = build("BertModel")
     mine = Altered(bert, lambda family: replace(family, refused={"hidden": "mine"}))
-    with temporarily(mine):
-        assert adapter_for(model) is mine
-        assert "hidden" not in cofiprune.structure(model)
     assert "hidden" in cofiprune.structure(model)
+    register(mine)
+    assert adapter_for(model) is mine
+    assert "hidden" not in cofiprune.structure(model)
 
 
 @pytest.mark.parametrize(
@@ -300,25 +301,25 @@ def test_what_is_no_adapter_is_not_registered(adapter: Any, message: str) -> Non
         cofiprune.register_adapter(adapter)
 
 
-def test_an_adapter_without_a_table_says_so(build: Callable[..., PreTrainedModel]) -> None:
+def test_an_adapter_without_a_table_says_so(build: Build) -> None:
     class Empty(Adapter):
         model_types = ("bert",)
 
-    with temporarily(Empty()), pytest.raises(AdapterError, match=r"Empty has no describe\(config\)"):
-        cofiprune.structure(build("BertModel"))
+    with pytest.raises(AdapterError, match=r"Empty has no describe\(config\)"):
+        Empty().structure(build("BertModel"))
 
 
 def test_our_own_families_are_known() -> None:
     assert {"bert", "roberta", "xlm-roberta", "camembert", "deberta", "deberta-v2"} <= set(known_families())
 
 
-def test_a_layer_list_elsewhere_is_an_error(build: Callable[..., PreTrainedModel]) -> None:
+def test_a_layer_list_elsewhere_is_an_error(build: Build) -> None:
     moved = Altered(bert, lambda family: replace(family, layers="encoder.layers"))
-    with temporarily(moved), pytest.raises(CofipruneError, match=r"no list of layers at 'encoder.layers'"):
-        cofiprune.structure(build("BertModel"))
+    with pytest.raises(CofipruneError, match=r"no list of layers at 'encoder.layers'"):
+        moved.structure(build("BertModel"))
 
 
-def test_rows_of_norms_are_norms(build: Callable[..., PreTrainedModel]) -> None:
+def test_rows_of_norms_are_norms(build: Build) -> None:
     structure = cofiprune.structure(build("BertModel"))
     assert len(structure.norms) == 5
     assert norm("a.b", kind="rms").norm == "rms"

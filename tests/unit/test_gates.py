@@ -16,7 +16,6 @@ from cofiprune.gates import (
     Gates,
     deterministic,
     fully_open_limit,
-    log_alpha_for,
     noise_generator,
     open_probability,
     sample,
@@ -71,12 +70,6 @@ def test_noise_at_the_ends_of_its_range_gives_finite_gradients() -> None:
     assert log_alpha.grad[1] > 0
 
 
-@pytest.mark.parametrize("settings", SHAPES_OF_THE_DISTRIBUTION)
-def test_log_alpha_for_inverts_open_probability(settings: dict[str, object]) -> None:
-    log_alpha = torch.linspace(-8, 8, 33, dtype=torch.float64)
-    assert torch.allclose(log_alpha_for(open_probability(log_alpha, **settings), **settings), log_alpha)
-
-
 @pytest.mark.parametrize("size", [1, 2, 12, 768])
 @pytest.mark.parametrize("seed", range(5))
 def test_deterministic_zeroes_as_many_as_are_expected_and_the_smallest(size: int, seed: int) -> None:
@@ -88,13 +81,11 @@ def test_deterministic_zeroes_as_many_as_are_expected_and_the_smallest(size: int
     assert torch.equal(z[z > 0], torch.sigmoid(0.8 * log_alpha / (2 / 3))[z > 0])
 
 
-@pytest.mark.parametrize(("probability", "is_open"), [(0.49, False), (0.51, True)])
-def test_a_block_is_removed_when_it_is_more_likely_closed_than_open(probability: float, is_open: bool) -> None:
-    assert bool(deterministic(log_alpha_for(torch.tensor([probability]))) > 0) == is_open
-
-
-def test_equal_gates_still_lose_exactly_the_expected_number() -> None:
-    assert (deterministic(log_alpha_for(torch.full((10,), 0.7))) == 0).sum() == 3
+@pytest.mark.parametrize(("probability", "units", "closed"), [(0.49, 1, 1), (0.51, 1, 0), (0.7, 10, 3)])
+def test_equal_gates_lose_exactly_the_expected_number(probability: float, units: int, closed: int) -> None:
+    log_alpha = torch.full((units,), math.log(probability / (1 - probability)) + 2 / 3 * math.log(0.1 / 1.1))
+    assert open_probability(log_alpha).tolist() == pytest.approx([probability] * units)
+    assert (deterministic(log_alpha) == 0).sum() == closed
 
 
 @pytest.mark.parametrize("size", [1, 12, 123, 124, 768, 4096, 30_000])

@@ -15,9 +15,8 @@ from cofiprune.distillation import hidden_projection, layerwise_loss
 from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
 from cofiprune.selection.target import Target
 from cofiprune.structure import Group
-from cofiprune.training.gating import Gating
+from cofiprune.training.learner import GateLearner
 from cofiprune.training.schedule import Schedule
-from cofiprune.training.shrinking import Shut
 
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
 
@@ -28,11 +27,11 @@ def bert() -> BertModel:
     return BertModel(BertConfig(vocab_size=40, max_position_embeddings=32, **sizes)).eval()
 
 
-def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> Gating:
+def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> GateLearner:
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
     goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
-    return Gating(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, share=share)
+    return GateLearner(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, layers_left=share)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
@@ -158,18 +157,16 @@ def test_a_step_under_gates_reads_no_value_on_the_host() -> None:
 
 
 def test_closed_gates_go_after_some_checks_unless_that_is_more_than_the_target() -> None:
-    with attach(bert()) as masks:
-        gates = Gates(list(masks.structure.groups))
-        shut, target = Shut(gates), Target.of(masks.structure, 0.5)
-        assert shut.plan(gates, masks, target) is None
-        with torch.no_grad():
-            gates.log_alpha.fill_(-20)
-        for _ in range(3):
-            shut.look(gates)
-        assert shut.plan(gates, masks, target) is None
-        shut.looks.zero_()
-        first = gates.groups[-1]
-        shut.looks[-first.size :] = 3
-        plan = shut.plan(gates, masks, target)
-        assert plan is not None
-        assert plan.kept[first.name] == 0
+    found = gating(bert(), 0.5)
+    assert found.long_closed() is None
+    with torch.no_grad():
+        found.gates.log_alpha.fill_(-20)
+    for _ in range(4):
+        assert found.long_closed() is None
+    first = found.gates.groups[-1]
+    with torch.no_grad():
+        found.gates.log_alpha[: -first.size].fill_(20)
+    plan = found.long_closed()
+    assert plan is not None
+    assert plan.kept[first.name] == 0
+    assert all(kept for name, kept in plan.kept.items() if not name.startswith("layers.1.ffn") and name != first.name)

@@ -19,10 +19,10 @@ import cofiprune
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
-from cofiprune.latency import goal, measuring
-from cofiprune.latency.cache import table_for
+from cofiprune.latency import measuring
 from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
+from cofiprune.latency.target import table_for
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
@@ -134,7 +134,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
         yield lambda models: np.array([[nanoseconds(each)] for each in models])
 
     monkeypatch.setattr(measuring, "timed", timed)
-    monkeypatch.setattr(goal, "timed", timed)
+    monkeypatch.setattr("cofiprune.latency.target.timed", timed)
 
 
 @pytest.mark.usefixtures("device")
@@ -170,7 +170,7 @@ def test_in_a_folder_every_device_has_its_own_file(tmp_path: Path, monkeypatch: 
     conditions = measuring.conditions_of(model, structure, batch_size=1, seq_len=16, cut_hidden=False)
     table = dataclasses.replace(made_up(structure), conditions=conditions)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("cofiprune.latency.cache.measure", lambda model, structure, held, told: dataclasses.replace(
+    monkeypatch.setattr("cofiprune.latency.target.measure", lambda model, structure, held, told: dataclasses.replace(
         table, conditions=held))  # fmt: skip
     for device in ("one", "two", "one"):
         here = dataclasses.replace(conditions, device=device)

@@ -34,8 +34,8 @@ def test_layers_that_share_their_weights_are_cut_and_counted_once() -> None:
     assert accounting.layer_parameters(structure).exact(structure.sizes) == own
     query = {spec.name: spec for spec in structure.parameters}
     # Of 5 layers, the first group is applied 3 times and the second twice.
-    assert query[f"{groups}.0.albert_layers.1.attention.query.weight"].rows == (3, 0)
-    assert query[f"{groups}.1.albert_layers.0.attention.query.weight"].rows == (2, 0)
+    assert query[f"{groups}.0.albert_layers.1.attention.query.weight"].applications == (3, 0)
+    assert query[f"{groups}.1.albert_layers.0.attention.query.weight"].applications == (2, 0)
     assert [block.pairwise for block in structure.blocks if block.gate.endswith("attention")] == [36, 36, 24, 24]
 
 

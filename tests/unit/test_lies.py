@@ -21,6 +21,7 @@ from cofiprune.adapter import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
+    ConfigSizes,
     Family,
     Weights,
     embedding,
@@ -332,24 +333,24 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
     ),
     "another number of heads": (
         None,
-        lambda family: replace(family, sizes={**family.sizes, "heads": 2}),
+        lambda family: replace(family, sizes={"heads": 2}),
         CLASSIFIER,
         "head",
         f"'num_heads' of '{LAYER}.attention' is 4, and should be 2.*sizes",
     ),
     "another hidden size": (
         None,
-        lambda family: replace(family, sizes={**family.sizes, "hidden": 12}),
+        lambda family: replace(family, sizes={"hidden": 12}),
         CLASSIFIER,
         "hidden",
         f"parameter '{LAYER}.attention_norm.weight' has length 24 along 'hidden', which is not copies 1 x units 12",
     ),
-    "no intermediate size": (
+    "a setting of another name": (
         None,
-        lambda family: replace(family, sizes={"hidden": 24, "heads": 4}),
+        lambda family: replace(family, config=ConfigSizes(intermediate="d_ff")),
         CLASSIFIER,
         "intermediate",
-        "sizes has hidden, heads, and no 'intermediate'",
+        "None for 'd_ff', where the number of 'intermediate' units is expected.*ConfigSizes",
     ),
 }
 
@@ -358,7 +359,7 @@ LIES: dict[str, tuple[Adapter | None, Change, str, str | None, str]] = {
 def toy() -> Iterator[Adapter]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("custom_adapter").ToyAdapter()
+        yield importlib.import_module("custom_adapter").adapter
 
 
 def lie_about(true: Adapter, change: Change, head_class: str, units: str | None, named: str) -> None:

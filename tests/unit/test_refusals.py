@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 import cofiprune
-from cofiprune.adapter import Adapter, temporarily
+from cofiprune.adapter import Adapter
 from cofiprune.errors import AdapterError
 from cofiprune.refusals import refuse_undeclared
 
@@ -247,7 +247,7 @@ class Described(Adapter):
         return cofiprune.adapter_for(bert()).describe(BertConfig(**TEXT))
 
 
-def test_code_from_a_repository_needs_an_adapter() -> None:
+def test_code_from_a_repository_needs_an_adapter(register: Callable[[Adapter], None]) -> None:
     config = BertConfig(**TEXT)
     cls = type("RemoteModel", (BertModel,), {"__module__": "transformers_modules.someone.thing.modeling_thing"})
     model = cls(config)
@@ -255,11 +255,11 @@ def test_code_from_a_repository_needs_an_adapter() -> None:
     message = refusal(model)
     assert "RemoteModel is code from a model's own repository (trust_remote_code)" in message
     assert "cofiprune.register_adapter(MyAdapter())" in message
-    with temporarily(Described()):
-        assert cofiprune.structure(model)["layers.0.heads"].size == 4
+    register(Described())
+    assert cofiprune.structure(model)["layers.0.heads"].size == 4
 
 
-def test_an_adapter_of_ones_own_for_a_model_of_several_comes_first() -> None:
+def test_an_adapter_of_ones_own_for_a_model_of_several_comes_first(register: Callable[[Adapter], None]) -> None:
     """Who registers an adapter for a whole knows what it is."""
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
         transformers.ViTConfig(**SIZES, image_size=8, patch_size=4), BertConfig(**TEXT)
@@ -268,5 +268,6 @@ def test_an_adapter_of_ones_own_for_a_model_of_several_comes_first() -> None:
     class Whole(Adapter):
         model_types = ("vision-text-dual-encoder",)
 
-    with temporarily(Whole()), pytest.raises(AdapterError, match=r"Whole has no describe"):
+    register(Whole())
+    with pytest.raises(AdapterError, match=r"Whole has no describe"):
         cofiprune.structure(transformers.VisionTextDualEncoderModel(config))

@@ -5,8 +5,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
-from cofiprune.latency import rounding
-from cofiprune.latency.rounding import CANDIDATES, best_multiple, cheapest, sizes_of
+from cofiprune.latency import target
+from cofiprune.latency.target import CANDIDATES, best_multiple, cheapest, sizes_of
 
 
 def timed(piece: int, per_unit: float = 1.0, fixed: float = 0.0) -> dict[int, float]:
@@ -38,14 +38,14 @@ def model(intermediate: int) -> BertForSequenceClassification:
 
 def test_it_is_measured_on_the_device_once_and_is_never_coarser_than_the_blocks_allow(monkeypatch):
     calls = []
-    original = rounding.in_turn
+    original = target.in_turn
 
     def counted(passes, *args, **kwargs):
         calls.append(len(passes))
         return original(passes, *args, **{**kwargs, "seconds": 0.01})
 
-    monkeypatch.setattr(rounding, "in_turn", counted)
-    rounding._measured.cache_clear()
+    monkeypatch.setattr(target, "in_turn", counted)
+    target._timed_multiple.cache_clear()
     small, large = model(48), model(512)
     assert best_multiple(small, cofiprune.structure(small), rows=8) == 1
     found = {best_multiple(large, cofiprune.structure(large), rows=8) for _ in range(3)}

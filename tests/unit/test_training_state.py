@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from cofiprune.errors import CheckpointError
-from cofiprune.training.state import FORMAT_VERSION, RunState, has_checkpoints, load_checkpoint, save_checkpoint
+from cofiprune.training.checkpoint import (
+    FORMAT_VERSION,
+    RunState,
+    Sums,
+    has_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 IDENTITY = {"method": "prune", "target_sparsity": 0.5, "config": {"epochs": 2.0, "units": ["head"], "seed": 1}}
 
@@ -27,9 +34,9 @@ def state(*, phase="prune", width=3, projection=True, seed=0, steps=2):
         found.optimizer.step()
         found.optimizer.zero_grad()
         found.step += 1
-    found.total_steps, found.batches, found.seconds = 10 + found.step, 2 * found.step, 1.5
+    found.total_steps, found.batches_seen, found.seconds = 10 + found.step, 2 * found.step, 1.5
     found.history = [{"step": 1, "loss": 0.25, "phase": phase}]
-    found.sums, found.summed = {"loss": torch.tensor(3.0)}, 2
+    found.sums = Sums({"loss": torch.tensor(3.0)}, 2)
     found.best = {"value": 0.5, "step": 1, "model": {"weight": torch.ones(2, 3)}}
     found.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**seed)
     found.extra = {"plan": {"keep": [1, 2]}}
@@ -132,6 +139,7 @@ def test_the_other_processes_write_their_part_first(tmp_path):
         ("{}", ["damaged", "format_version"]),
         ('{"format_version": null}', ["damaged"]),
         (f'{{"format_version": {FORMAT_VERSION}}}', ["damaged", "phase"]),
+        ('{"format_version": 1}', ["format 1", "older", "resume=False"]),
         (f'{{"format_version": {FORMAT_VERSION + 1}}}', [f"format {FORMAT_VERSION + 1}", "newer", str(FORMAT_VERSION)]),
     ],
 )

@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import TrainerCallback
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.data.batches import Batches
 from cofiprune.errors import TrainingError
-from cofiprune.masking import attach, masks_of
+from cofiprune.masking import attach
 from cofiprune.plan import Plan
 from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
+from cofiprune.structure import Structure
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
-from cofiprune.training.start import start_for
+from cofiprune.training.start import Left, one_shot_start
 from cofiprune.training.targets import target_for
-from cofiprune.training.trainer import state as callback_state
 from cofiprune.training.trainer.checks import callback_config, check_arguments, used_settings
-from cofiprune.training.trainer.run import CallbackRun, begun, rows_again
+from cofiprune.training.trainer.run import CallbackRun, begun, gate_learner, load_beside, rows_again, save_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,17 +97,8 @@ class PruningCallback(TrainerCallback):
         structure = structure_of(model)
         target = target_for(model, structure, self.config, {"target_sparsity": self.target})
         check_target(structure, target, self.config.units)
-        check_weights(model)
-        check_trainable(model, gated=True)
         check_arguments(args, state, model, taught=self.teacher is not None)
-        teacher = resolve_teacher(self.teacher, model)
-        copied = None if teacher is None or teacher is self.teacher else masks_of(teacher)
-        if copied is not None:
-            copied.detach()
-        rows = rows_again(loader, model, self.config, args, taught=teacher is not None)
-        if teacher is not None and rows is not None:
-            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
-            check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
+        teacher, rows = self._checked(model, structure, loader, args)
         self._batches = _length(loader)
         steps = None if self._batches is None else math.ceil(self._batches / args.gradient_accumulation_steps)
         Schedule.for_steps(self.config, state.max_steps, steps)  # whether there are enough of them
@@ -118,30 +110,39 @@ class PruningCallback(TrainerCallback):
             "teacher": None if teacher is None else "self" if self.teacher == "self" else type(teacher).__name__,
             "config": used_settings(self.config),
         }
-        saved = None
-        if state.global_step:
-            saved = callback_state.load(args, state.global_step, self._fingerprint, model)
-        fresh = saved is None
-        take_masks_off(model, quietly=not fresh)
+        saved = load_beside(args, state.global_step, self._fingerprint, model) if state.global_step else None
+        take_masks_off(model, quietly=saved is not None)
+        start: Left | None = None
         if saved is not None:
             start = begun(saved, model)
-        else:
+        elif rows is not None:
             # The model stays as wide as it is while the Trainer has it.
-            start = None if rows is None else start_for(model, rows, self.config, target, cuts_hidden=False)
+            start = one_shot_start(model, rows, self.config, target, cuts_hidden=False)
         schedule = Schedule.for_steps(self.config, state.max_steps, steps, from_one_shot=start is not None)
         masks = attach(model)
         try:
-            run = CallbackRun(
-                model, teacher, masks, target, self.config, schedule, rows, args, start=start, fresh=fresh
+            learner = gate_learner(
+                model, masks, target, self.config, schedule, start=start, rows=None if saved else rows
             )
+            self._run = CallbackRun(model, masks, learner, teacher, rows, args, start=start)
             if saved is not None:
-                run.restore(saved)
-            elif start is not None:
-                run.write(start)
+                self._run.restore(saved)
         except BaseException:
             masks.detach()
             raise
-        self._run = run
+
+    def _checked(
+        self, model: PreTrainedModel, structure: Structure, loader: Any, args: Any
+    ) -> tuple[PreTrainedModel | None, Batches | None]:
+        """Return the teacher and the rows, checked against the model."""
+        check_weights(model)
+        check_trainable(model, gated=True)
+        teacher = resolve_teacher(self.teacher, model, of_dense=True)
+        rows = rows_again(loader, model, structure, self.config, args, taught=teacher is not None)
+        if teacher is not None and rows is not None:
+            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
+            check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
+        return teacher, rows
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the next forwards run under samples of the gates."""
@@ -177,7 +178,7 @@ class PruningCallback(TrainerCallback):
         if self._run is not None and args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             captured = self._run.capture(with_teacher=self.teacher == "self")
-            callback_state.save(folder, captured, self._fingerprint, self._run.model)
+            save_beside(folder, captured, self._fingerprint, self._run.model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model with masks of zeros and ones of exactly the target sparsity."""

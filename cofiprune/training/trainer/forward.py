@@ -1,11 +1,13 @@
-"""What happens around a model's forward while somebody else's loop trains it: gates are bound, the teacher is heard.
+"""A model's forward pass while somebody else's loop trains it: under samples of the gates, with the teacher's loss.
 
-Hooks of the model, so that any loop and any wrapper around the model meets them, and copies of the model do not.
+These are hooks of the model, so that any loop and any wrapper around the model meets them, and copies of the model do
+not. `RemainingMasks` lets gates over what one shot has left act on the model that is still whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,11 @@ from torch import Tensor, nn
 
 from cofiprune.data.tasks import forward_names, supported_kwargs
 from cofiprune.errors import TrainingError
-from cofiprune.training.gating import Gating
+from cofiprune.masks import MaskRegistry
+from cofiprune.plan import Plan
+from cofiprune.structure import Structure
+from cofiprune.training.checkpoint import Sums
+from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -37,19 +43,19 @@ class ForwardHooks:
     def __init__(
         self,
         model: PreTrainedModel,
-        gating: Gating,
+        learner: GateLearner,
         objective: Objective | None,
         autocast: Callable[[], AbstractContextManager[Any]],
         on_refusal: Callable[[], None],
     ) -> None:
-        """Install the hooks; they go with the masks that the gating runs on.
+        """Install the hooks; they go with the masks that the gates set.
 
         :param objective: the loss with a teacher; None to leave the model's loss alone.
         :param autocast: gives the context, of mixed precision or none, in which the objective is computed.
         :param on_refusal: called before a training forward raises.
         """
         self.model = model
-        self.gating = gating
+        self.learner = learner
         self.objective = objective
         self.autocast = autocast
         self.on_refusal = on_refusal
@@ -58,11 +64,10 @@ class ForwardHooks:
         self.step = 0
         self.share = 1.0
         """What a micro-batch counts in the loss of its step, where the Trainer does not divide by itself."""
-        self.heard = False
+        self.teacher_used = False
         """Whether a backward has gone through the objective since `begin`."""
-        self.sums: dict[str, Tensor] = {}
-        """Parts of the objective, each summed over `summed` forwards."""
-        self.summed = 0
+        self.sums = Sums()
+        """Parts of the objective since the last log."""
         self.draws = 0
         """Samples that were drawn in this step."""
         self._settled = False
@@ -76,7 +81,13 @@ class ForwardHooks:
             lambda module, args, kwargs, output: self._answered(module, kwargs, output), with_kwargs=True
         )
         self._handles = [before, after]
-        gating.masks.on_detach.append(self.remove)
+        learner.masks.on_detach.append(self.remove)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHooks:
+        """What a copy of the model needs: the handles, by which the hooks go with its masks; not the run."""
+        copied = ForwardHooks.__new__(ForwardHooks)
+        copied._handles = copy.deepcopy(self._handles, memo)
+        return copied
 
     def remove(self) -> None:
         """Take the hooks off; calling it twice does nothing more."""
@@ -86,12 +97,12 @@ class ForwardHooks:
     def begin(self, step: int, *, gated: bool, share: float) -> None:
         """Say which optimiser step the next forwards belong to."""
         self.step, self.gated, self.share = step, gated, share
-        self.heard = False
+        self.teacher_used = False
         self.draws = 0
 
     def end(self) -> None:
         """Drop the samples of the step, whose graph is of no use any more."""
-        self.gating.masks.unbind()
+        self.learner.masks.unbind()
 
     def _learns(self, module: nn.Module) -> bool:
         return module.training and torch.is_grad_enabled()
@@ -101,11 +112,11 @@ class ForwardHooks:
             return None
         if not self._learns(module):
             if self.gated and not self._settled:
-                self.gating.settle()
+                self.learner.settle()
                 self._settled = True
             return None
         if self.gated:
-            self.gating.bind(self.step * _DRAWS + self.draws)
+            self.learner.bind(self.step * _DRAWS + self.draws)
             self.draws += 1
             self._settled = False
         if self.objective is None:
@@ -136,25 +147,51 @@ class ForwardHooks:
             )
         batch = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         with self.autocast():
-            parts = self.objective.of(output, batch, self.gating.alive_layers())
-        for name, value in parts.items():
-            if name != "loss":
-                self.sums[name] = self.sums.get(name, torch.zeros_like(value.detach())) + value.detach()
-        self.summed += 1
+            parts = self.objective.of(output, batch, self.learner.alive_layers())
+        self.sums.add({name: value.detach() for name, value in parts.items() if name != "loss"})
         loss = parts["loss"] * (self.share if self._counted else 1.0)
         if loss.requires_grad:
-            loss.register_hook(lambda gradient: self._hear())  # type: ignore[no-untyped-call]
+            loss.register_hook(lambda gradient: self._note_use())  # type: ignore[no-untyped-call]
         found = {**output, "loss": loss}
         if not self._wants_states:
             found.pop("hidden_states", None)
         # The outputs of an encoder without a head have no such field, and rebuilding them elsewhere would miss it.
         return type(output)(**found) if "loss" in {field.name for field in fields(output)} else found
 
-    def _hear(self) -> None:
-        self.heard = True
+    def _note_use(self) -> None:
+        self.teacher_used = True
 
-    def take_parts(self) -> dict[str, float]:
-        """Return the means of the objective's parts since the last call."""
-        means = {name: float(value) / self.summed for name, value in self.sums.items()}
-        self.sums, self.summed = {}, 0
-        return means
+
+class RemainingMasks(MaskRegistry):
+    """The masks of a smaller model, [kept units] by group name, that act on the whole one."""
+
+    def __init__(self, whole: MaskRegistry, plan: Plan, left: Structure) -> None:
+        """Take out of the whole model what a plan removes; the rest is all ones.
+
+        :param whole: attached to the model, all groups.
+        :param plan: what is kept of it.
+        :param left: the structure of the model that the plan leaves.
+        """
+        values = next(iter(whole.values()))
+        super().__init__(left, list(left), device=values.device, dtype=values.dtype)
+        self.whole = whole
+        self.kept = {name: torch.tensor(plan.keep[name], device=values.device) for name in left}
+        self.on_detach = whole.on_detach
+        whole.set_plan(plan.hard)
+
+    def __setitem__(self, name: str, value: Tensor | Sequence[float]) -> None:
+        super().__setitem__(name, value)
+        self.whole[name] = self._placed(name, self[name])
+
+    def bind(self, values: Mapping[str, Tensor]) -> None:
+        self.whole.bind({name: self._placed(name, value) for name, value in values.items()})
+
+    def unbind(self) -> None:
+        self.whole.unbind()
+
+    def alive(self, gate: str) -> bool | Tensor:
+        return self.whole.alive(gate)
+
+    def _placed(self, name: str, value: Tensor) -> Tensor:
+        """[units] of the whole model, from [kept units]; differentiable."""
+        return value.new_zeros(self.whole.structure[name].size).index_copy(0, self.kept[name], value)

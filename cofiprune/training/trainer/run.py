@@ -6,10 +6,12 @@ under. What does not depend on the batch, the constraint, is added to that gradi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,100 +19,81 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction import compact, restore
 from cofiprune.data.batches import Batches
 from cofiprune.data.prepare import prepare
-from cofiprune.distillation import hidden_projection, teacher_layers
-from cofiprune.errors import SettingsError, TrainingError
+from cofiprune.errors import CheckpointError, SettingsError, TrainingError
+from cofiprune.hooks import evaluating
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.oneshot.with_data import can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
+from cofiprune.training.checkpoint import FORMAT_VERSION, check_same, check_version, write
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.gating import Gating
-from cofiprune.training.objective import TOKEN_AXIS, Objective
-from cofiprune.training.projection import fitted_projection, hidden_width
-from cofiprune.training.schedule import Schedule, gate_rate
-from cofiprune.training.start import Start
-from cofiprune.training.teacher import Teacher
-from cofiprune.training.trainer.forward import ForwardHooks
-from cofiprune.training.trainer.masks import RemainingMasks
+from cofiprune.training.learner import GateLearner
+from cofiprune.training.objective import Objective
+from cofiprune.training.schedule import Schedule
+from cofiprune.training.start import Left
+from cofiprune.training.trainer.forward import ForwardHooks, RemainingMasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FILE = "cofiprune.pt"
+"""What is added to a checkpoint of the Trainer; read with `weights_only=True`."""
+
 
 class CallbackRun:
-    """Gates, multipliers, the map to the teacher's states and their optimiser, on the model of a Trainer."""
+    """What learns beside the model of a Trainer, and its optimiser."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
         masks: MaskRegistry,
-        target: Target,
-        config: PruneConfig,
-        schedule: Schedule,
+        learner: GateLearner,
+        teacher: PreTrainedModel | None,
         batches: Batches | None,
         args: Any,
         *,
-        start: Start | None,
-        fresh: bool,
+        start: Left | None,
     ) -> None:
-        """Make everything that learns beside the model, the same on every process. Weights stay as they are.
+        """Set up what learns, the same on every process, and bring what one shot repaired into the model.
 
-        :param batches: of the Trainer's rows, where there is a teacher or the gates start from what is measured.
+        :param masks: of the model; the learner's own where it learns on all of it.
+        :param teacher: put into eval mode until `finish`.
+        :param batches: of the Trainer's rows, where there is a teacher.
         :param args: the Trainer's arguments.
-        :param start: what one shot has left for the gates to learn on, where it was asked for.
-        :param fresh: nothing is restored afterwards, so that the gates' start is measured.
+        :param start: what one shot has left for the gates to choose of.
         """
+        device = next(model.parameters()).device
         self.model = model
-        self.teacher = teacher
         self.masks = masks
-        self.schedule = schedule
+        self.learner = learner
+        self.teacher = teacher
         self.args = args
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self.started = None if start is None else start[1]
         self.plan: Plan | None = None
         self.sparsity: Tensor | None = None
         """Expected, at the last step."""
         self.history: list[dict[str, Any]] = []
         self.begun = time.monotonic()
         """Less the seconds of the parts before it was resumed."""
-        self._replaced: dict[str, Tensor] = {}
-        """Weights as they came, of those that one shot repaired, until the first step has gone well."""
-        self.started = None if start is None else start.plan
-        """What one shot kept, of which the gates choose."""
-        device = next(model.parameters()).device
-        learner, share = (model, 1.0) if start is None else (start.small, start.share)
-        left = masks if start is None else RemainingMasks(masks, start.plan, structure_of(start.small))
-        chosen = [group.name for group in left.structure.present(config.units)]
-        self.gating = Gating(left, chosen, target, config, schedule, share=share)
-        if config.warm_start and fresh:
-            assert batches is not None
-            with nullcontext(masks) if start is None else attach(learner) as inner:
-                importance = measured_importance(learner, inner, chosen, batches, seed=config.seed)
-            self.gating.gates.initialise_from(importance, spread=config.warm_start_spread)
-        self.projection: nn.Linear | None = None
+        self._modes = ExitStack()
         objective = None
-        if teacher is not None:
-            assert batches is not None
-            self._modes = [(module, module.training) for module in teacher.modules()]
-            teacher.to(device).eval()  # type: ignore[arg-type]
-            layers: tuple[int, ...] = ()
-            if config.distill_layers_weight:
-                self.projection = _projection(learner, teacher, batches, device)
-                layers = teacher_layers(teacher.config.num_hidden_layers, config.distill_layers)
-            asked = Teacher(teacher, layers, token_axis=batches.task in TOKEN_AXIS, memory=0)
-            objective = Objective(model, asked, self.projection, batches.task, config, labelled=batches.labelled)
-        rate = gate_rate(config, schedule.gated)
-        groups = [{"params": list(self.gating.gates.parameters())}, self.gating.constraint.ascent_group(rate)]
+        if teacher is not None and batches is not None:
+            self._modes.enter_context(evaluating(teacher.to(device)))  # type: ignore[arg-type]
+            objective = Objective(model if start is None else start[0], teacher, batches, learner.config)
+        self.projection = None if objective is None else objective.projection
+        groups = learner.groups()
         if self.projection is not None:
             groups.append({"params": list(self.projection.parameters())})
         self.beside = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=0.0)
         if _processes() > 1:
             for parameter in self.beside:
                 dist.broadcast(parameter.data, src=0)
@@ -119,7 +102,14 @@ class CallbackRun:
         def autocast() -> AbstractContextManager[Any]:
             return torch.autocast(device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16))
 
-        self.hooks = ForwardHooks(model, self.gating, objective, autocast, self._put_back)
+        self.hooks = ForwardHooks(model, learner, objective, autocast, self._put_back)
+        self._replaced: dict[str, Tensor] = {}
+        """Weights as they came, of those that one shot repaired, until the first step has gone well."""
+        if start is not None:
+            before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            restore(model, *start)
+            now = dict(model.named_parameters())
+            self._replaced = {name: value for name, value in before.items() if not torch.equal(value, now[name])}
 
     @property
     def seconds(self) -> float:
@@ -133,14 +123,7 @@ class CallbackRun:
         share = 1 / micro_batches(step, self.args.gradient_accumulation_steps, batches)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             share /= self.args.world_size  # by which the Trainer multiplies
-        self.hooks.begin(step, gated=self.plan is None and self.gating.is_active(step), share=share)
-
-    def write(self, start: Start) -> None:
-        """Bring the weights that one shot repaired into the model."""
-        before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        restore(self.model, start.small, start.plan)
-        now = dict(self.model.named_parameters())
-        self._replaced = {name: value for name, value in before.items() if not torch.equal(value, now[name])}
+        self.hooks.begin(step, gated=self.plan is None and self.learner.is_active(step), share=share)
 
     def step(self, step: int, optimizer: Any) -> None:
         """Step what learns beside the model.
@@ -157,36 +140,36 @@ class CallbackRun:
         self._replaced = {}
 
     def _put_back(self) -> None:
-        """Undo `write`, unless the first step has been done."""
+        """Undo what one shot repaired, unless the first step has been done."""
         with torch.no_grad():
             for name, value in self._replaced.items():
                 self.model.get_parameter(name).copy_(value)
         self._replaced = {}
 
     def _step(self, step: int, optimizer: Any) -> None:
-        gated, gating = self.hooks.gated, self.gating
-        if self.hooks.objective is not None and not self.hooks.heard:
+        gated, learner = self.hooks.gated, self.learner
+        if self.hooks.objective is not None and not self.hooks.teacher_used:
             raise TrainingError(
                 "the Trainer trains on another loss than the one that the model returns, so that the teacher is not "
                 "heard: leave out the compute_loss of its own, or the teacher"
             )
-        if gated and gating.gates.log_alpha.grad is None:
+        if gated and learner.gates.log_alpha.grad is None:
             raise TrainingError(
                 "no gradient reached the gates: the Trainer's loss does not come from a call of the model itself"
             )
         scaler = getattr(optimizer, "scaler", None)
         _unscale_and_average(self.beside, 1.0 if scaler is None else float(scaler.get_scale()))
         if gated:
-            penalty, self.sparsity = gating.penalty(step)
+            penalty, self.sparsity = learner.penalty(step)
             penalty.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(gating.gates.parameters(), self.args.max_grad_norm or math.inf)
+            nn.utils.clip_grad_norm_(learner.gates.parameters(), self.args.max_grad_norm or math.inf)
         gradients = [parameter.grad.norm() for parameter in self.beside if parameter.grad is not None]
         if not gradients or bool(torch.isfinite(torch.stack(gradients)).all()):
             if self.projection is not None:
                 self.optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             if gated:
-                gating.gates.clamp_()
+                learner.gates.clamp_()
         elif scaler is None:
             raise TrainingError(f"the loss is not a number at step {step + 1}. A lower learning_rate usually helps")
         self.optimizer.zero_grad(set_to_none=True)
@@ -194,7 +177,7 @@ class CallbackRun:
     def end_step(self, done: int) -> bool:
         """Note that `done` steps are done; returns whether the structure was decided after this one."""
         self.hooks.end()
-        if self.plan is not None or done < self.schedule.before + self.schedule.gated:
+        if self.plan is not None or done < self.learner.schedule.before + self.learner.schedule.gated:
             return False
         self.decide()
         return True
@@ -207,7 +190,7 @@ class CallbackRun:
         def whole(plan: Plan) -> Plan:
             return plan if started is None else started.then(plan)
 
-        plan = whole(self.gating.decide(lambda found: compact(self.model, whole(found))))
+        plan = whole(self.learner.decide(lambda found: compact(self.model, whole(found))))
         restore(self.model, compact(self.model, plan), plan)
         self.plan = plan.hard
         self.masks.set_plan(self.plan)
@@ -216,8 +199,7 @@ class CallbackRun:
     def finish(self) -> None:
         """Leave the model under its masks alone, and the teacher as it came."""
         self.hooks.remove()
-        for module, mode in self._modes:
-            module.training = mode
+        self._modes.close()
 
     def progress(self, step: int, *, trained: bool) -> dict[str, float]:
         """What a log says about pruning.
@@ -227,10 +209,10 @@ class CallbackRun:
         """
         found: dict[str, float] = {}
         if trained:
-            found.update(self.hooks.take_parts())
+            found.update(self.hooks.sums.take())
         if trained and self.plan is None and self.sparsity is not None:
             found["expected_sparsity"] = float(self.sparsity)
-            found["target_sparsity"] = self.gating.target_at(step)
+            found["target_sparsity"] = self.learner.target_at(step)
         if self.plan is not None or not trained:
             found["sparsity"] = self.masks.sparsity()
         return found
@@ -238,47 +220,74 @@ class CallbackRun:
     def capture(self, *, with_teacher: bool) -> dict[str, Any]:
         """Return everything that a checkpoint needs, as tensors and plain values."""
         return {
-            "gates": self.gating.gates.state_dict(),
-            "constraint": self.gating.constraint.state_dict(),
+            "gates": self.learner.state_dict(),
             "projection": None if self.projection is None else self.projection.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher is not None and with_teacher else None,
             "start": None if self.started is None else json.dumps(self.started.to_dict()),
             "plan": None if self.plan is None else json.dumps(self.plan.to_dict()),
             "history": json.dumps(self.history),
-            "sums": self.hooks.sums,
-            "summed": self.hooks.summed,
+            "sums": self.hooks.sums.state_dict(),
             "seconds": self.seconds,
         }
 
     def restore(self, captured: dict[str, Any]) -> None:
         """Take up what `capture` returned."""
-        self.gating.gates.load_state_dict(captured["gates"])
-        self.gating.constraint.load_state_dict(captured["constraint"])
+        self.learner.load_state_dict(captured["gates"])
         if self.projection is not None:
             self.projection.load_state_dict(captured["projection"])
         if self.teacher is not None and captured["teacher"] is not None:
             self.teacher.load_state_dict(captured["teacher"])
         self.optimizer.load_state_dict(captured["optimizer"])
         self.history = json.loads(captured["history"])
-        device = self.gating.gates.log_alpha.device
-        self.hooks.sums = {name: value.to(device) for name, value in captured["sums"].items()}
-        self.hooks.summed = captured["summed"]
+        self.hooks.sums.load_state_dict(captured["sums"], self.learner.gates.log_alpha.device)
         self.begun -= captured["seconds"]
         if captured["plan"] is not None:
             self.plan = Plan.from_dict(json.loads(captured["plan"]))
             self.masks.set_plan(self.plan)
 
 
-def begun(captured: dict[str, Any], model: PreTrainedModel) -> Start | None:
-    """What one shot had left at the beginning of a run, from what `capture` returned."""
+def gate_learner(
+    model: PreTrainedModel,
+    masks: MaskRegistry,
+    target: Target,
+    config: PruneConfig,
+    schedule: Schedule,
+    *,
+    start: Left | None,
+    rows: Batches | None,
+) -> GateLearner:
+    """Set up gates on a model, or on what one shot has left of it.
+
+    :param masks: of the model.
+    :param rows: what the gates' start is measured on; None where they are restored.
+    """
+    structure = masks.structure
+    left, layers_left = masks, 1.0
+    if start is not None:
+        left = RemainingMasks(masks, start[1], structure_of(start[0]))
+        layers_left -= sparsity(layer_parameters(structure), structure, start[1].kept)
+    names = [group.name for group in left.structure.present(config.units)]
+    learner = GateLearner(left, names, target, config, schedule, layers_left=layers_left)
+    if config.warm_start and rows is not None:
+        small = model if start is None else start[0]
+        with nullcontext(masks) if start is None else attach(small) as inner:
+            importance = measured_importance(small, inner, names, rows, seed=config.seed)
+        learner.gates.initialise_from(importance, spread=config.warm_start_spread)
+    return learner
+
+
+def begun(captured: dict[str, Any], model: PreTrainedModel) -> Left | None:
+    """Return what one shot had left at the beginning of a run, from what `capture` returned."""
     if captured["start"] is None:
         return None
     plan = Plan.from_dict(json.loads(captured["start"]))
-    return Start(model, compact(model, plan), plan)
+    return compact(model, plan), plan
 
 
-def rows_again(loader: Any, model: PreTrainedModel, config: PruneConfig, args: Any, *, taught: bool) -> Batches | None:
+def rows_again(
+    loader: Any, model: PreTrainedModel, structure: Structure, config: PruneConfig, args: Any, *, taught: bool
+) -> Batches | None:
     """Batches of the Trainer's rows, made anew so that its own loader is not touched; None where not needed.
 
     :raises SettingsError: when they are needed and the data set has no length.
@@ -287,7 +296,7 @@ def rows_again(loader: Any, model: PreTrainedModel, config: PruneConfig, args: A
     looks = {
         "a teacher": taught,
         "warm_start, which can be False,": config.warm_start,
-        "one_shot_share, which can be 0,": config.starts_from_one_shot and can_start(structure_of(model), config.units),
+        "one_shot_share, which can be 0,": config.starts_from_one_shot and can_start(structure, config.units),
     }
     if not any(looks.values()):
         return None
@@ -303,13 +312,6 @@ def rows_again(loader: Any, model: PreTrainedModel, config: PruneConfig, args: A
         collate_fn=loader.collate_fn,
     )
     return prepare(again, model, batch_size=1, seed=config.seed, need_labels=False, name="train_dataset")
-
-
-def _projection(model: PreTrainedModel, teacher: PreTrainedModel, batches: Batches, device: torch.device) -> nn.Linear:
-    width, wanted = hidden_width(model), hidden_width(teacher)
-    if width == wanted and model.config.num_hidden_layers == teacher.config.num_hidden_layers:
-        return hidden_projection(width, wanted).to(device)
-    return fitted_projection(model, teacher, batches, device)
 
 
 def micro_batches(step: int, accumulation: int, length: int | None) -> int:
@@ -338,3 +340,59 @@ def _unscale_and_average(parameters: list[nn.Parameter], scale: float) -> None:
             dist.all_reduce(parameter.grad)
         if scale * processes != 1:
             parameter.grad /= scale * processes
+
+
+def save_beside(folder: Path, captured: dict[str, Any], fingerprint: dict[str, Any], model: nn.Module) -> None:
+    """Add what a pruning callback knows to a checkpoint that a Trainer wrote.
+
+    :param captured: tensors and plain values.
+    """
+    payload = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "weights": digest(model),
+        "captured": captured,
+    }
+    write(folder / FILE, lambda path: torch.save(payload, path))
+
+
+def load_beside(args: Any, step: int, fingerprint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Read what a pruning callback saved with the weights that a model holds now.
+
+    :param args: the Trainer's arguments; they say where its checkpoints are.
+    :param step: where the Trainer resumes.
+    :raises CheckpointError: when it is not there, damaged, of another version, or of another run.
+    """
+    folders = [Path(args.output_dir) / f"checkpoint-{step}"]
+    if args.resume_from_checkpoint and Path(str(args.resume_from_checkpoint)).is_dir():
+        folders.insert(0, Path(str(args.resume_from_checkpoint)))
+    path = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+    if path is None:
+        raise CheckpointError(
+            f"the Trainer resumes at step {step}, and the gates of that step are missing: there is no "
+            f"{folders[0] / FILE}. Resume from a checkpoint that a run with PruningCallback wrote; one outside of "
+            "output_dir is found when TrainingArguments(resume_from_checkpoint=...) names it too"
+        )
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        version, saved, weights = int(payload["format_version"]), payload["fingerprint"], payload["weights"]
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: it cannot be read ({error!r})") from error
+    check_version(version, path, ", or train anew")
+    check_same(fingerprint, saved, path, "")
+    if weights != digest(model):
+        raise CheckpointError(
+            f"{path} is of another run: its gates were saved with other weights than those the Trainer resumes from"
+        )
+    captured: dict[str, Any] = payload["captured"]
+    return captured
+
+
+def digest(model: nn.Module) -> str:
+    """Hash a model's biases and norms, which are few and change with every step."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() <= 1:
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

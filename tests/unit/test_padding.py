@@ -1,57 +1,10 @@
-"""Batches made ahead come in their order, with their errors, and leave no thread behind; padding to multiples."""
-
-import threading
+"""Token rows are padded to multiples, and no further than the model reads."""
 
 import pytest
 import torch
 
 import cofiprune
 from cofiprune.data.rows import Padding
-from cofiprune.training.prefetch import ahead, loaded
-
-
-def batches(count):
-    for index in range(count):
-        yield {"input_ids": torch.full((2, 3), index)}
-
-
-def threads():
-    return [each for each in threading.enumerate() if each.name == "cofiprune-batches"]
-
-
-def test_all_batches_come_in_their_order():
-    found = [int(batch["input_ids"][0, 0]) for batch in ahead(batches(20), pin=False)]
-    assert found == list(range(20))
-    assert not threads()
-
-
-def test_an_error_comes_where_it_happened():
-    def failing():
-        yield from batches(3)
-        raise ValueError("a row is broken")
-
-    source = ahead(failing(), pin=False)
-    assert [int(next(source)["input_ids"][0, 0]) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match="a row is broken"):
-        next(source)
-    assert not threads()
-
-
-def test_whoever_stops_early_leaves_no_thread():
-    source = ahead(batches(1000), pin=False)
-    next(source)
-    assert threads()
-    source.close()
-    assert not threads()
-
-
-def test_on_a_cpu_nothing_is_made_ahead():
-    class Plain:
-        def __iter__(self):
-            return batches(2)
-
-    assert len(list(loaded(Plain(), torch.device("cpu")))) == 2
-    assert not threads()
 
 
 def rows(length):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cofiprune.cli.loading import Loaded, add_data_options, load
 from cofiprune.cli.models import add_model_options, load_model, model_name
-from cofiprune.cli.parser import number, numbers, one_of, writable_directory
-from cofiprune.cli.settings import add_finetune_settings, add_prune_settings, given_settings, prune_config
+from cofiprune.cli.options import (
+    add_settings,
+    given_settings,
+    number,
+    numbers,
+    one_of,
+    prune_config,
+    writable_directory,
+)
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PRESETS, PruneConfig
+from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
+from cofiprune.training.settings import DistillationSettings, GateSettings, TargetSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,12 +31,12 @@ if TYPE_CHECKING:
     from cofiprune.training.sweep import SweepResult
 
     Teacher = PreTrainedModel | Literal["self"] | None
-_RESULT = "result.json"
+
 TARGETS = {
     "target_sparsity": "share of the parameters of the encoder's layers to remove, in (0, 1) (default: 0.9); "
     "several, joined by commas, give a model each, in folders of their own",
     "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
-    "target_macs": "multiply-accumulates that may be left, at --target-seq-len tokens",
+    "target_macs": "multiply-accumulates to keep, at --target-seq-len tokens",
     "target_speedup": "times faster on this device, measured at --target-batch-size and --target-seq-len",
     "target_latency_ms": "milliseconds per batch on this device, measured likewise",
 }
@@ -44,41 +52,37 @@ def add_prune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
     _add_run_options(parser)
-    add_data_options(parser, train=True)
-    add_prune_settings(parser)
+    add_settings(parser, TargetSettings, GateSettings, DistillationSettings, TrainingSettings)
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `finetune` takes."""
+    """Add what `finetune` takes; of two settings that mean the same there, one is shown."""
     add_model_options(parser)
     _add_run_options(parser)
+    add_settings(parser, *FINETUNE, hidden=RECOVERY)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
+    add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
     add_data_options(parser, train=True)
-    add_finetune_settings(parser)
 
 
 def prune(options: argparse.Namespace) -> None:
-    """Prune a model, save what is left, and print the result and the summary of the smaller model."""
+    """Prune a model, save the smaller one, and print the result and its summary."""
     config = prune_config(options, options.preset)
     target = _target(options)
-    loaded, teacher, folder = _prepare(options, config, labelled=options.teacher is None)
-    from cofiprune.training import prune as run
+    loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
+    from cofiprune.training import prune as training
     from cofiprune.training.sweep import SweepResult
 
-    result = run.prune(
-        loaded.model,
-        loaded.datasets.get("train_file"),
-        **target,
-        teacher=teacher,
-        eval_dataset=loaded.datasets.get("validation_file"),
-        data_collator=loaded.collator,
-        config=config,
-        output_dir=folder,
-        resume=options.resume,
-    )
+    result = training.prune(loaded.model, loaded.datasets.get("train_file"), **target, **arguments)
     if isinstance(result, SweepResult):
-        _save_sweep(result, loaded, folder)
+        _save_sweep(result, loaded, arguments["output_dir"])
     else:
-        _save(result, result.compact(), loaded, folder, target, config)
+        _save(result, result.compact(), loaded, arguments, target)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -86,24 +90,15 @@ def finetune(options: argparse.Namespace) -> None:
     if options.train_file is None:
         raise SettingsError("finetune needs --train-file")
     config = PruneConfig.for_finetune(**given_settings(options))
-    loaded, teacher, folder = _prepare(options, config, labelled=not options.teacher, trained=True)
-    from cofiprune.training import prune as run
+    loaded, arguments = _prepare(options, config, labelled=not options.teacher, trained=True)
+    from cofiprune.training import prune as training
 
-    result = run.finetune(
-        loaded.model,
-        loaded.datasets["train_file"],
-        teacher=teacher,
-        eval_dataset=loaded.datasets.get("validation_file"),
-        data_collator=loaded.collator,
-        config=config,
-        output_dir=folder,
-        resume=options.resume,
-    )
-    _save(result, result.model, loaded, folder, {}, config)
+    result = training.finetune(loaded.model, loaded.datasets["train_file"], **arguments)
+    _save(result, result.model, loaded, arguments, {})
 
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
-    """The target that was given, checked as far as that goes without the model."""
+    """Return the target that was given, checked as far as that goes without the model."""
     from cofiprune.selection.arguments import parse_sparsities, parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
@@ -114,36 +109,10 @@ def _target(options: argparse.Namespace) -> dict[str, Any]:
     return {name: parse_sparsities(listed) if listed is not None and len(listed) > 1 else value}
 
 
-def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
-    """The models are on disk already; the tokenizer goes beside each, and the table is printed."""
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
-    for point in result:
-        if loaded.tokenizer is not None and point.folder is not None:
-            loaded.tokenizer.save_pretrained(point.folder)
-    if importlib.util.find_spec("matplotlib") is not None:
-        result.plot(folder / "curve.png")
-    print(f"{result}\n\nsaved in {folder}")
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go"
-    )
-    parser.add_argument(
-        "--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in the output directory"
-    )
-
-
 def _prepare(
     options: argparse.Namespace, config: PruneConfig, *, labelled: bool, trained: bool = False
-) -> tuple[Loaded, Teacher, Path]:
-    """The model with its data, its teacher, and a directory that can be written to."""
+) -> tuple[Loaded, dict[str, Any]]:
+    """Load the model with its data and its teacher, and return the arguments that `prune` and `finetune` share."""
     name, taught_by = model_name(options), options.teacher
     folder = writable_directory(options.output_dir, other_than=(name, taught_by))
     from transformers import set_seed
@@ -154,39 +123,52 @@ def _prepare(
     if taught_by is not None:
         teacher = "self" if taught_by == "self" else load_model(taught_by, loaded.task)
     folder.mkdir(parents=True, exist_ok=True)
-    return loaded, teacher, folder
+    return loaded, {
+        "teacher": teacher,
+        "eval_dataset": loaded.datasets.get("validation_file"),
+        "data_collator": loaded.collator,
+        "config": config,
+        "output_dir": folder,
+        "resume": options.resume,
+    }
 
 
 def _save(
-    result: PruneResult,
-    model: PreTrainedModel,
-    loaded: Loaded,
-    folder: Path,
-    asked: dict[str, Any],
-    config: PruneConfig,
+    result: PruneResult, model: PreTrainedModel, loaded: Loaded, arguments: dict[str, Any], target: dict[str, Any]
 ) -> None:
-    """Write the model, its tokenizer, the plan and the result, and print what came out."""
+    """Write the model, its tokenizer, the plan and the result, and print the result."""
     from accelerate import PartialState
 
     from cofiprune.measure.summary import summary
 
     if not PartialState().is_main_process:
         return
+    folder: Path = arguments["output_dir"]
     model.save_pretrained(folder)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
     result.plan.save(folder / "plan.json")
     entries = {
-        **asked,
+        **target,
         "target": None if result.target is None else asdict(result.target),
-        "sparsity": result.sparsity,
-        "model_sparsity": result.model_sparsity,
-        "metrics": result.metrics,
-        "best_step": result.best_step,
-        "seconds": result.seconds,
+        **{name: getattr(result, name) for name in ("sparsity", "model_sparsity", "metrics", "best_step", "seconds")},
         "kept": result.plan.kept,
-        "settings": config.model_dump(mode="json"),
+        "settings": arguments["config"].model_dump(mode="json"),
         "history": result.history,
     }
-    (folder / _RESULT).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     print(f"{result!r}\n\n{summary(model)}\n\nsaved in {folder}")
+
+
+def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
+    """Write the tokenizer next to each model, which are saved already, and print the table."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    for point in result:
+        if loaded.tokenizer is not None and point.folder is not None:
+            loaded.tokenizer.save_pretrained(point.folder)
+    if find_spec("matplotlib") is not None:
+        result.plot(folder / "curve.png")
+    print(f"{result}\n\nsaved in {folder}")

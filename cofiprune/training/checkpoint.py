@@ -1,7 +1,7 @@
-"""The whole state of a run as one object, which can be saved at any step and taken up again exactly.
+"""Checkpoints: the whole state of a run, saved at any step and taken up again exactly.
 
-A checkpoint is a folder: `state.pt` (tensors and plain values, read with `weights_only=True`),
-`rng-{rank}.pt` for each process, and `meta.json`, written last, which makes the folder complete.
+A checkpoint is a folder: `state.pt` (tensors and plain values, read with `weights_only=True`), `rng-{rank}.pt` for each
+process, and `meta.json`, written last, which makes the folder complete.
 """
 
 from __future__ import annotations
@@ -23,79 +23,101 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from cofiprune.errors import CheckpointError
+from cofiprune.training.config import PruneConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 held the dense model only where it was no longer the one that learns."""
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+_MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps"}
+_COUNTS = ("step", "total_steps", "batches_seen", "seconds", "best")
+
+
+@dataclass
+class Sums:
+    """Parts of a loss, added up over some steps or batches."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Add the parts of one more."""
+        for name, value in parts.items():
+            self.values[name] = self.values[name] + value if name in self.values else value
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means, and begin anew."""
+        means = {name: float(value) / self.count for name, value in self.values.items()}
+        self.values, self.count = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as tensors and plain values."""
+        return {"values": self.values, "count": self.count}
+
+    def load_state_dict(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Take up what `state_dict` returned."""
+        self.values = {name: value.to(device) for name, value in saved["values"].items()}
+        self.count = saved["count"]
 
 
 @dataclass
 class RunState:
-    """Where a run stands. The parts that learn are modules and the optimiser; the rest are plain values."""
+    """Where a run stands: the modules and the optimiser that learn in the present phase, and plain counts."""
 
-    phase: str
-    """Name of the current phase."""
-    modules: dict[str, nn.Module]
-    """The model under `model`, and whatever learns beside it."""
-    optimizer: Optimizer
+    phase: str = ""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    """What a checkpoint holds the tensors of: the trained model under `model`, and others."""
+    optimizer: Optimizer | None = None
     step: int = 0
     """Optimiser steps done in this phase."""
     total_steps: int = 0
     """Optimiser steps done in the run."""
-    batches: int = 0
+    batches_seen: int = 0
     """Batches taken in the run, over all epochs: the position of the sampler."""
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Parts of the loss since the last entry of the history, each summed over `summed` steps."""
-    summed: int = 0
+    sums: Sums = field(default_factory=Sums)
+    """Parts of the loss since the last entry of the history."""
     best: dict[str, Any] | None = None
     """The best evaluation so far: `value`, `step` and the model's tensors under `model`."""
     scaler: GradScaler | None = None
     """Of the loss, in float16."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Plain values that a phase needs to be set up again, such as its plan."""
+    """Plain values from which a phase is set up again, such as its plan; they go into `meta.json`."""
+
+    def begin(self, phase: str) -> None:
+        """Start a phase; what counts over the whole run goes on."""
+        self.phase, self.step, self.best, self.sums = phase, 0, None, Sums()
 
     def capture(self) -> dict[str, Any]:
         """Return everything as tensors and plain values."""
+        assert self.optimizer is not None
         return {
             "phase": self.phase,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "batches": self.batches,
-            "seconds": self.seconds,
             "history": json.dumps(self.history),
-            "sums": self.sums,
-            "summed": self.summed,
-            "best": self.best,
+            "sums": self.sums.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            **{name: getattr(self, name) for name in _COUNTS},
         }
-
-    def take_over(self, other: RunState) -> None:
-        """Stand where another state stands, whose modules and optimiser these take the places of."""
-        self.step, self.total_steps, self.batches = other.step, other.total_steps, other.batches
-        self.seconds, self.history, self.best = other.seconds, other.history, other.best
-        self.sums, self.summed, self.scaler = other.sums, other.summed, other.scaler
 
     def restore(self, captured: dict[str, Any]) -> None:
         """Take up what `capture` returned; the modules and the optimiser must be set up alike.
 
         :raises CheckpointError: when they are not; nothing is changed then.
         """
+        assert self.optimizer is not None
         self._check(captured)
         for name, module in self.modules.items():
             module.load_state_dict(captured["modules"][name])
         self.optimizer.load_state_dict(captured["optimizer"])
-        self.step = captured["step"]
-        self.total_steps = captured["total_steps"]
-        self.batches = captured["batches"]
-        self.seconds = captured["seconds"]
+        for name in _COUNTS:
+            setattr(self, name, captured[name])
         self.history = json.loads(captured["history"])
         device = next(tensor.device for group in self.optimizer.param_groups for tensor in group["params"])
-        self.sums = {name: value.to(device) for name, value in captured["sums"].items()}
-        self.summed = captured["summed"]
-        self.best = captured["best"]
+        self.sums.load_state_dict(captured["sums"], device)
         if self.scaler is not None and captured["scaler"] is not None:
             self.scaler.load_state_dict(captured["scaler"])
 
@@ -132,10 +154,6 @@ class RunState:
             )
 
 
-def _shape(shape: list[int] | None) -> str:
-    return "not there" if shape is None else f"of shape {shape}"
-
-
 def save_checkpoint(
     folder: Path,
     state: RunState,
@@ -157,9 +175,7 @@ def save_checkpoint(
     wait()
     if rank:
         return target
-    partial = target / "state.pt.partial"
-    torch.save(state.capture(), partial)
-    os.replace(partial, target / "state.pt")
+    write(target / "state.pt", lambda path: torch.save(state.capture(), path))
     meta = {
         "format_version": FORMAT_VERSION,
         "phase": state.phase,
@@ -167,9 +183,7 @@ def save_checkpoint(
         "extra": state.extra,
         "fingerprint": fingerprint,
     }
-    partial = target / "meta.json.partial"
-    partial.write_text(json.dumps(meta), encoding="utf-8")
-    os.replace(partial, target / "meta.json")
+    write(target / "meta.json", lambda path: path.write_text(json.dumps(meta), encoding="utf-8"))
     for _, old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -191,40 +205,30 @@ class SavedRun:
         """
         try:
             _set_rng_state(torch.load(self.folder / f"rng-{rank}.pt", weights_only=True))
-        except Exception as error:
+        except Exception as error:  # torch.load raises errors of many kinds
             raise CheckpointError(f"{self.folder} is damaged: its rng-{rank}.pt cannot be read ({error})") from error
 
 
 def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
     """Read the newest complete checkpoint below `folder`.
 
-    :raises CheckpointError: when there is none, or it is damaged, newer than this version, or of another run.
+    :raises CheckpointError: when there is none, or it is damaged, of another version, or of another run.
     """
     found = _checkpoints(folder)
     if not found:
         started = " (an incomplete one is left of a run that was cut off)" if has_checkpoints(folder) else ""
         raise CheckpointError(f"nothing to resume in {folder}: it has no complete checkpoint-* folder{started}")
     newest = found[-1][1]
+    afresh = ", or start afresh with resume=False and another output_dir."
     try:
         meta = json.loads((newest / "meta.json").read_text(encoding="utf-8"))
-        version = int(meta["format_version"])
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{newest} was written in format {version} by a newer cofiprune; this version reads formats up to "
-                f"{FORMAT_VERSION}"
-            )
+        check_version(meta["format_version"], newest, afresh)
         phase, extra, saved = str(meta["phase"]), dict(meta["extra"]), dict(meta["fingerprint"])
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{newest} is damaged: its meta.json cannot be read ({error!r})") from error
-    difference = first_difference(fingerprint, saved)
-    if difference is not None:
-        name, asked, was = difference
-        raise CheckpointError(
-            f"{newest} is of another run: its {name} is {was!r}, asked for {asked!r}. "
-            "Resume with the same arguments, or start afresh with resume=False and another output_dir."
-        )
+    check_same(fingerprint, saved, newest, afresh)
     try:
         captured = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
@@ -239,17 +243,66 @@ def has_checkpoints(folder: Path) -> bool:
     return folder.is_dir() and any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
 
 
-def first_difference(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first name under which two fingerprints differ, down to single settings, and both values."""
+def identifying(config: PruneConfig) -> dict[str, Any]:
+    """Return the settings that a resumed run must have in common with the one that was saved, as plain values."""
+    kept = config.model_dump(exclude=_MAY_CHANGE)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
+def check_version(found: Any, where: Path, otherwise: str) -> None:
+    """Make sure that this version reads a format.
+
+    :param otherwise: what else can be done, for the message.
+    :raises CheckpointError: for an older or a newer one.
+    """
+    version = int(found)
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} was written in format {version} by a newer cofiprune; this version reads format {FORMAT_VERSION}"
+        )
+    if version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} was written in format {version} by an older cofiprune; this version reads format "
+            f"{FORMAT_VERSION}. Finish that run with the version that began it{otherwise}"
+        )
+
+
+def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], where: Path, otherwise: str) -> None:
+    """Make sure that a checkpoint is of the run that is to go on.
+
+    :param asked: the fingerprint of that run, `saved` the one of the checkpoint.
+    :raises CheckpointError: naming the first value that differs, down to single settings.
+    """
+    difference = _first_difference(asked, saved)
+    if difference is not None:
+        name, wanted, was = difference
+        raise CheckpointError(
+            f"{where} is of another run: its {name} is {was!r}, asked for {wanted!r}. "
+            f"Resume with the same arguments{otherwise}"
+        )
+
+
+def _first_difference(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     for name, value in asked.items():
         other = saved.get(name)
         if isinstance(value, Mapping) and isinstance(other, Mapping):
-            inner = first_difference({**dict.fromkeys(other), **value}, other)
+            inner = _first_difference({**dict.fromkeys(other), **value}, other)
             if inner is not None:
                 return inner
         elif value != other:
             return name, value, other
     return None
+
+
+def write(path: Path, content: Callable[[Path], Any]) -> None:
+    """Write a file so that it is either complete or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    content(partial)
+    os.replace(partial, path)
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "not there" if shape is None else f"of shape {shape}"
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -1,10 +1,12 @@
-"""What a run shows while it goes on: one line of progress on a terminal or in a notebook, nothing elsewhere."""
+"""Progress of a run on a terminal or in a notebook, and Ctrl-C and SIGTERM, after which a step is finished."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Mapping
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -15,6 +17,7 @@ _SHOWN = (
     ("expected_sparsity", " sparsity {:.2f}"),
     ("target_sparsity", "/{:.2f}"),
 )
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Display:
@@ -69,3 +72,39 @@ class Display:
             self.latest.pop("target_sparsity", None)
         info = "".join(text.format(self.latest[name]) for name, text in _SHOWN if name in self.latest)
         self.progress.update(self.task, info=info + self.metric)
+
+
+class Interrupt:
+    """While it is entered, the first signal only sets `requested`; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Signal handlers can be set in the main thread only; elsewhere signals act as they always do.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and scripts leave it for background jobs
+                    self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+        self._previous.clear()
+        if kind is None and self.requested is not None:
+            signal.raise_signal(self.requested)  # it came when there was no step left to stop after
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = number
+
+    def stop(self, message: str) -> None:
+        """Raise what the signal stands for: KeyboardInterrupt, or SystemExit for SIGTERM."""
+        if self.requested == signal.SIGTERM:
+            raise SystemExit(f"stopped by SIGTERM. {message}")
+        raise KeyboardInterrupt(message)

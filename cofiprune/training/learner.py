@@ -1,0 +1,283 @@
+"""The gates of a run: samples that a step runs under, the pressure on them, and the decision that they come to.
+
+A loop, ours or a Trainer's, steps it: `bind` before a forward pass, `penalty` added to the loss, `groups` in the
+optimiser, `gates.clamp_` after its step, `settle` for an evaluation, and `decide` at the end.
+
+Units whose gates have long been closed may go before that (`long_closed`, `on`): a smaller model then learns on. What
+it computes is what the larger one computes under the same sample of the gates that are left, with the others closed.
+The multipliers and the schedule of the target stay as they were, because costs are counted from where the phase began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cofiprune.compaction.slicing import sliced
+from cofiprune.constraint import Constraint, target_at
+from cofiprune.gates import COFI_LIMIT, Gates, gate_cut
+from cofiprune.masks import MaskRegistry
+from cofiprune.plan import Plan
+from cofiprune.selection.by_score import select
+from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.schedule import Schedule, gate_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TIE_BREAK = 1e-3
+_CHECKS = 20
+"""Number of times that closed gates are checked while they learn."""
+_PATIENCE = 3
+"""Checks in a row at which a gate has to be closed before its unit goes."""
+_LEAST = 0.05
+"""Share of what the model costs that has to go at least: setting up a smaller one takes a moment."""
+
+Pair = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+"""A parameter, the one that takes its place, and what cuts a tensor of the first one's shape to the second's."""
+
+
+class GateLearner(nn.Module):
+    """Gates over the units of a model with the constraint on what they keep; its state dict is all that it learns."""
+
+    closed: Tensor
+    """[U] at how many checks in a row each gate has been closed."""
+
+    def __init__(
+        self,
+        masks: MaskRegistry,
+        names: Sequence[str],
+        target: Target,
+        config: PruneConfig,
+        schedule: Schedule,
+        *,
+        layers_left: float = 1.0,
+    ) -> None:
+        """Set up gates that are open, on the device of the masks.
+
+        :param masks: attached to the model that learns.
+        :param names: groups that may be pruned.
+        :param target: of the dense model; shares of its cost are what the constraint compares.
+        :param layers_left: parameters in the layers of the masks' model by those of the dense model, in (0, 1].
+        """
+        super().__init__()
+        structure = masks.structure
+        device = next(iter(masks.values())).device
+        groups = [structure[name] for name in names]
+        self.masks = masks
+        self.target = target
+        self.config = config
+        self.schedule = schedule
+        self.layers_left = layers_left
+        self.gates = Gates(groups, temperature=config.gate_temperature, stretch=config.gate_stretch).to(device)
+        self.constraint = Constraint().to(device)
+        self.register_buffer("closed", torch.zeros_like(self.gates.log_alpha, dtype=torch.long))
+        self.cost = target.cost(structure)
+        # What the model cost when the phase began; the smaller ones that follow count from there.
+        self.initial_cost: float = self.cost.exact(structure.sizes)
+        self.kept_share = target.kept_share(structure)
+        self.share_to_remove = target.removed(structure)
+        order = {name: index for index, name in enumerate(structure)}
+        self.positions = torch.tensor([order[group.name] for group in groups], device=device)
+        self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
+        applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
+        self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups of gates and multipliers."""
+        rate = gate_rate(self.config, self.schedule.gated)
+        gates = {"params": list(self.gates.parameters()), "lr": rate, "weight_decay": 0.0}
+        return [gates, self.constraint.ascent_group(rate)]
+
+    def is_active(self, step: int) -> bool:
+        """Whether the gates learn at a step of the phase."""
+        return self.schedule.before <= step < self.schedule.before + self.schedule.gated
+
+    def bind(self, draw: int) -> None:
+        """Run the model under a sample of the gates; the same on every rank for the same number."""
+        self.masks.bind(self.gates.sample(self.config.seed, draw))
+
+    def target_at(self, step: int) -> float:
+        """The share of the dense model's cost that is to be gone at a step."""
+        return 1 - self.kept_share * (1 - self._target_at(step))
+
+    def _target_at(self, step: int) -> float:
+        schedule = self.schedule
+        return target_at(step, target=self.share_to_remove, warmup_steps=schedule.ramp, start_step=schedule.before)
+
+    def sparsity(self) -> float:
+        """The sparsity that the masks have as they are set, relative to the dense model."""
+        return 1 - self.layers_left * (1 - self.masks.sparsity())
+
+    def penalty(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the Lagrangian term of a step, and the share expected to have gone of the dense model's cost."""
+        sizes = self.sizes.index_copy(0, self.positions, self.gates.expected_sizes())
+        sparsity = 1 - self.cost.expected(sizes) / self.initial_cost
+        return self.constraint(sparsity, self._target_at(step)), 1 - self.kept_share * (1 - sparsity.detach())
+
+    def alive_layers(self) -> Tensor:
+        """[layers] bool: whether the attention or the feed-forward block of a layer is there.
+
+        A layer that is applied several times counts as often, as its outputs do.
+        """
+        structure, device = self.masks.structure, self.gates.log_alpha.device
+        found = [torch.zeros((), dtype=torch.bool, device=device) for _ in structure.layers]
+        for block in structure.blocks:
+            index = structure[block.gate].layer
+            assert index is not None
+            found[index] = found[index] | torch.as_tensor(self.masks.alive(block.gate), device=device)
+        return torch.stack(found).index_select(0, self.applied)
+
+    def settle(self) -> None:
+        """Leave random samples behind: run under the gates' deterministic values."""
+        self.masks.unbind()
+        for name, value in self.gates.deterministic().items():
+            if name == "hidden" and not bool((value > 0).any()):
+                value = value.new_zeros(len(value)).index_fill(0, value.argmax(), 1.0)
+            self.masks[name] = value
+
+    def decide(self, compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
+        """Choose the plan of exactly the target that the gates' locations speak for.
+
+        Units whose gates are undecided come first. Those that sit at their limits, which differ with the size of
+        the group, count alike within the range that all kinds share, and by their share of the limit beyond it.
+
+        :param compacted: returns the model that a plan leaves, which is measured where the cost is an estimate.
+        """
+        self.masks.unbind()
+        scores, values = {}, {}
+        for group, part in self._parts(self.gates.log_alpha.detach()):
+            limit = self.gates.limit_of(group)
+            scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
+            values[group.name] = torch.sigmoid(0.8 * part / self.config.gate_temperature)
+        structure, worth = self.masks.structure, self._worth()
+
+        def plan_for(target: Target) -> Plan:
+            return select(structure, scores, target, values=values, worth=worth)
+
+        return self.target.settle(plan_for, compacted)
+
+    def _worth(self) -> dict[str, Tensor]:
+        """What the gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
+        structure, found = self.masks.structure, {}
+        parts = self._parts(self.gates.open_probability().detach())
+        chances = {group.name: chance.double().cpu() for group, chance in parts}
+        sizes = structure.sizes
+        whole = self.cost.exact(sizes)
+        for block in structure.blocks:
+            costs = (whole - self.cost.exact({**sizes, block.gate: 0})) / whole
+            there = float(chances[block.gate]) if block.gate in chances else 1.0
+            if block.gate in chances:
+                found[block.gate] = chances[block.gate] * costs
+            if block.inner in chances:
+                assert block.inner is not None
+                found[block.inner] = there * chances[block.inner] * costs / sizes[block.inner]
+        if "hidden" in chances:
+            costs = (whole - self.cost.exact({**sizes, "hidden": 1})) / whole
+            found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
+        return found
+
+    def _parts(self, flat: Tensor) -> Iterable[tuple[Any, Tensor]]:
+        """Pair each group of the gates with its part of a flat tensor [U]."""
+        return zip(self.gates.groups, torch.split(flat, [group.size for group in self.gates.groups]), strict=True)
+
+    # Closed gates.
+
+    def shrinks(self) -> bool:
+        """Whether units may go while the gates learn. Sizes of whole groups are decided together, at the end."""
+        config = self.config
+        return (
+            config.compact_in_training and config.trains_weights and not self.target.needs_levels(self.masks.structure)
+        )
+
+    def long_closed(self) -> Plan | None:
+        """Check the gates once more; return what is kept when the units go that have been closed for long enough.
+
+        :return: None where that is too little, or more than the target asks for: gates may open again until they
+            are decided on.
+        """
+        self.masks.unbind()
+        values = torch.cat(list(self.gates.deterministic().values()))
+        self.closed.copy_(torch.where(values == 0, self.closed + 1, 0))
+        kept = {group.name: part for group, part in self._parts((self.closed < _PATIENCE).float().cpu())}
+        if "hidden" in kept and not bool(kept["hidden"].any()):
+            return None
+        plan = Plan.from_values(self.masks.structure, kept)
+        before, after = self.cost.exact(self.masks.structure.sizes), self.cost.exact(plan.kept)
+        return plan if self.target.budget <= after <= (1 - _LEAST) * before else None
+
+    def on(self, masks: MaskRegistry, plan: Plan, *, layers_left: float) -> GateLearner:
+        """Return the same gates and multipliers on what a plan leaves of the model.
+
+        :param masks: of that smaller model.
+        :param layers_left: of the dense model, in it.
+        """
+        names = [group.name for group in self.gates.groups if plan.kept[group.name]]
+        smaller = GateLearner(masks, names, self.target, self.config, self.schedule, layers_left=layers_left)
+        smaller.constraint = self.constraint
+        smaller.count_from(self.origin())
+        cut = gate_cut(self.gates, plan.keep)
+        with torch.no_grad():
+            smaller.gates.log_alpha.copy_(cut(self.gates.log_alpha))
+            smaller.closed.copy_(cut(self.closed))
+        return smaller
+
+    def origin(self) -> dict[str, float]:
+        """Return the costs from which the constraint counts, as plain values."""
+        return {name: getattr(self, name) for name in ("initial_cost", "kept_share", "share_to_remove")}
+
+    def count_from(self, origin: dict[str, float]) -> None:
+        """Count from where the phase began, on a larger model."""
+        self.initial_cost, self.kept_share = origin["initial_cost"], origin["kept_share"]
+        self.share_to_remove = origin["share_to_remove"]
+
+    def pairs(self, smaller: GateLearner, plan: Plan) -> list[Pair]:
+        """Pair the parameters with those of what `on` returned for a plan."""
+        gates = (self.gates.log_alpha, smaller.gates.log_alpha, gate_cut(self.gates, plan.keep))
+        return [gates, *((each, each, _copied) for each in self.constraint.parameters())]
+
+
+def check_steps(schedule: Schedule) -> list[int]:
+    """Steps of a phase after which closed gates are counted; none in phases too short for it."""
+    if schedule.gated < _CHECKS:
+        return []
+    return [schedule.before + round(index * schedule.gated / _CHECKS) for index in range(1, _CHECKS)]
+
+
+def weight_pairs(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> Iterable[Pair]:
+    """Pair the parameters of a model with those of what a plan leaves of it; none of what is gone."""
+    specs = {spec.name: spec for spec in structure.parameters}
+    left = dict(small.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in left:
+            spec = specs.get(name)
+            yield parameter, left[name], _copied if spec is None else partial(sliced, spec=spec, plan=plan)
+
+
+def projection_pairs(projection: nn.Linear | None, small: nn.Linear | None, plan: Plan) -> Iterable[Pair]:
+    """The same for the linear map of the layers' distillation."""
+    if projection is not None and small is not None:
+        kept = list(plan.keep["hidden"]) if "hidden" in plan.keep else slice(None)
+        yield projection.weight, small.weight, lambda value: value[:, kept].clone()
+        yield projection.bias, small.bias, _copied
+
+
+def transplant(old: Optimizer, new: Optimizer, pairs: Iterable[Pair]) -> None:
+    """Give the parameters of a new optimiser the moments that those in their places had, cut to size."""
+    for before, after, cut in pairs:
+        if before in old.state:
+            new.state[after] = {
+                name: cut(value) if isinstance(value, Tensor) and value.shape == before.shape and value.dim() else value
+                for name, value in old.state[before].items()
+            }
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.clone()

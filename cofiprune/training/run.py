@@ -1,0 +1,382 @@
+"""One call of `prune` or `finetune`: what it was asked for, what is set up for it, and where it stands.
+
+What learns is always a compacted copy, `small`: of all of the model at first, and of what its plan keeps as soon as
+something is decided. The model itself is written to once, when the run ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import Optimizer
+
+from cofiprune.accounting import layer_parameters, sparsity
+from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.slicing import compacted, write_back
+from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches, model_inputs
+from cofiprune.data.checks import longest_sequence
+from cofiprune.data.prepare import prepare
+from cofiprune.errors import SettingsError, TrainingError
+from cofiprune.hooks import evaluating
+from cofiprune.masking import attach_to, masks_of
+from cofiprune.measure.evaluation import evaluate_batches
+from cofiprune.plan import Plan
+from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
+from cofiprune.training.checkpoint import RunState, SavedRun, identifying, load_checkpoint
+from cofiprune.training.checks import (
+    check_callbacks,
+    check_compile,
+    check_measurable,
+    check_output_dir,
+    metric_name,
+    take_masks_off,
+)
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.display import Display, Interrupt
+from cofiprune.training.objective import Objective
+from cofiprune.training.result import PruneResult, reached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Callback = Callable[[dict[str, Any]], None]
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass
+class Run:
+    """A call of `prune` or `finetune`; phases are functions that take it one step further."""
+
+    model: PreTrainedModel
+    structure: Structure
+    config: PruneConfig
+    target: Target | None
+    """None for `finetune`."""
+    teacher: PreTrainedModel | None
+    teaches_itself: bool
+    """The teacher is a copy of the model as it came."""
+    train_dataset: Any
+    eval_dataset: Any
+    collator: Callable[[list[Any]], Any] | None
+    compute_metrics: Callable[[Any], dict[str, float]] | None
+    output_dir: str | Path | None
+    callbacks: Sequence[Callback]
+    resume: bool
+
+    # Set up by `prepare`.
+    batches: Batches = field(init=False)
+    """Of the present phase and this process."""
+    calibration: Batches = field(init=False)
+    """All rows, whatever process this is."""
+    evaluate: Evaluate | None = field(init=False, default=None)
+    folder: Path | None = field(init=False, default=None)
+    accelerator: Accelerator = field(init=False)
+    display: Display = field(init=False)
+    interrupt: Interrupt = field(init=False)
+    fingerprint: dict[str, Any] = field(init=False, default_factory=dict)
+    saved: SavedRun | None = field(init=False, default=None)
+    """The checkpoint from which the next phase goes on."""
+    reason: str = field(init=False, default="")
+    """Of the choice that method="auto" made."""
+
+    # Where it stands.
+    small: PreTrainedModel = field(init=False)
+    """What is trained; the model itself only before there is a copy."""
+    plan: Plan = field(init=False)
+    """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
+    trains_embeddings: bool = field(init=False)
+    _small_structure: Structure | None = field(init=False, default=None)
+    objective: Objective = field(init=False)
+    state: RunState = field(init=False, default_factory=RunState)
+    taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
+    """Batches of a phase that is over, and how many of them were taken."""
+
+    def prepare(self) -> None:
+        """Check the data and the settings, and set everything up; nothing of the models is changed."""
+        config = self.config
+        self.batches = prepare(
+            self.train_dataset,
+            self.model,
+            batch_size=config.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            collator=self.collator,
+            need_labels=self.teacher is None and config.trains_weights,
+            name="train_dataset",
+        )
+        self.evaluate = self.held_out()
+        if self.evaluate is None and config.metric_for_best_model is not None:
+            raise SettingsError("metric_for_best_model needs an eval_dataset")
+        self.callbacks = check_callbacks(self.callbacks)
+        self.folder = check_output_dir(self.output_dir, resume=self.resume)
+        self.accelerator = _accelerator(config)
+        check_compile(config, self.accelerator.device)
+        if isinstance(self.batches, RowBatches):
+            self.batches.pad_to(self._padding_multiple(), longest_sequence(self.model))
+        set_seed(config.seed, device_specific=True)
+        self.calibration = self.batches.shard(0, 1)
+        self.batches = self.batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
+        self.interrupt = Interrupt()
+        self.small, self.plan = self.model, Plan.from_values(self.structure, {})
+        self.trains_embeddings = bool(config.train_embeddings)
+
+    def held_out(self) -> Evaluate | None:
+        """Return what evaluates a model on the checked evaluation set; None without one."""
+        if self.eval_dataset is None:
+            return None
+        size, computed = self.config.eval_batch_size, self.compute_metrics
+        batches = prepare(
+            self.eval_dataset,
+            self.model,
+            batch_size=size,
+            collator=self.collator,
+            need_labels=False,
+            name="eval_dataset",
+        )
+        check_measurable(batches, self.model, computed=computed is not None)
+
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            found = evaluate_batches(model, batches, compute_metrics=computed)  # type: ignore[arg-type]
+            return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
+
+        return evaluate
+
+    def _padding_multiple(self) -> int:
+        """Token rows are padded to a multiple of it: tensor cores take 16-bit matrices in pieces of 8."""
+        if self.config.pad_to_multiple_of is not None:
+            return self.config.pad_to_multiple_of
+        half = self.config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
+        return 8 if self.accelerator.device.type == "cuda" and half else 1
+
+    @property
+    def for_recovery(self) -> Batches:
+        """The batches of the recovery, which may have another size."""
+        size = self.config.finetune_batch_size
+        return self.batches.resized(size) if size and isinstance(self.batches, RowBatches) else self.batches
+
+    def identify(self, **identity: Any) -> None:
+        """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
+        named = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
+        self.fingerprint = {
+            **identity,
+            "family": self.structure.family,
+            "sizes": sum(self.structure.sizes.values()),
+            "batches": len(self.batches),
+            "processes": self.accelerator.num_processes,
+            "teacher": named,
+            "config": identifying(self.config),
+        }
+        if self.resume and self.folder is not None:
+            self.saved = load_checkpoint(self.folder, self.fingerprint)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Have the models on the device and signals caught; at the end, write to the model what came of the run."""
+        teachers = [] if self.teacher is None else [self.teacher]
+        for model in (self.model, *teachers):
+            model.to(self.accelerator.device)
+        with evaluating(*teachers), self.display, self.interrupt:
+            metric = self.config.metric_for_best_model
+            if metric is not None and self.evaluate is not None:
+                metric_name(metric, self.evaluate(self.model))
+            if self.target is not None:
+                take_masks_off(self.model, quietly=self.resume, stacklevel=6)
+            try:
+                yield
+            except BaseException as error:
+                # Whoever stops a run finds what it has trained. After an error, what was pruned would lack the plan
+                # that belongs to it, and after a loss that is not a number the weights are worth nothing.
+                stopped = not isinstance(error, Exception)
+                if stopped or (self.target is None and not isinstance(error, TrainingError)):
+                    self._write()
+                raise
+            self._write()
+
+    def _write(self) -> None:
+        """Bring the small model's weights into the model, and what is kept of it onto its masks."""
+        if self.small is self.model:
+            return  # nothing was begun yet
+        write_back(self.model, self.structure, self.small, self.plan)
+        inner = masks_of(self.small)
+        if inner is not None:
+            self.plan = self.plan.then(Plan.from_masks(inner))
+        masks = masks_of(self.model)
+        if masks is None and self.target is not None:
+            masks = attach_to(self.model, self.structure)
+        if masks is not None:
+            masks.set_plan(self.plan)
+
+    def use(self, small: PreTrainedModel, plan: Plan) -> None:
+        """Go on with a compacted copy of the model.
+
+        :param plan: what it is of the model; scales are in its weights.
+        """
+        small.to(self.accelerator.device)
+        if not self.trains_embeddings:
+            for name, parameter in small.named_parameters():
+                if name in self.structure.embeddings:
+                    parameter.requires_grad_(False)
+        self.small, self.plan, self._small_structure = small, plan.hard, None
+        self.state.extra["plan"] = self.plan.to_dict()
+
+    def use_plan(self, plan: Plan) -> None:
+        """Go on with what a plan leaves of the model."""
+        self.use(compacted(self.model, self.structure, plan), plan)
+
+    @property
+    def small_structure(self) -> Structure:
+        """The structure of the small model, resolved once."""
+        if self._small_structure is None:
+            self._small_structure = structure_of(self.small)
+        return self._small_structure
+
+    def cut(self, plan: Plan, small: PreTrainedModel | None = None) -> None:
+        """Go on with what a plan for the present small model leaves of it.
+
+        :param small: that, where it is made already.
+        """
+        if small is None:
+            small = compacted(self.small, self.small_structure, plan)
+        if "hidden" in plan.keep and hasattr(self, "objective"):
+            self.objective.cut(plan.keep["hidden"])
+        self.use(small, self.plan.then(plan))
+
+    @property
+    def layers_left(self) -> float:
+        """Parameters in the layers of the small model by those of the model, in [0, 1]."""
+        return 1 - sparsity(layer_parameters(self.structure), self.structure, self.plan.kept)
+
+    def learn_from(self, *, fitted: bool) -> None:
+        """Set up the loss for the small model and the batches of the phase.
+
+        :param fitted: see `Objective`.
+        """
+        memory = 0
+        if self.teacher is not None and isinstance(self.batches, RowBatches) and self.batches.in_memory:
+            # Only rows that are in memory are the same every time; they are known by their numbers.
+            memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
+            for batches in (self.batches, *(batches for batches, _ in self.taken)):
+                assert isinstance(batches, RowBatches)
+                batches.with_rows = memory > 0
+        self.objective = Objective(self.small, self.teacher, self.batches, self.config, fitted=fitted, memory=memory)
+
+    def weight_groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
+        trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
+        ]
+        projection = self.objective.projection
+        return (
+            groups if projection is None else [*groups, {"params": list(projection.parameters()), "weight_decay": 0.0}]
+        )
+
+    def learn(self, optimizer: Optimizer, **more: nn.Module) -> None:
+        """Let an optimiser step what learns from now on.
+
+        :param more: modules that learn along with the model and the projection.
+        """
+        modules: dict[str, nn.Module] = {"model": self.small, **more}
+        if self.objective.projection is not None:
+            modules["projection"] = self.objective.projection
+        # Whoever resumes may hand in the model of the run that was stopped, which is no longer what it was.
+        dense = self.teacher if self.teaches_itself else self.model if self.target is not None else None
+        if dense is not None:
+            modules["dense"] = dense
+        self.state.modules, self.state.optimizer = modules, optimizer
+        self.state.scaler = self.accelerator.scaler
+
+    def go_on(self) -> None:
+        """Take up what was saved of the phase that has begun, if anything was."""
+        saved, self.saved = self.saved, None
+        if saved is None:
+            return
+        self.state.restore(saved.captured)
+        if self.target is not None and self.teacher is not None and self.teaches_itself:
+            self.model.load_state_dict(self.teacher.state_dict())
+        self._refill_memory()
+        saved.restore_rng(self.accelerator.process_index)
+
+    def _refill_memory(self) -> None:
+        """Fill the teacher's memory as it was: its outputs depend, in the last digits, on what they were padded to."""
+        teacher = self.objective.teacher
+        if teacher is None or not teacher.memory:
+            return
+        for batches, count in (*self.taken, (self.batches, self.state.batches_seen)):
+            for batch in _first(batches, count):
+                if not teacher.knows(batch[ROWS]):
+                    inputs = model_inputs(batch, self.model)
+                    on_device = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
+                    with self.accelerator.autocast():
+                        teacher.answer(on_device, batch[ROWS])
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Add an entry to the history, show it and hand it to the callbacks."""
+        entry = {
+            "phase": self.state.phase,
+            "step": self.state.total_steps,
+            "epoch": round(self.state.batches_seen / len(self.batches), 4),
+            "seconds": round(self.state.seconds, 3),
+            **values,
+        }
+        self.state.history.append(entry)
+        self.display.show(entry)
+        for callback in self.callbacks:
+            callback(dict(entry))
+
+    def result(self) -> PruneResult:
+        """Return what came of the run, and save its plan."""
+        state, masks = self.state, masks_of(self.model)
+        evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
+        if state.best is not None:
+            evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
+        last = evaluated[-1] if evaluated else {}
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
+            self.plan.save(self.folder / "plan.json")
+        return PruneResult(
+            self.model,
+            self.plan,
+            masks.sparsity() if masks is not None else 0.0,
+            masks.model_sparsity() if masks is not None else 0.0,
+            {name: value for name, value in last.items() if name.startswith("eval_")},
+            state.history,
+            state.seconds,
+            state.best["step"] if state.best is not None else None,
+            "" if self.target is None else self.config.method,
+            self.reason,
+            None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
+            self.target is not None and self.config.uniform,
+        )
+
+
+def _first(batches: Batches, count: int) -> Iterator[Batch]:
+    """Give the batches that were taken first, over all epochs."""
+    for epoch in range(-(-count // len(batches))):
+        batches.set_epoch(epoch)
+        batches.skip(0)
+        yield from itertools.islice(batches, count - epoch * len(batches))
+
+
+def _accelerator(config: PruneConfig) -> Accelerator:
+    """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
+    # Which parts of a model a batch uses depends on its head (an unused pooler, say).
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
