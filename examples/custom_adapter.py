@@ -165,7 +165,8 @@ def adapter(config: ToyConfig) -> Family:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Check the adapter, register it, prune with it, save and load."""
     print(cofiprune.check_adapter(adapter))
     cofiprune.register_adapter(adapter)
     ids = torch.randint(1, 40, (256, 12), generator=torch.Generator().manual_seed(0))
@@ -176,3 +177,7 @@ if __name__ == "__main__":
     small = AutoModelForSequenceClassification.from_pretrained("runs/custom_adapter")
     gap = (small(ids).logits - model.eval()(ids).logits).abs().max().item()
     print(f"{cofiprune.summary(small)}\nFrom the file: logits within {gap:.1g} of the masked model's.")
+
+
+if __name__ == "__main__":
+    main()

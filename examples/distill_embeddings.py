@@ -247,14 +247,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     result.compact().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     student = AutoModel.from_pretrained(folder).to(model.device)
-    copy_modules(source, folder, modules, student.config.hidden_size)
 
     def embed(texts: Sequence[str], model: PreTrainedModel = student) -> Tensor:
         return vectors(model, tokenizer, texts, pooling, options.max_length)
 
     dense, pruned = embed(held_out, teacher.to(model.device)), embed(held_out)
+    copy_modules(source, folder, modules, pruned.shape[1])
     kept = result.plan.keep.get("hidden", range(dense.shape[1]))
-    found: dict[str, Any] = {"sparsity": result.sparsity, "dimensions": pruned.shape[1], "pooling": pooling}
+    found: dict[str, Any] = {
+        "sparsity": cofiprune.summary(student).sparsity,
+        "dimensions": pruned.shape[1],
+        "pooling": pooling,
+    }
     found |= agreement(dense, pruned, kept)
     if options.sts_file:
         found["STS of the teacher"] = similarity_score(options.sts_file, lambda texts: embed(texts, teacher))

@@ -70,28 +70,32 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
     options.teacher = options.teacher or ("none" if options.target_sparsity is None else "train")
     if options.tiny:
         options.task = options.task if options.data_dir else "made up"
-        options.teacher_epochs, options.teacher_learning_rate = 3, 5e-3
+        options.teacher_epochs, options.teacher_learning_rate = 5, 5e-3
         options.train_rows, options.eval_rows = options.train_rows or 96, options.eval_rows or 32
         settings = [*TINY.split(), *settings]
     return options, cofiprune.PruneConfig.from_arguments(settings)
 
 
-def load_split(task: str, folder: str | None, split: str) -> tuple[Rows, Sequence[str]]:
+def load_split(task: str, folder: str | None, split: str, names: Sequence[str] = ()) -> tuple[Rows, Sequence[str]]:
     """Return the sentences of a split, none where there is no test split, and the names of their tags.
 
-    The names are empty where nothing says them.
+    Ids become names, by which tags are matched with those of a model; there are none where nothing says them.
     """
+    names = names or LABEL_NAMES.get(task, ())
     if task == "made up":
-        return made_up(0 if split == "train" else 1), LABEL_NAMES[task]
-    if folder is None:
+        rows = made_up(0 if split == "train" else 1)
+    elif folder is None:
         import datasets
 
         found = datasets.load_dataset(HUB_NAMES.get(task, task)).get(split)
         feature = None if found is None else getattr(found.features["ner_tags"], "feature", None)
-        return list(found or ()), LABEL_NAMES.get(task, getattr(feature, "names", ()))
-    if split == "test" and not any(file.name.startswith("test") for file in Path(folder).iterdir()):
-        return [], ()
-    return load_rows(folder, *SPLITS[split]), LABEL_NAMES.get(task, ())
+        rows, names = list(found or ()), names or getattr(feature, "names", ())
+    elif split == "test" and not any(file.name.startswith("test") for file in Path(folder).iterdir()):
+        rows = []
+    else:
+        rows = load_rows(folder, *SPLITS[split])
+    known: dict[Any, str] = dict(enumerate(names))
+    return [{**row, "ner_tags": [known.get(tag, tag) for tag in row["ner_tags"]]} for row in rows], names
 
 
 def made_up(seed: int) -> Rows:
@@ -114,8 +118,9 @@ def made_up(seed: int) -> Rows:
 
 def load_data(options: argparse.Namespace) -> tuple[Rows, dict[str, Rows], Labels]:
     """Return sentences for training, those to measure on by the beginning of their metrics' names, and the tags."""
-    (train, names), (validation, _), (test, _) = (load_split(options.task, options.data_dir, name) for name in SPLITS)
-    names = options.label_names.split(",") if options.label_names else names
+    given = options.label_names.split(",") if options.label_names else ()
+    splits = [load_split(options.task, options.data_dir, name, given) for name in SPLITS]
+    (train, names), (validation, _), (test, _) = splits
     labels = Labels.of_data([tag for row in train for tag in row["ner_tags"]], names)
     if labels.generic:
         sys.exit(f"the tags of {options.task} are ids; give their names in the order of the ids by --label-names")
@@ -171,9 +176,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with PartialState().main_process_first():
             options.model = tiny_bert(folder / "tiny-model", config.seed) if options.tiny else minilm()
     transformers.set_seed(config.seed)  # of a new head
-    model, tokenizer = load_model(options.model, labels), load_tokenizer(options.model)
     teacher = None if options.teacher in ("train", "self", "none") else load_model(options.teacher, labels)
-
+    # A new head takes the order of the teacher's tags.
+    model = load_model(options.model, labels if teacher is None else Labels.of_model(teacher.config))
+    tokenizer, labels = load_tokenizer(options.model), Labels.of_model(model.config)
+    if teacher is not None and labels != Labels.of_model(teacher.config):
+        sys.exit(f"the tags differ: {model.config.id2label} in the model, {teacher.config.id2label} in the teacher")
     where = f"the data of {options.task}"
     train = tokenise(train, tokenizer, model, max_length=options.max_length, where=where)
     rows = {
@@ -233,7 +241,8 @@ def report(
     config: cofiprune.PruneConfig,
 ) -> None:
     """Print and write metrics, size and speed of the saved model next to those of the dense one."""
-    found: dict[str, Any] = {"sparsity": result.sparsity, "seconds": result.seconds, "best_step": result.best_step}
+    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
+    found["sparsity"] = cofiprune.summary(pruned).sparsity
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
     if options.benchmark:

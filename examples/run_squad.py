@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
     options.target_sparsity = None if options.target_sparsity == "none" else float(options.target_sparsity)
     options.teacher = options.teacher or ("none" if options.target_sparsity is None else "train")
     if options.tiny:
-        options.teacher_epochs, options.teacher_learning_rate = 3, 5e-3
+        options.teacher_epochs, options.teacher_learning_rate = 5, 5e-3
         options.train_rows, options.eval_rows = options.train_rows or 96, options.eval_rows or 32
         settings = [*TINY.split(), *settings]
     return options, cofiprune.PruneConfig.from_arguments(settings, preset=options.preset)
@@ -275,7 +275,8 @@ def report(
     config: cofiprune.PruneConfig,
 ) -> None:
     """Print and write metrics, size and speed of the saved model next to those of the dense one."""
-    found: dict[str, Any] = {"sparsity": result.sparsity, "seconds": result.seconds, "best_step": result.best_step}
+    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
+    found["sparsity"] = cofiprune.summary(pruned).sparsity
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
     if options.benchmark:

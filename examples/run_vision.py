@@ -160,7 +160,8 @@ def report(
     config: cofiprune.PruneConfig,
 ) -> None:
     """Print and write metrics, size and speed of the saved model next to those of the dense one."""
-    found: dict[str, Any] = {"sparsity": result.sparsity, "seconds": result.seconds, "best_step": result.best_step}
+    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
+    found["sparsity"] = cofiprune.summary(pruned).sparsity
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
     if options.benchmark:
