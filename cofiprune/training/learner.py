@@ -26,8 +26,8 @@ from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.config import PruneConfig
-from cofiprune.training.schedule import Schedule, gate_rate
+from cofiprune.training.resolved import ResolvedSettings
+from cofiprune.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ class GateLearner(nn.Module):
         masks: MaskRegistry,
         names: Sequence[str],
         target: Target,
-        config: PruneConfig,
+        settings: ResolvedSettings,
         schedule: Schedule,
         *,
         layers_left: float = 1.0,
@@ -73,10 +73,10 @@ class GateLearner(nn.Module):
         groups = [structure[name] for name in names]
         self.masks = masks
         self.target = target
-        self.config = config
+        self.settings = settings
         self.schedule = schedule
         self.layers_left = layers_left
-        self.gates = Gates(groups, temperature=config.gate_temperature, stretch=config.gate_stretch).to(device)
+        self.gates = Gates(groups, temperature=settings.gate_temperature, stretch=settings.gate_stretch).to(device)
         self.constraint = Constraint().to(device)
         self.register_buffer("closed", torch.zeros_like(self.gates.log_alpha, dtype=torch.long))
         self.cost = target.cost(structure)
@@ -92,7 +92,7 @@ class GateLearner(nn.Module):
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups of gates and multipliers."""
-        rate = gate_rate(self.config, self.schedule.gated)
+        rate = self.settings.gate_learning_rate
         gates = {"params": list(self.gates.parameters()), "lr": rate, "weight_decay": 0.0}
         return [gates, self.constraint.ascent_group(rate)]
 
@@ -102,7 +102,7 @@ class GateLearner(nn.Module):
 
     def bind(self, draw: int) -> None:
         """Run the model under a sample of the gates; the same on every rank for the same number."""
-        self.masks.bind(self.gates.sample(self.config.seed, draw))
+        self.masks.bind(self.gates.sample(self.settings.seed, draw))
 
     def target_at(self, step: int) -> float:
         """The share of the dense model's cost that is to be gone at a step."""
@@ -156,7 +156,7 @@ class GateLearner(nn.Module):
         for group, part in self._parts(self.gates.log_alpha.detach()):
             limit = self.gates.limit_of(group)
             scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
-            values[group.name] = torch.sigmoid(0.8 * part / self.config.gate_temperature)
+            values[group.name] = torch.sigmoid(0.8 * part / self.settings.gate_temperature)
         structure, worth = self.masks.structure, self._worth()
 
         def plan_for(target: Target) -> Plan:
@@ -192,9 +192,11 @@ class GateLearner(nn.Module):
 
     def shrinks(self) -> bool:
         """Whether units may go while the gates learn. Sizes of whole groups are decided together, at the end."""
-        config = self.config
+        settings = self.settings
         return (
-            config.compact_in_training and config.trains_weights and not self.target.needs_levels(self.masks.structure)
+            settings.compact_in_training
+            and settings.trains_weights
+            and not self.target.needs_levels(self.masks.structure)
         )
 
     def long_closed(self) -> Plan | None:
@@ -220,7 +222,7 @@ class GateLearner(nn.Module):
         :param layers_left: of the dense model, in it.
         """
         names = [group.name for group in self.gates.groups if plan.kept[group.name]]
-        smaller = GateLearner(masks, names, self.target, self.config, self.schedule, layers_left=layers_left)
+        smaller = GateLearner(masks, names, self.target, self.settings, self.schedule, layers_left=layers_left)
         smaller.constraint = self.constraint
         smaller.count_from(self.origin())
         cut = gate_cut(self.gates, plan.keep)

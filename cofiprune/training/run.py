@@ -7,9 +7,10 @@ something is decided. The model itself is written to once, when the run ends.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ from cofiprune.training.checks import (
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
+from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Run:
     model: PreTrainedModel
     structure: Structure
     config: PruneConfig
+    """What was asked for; `settings` are what is used."""
     target: Target | None
     """None for `finetune`."""
     teacher: PreTrainedModel | None
@@ -75,6 +78,8 @@ class Run:
     resume: bool
 
     # Set up by `prepare`.
+    facts: Facts = field(init=False)
+    settings: ResolvedSettings = field(init=False)
     batches: Batches = field(init=False)
     """Of the present phase and this process."""
     calibration: Batches = field(init=False)
@@ -95,7 +100,6 @@ class Run:
     """What is trained; the model itself only before there is a copy."""
     plan: Plan = field(init=False)
     """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
-    trains_embeddings: bool = field(init=False)
     _small_structure: Structure | None = field(init=False, default=None)
     objective: Objective = field(init=False)
     state: RunState = field(init=False, default_factory=RunState)
@@ -122,15 +126,38 @@ class Run:
         self.folder = check_output_dir(self.output_dir, resume=self.resume)
         self.accelerator = _accelerator(config)
         check_compile(config, self.accelerator.device)
+        self.facts = self._facts()
+        self.know()
         if isinstance(self.batches, RowBatches):
-            self.batches.pad_to(self._padding_multiple(), longest_sequence(self.model))
+            self.batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
         set_seed(config.seed, device_specific=True)
         self.calibration = self.batches.shard(0, 1)
         self.batches = self.batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
         self.small, self.plan = self.model, Plan.from_values(self.structure, {})
-        self.trains_embeddings = bool(config.train_embeddings)
+        self.know(steps_per_epoch=math.ceil(len(self.batches) / config.gradient_accumulation_steps))
+
+    def know(self, **facts: Any) -> None:
+        """Take in facts that have become known, and what settings follow from them."""
+        self.facts = replace(self.facts, **facts)
+        self.settings = resolve(self.config, self.facts)
+
+    def _facts(self) -> Facts:
+        """Gather what is known about a run before it begins."""
+        half = self.config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
+        return Facts(
+            steps_per_epoch=1,
+            target=None if self.target is None else self.target.share,
+            round_to=1 if self.target is None else self.target.round_to,
+            units=unit_kinds(self.structure),
+            taught=self.teacher is not None,
+            labelled=self.batches.labelled,
+            needs_train_mode=any(
+                getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules()
+            ),
+            in_16_bit_on_gpu=half and self.accelerator.device.type == "cuda",
+        )
 
     def held_out(self) -> Evaluate | None:
         """Return what evaluates a model on the checked evaluation set; None without one."""
@@ -153,18 +180,13 @@ class Run:
 
         return evaluate
 
-    def _padding_multiple(self) -> int:
-        """Token rows are padded to a multiple of it: tensor cores take 16-bit matrices in pieces of 8."""
-        if self.config.pad_to_multiple_of is not None:
-            return self.config.pad_to_multiple_of
-        half = self.config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
-        return 8 if self.accelerator.device.type == "cuda" and half else 1
-
     @property
     def for_recovery(self) -> Batches:
         """The batches of the recovery, which may have another size."""
-        size = self.config.finetune_batch_size
-        return self.batches.resized(size) if size and isinstance(self.batches, RowBatches) else self.batches
+        size = self.settings.finetune_batch_size
+        if size == self.settings.batch_size or not isinstance(self.batches, RowBatches):
+            return self.batches
+        return self.batches.resized(size)
 
     def identify(self, **identity: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
@@ -188,7 +210,7 @@ class Run:
         for model in (self.model, *teachers):
             model.to(self.accelerator.device)
         with evaluating(*teachers), self.display, self.interrupt:
-            metric = self.config.metric_for_best_model
+            metric = self.settings.metric_for_best_model
             if metric is not None and self.evaluate is not None:
                 metric_name(metric, self.evaluate(self.model))
             if self.target is not None:
@@ -224,7 +246,7 @@ class Run:
         :param plan: what it is of the model; scales are in its weights.
         """
         small.to(self.accelerator.device)
-        if not self.trains_embeddings:
+        if not self.settings.train_embeddings:
             for name, parameter in small.named_parameters():
                 if name in self.structure.embeddings:
                     parameter.requires_grad_(False)
@@ -266,17 +288,17 @@ class Run:
         memory = 0
         if self.teacher is not None and isinstance(self.batches, RowBatches) and self.batches.in_memory:
             # Only rows that are in memory are the same every time; they are known by their numbers.
-            memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
+            memory = self.settings.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
             for batches in (self.batches, *(batches for batches, _ in self.taken)):
                 assert isinstance(batches, RowBatches)
                 batches.with_rows = memory > 0
-        self.objective = Objective(self.small, self.teacher, self.batches, self.config, fitted=fitted, memory=memory)
+        self.objective = Objective(self.small, self.teacher, self.batches, self.settings, fitted=fitted, memory=memory)
 
     def weight_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
         trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.settings.weight_decay},
             {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
         ]
         projection = self.objective.projection
@@ -356,10 +378,11 @@ class Run:
             state.history,
             state.seconds,
             state.best["step"] if state.best is not None else None,
-            "" if self.target is None else self.config.method,
+            "" if self.target is None else self.settings.method,
             self.reason,
             None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
-            self.target is not None and self.config.uniform,
+            self.target is not None and self.settings.uniform,
+            settings=self.settings,
         )
 
 

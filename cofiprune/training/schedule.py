@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PruneConfig
-from cofiprune.training.resolved import FROM_DENSE, FROM_ONE_SHOT, gate_learning_rate, weight_learning_rate
+from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.settings import Scheduler
 
 
@@ -32,75 +31,46 @@ class Schedule:
         return self.before + self.gated + self.after
 
     @classmethod
-    def for_pruning(cls, config: PruneConfig, batches: int, *, from_one_shot: bool | None = None) -> Schedule:
-        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it.
-
-        :param from_one_shot: whether the gates start on what one shot leaves; None for whether they are meant to.
-        """
-        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        if config.method == "one-shot":
+    def for_pruning(cls, settings: ResolvedSettings, batches: int) -> Schedule:
+        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it."""
+        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+        if settings.method == "one-shot":
             return cls(per_epoch, 0, 0, 0, 0)
-        epochs = config.pruning_epochs
-        rising, frozen = _shares(config, from_one_shot)
-        frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
-        if not config.trains_weights:
-            frozen = 0.0  # nothing would learn
-        warmup = rising * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
-        total = max(round(epochs * per_epoch), 1)
-        gated = max(round((epochs - frozen) * per_epoch), 1)
-        ramp = min(round(warmup * per_epoch), gated)
-        return cls(per_epoch, round(config.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
+        total = max(round(settings.epochs * per_epoch), 1)
+        gated = max(round((settings.epochs - settings.freeze_epochs) * per_epoch), 1)
+        ramp = min(round(settings.sparsity_warmup_epochs * per_epoch), gated)
+        return cls(per_epoch, round(settings.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
 
     @classmethod
-    def for_steps(
-        cls, config: PruneConfig, total: int, per_epoch: int | None, *, from_one_shot: bool | None = None
-    ) -> Schedule:
+    def for_steps(cls, settings: ResolvedSettings, total: int, per_epoch: int) -> Schedule:
         """Lay out pruning inside a run of `total` optimiser steps that somebody else has laid out.
 
-        :param per_epoch: optimiser steps of an epoch; None where the data have no length.
-        :raises SettingsError: when no step is left for the gates, or epochs are meant where there are none.
+        :raises SettingsError: when no step is left for the gates.
         """
-
-        def steps(name: str, share: float) -> int:
-            epochs: float | None = getattr(config, name)
-            if not epochs:
-                return round(share) if epochs is None else 0
-            if per_epoch is None:
-                raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
-            return round(epochs * per_epoch)
-
-        rising, frozen = _shares(config, from_one_shot)
-        before = steps("pre_finetune_epochs", 0)
-        after = steps("freeze_epochs", frozen * (total - before))
+        before, after = (round(n * per_epoch) for n in (settings.pre_finetune_epochs, settings.freeze_epochs))
         gated = total - before - after
         if gated < 1:
             raise SettingsError(
                 f"of {total} training steps, pre_finetune_epochs takes {before}, freeze_epochs {after}: none is left "
                 "in which gates could learn"
             )
-        ramp = min(steps("sparsity_warmup_epochs", rising * (total - before)), gated)
-        return cls(per_epoch or total, before, ramp, gated, after)
+        return cls(per_epoch, before, min(round(settings.sparsity_warmup_epochs * per_epoch), gated), gated, after)
 
     @staticmethod
-    def for_recovery(config: PruneConfig, pruning: Schedule, batches: int) -> int:
+    def for_recovery(settings: ResolvedSettings, pruning: Schedule, batches: int) -> int:
         """The steps after the structure is decided: the rest of the pruning phase, and the recovery.
 
         :param batches: of an epoch per process, in the recovery.
         """
-        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
         rest = math.ceil(pruning.after * per_epoch / pruning.steps_per_epoch)
-        return rest + round(config.recovery_epochs * per_epoch)
+        return rest + round(settings.finetune_epochs * per_epoch)
 
     @classmethod
-    def for_training(cls, epochs: float, config: PruneConfig, batches: int) -> Schedule:
+    def for_training(cls, epochs: float, settings: ResolvedSettings, batches: int) -> Schedule:
         """Lay out plain training."""
-        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
         return cls(per_epoch, round(epochs * per_epoch), 0, 0, 0)
-
-
-def _shares(config: PruneConfig, from_one_shot: bool | None) -> tuple[float, float]:
-    started = config.starts_from_one_shot if from_one_shot is None else from_one_shot
-    return FROM_ONE_SHOT if started else FROM_DENSE
 
 
 def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
@@ -117,39 +87,17 @@ def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
     return left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
-def gate_rate(config: PruneConfig, gated_steps: int) -> float:
-    """Return the learning rate of gates and multipliers for a run of some length."""
-    if config.gate_learning_rate is not None:
-        return config.gate_learning_rate
-    return gate_learning_rate(gated_steps)
-
-
-def pruning_rate(config: PruneConfig, target: float) -> float:
-    """Return the learning rate of the weights while gates learn towards a target sparsity in (0, 1)."""
-    return 0.5 * weight_learning_rate(1 - target) if config.learning_rate is None else config.learning_rate
-
-
-def gated_rates(config: PruneConfig, schedule: Schedule, target: float, trained: int) -> Callable[[int], list[float]]:
+def gated_rates(settings: ResolvedSettings, schedule: Schedule, trained: int) -> Callable[[int], list[float]]:
     """Return the rates of a pruning phase by step: of the groups of weights, of the gates and of the multipliers.
 
-    :param target: sparsity, in (0, 1).
     :param trained: number of groups of weights.
     """
-    gates, weights = gate_rate(config, schedule.gated), pruning_rate(config, target)
 
     def rates(step: int) -> list[float]:
         # The decay is restarted when the gates start, as in the original.
         begin, end = (0, schedule.before) if step < schedule.before else (schedule.before, schedule.total)
-        warmup = round(config.warmup_ratio * (end - begin))
-        factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
-        return [weights * factor] * trained + [gates] * 2
+        warmup = round(settings.warmup_ratio * (end - begin))
+        factor = rate(settings.lr_scheduler_type, step - begin, end - begin, warmup)
+        return [settings.learning_rate * factor] * trained + [settings.gate_learning_rate] * 2
 
     return rates
-
-
-def recovery_rate(config: PruneConfig, share: float) -> float:
-    """Return the learning rate for training what is left of a model.
-
-    :param share: kept parameters of the layers by those of the dense model, in (0, 1].
-    """
-    return weight_learning_rate(share) if config.finetune_learning_rate is None else config.finetune_learning_rate

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.data.batches import Batches
-from cofiprune.errors import TrainingError
+from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach
 from cofiprune.plan import Plan
 from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
 from cofiprune.training.start import Left, one_shot_start
@@ -98,10 +100,18 @@ class PruningCallback(TrainerCallback):
         target = target_for(model, structure, self.config, {"target_sparsity": self.target})
         check_target(structure, target, self.config.units)
         check_arguments(args, state, model, taught=self.teacher is not None)
-        teacher, rows = self._checked(model, structure, loader, args)
+        check_weights(model)
+        check_trainable(model, gated=True)
+        teacher = resolve_teacher(self.teacher, model, of_dense=True)
+        rows = rows_again(loader, model, structure, self.config, args, taught=teacher is not None)
         self._batches = _length(loader)
-        steps = None if self._batches is None else math.ceil(self._batches / args.gradient_accumulation_steps)
-        Schedule.for_steps(self.config, state.max_steps, steps)  # whether there are enough of them
+        facts = self._facts(structure, target, args, state, taught=teacher is not None)
+        if rows is not None:
+            facts = replace(facts, labelled=rows.labelled)
+        settings = resolve(self.config, facts)
+        if teacher is not None and rows is not None:
+            check_learnable(model, teacher, rows, settings, cuts_hidden="hidden" in settings.units)
+        Schedule.for_steps(settings, state.max_steps, facts.steps_per_epoch)  # whether there are enough of them
         self._fingerprint = {
             "target_sparsity": self.target,
             "family": structure.family,
@@ -117,13 +127,12 @@ class PruningCallback(TrainerCallback):
             start = begun(saved, model)
         elif rows is not None:
             # The model stays as wide as it is while the Trainer has it.
-            start = one_shot_start(model, rows, self.config, target, cuts_hidden=False)
-        schedule = Schedule.for_steps(self.config, state.max_steps, steps, from_one_shot=start is not None)
+            start = one_shot_start(model, rows, settings, target)
+        settings = resolve(self.config, replace(facts, from_one_shot=start is not None))
+        schedule = Schedule.for_steps(settings, state.max_steps, facts.steps_per_epoch)
         masks = attach(model)
         try:
-            learner = gate_learner(
-                model, masks, target, self.config, schedule, start=start, rows=None if saved else rows
-            )
+            learner = gate_learner(model, masks, target, settings, schedule, start=start, rows=None if saved else rows)
             self._run = CallbackRun(model, masks, learner, teacher, rows, args, start=start)
             if saved is not None:
                 self._run.restore(saved)
@@ -131,18 +140,25 @@ class PruningCallback(TrainerCallback):
             masks.detach()
             raise
 
-    def _checked(
-        self, model: PreTrainedModel, structure: Structure, loader: Any, args: Any
-    ) -> tuple[PreTrainedModel | None, Batches | None]:
-        """Return the teacher and the rows, checked against the model."""
-        check_weights(model)
-        check_trainable(model, gated=True)
-        teacher = resolve_teacher(self.teacher, model, of_dense=True)
-        rows = rows_again(loader, model, structure, self.config, args, taught=teacher is not None)
-        if teacher is not None and rows is not None:
-            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
-            check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
-        return teacher, rows
+    def _facts(self, structure: Structure, target: Target, args: Any, state: Any, *, taught: bool) -> Facts:
+        """Gather what settings depend on.
+
+        :raises SettingsError: for epochs where the data set has no length.
+        """
+        if self._batches is None:
+            for name in ("pre_finetune_epochs", "freeze_epochs", "sparsity_warmup_epochs"):
+                epochs = getattr(self.config, name)
+                if epochs:
+                    raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
+        length = self._batches
+        return Facts(
+            steps_per_epoch=state.max_steps if length is None else math.ceil(length / args.gradient_accumulation_steps),
+            target=target.share,
+            round_to=target.round_to,
+            units=unit_kinds(structure),
+            taught=taught,
+            trainer_steps=state.max_steps,
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the next forwards run under samples of the gates."""
@@ -206,6 +222,7 @@ class PruningCallback(TrainerCallback):
             run.history,
             run.seconds,
             best,
+            settings=run.learner.settings,
         )
         self._run = None
 

@@ -37,6 +37,7 @@ from cofiprune.training.checkpoint import FORMAT_VERSION, check_same, check_vers
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
+from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.schedule import Schedule
 from cofiprune.training.start import Left
 from cofiprune.training.trainer.forward import ForwardHooks, RemainingMasks
@@ -87,7 +88,7 @@ class CallbackRun:
         objective = None
         if teacher is not None and batches is not None:
             self._modes.enter_context(evaluating(teacher.to(device)))  # type: ignore[arg-type]
-            objective = Objective(model if start is None else start[0], teacher, batches, learner.config)
+            objective = Objective(model if start is None else start[0], teacher, batches, learner.settings)
         self.projection = None if objective is None else objective.projection
         groups = learner.groups()
         if self.projection is not None:
@@ -251,7 +252,7 @@ def gate_learner(
     model: PreTrainedModel,
     masks: MaskRegistry,
     target: Target,
-    config: PruneConfig,
+    settings: ResolvedSettings,
     schedule: Schedule,
     *,
     start: Left | None,
@@ -267,13 +268,13 @@ def gate_learner(
     if start is not None:
         left = RemainingMasks(masks, start[1], structure_of(start[0]))
         layers_left -= sparsity(layer_parameters(structure), structure, start[1].kept)
-    names = [group.name for group in left.structure.present(config.units)]
-    learner = GateLearner(left, names, target, config, schedule, layers_left=layers_left)
-    if config.warm_start and rows is not None:
+    names = [group.name for group in left.structure.present(settings.units)]
+    learner = GateLearner(left, names, target, settings, schedule, layers_left=layers_left)
+    if settings.warm_start and rows is not None:
         small = model if start is None else start[0]
         with nullcontext(masks) if start is None else attach(small) as inner:
-            importance = measured_importance(small, inner, names, rows, seed=config.seed)
-        learner.gates.initialise_from(importance, spread=config.warm_start_spread)
+            importance = measured_importance(small, inner, names, rows, seed=settings.seed)
+        learner.gates.initialise_from(importance, spread=settings.warm_start_spread)
     return learner
 
 
