@@ -129,15 +129,6 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: _read(given[name], field) for name, field in PruneConfig.model_fields.items() if name in given}
 
 
-def prune_config(options: argparse.Namespace, preset: str | None = None) -> PruneConfig:
-    """Return the configuration that the command line gives, on top of a preset.
-
-    :raises SettingsError: for a value out of range.
-    """
-    given = given_settings(options)
-    return PruneConfig.preset(preset, **given) if preset else PruneConfig.create(**given)
-
-
 def _add(group: argparse._ArgumentGroup, name: str, field: FieldInfo, *, hidden: bool) -> None:
     text = f"{' '.join((field.description or '').split())} (default: {_shown(field.default)})".replace("%", "%%")
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS if hidden else text}
