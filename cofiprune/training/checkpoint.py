@@ -28,7 +28,8 @@ from cofiprune.training.config import PruneConfig
 FORMAT_VERSION = 2
 """1 held the dense model only where it was no longer the one that learns."""
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps"}
+_MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps", "latency_cache", "pad_to_multiple_of"}
+"""Settings that say nothing about the run, or that come from the machine."""
 _COUNTS = ("step", "total_steps", "batches_seen", "seconds", "best")
 
 

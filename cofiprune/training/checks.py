@@ -18,7 +18,8 @@ from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherE
 from cofiprune.masking import masks_of
 from cofiprune.training.checkpoint import has_checkpoints
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.objective import hidden_width, label_weight
+from cofiprune.training.objective import hidden_width
+from cofiprune.training.resolved import Facts, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,7 +139,7 @@ def check_learnable(
     """
     if config.label_weight and not batches.labelled:
         raise DataError(f"label_weight={config.label_weight:g} asks for labels, and train_dataset has none")
-    labels = label_weight(config, taught=teacher is not None, labelled=batches.labelled)
+    labels = resolve(config, Facts(1, taught=teacher is not None, labelled=batches.labelled)).label_weight
     if teacher is not None and config.distill_layers_weight:
         check_states(student)
         check_states(teacher)

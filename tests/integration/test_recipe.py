@@ -7,6 +7,7 @@ import torch
 
 import cofiprune
 from cofiprune import PruneConfig
+from cofiprune.training.resolved import Facts, resolve
 from cofiprune.training.schedule import Schedule
 
 BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
@@ -74,7 +75,7 @@ def test_presets_begin_with_the_whole_model():
     ],
 )
 def test_the_last_part_of_the_epochs_trains_the_decided_structure(settings, ramp, after):
-    schedule = Schedule.for_pruning(PruneConfig(epochs=10, **settings), 100)
+    schedule = Schedule.for_pruning(resolve(PruneConfig(epochs=10, **settings), Facts(100, 0.5)), 100)
     assert (schedule.ramp, schedule.gated, schedule.after) == (ramp, 1000 - after, after)
 
 
