@@ -88,13 +88,14 @@ def train(run: Run) -> None:
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
     cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
     check_learnable(run.model, run.teacher, run.batches, run.config, cuts_hidden=cuts_hidden)
-    run.settle(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
+    run.settle()
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
     run.batches = run.recovery_batches
     run.identify(method="finetune")
     if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
+    run.settle(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
     with run.running():
         run.use(plan)
         recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))

@@ -11,7 +11,7 @@ from cofiprune.errors import CofipruneError, SettingsError
 from cofiprune.structure import UNIT_KINDS
 from cofiprune.training.config import CALLBACK, FINETUNE, RECOVERY, names_of
 from cofiprune.training.resolved import Facts, resolve
-from cofiprune.training.schedule import Schedule, gate_rate, pruning_rate, rate, recovery_rate
+from cofiprune.training.schedule import Schedule, rate
 
 NAMES = [
     "epochs",
@@ -328,9 +328,8 @@ def test_a_schedule_adds_up():
     for epochs in (0, 0.1, 1, 3.3, 20):
         for freeze in (None, 0, 0.5, 50):
             for batches in (1, 2, 7, 250):
-                config = PruneConfig(epochs=epochs, freeze_epochs=freeze, gradient_accumulation_steps=3)
-                schedule = Schedule.for_pruning(config, batches)
-                assert schedule.steps_per_epoch == -(-batches // 3)
+                settings = resolve(PruneConfig(epochs=epochs, freeze_epochs=freeze), Facts(batches, 0.5))
+                schedule = Schedule.for_pruning(settings, batches)
                 assert schedule.gated >= 1
                 assert 0 <= schedule.ramp <= schedule.gated
                 assert schedule.after >= 0
@@ -339,7 +338,7 @@ def test_a_schedule_adds_up():
 
 def test_presets_leave_the_structure_to_learn_to_the_end():
     for name, (_, _, epochs, before, warmup, _) in RECIPE.items():
-        schedule = Schedule.for_pruning(PruneConfig.preset(name), 100)
+        schedule = Schedule.for_pruning(resolve(PruneConfig.preset(name), Facts(100, 0.5)), 100)
         assert (schedule.before, schedule.gated, schedule.after, schedule.ramp) == (
             100 * before,
             100 * epochs,
@@ -362,10 +361,12 @@ def test_learning_rates():
 
 
 def test_rates_that_are_left_open_follow_the_run():
-    config = PruneConfig()
-    assert gate_rate(config, 1) == 0.2
-    assert gate_rate(config, 10**6) == 0.01
-    assert pruning_rate(config, 0.01) < pruning_rate(config, 0.9)
-    assert recovery_rate(config, 1.0) < recovery_rate(config, 0.05) <= recovery_rate(config, 0.0) < 1
-    stated = PruneConfig(gate_learning_rate=0.3, learning_rate=0.4, finetune_learning_rate=0.5)
-    assert (gate_rate(stated, 9), pruning_rate(stated, 0.5), recovery_rate(stated, 0.5)) == (0.3, 0.4, 0.5)
+    def rates(steps, target=0.5, left=0.5, **given):
+        found = resolve(PruneConfig(**given), Facts(steps, target, kept_share=left))
+        return found.gate_learning_rate, found.learning_rate, found.finetune_learning_rate
+
+    assert (rates(1)[0], rates(10**6)[0]) == (0.2, 0.01)
+    assert rates(9, target=0.01)[1] < rates(9, target=0.9)[1]
+    assert rates(9, left=1.0)[2] < rates(9, left=0.05)[2] <= rates(9, left=0.0)[2] < 1
+    stated = {"gate_learning_rate": 0.3, "learning_rate": 0.4, "finetune_learning_rate": 0.5}
+    assert rates(9, **stated) == (0.3, 0.4, 0.5)

@@ -319,7 +319,7 @@ def load_beside(args: Any, step: int, fingerprint: dict[str, Any], model: nn.Mod
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: it cannot be read ({error!r})") from error
     check_version(version, path, ", or train anew")
-    check_same(fingerprint, saved, path, "")
+    check_same(fingerprint, saved, f"{path} is of another run", "")
     if weights != digest(model):
         raise CheckpointError(
             f"{path} is of another run: its gates were saved with other weights than those the Trainer resumes from"
