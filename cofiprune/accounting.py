@@ -1,9 +1,9 @@
 """Counting parameters and multiply-accumulates: exact for a plan, expected and differentiable for gates.
 
-Every parameter is a rectangle, so its size is its fixed part times the number of kept units of each
-of its sides, times the gate of its block. Summed over a model this is one polynomial in the group
-sizes: a coefficient per distinct set of groups. Exact counts evaluate it at whole numbers; expected
-counts at the sums of P(z > 0) (the gates are independent, and no side appears twice under one gate).
+Every parameter is a rectangle, so its size is its fixed part times the kept units of each of its sides, times the gate
+of its block. Summed over a model this is one polynomial in the group sizes, with a coefficient per distinct set of
+groups. Exact counts evaluate it at whole numbers, expected counts at the sums of P(z > 0) (the gates are independent,
+and no side appears twice under one gate).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Term = tuple[str, ...]
 
 
 class Cost(Protocol):
-    """What a model costs, as a function of the sizes of its groups: parameters, operations or time.
+    """The cost of a model as a function of the sizes of its groups: parameters, operations or time.
 
-    A removed block has a size of 0 for its gate, and then costs nothing.
+    A removed block has a size of 0 for its gate, and costs nothing.
     """
 
     @property
     def linear(self) -> bool:
-        """Whether each further unit of a group costs the same, whatever the number of them."""
+        """Whether each unit of a group costs the same, whatever their number."""
 
     def exact(self, kept: Mapping[str, int]) -> int:
         """Evaluate at whole numbers of kept units."""
@@ -62,7 +62,6 @@ class Polynomial:
 
     @property
     def linear(self) -> bool:
-        """Whether each further unit of a group costs the same: it does."""
         return True
 
     def along(self, kept: Mapping[str, int], name: str, counts: Sequence[int]) -> list[int]:
@@ -100,33 +99,33 @@ class Polynomial:
 
 
 def layer_parameters(structure: Structure) -> Polynomial:
-    """Parameters of the encoder's layers: weights, biases and norms. What `sparsity` divides by."""
+    """Count the parameters of the encoder's layers: weights, biases and norms; the denominator of `sparsity`."""
     return _parameters(structure, structure.in_layers)
 
 
 def model_parameters(structure: Structure) -> Polynomial:
-    """Every parameter of the model."""
+    """Count every parameter of the model."""
     return _parameters(structure, lambda parameter: True)
 
 
 def embedding_parameters(structure: Structure) -> Polynomial:
-    """Parameters of the embedding tables."""
+    """Count the parameters of the embedding tables."""
     tables = set(structure.embeddings)
     return _parameters(structure, lambda parameter: parameter.name in tables)
 
 
 def layer_macs(structure: Structure, seq_len: int) -> Polynomial:
-    """Multiply-accumulates of the encoder's layers for one example of `seq_len` tokens."""
+    """Count the multiply-accumulates of the encoder's layers for one example of `seq_len` tokens."""
     return _macs(structure, seq_len, structure.in_layers)
 
 
 def model_macs(structure: Structure, seq_len: int) -> Polynomial:
-    """Multiply-accumulates of the whole model for one example of `seq_len` tokens; lookups cost nothing."""
+    """Count the multiply-accumulates of the model for one example of `seq_len` tokens; lookups cost nothing."""
     return _macs(structure, seq_len, lambda parameter: True)
 
 
 def sparsity(cost: Cost, structure: Structure, kept: Mapping[str, int]) -> float:
-    """Removed share of a cost, in [0, 1]."""
+    """Return the removed share of a cost, in [0, 1]."""
     return 1 - cost.exact(kept) / cost.exact(structure.sizes)
 
 

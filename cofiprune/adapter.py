@@ -1,9 +1,8 @@
 """The contract of an adapter: it describes where units live, and the core acts.
 
-An adapter turns a configuration into a `Family`: rows that say which side of which parameter belongs to heads,
-feed-forward dimensions or the hidden size, and where a block's output leaves it. An adapter has no `forward`, no tensor
-arithmetic and no loop over weights. `structure` resolves the rows against a model into a `Structure`. This module has
-every name that an adapter file needs.
+An adapter turns a configuration into a `Family`: tables of the parameter sides that belong to heads, feed-forward
+dimensions or the hidden size, and of the modules where blocks end. It has no `forward`, no tensor arithmetic and no
+loop over weights. `structure` resolves the tables against a model. This module has every name that an adapter needs.
 """
 
 from __future__ import annotations
@@ -78,12 +77,12 @@ ENTRY_POINT_GROUP = "cofiprune.adapters"
 
 
 class Adapter:
-    """What a family's author implements: the model types and `describe`."""
+    """A family's adapter: a subclass has the model types and `describe`."""
 
     model_types: tuple[str, ...] = ()
-    """The `config.model_type` values that it serves."""
+    """Supported values of `config.model_type`."""
     stored: bool = False
-    """Whether a compacted model carries the table with it, because nothing that is installed has it."""
+    """Whether a compacted model carries the table with it, because no installed package has it."""
     test_settings: Mapping[str, Any] = MappingProxyType({})
     """Settings of the small configurations that `check_adapter` tries, where a model does not run with the defaults."""
 
@@ -157,12 +156,10 @@ def known_families() -> tuple[str, ...]:
 
 
 def adapter_for(model: PreTrainedModel) -> Adapter:
-    """Return the adapter of a model's family: the one registered or installed for it, or else one derived from it.
+    """Return the adapter of a model's family: registered, installed, carried by the model, or derived from it.
 
-    A compacted model of a family whose adapter was derived carries the table that it was cut by.
-
-    :raises AdapterError: when the object is not a transformers encoder as it stands (see `refusals`), or no adapter
-        serves its family and none can be derived.
+    :raises AdapterError: for an object that is not a transformers encoder (see `refusals`), or a family that has no
+        adapter and for which none can be derived.
     """
     refuse(model)
     model_type = model.config.model_type
@@ -187,26 +184,26 @@ def _installed(model_type: str) -> Adapter | None:
     """
     # An entry point that is found twice (two folders on the path with one package's metadata) is still one adapter.
     points = {point.value: point for point in entry_points(group=ENTRY_POINT_GROUP, name=model_type)}
+    if not points:
+        return None
     if len(points) > 1:
         named = ", ".join(f"{_package(point)} ({value!r})" for value, point in points.items())
         raise AdapterError(
             f"{len(points)} packages name an adapter for model type {model_type!r}: {named}. Uninstall all but one, or "
             "choose one of them by cofiprune.register_adapter(adapter), which goes before what is installed."
         )
-    for value, point in points.items():
-        who = f"the adapter of model type {model_type!r} that the package {_package(point)} names, {value!r},"
-        try:
-            found = point.load()
-        except Exception as error:  # whatever importing someone else's module raises
-            raise AdapterError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
-        if not isinstance(found, Adapter):
-            if isinstance(found, type) and issubclass(found, Adapter):
-                what = f"it is the class {found.__name__}; the entry point has to name an instance of it"
-            else:
-                what = f"it is a {type(found).__name__}, not a cofiprune.Adapter"
-            raise AdapterError(f"{who} cannot be used: {what}")
+    ((value, point),) = points.items()
+    who = f"the adapter of model type {model_type!r} that the package {_package(point)} names, {value!r},"
+    try:
+        found = point.load()
+    except Exception as error:  # importing another package can raise anything
+        raise AdapterError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
+    if isinstance(found, Adapter):
         return found
-    return None
+    what = f"it is a {type(found).__name__}, not a cofiprune.Adapter"
+    if isinstance(found, type) and issubclass(found, Adapter):
+        what = f"it is the class {found.__name__}; the entry point has to name an instance of it"
+    raise AdapterError(f"{who} cannot be used: {what}")
 
 
 def _package(point: EntryPoint) -> str:

@@ -1,9 +1,9 @@
-"""Reading the directories that the original CoFi release writes, as ordinary compacted models.
+"""Reading the directories of the original CoFi release as ordinary compacted models.
 
-There are two forms. *Released*: weights that are cut already, under a configuration that still states the
-original sizes; what was kept follows from the shapes. *Full*: weights of the original shapes and `zs.pt`, the
-masks of a pruning run; they are folded in here. Which parameter carries which unit comes from the family's
-adapter. The files are pickles: tensors are read from them, and nothing in them is ever executed.
+There are two forms. *Released*: weights that are cut already, under a configuration that still states the original
+sizes; their shapes tell the kept units. *Full*: weights of the original shapes and `zs.pt`, the masks of a pruning run,
+which are folded in. The family's adapter tells the units of each parameter. The files are pickles: only tensors are
+read from them, and nothing is ever executed.
 
 Xia, Zhong, Chen, "Structured Pruning Learns Compact and Accurate Models", ACL 2022, arXiv:2204.00408.
 """
@@ -26,10 +26,8 @@ import transformers
 from torch import Tensor
 
 from cofiprune.adapter import adapter_for, expand
-from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact
-from cofiprune.compaction.slicing import reshape_skeleton
-from cofiprune.errors import CheckpointError, PlanError
+from cofiprune.compaction.slicing import compacted, reshape_skeleton
+from cofiprune.errors import CheckpointError, PlanError, explained, one_line
 from cofiprune.plan import Plan
 from cofiprune.structure import Kind, Structure
 
@@ -44,10 +42,10 @@ _KIND_OF_MASK: Mapping[str, Kind] = {
     "mlp_z": "ffn",
     "hidden_z": "hidden",
 }
-# Linear maps of the layerwise distillation, which the original drops after training.
+# Linear layers of the layerwise distillation, which the original drops after training.
 _DISTILLATION = ("layer_transformation.", "mha_layer_transformation.", "emb_transformation.")
-# What the original's runs leave in a configuration: switches of its training code, heads that it counts as pruned
-# (its widths say otherwise), and what saving the model writes anew.
+# Entries that the original's runs add to a configuration: switches of its training code, heads that it counts as
+# pruned (its widths say otherwise), and entries that are written anew when the model is saved.
 _CONFIG_LEFTOVERS = (
     "architectures", "do_distill", "do_emb_distill", "do_layer_distill", "do_mha_layer_distill", "dtype",
     "gradient_checkpointing", "_name_or_path", "output_attentions", "output_hidden_states", "pruned_heads",
@@ -63,34 +61,36 @@ _TOLERANCE = 1e-6  # float32 rounding of a sigmoid
 def load_cofi_checkpoint(path: str | Path, *, task_head: str | None = None) -> PreTrainedModel:
     """Load a directory written by the original CoFi release, in either of its forms.
 
-    The masks of the full form are folded into the weights exactly: the model computes what the original computes
-    *under its masks*, not what it computes after its own compaction, which differs for fractional hidden masks and
-    for blocks that are open with every inner unit masked. Of such a block its bias and its norm stay; here one inner
-    unit stays with them, with zeros for output weights. A mask that `zs.pt` does not have is all ones.
+    The masks of the full form are folded into the weights exactly: the model computes the same as the original *under
+    its masks*. The original's own compaction differs from that for fractional hidden masks, and for open blocks with
+    every inner unit masked, whose bias and norm still act: such a block keeps one inner unit here, with zeros for
+    output weights. A mask that is missing in `zs.pt` is all ones.
 
-    Labels keep the names that the configuration gives them. Where it gives none (`LABEL_0`, ...) and
-    `finetuning_task` is "mnli", they get the order of the released models: 0 contradiction, 1 entailment, 2 neutral.
+    Labels keep their names. Unnamed ones (`LABEL_0`, ...) get the order of the released models where `finetuning_task`
+    is "mnli": 0 contradiction, 1 entailment, 2 neutral.
 
     :param path: a directory with `config.json`, `pytorch_model.bin` and, for the full form, `zs.pt`.
-    :param task_head: ending of the class to load, such as "ForQuestionAnswering"; by default, what
-        `architectures` in the configuration says.
+    :param task_head: ending of the class to load, such as "ForQuestionAnswering"; by default that of `architectures`
+        in the configuration.
     :return: a compacted model of the family's ordinary class, on the CPU, in evaluation mode.
     :raises CheckpointError: when files are missing, damaged, contain code, or do not belong together.
     :raises AdapterError: when the family has no adapter.
     """
     folder = _directory(path)
     entries = _entries(folder / _CONFIG)
-    weights = {_modern(name): value for name, value in _tensors(folder / _WEIGHTS).items()}
+    # Norms had `gamma` and `beta` in the oldest checkpoints.
+    modern = ((re.sub(r"\.gamma$", ".weight", name), value) for name, value in _tensors(folder / _WEIGHTS).items())
+    weights = {re.sub(r"\.beta$", ".bias", name): value for name, value in modern}
     model = _dense_model(folder, entries, task_head, weights)
-    structure = structure_of(model)
+    structure = adapter_for(model).structure(model)
     weights, gone = _matched(folder, model, structure, weights)
     kept = _kept(folder, structure, weights, gone)
     masks = _tensors(folder / _MASKS) if (folder / _MASKS).is_file() else None
     cut = any(kept[name] < size for name, size in structure.sizes.items())
     if cut and masks is not None:
         raise CheckpointError(
-            f"{folder}: the weights are cut already, and there are masks in {_MASKS} as well; if the weights are "
-            f"the final ones, take {_MASKS} out of the directory"
+            f"{folder}: the weights are cut already, and there are masks in {_MASKS} as well; if the weights are the "
+            f"final ones, take {_MASKS} out of the directory"
         )
     if not cut and masks is None:
         raise CheckpointError(
@@ -100,11 +100,15 @@ def load_cofi_checkpoint(path: str | Path, *, task_head: str | None = None) -> P
         )
     if cut:
         reshape_skeleton(model, structure, kept)
-    _fill(folder, model, weights)
+    with explained(CheckpointError, f"{folder / _WEIGHTS} does not fit {_CONFIG}", RuntimeError):
+        # The other entries of the state dict are the markers of removed blocks.
+        model.load_state_dict({**model.state_dict(), **weights})
     if masks is not None:
         values = _mask_values(folder / _MASKS, structure, masks)
         _keep_open_blocks(model, structure, values)
-        model = compact(model, _plan(folder / _MASKS, structure, values))
+        with explained(CheckpointError, f"{folder / _MASKS}", PlanError):
+            plan = Plan.from_values(structure, values)
+        model = compacted(model, structure, plan)
     model.train(False)
     return model
 
@@ -112,23 +116,19 @@ def load_cofi_checkpoint(path: str | Path, *, task_head: str | None = None) -> P
 def convert(path: str | Path, out: str | Path, *, task_head: str | None = None) -> PreTrainedModel:
     """Write a directory of the original CoFi release as an ordinary compacted model, tokenizer files included.
 
-    :param path: as for `load_cofi_checkpoint`.
-    :param out: the directory to write `config.json` and `model.safetensors` to; made when it is not there.
+    :param out: the directory for `config.json` and `model.safetensors`; made when it is not there.
     :return: the model that was written.
     :raises CheckpointError: as for `load_cofi_checkpoint`, or when `out` cannot be written to.
     """
     source, target = _directory(path), Path(out)
     if target.resolve() == source.resolve():
         raise CheckpointError(f"{target} is the directory to convert; choose another one to write to")
-    try:
+    with explained(CheckpointError, f"cannot write to {target}", OSError):
         target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {target}: {_line(error)}") from error
     model = load_cofi_checkpoint(source, task_head=task_head)
     model.save_pretrained(target)
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)):
+        shutil.copyfile(file, target / file.name)
     return model
 
 
@@ -151,11 +151,9 @@ def _directory(path: str | Path) -> Path:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """The configuration as it stands in the file."""
-    try:
+    """Read the entries of a configuration."""
+    with explained(CheckpointError, f"{file} is damaged, it is not JSON", OSError, ValueError):
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged, it is not JSON: {_line(error)}") from error
     if not isinstance(entries, dict) or not isinstance(entries.get("model_type"), str):
         raise CheckpointError(f"{file} is not a model's configuration: it has no model_type")
     if "quantization_config" in entries:
@@ -164,7 +162,7 @@ def _entries(file: Path) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """Read a pickled dict of tensors to the CPU without executing anything in it."""
+    """Read a pickled dict of tensors to the CPU, without executing anything in it."""
     try:
         with warnings.catch_warnings():
             # torch warns of pickle protocols that it may not fully support; if it does not, it fails as well.
@@ -179,8 +177,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} contains pickled code ({code[1]}), which is never executed; a checkpoint holds tensors only"
         ) from error
-    except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise CheckpointError(f"{file} is damaged or cannot be read: {_line(error)}; fetch it again") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise CheckpointError(f"{file} is damaged or cannot be read: {one_line(error)}; fetch it again") from error
     if broken is not None:
         raise CheckpointError(f"{file} is damaged: the checksum of {broken!r} in it is wrong; fetch it again")
     if not isinstance(payload, dict):
@@ -191,15 +189,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in payload.items()}
 
 
-def _modern(name: str) -> str:
-    """The name that a parameter has today: norms had `gamma` and `beta` in the oldest checkpoints."""
-    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
-
-
 def _dense_model(
     folder: Path, entries: dict[str, Any], task_head: str | None, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """The model that the configuration describes, before pruning; its weights are random."""
+    """Build the dense model of the configuration, with random weights."""
     architecture = next(iter(entries.get("architectures") or ()), "")
     ending = task_head or "".join(re.findall(r"For[A-Z]\w*$", architecture))
     auto = getattr(transformers, f"AutoModel{ending}", None)
@@ -211,11 +204,10 @@ def _dense_model(
     config = _config(folder / _CONFIG, entries)
     kinds = {value.dtype for value in weights.values() if value.is_floating_point()}
     dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
-    except Exception as error:  # a value that the modelling code cannot use fails wherever it is used
-        raise CheckpointError(f"{folder / _CONFIG} gives no {config.model_type} model: {_line(error)}") from error
+    problem = f"{folder / _CONFIG} gives no {config.model_type} model"
+    # A value that the modelling code cannot use may raise anything.
+    with explained(CheckpointError, problem, Exception), torch.random.fork_rng(devices=[]):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     # The original's classes have the name of the ordinary class with a prefix of their own.
     if task_head is None and not architecture.endswith(type(model).__name__):
         raise CheckpointError(
@@ -230,13 +222,12 @@ def _config(file: Path, entries: dict[str, Any]) -> PretrainedConfig:
     model_type = settings.pop("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"{file} has the model_type {model_type!r}, which transformers does not know")
-    try:
+    # The validators of a configuration have exceptions of their own.
+    with explained(CheckpointError, f"{file} is no valid {model_type} configuration", Exception):
         config: PretrainedConfig = transformers.AutoConfig.for_model(model_type, **settings)
-    except Exception as error:  # the validators of a configuration have classes of their own
-        raise CheckpointError(f"{file} is no valid {model_type} configuration: {_line(error)}") from error
     unnamed = all(re.fullmatch(r"(LABEL_)?\d+", str(label)) for label in (config.id2label or {}).values())
-    task = str(getattr(config, "finetuning_task", None)).lower()
-    if task == "mnli" and unnamed and config.num_labels == len(_MNLI_LABELS):
+    is_mnli = str(getattr(config, "finetuning_task", None)).lower() == "mnli"
+    if is_mnli and unnamed and config.num_labels == len(_MNLI_LABELS):
         config.id2label = dict(enumerate(_MNLI_LABELS))
         config.label2id = {label: index for index, label in config.id2label.items()}
     return config
@@ -245,9 +236,8 @@ def _config(file: Path, entries: dict[str, Any]) -> PretrainedConfig:
 def _matched(
     folder: Path, model: PreTrainedModel, structure: Structure, weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The weights that the model has a place for, and the gates of the blocks that are not in the file."""
-    file = folder / _WEIGHTS
-    prefix = model.base_model_prefix
+    """Return the weights that belong to the model, and the gates of the blocks that are missing in the file."""
+    file, prefix = folder / _WEIGHTS, model.base_model_prefix
     if not any(name.startswith(f"{prefix}.") for name in weights):
         common = Counter(name.split(".")[0] for name in weights).most_common(1)
         raise CheckpointError(
@@ -264,14 +254,12 @@ def _matched(
     for spec in structure.parameters:
         if spec.gate in gone:
             wanted.discard(spec.name)
-            # Of a removed block the original leaves the norm in the file, at a width that means nothing.
+            # The original leaves the norm of a removed block in the file, at a width that means nothing.
             if spec.name in weights and spec.name.rpartition(".")[0] not in norms:
                 raise CheckpointError(f"{file} is incomplete: it has {spec.name!r} without {exits[spec.gate]!r}")
-    missing = sorted(wanted - set(weights))
-    if missing:
+    if missing := sorted(wanted - set(weights)):
         raise CheckpointError(f"{file} is incomplete: {missing[0]!r} is missing ({len(missing)} such names)")
-    extra = sorted(set(weights) - wanted - _leftovers(model, structure, weights))
-    if extra:
+    if extra := sorted(set(weights) - wanted - _leftovers(model, structure, weights)):
         raise CheckpointError(
             f"{file} does not fit {_CONFIG}: a {type(model).__name__} of {len(structure.layers)} layers has no "
             f"{extra[0]!r} ({len(extra)} such names); take the {_CONFIG} that belongs to it"
@@ -280,7 +268,7 @@ def _matched(
 
 
 def _leftovers(model: PreTrainedModel, structure: Structure, names: Mapping[str, Tensor]) -> set[str]:
-    """Names that may be in the file though the model does not use them."""
+    """Names that may be in the file although the model does not use them."""
     stem = adapter_for(model).describe(model.config).stem
     unused = [f"{model.base_model_prefix}.{path}." for row in stem if row.optional for path in expand(row.modules)]
     known = {spec.name for spec in structure.parameters} | {name for name, _ in model.named_buffers()}
@@ -288,7 +276,7 @@ def _leftovers(model: PreTrainedModel, structure: Structure, names: Mapping[str,
 
 
 def _kept(folder: Path, structure: Structure, weights: Mapping[str, Tensor], gone: set[str]) -> dict[str, int]:
-    """The number of kept units of every group, as the shapes in the file tell it."""
+    """Return the number of kept units of every group by the shapes in the file."""
     kept = dict(structure.sizes)
     for block in structure.blocks:
         if block.gate in gone:
@@ -303,8 +291,8 @@ def _kept(folder: Path, structure: Structure, weights: Mapping[str, Tensor], gon
             if side is None:
                 fits = fits and length == full
                 continue
-            count, rest = divmod(length, side.copies * side.block)
-            fits = fits and not rest and 0 < count <= side.units
+            count, remainder = divmod(length, side.copies * side.block)
+            fits = fits and not remainder and 0 < count <= side.units
             if fits and kept[side.group] != count and side.group in first:
                 raise CheckpointError(
                     f"{folder / _WEIGHTS} contradicts itself on {side.group!r}: {kept[side.group]} of {side.units} are "
@@ -320,16 +308,8 @@ def _kept(folder: Path, structure: Structure, weights: Mapping[str, Tensor], gon
     return kept
 
 
-def _fill(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights; what else the state dict has are the markers of removed blocks."""
-    try:
-        model.load_state_dict({**model.state_dict(), **weights})
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder / _WEIGHTS} does not fit {_CONFIG}: {_line(error)}") from error
-
-
 def _mask_values(file: Path, structure: Structure, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks by group, [units] each, from tensors [layers, 1, .., units, ..] and [hidden]."""
+    """Return the masks by group, [units] each, from tensors [layers, 1, .., units, ..] and [hidden]."""
     values: dict[str, Tensor] = {}
     for key, mask in masks.items():
         if key not in _KIND_OF_MASK:
@@ -348,14 +328,13 @@ def _mask_values(file: Path, structure: Structure, masks: Mapping[str, Tensor]) 
 
 
 def _keep_open_blocks(model: PreTrainedModel, structure: Structure, values: dict[str, Tensor]) -> None:
-    """Keep blocks whose gate is open though every inner unit is masked: their bias and norm still act.
+    """Keep blocks whose gate is open although every inner unit is masked: their bias and norm still act.
 
-    Under masks the original skips a block only when its output sums to zero. A plan counts a block without inner
-    units as gone, so one unit stays, with a zero for each of its output weights.
+    Under masks the original bypasses a block only when its output sums to zero. In a plan a block without inner units
+    is removed, so one unit stays, with a zero for each of its output weights.
     """
     for block in structure.blocks:
-        inner = values.get(block.inner or "")
-        gate = values.get(block.gate)
+        inner, gate = values.get(block.inner or ""), values.get(block.gate)
         if block.inner is None or inner is None or inner.any() or (gate is not None and not gate.any()):
             continue
         last = [spec for spec in structure.parameters if spec.gate == block.gate and spec.gated]
@@ -365,16 +344,3 @@ def _keep_open_blocks(model: PreTrainedModel, structure: Structure, values: dict
             if any(side is not None and side.group == block.inner for side in spec.sides):
                 model.get_parameter(spec.name).data.zero_()
         inner[0] = 1
-
-
-def _plan(file: Path, structure: Structure, values: Mapping[str, Tensor]) -> Plan:
-    try:
-        return Plan.from_values(structure, values)
-    except PlanError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def _line(error: Exception) -> str:
-    """The beginning of an error's message, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."

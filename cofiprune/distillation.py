@@ -1,11 +1,11 @@
-"""What the student learns from its teacher: its answers, and the states of some of its layers.
+"""Distillation losses: the teacher's predictions, and the states of some of its layers.
 
-The teacher's answers are matched in distribution (Hinton et al., 2015, arXiv:1503.02531), the outputs of a few teacher
-layers by those student layers that come closest to them among the ones that still exist (CoFi, Xia et al., 2022,
-arXiv:2204.00408). Padding never counts. Nothing here waits for the device.
+Predictions are matched in distribution (Hinton et al., 2015, arXiv:1503.02531). The outputs of a few teacher layers are
+matched by the nearest student layers that still exist (CoFi, Xia et al., 2022, arXiv:2204.00408). Padding never counts.
+No function waits for the device.
 
 Shapes: B examples, T tokens, C classes, Hs and Ht hidden size of student and teacher, Ls and Lt their layers, S the
-teacher layers that are distilled. Layers count from 0 and a layer's state is its output; the embeddings are none.
+distilled teacher layers. Layers count from 0, without the embeddings; a layer's state is its output.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FIELDS = (("start_logits", "end_logits"), ("logits",), ("prediction_logits",), 
 
 
 def predictions(output: Any) -> tuple[Tensor, ...]:
-    """Return what a `ModelOutput` of transformers, or a dict like it, predicts.
+    """Return the predictions of a `ModelOutput` of transformers, or a dict like it.
 
-    These are its start_logits and end_logits, logits, prediction_logits or last_hidden_state: the first that it has.
+    These are the first that it has of: start_logits and end_logits, logits, prediction_logits, last_hidden_state.
 
     :raises TeacherError: if it has none of them.
     """
@@ -70,13 +70,13 @@ def logit_loss(
     | embedding | states [B, T, H] or pooled [B, H] | squared error, mean over H and over tokens or B |
 
     A KL is taken at `temperature` and multiplied by its square, which keeps the size of its gradient (Section 2.1 of
-    arXiv:1503.02531). An embedding is compared token by token: by convexity that bounds the error of any mean of them.
+    arXiv:1503.02531). Embeddings are compared token by token: by convexity that bounds the error of any mean of them.
 
-    :param student: a tensor or what `predictions` returns.
+    :param student: a tensor, or the result of `predictions`.
     :param teacher: of the same shape; no gradient flows into it.
-    :param temperature: above 0; regression and embedding do without.
-    :param mask: [B, T], not 0 at real tokens (masked-lm: or at those to predict); says nothing about a loss without a
-        token axis, for which [B], not 0 at real examples, is possible. None counts everything.
+    :param temperature: above 0; not used by regression and embedding.
+    :param mask: [B, T], not 0 at real tokens (masked-lm: or at those to predict); ignored by losses without a token
+        axis, which take [B], not 0 at real examples. None counts everything.
     :raises TeacherError: if shapes differ, a mask does not fit, or there is a single class.
     :raises SettingsError: for an unknown kind or a temperature that is not positive.
     """
@@ -92,13 +92,13 @@ def logit_loss(
     if ours[0][-1] == 1 and kind in ("classification", "token-classification", "masked-lm"):
         raise TeacherError(f"{kind} with one class: its softmax is always 1; if it is a score, it is a regression")
     losses = [
-        _answer_loss(_wide(part), _wide(target.detach()), temperature=temperature, kind=kind, mask=mask)
+        _prediction_loss(_wide(part), _wide(target.detach()), temperature=temperature, kind=kind, mask=mask)
         for part, target in zip(students, teachers, strict=True)
     ]
     return torch.stack(losses).mean()
 
 
-def _answer_loss(
+def _prediction_loss(
     student: Tensor, teacher: Tensor, *, temperature: float, kind: PredictionKind, mask: Tensor | None
 ) -> Tensor:
     if kind == "regression":
@@ -139,7 +139,7 @@ def _mean_over(mask: Tensor | None, losses: Tensor) -> Tensor:
 
 
 def teacher_layers(num_teacher_layers: int, count: int = 4) -> tuple[int, ...]:
-    """Return which teacher layers to distil: `count` of them, or all if there are fewer, evenly spaced up to the last.
+    """Choose the teacher layers to distil: `count` of them, or all if there are fewer, evenly spaced up to the last.
 
     For 12 layers these are the 3rd, 6th, 9th and 12th, as in CoFi.
 
@@ -160,12 +160,12 @@ def _rounded(numerator: int, denominator: int) -> int:
 
 
 def hidden_projection(student_width: int, teacher_width: int, *, keep: Sequence[int] | None = None) -> nn.Linear:
-    """Return the map W from student to teacher states: weight [Ht, Hs], bias 0; it is dropped after training.
+    """Return the linear layer W from student to teacher states: weight [Ht, Hs], bias 0; it is dropped after training.
 
-    It starts as the identity, cut off or filled up with zeros where the widths differ.
+    It starts as the identity, cut or padded with zeros where the widths differ.
 
-    :param keep: the teacher's dimension of each student dimension, for a student that was compacted: it then starts
-        as those columns of the identity.
+    :param keep: the teacher's dimension of each dimension of a compacted student; W starts as those columns of the
+        identity.
     :raises TeacherError: if `keep` does not name `student_width` dimensions of the teacher.
     """
     if keep is not None and (len(keep) != student_width or not all(0 <= unit < teacher_width for unit in keep)):
@@ -184,15 +184,15 @@ def layer_losses(
 ) -> Tensor:
     """Return the mean squared error [S, Ls] of every projected student state against every teacher state.
 
-    It is there to match layers by, and has no gradient.
+    For matching layers; it has no gradient.
 
-    :param student_states: [Ls, B, T, Hs]; under masks they are 0 in removed hidden dimensions already.
+    :param student_states: [Ls, B, T, Hs]; under masks, 0 in removed hidden dimensions.
     :param teacher_states: [S, B, T, Ht].
     :param mask: [B, T], not 0 at real tokens; None for all.
     :raises TeacherError: if the shapes do not fit.
     """
     # Detached, because autocast of older torch versions keeps the copy that it casts without gradients, and
-    # would hand it to the projection of the matched states as well.
+    # would reuse it for the projection of the matched states.
     projected = _project(student_states, projection.weight.detach(), projection.bias.detach())
     return torch.stack([_state_errors(projected, state, mask) for state in teacher_states.unbind()])
 
@@ -214,12 +214,12 @@ def match_layers(
 ) -> tuple[Tensor, Tensor]:
     """Return the student layer of every chosen teacher layer: (indices [S], valid [S]).
 
-    "nearest" takes the least loss among the layers alive. "ordered" does so from the last teacher layer down, each
-    time strictly below the choice before. "same-index" takes the layer at the same depth, round((l + 1) Ls / Lt) - 1,
-    or the next below that is alive, whose output is what passes there. A teacher layer without a candidate is not
-    valid, and its index means nothing.
+    "nearest" takes the smallest loss among the layers alive. "ordered" does the same from the last teacher layer down,
+    each time strictly below the previous choice. "same-index" takes the layer at the same depth,
+    round((l + 1) Ls / Lt) - 1, or the next one alive below it, whose output is the state at that depth. A teacher layer
+    without a candidate is not valid, and its index has no meaning.
 
-    :param losses: [S, Ls], see `layer_losses`; "same-index" does without.
+    :param losses: [S, Ls], see `layer_losses`; not used by "same-index".
     :param alive: [Ls] bool, true where the attention or the ffn block of the layer still exists.
     :param layers: the S teacher layers, of which there are `num_teacher_layers`, for "same-index".
     :raises SettingsError: for an unknown `how` or one without its arguments.
@@ -267,14 +267,14 @@ def layerwise_loss(
 ) -> Tensor:
     """Return the error of the student layers matched to the chosen teacher layers: a scalar, 0 if none is matched.
 
-    With "same-index" and the teacher's last layer alone it is the error of the final token states.
+    With "same-index" and only the teacher's last layer, it is the error of the final token states.
 
     :param student_states: Ls of [B, T, Hs], `hidden_states[1:]` of transformers.
     :param teacher_states: by layer, S of [B, T, Ht]; no gradient flows into them. See `teacher_layers`.
     :param projection: see `hidden_projection`.
     :param mask: [B, T], not 0 at real tokens; None for all.
-    :param alive: [Ls] bool, see `match_layers`; None for all. Of another length, where a state is that of several
-        layers: any of them.
+    :param alive: [Ls] bool, see `match_layers`; None for all. Of another length where states are those of several
+        layers; then any one counts for all.
     :param teacher_depth: Lt, the teacher's number of layers.
     :param reduction: over the matched layers; the original sums over its four.
     """

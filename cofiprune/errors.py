@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CofipruneError(Exception):
@@ -59,6 +60,21 @@ class TrainingError(CofipruneError, RuntimeError):
 
 class LawError(CofipruneError, AssertionError):
     """A law of the masks that does not hold for an adapter; names the parameter at fault."""
+
+
+@contextmanager
+def explained(error: type[CofipruneError], problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of some kinds into an error that states the problem, followed by their message on one line."""
+    try:
+        yield
+    except kinds as found:
+        raise error(f"{problem}: {one_line(found)}") from found
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's message on one line; the name of its class where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

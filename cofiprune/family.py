@@ -1,8 +1,4 @@
-"""The words in which an adapter describes a family: axes, rows, blocks, and the table that they make.
-
-A row says which side of which parameter belongs to heads, feed-forward dimensions or the hidden size; a block's table,
-where its output leaves it. All of it is data, which JSON can hold.
-"""
+"""The tables in which an adapter describes a family: axes, weights and blocks. All of it is data that JSON can hold."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from cofiprune.structure import BlockExit, Kind, Role, Shared
 
 @dataclass(frozen=True)
 class Axis:
-    """One prunable direction of a parameter, before it meets a model."""
+    """One prunable dimension of a parameter, before its length is known."""
 
     kind: Kind
     copies: int = 1
@@ -28,21 +24,21 @@ class Axis:
     """Elements per unit; None derives it from the parameter's shape."""
 
     def times(self, copies: int) -> Axis:
-        """The same axis, `copies` of it after one another (a fused projection)."""
+        """Repeat the axis `copies` times, one after another (a fused projection)."""
         return replace(self, copies=copies)
 
     def of(self, block: int) -> Axis:
-        """The same axis with `block` elements per unit, checked against the parameter's shape."""
+        """Set the elements per unit, which are checked against the parameter's shape."""
         return replace(self, block=block)
 
     @property
     def scaled(self) -> Axis:
-        """The same axis, multiplied by the mask."""
+        """The axis, multiplied by the mask."""
         return replace(self, role="scale")
 
     @property
     def zeroed(self) -> Axis:
-        """The same axis, zero where the mask is zero."""
+        """The axis, zero where the mask is zero."""
         return replace(self, role="zero")
 
 
@@ -80,19 +76,19 @@ def linear(
     rows: tuple[int, int] = (1, 0),
     optional: bool = False,
 ) -> Weights:
-    """A projection: weight [out, in, ...] and, where there is one, bias [out].
+    """Describe a linear layer: weight [out, in, ...] and bias [out], if it has one.
 
     :param reads: the axis of the input side.
     :param writes: the axis of the output side.
-    :param rows: (a, b) when the matrix is applied to a * sequence_length + b rows per example.
+    :param rows: (a, b) when the matrix is applied to a * sequence_length + b vectors per example.
     """
     return Weights(modules, {"weight": (writes, reads), "bias": (writes,)}, rows=rows, optional=optional)
 
 
 def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Weights:
-    """The last projection of a block: from its inner units into the residual stream.
+    """Describe the last projection of a block, from its inner units into the residual stream.
 
-    Masks of inner units, of hidden dimensions and of the block itself all scale it.
+    The masks of inner units, of hidden dimensions and of the block itself scale it.
 
     :param read_in: path of the module that reads its weight and bias, where the projection itself is not called.
     """
@@ -101,7 +97,7 @@ def projection(modules: str, *, reads: Axis, read_in: str | None = None) -> Weig
 
 
 def embedding(modules: str, *, writes: Axis | None = HIDDEN, optional: bool = False) -> Weights:
-    """A lookup table [entries, width] that is added into the residual stream."""
+    """Describe a lookup table [entries, width] that is added to the residual stream."""
     axis = None if writes is None else writes.scaled
     return Weights(modules, {"weight": (None, axis)}, table=True, optional=optional)
 
@@ -113,19 +109,19 @@ def norm(
     read_by: str | None = None,
     optional: bool = False,
 ) -> Weights:
-    """A normalisation over the hidden dimension, with or without a bias."""
+    """Describe a normalisation over the hidden dimension, with or without a bias."""
     tensors = {"weight": (HIDDEN.scaled,), "bias": (HIDDEN.scaled,)}
     return Weights(modules, tensors, norm=kind, read_by=read_by, optional=optional)
 
 
 def tensor(module: str, name: str, *axes: Axis | None, optional: bool = False) -> Weights:
-    """A parameter that a module holds itself."""
+    """Describe a parameter that a module holds itself."""
     return Weights(module, {name: axes}, optional=optional)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTable:
-    """The rows of one block kind, relative to a layer, and where its output leaves it."""
+    """The weights of one kind of block, relative to a layer, and the module where its output leaves it."""
 
     rows: tuple[Weights, ...]
     exit: BlockExit
@@ -133,13 +129,13 @@ class BlockTable:
     """Modules that do not run without the block: a path for one that returns its first argument then; a `BlockExit`
     with `residual=False` for one that returns zeros, because the exit above adds the residual to them."""
     dropped: tuple[str, ...] = ()
-    """What the layer itself holds for this block, where it has it: a parameter, in whose place a single 0 stays when
-    the block is gone, or a module that the layer can do without, in whose place None stays."""
+    """Members of the layer itself that belong to this block, if any: a parameter, which a single 0 replaces when
+    the block is removed, or a module that the layer can do without, which None replaces."""
     shared: tuple[Shared, ...] = ()
-    """What modules of the block get from outside the layer for all inner units of the dense model."""
+    """Tensors from outside the layer with an entry for every inner unit of the dense model."""
     attributes: tuple[tuple[str, str, Axis], ...] = ()
-    """(module, attribute, axis): integers that the module keeps about its own size. The axis's block is
-    the number per unit; None means that it counts elements, derived like a parameter's."""
+    """(module, attribute, axis): integers in which a module keeps its own size. The axis's block is the number per
+    unit; None means that it counts elements, derived like a parameter's."""
     pairwise: int = 0
     """Multiply-accumulates per inner element and pair of tokens, beyond attention's own two products."""
     per_token: int = 0
@@ -160,32 +156,32 @@ class ConfigSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraTable:
-    """What a layer holds beside its two blocks: it stays, whatever is removed of them, and is part of no group but
-    `hidden`. The convolution and the last norm of a conformer's layer, for instance."""
+    """Parts of a layer that belong to neither block and always stay; of the groups, only `hidden` reaches into them.
+    An example are the convolution and the last norm of a conformer's layer."""
 
     rows: tuple[Weights, ...] = ()
-    """Its rows, relative to a layer."""
+    """Relative to a layer."""
     exits: tuple[str | BlockExit, ...] = ()
-    """Where it joins the residual stream, so that the laws can look at a layer without it: a path for a module that
-    the stream runs through; a `BlockExit` with `residual=False` for one whose output is added to it."""
+    """Where they join the residual stream, so that the laws can test a layer without them: a path for a module that
+    the stream passes through; a `BlockExit` with `residual=False` for one whose output is added to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the units of a family live, for one configuration."""
+    """The table of a family for one configuration."""
 
     layers: str
     """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way."""
     stem: tuple[Weights, ...]
-    """Everything outside the layers that every model of the family may have, relative to the encoder."""
+    """Weights outside the layers that models of the family may have, relative to the encoder."""
     attention: BlockTable
     ffn: BlockTable
     extra: ExtraTable = ExtraTable()
-    """What every layer holds beside these two."""
+    """Other parts of every layer."""
     heads: Mapping[str, tuple[Weights, ...]] = field(default_factory=dict)
-    """Rows of the task heads by the ending of the class's name, relative to the whole model."""
+    """Weights of the task heads by the ending of the class's name, relative to the model."""
     encoder: str = ""
-    """Path of the encoder in models with a head whose class does not name it as their base model."""
+    """Path of the encoder in models with a head, where their class does not name it as the base model."""
     applications: tuple[int, ...] | None = None
     """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
     config: ConfigSizes = ConfigSizes()
@@ -212,13 +208,13 @@ def expand(pattern: str) -> list[str]:
 
 
 def family_entries(family: Family) -> dict[str, Any]:
-    """A table as plain values, which JSON can hold."""
+    """Return a table as plain values that JSON can hold."""
     entries: dict[str, Any] = _family_schema().dump_python(family, mode="json", exclude_defaults=True)
     return entries
 
 
 def family_from(entries: Mapping[str, Any]) -> Family:
-    """The inverse of `family_entries`.
+    """Return the table of some entries: the inverse of `family_entries`.
 
     :raises CheckpointError: for entries that make no table.
     """

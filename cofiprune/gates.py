@@ -1,9 +1,8 @@
 """Learnable gates: one hard concrete variable per prunable unit, all of them in one flat parameter.
 
-A gate z in [0, 1] is a stretched and clamped logistic variable, so that it is exactly 0 or 1 with positive
-probability and still differentiable in its location log_alpha (Louizos et al., 2018, arXiv:1712.01312).
-Because every group lives in the same vector, sampling, clamping and expectations are a few kernels each,
-whatever the number of layers.
+A gate z in [0, 1] is a stretched and clamped logistic variable, so that it is exactly 0 or 1 with positive probability
+and still differentiable in its location log_alpha (Louizos et al., 2018, arXiv:1712.01312). All groups share one
+vector, so that sampling, clamping and expectations take a few kernels each, whatever the number of layers.
 
 Shapes: U units of all groups together, G groups, n units of one group.
 """
@@ -60,7 +59,7 @@ def open_probability(log_alpha: Tensor, *, temperature: float = TEMPERATURE, str
 
 
 def deterministic(log_alpha: Tensor, *, temperature: float = TEMPERATURE, stretch: Stretch = STRETCH) -> Tensor:
-    """Return the values in [0, 1) at which one group is evaluated, without gradients.
+    """Return the gates in [0, 1) of one group for evaluation, without gradients.
 
     round(n - sum of P(z > 0)) units, those with the smallest log_alpha (of equal ones the first), become 0; the
     others are sigmoid(0.8 * log_alpha / temperature). A group of one unit is thus 0 when P(z > 0) < 0.5.
@@ -77,10 +76,10 @@ def deterministic(log_alpha: Tensor, *, temperature: float = TEMPERATURE, stretc
 def fully_open_limit(size: int, *, temperature: float = TEMPERATURE, stretch: Stretch = STRETCH) -> float:
     """Return the bound on |log_alpha| of a group of `size` units: the original's, or more where that is too low.
 
-    At the original's bound, log(100), P(z = 0) is 0.002, which is 1.5 of 768 units: such a group could never be
-    fully open, not even before anything was learned. Here a group that sits at its bound expects at most 1/4 of a
-    unit to be 0, which rounds to none. The bound is no higher than that takes, because a gate learns the more
-    slowly the more it is saturated: 4.61 up to 123 units, 6.43 for 768, 7.82 for 3072.
+    At the original's bound, log(100), P(z = 0) is 0.002, which is 1.5 of 768 units: such a group could never be fully
+    open, not even before learning. Here a group at its bound expects at most 1/4 of a unit to be 0, which rounds to
+    none. The bound is no higher than necessary, because saturated gates learn more slowly: 4.61 up to 123 units, 6.43
+    for 768, 7.82 for 3072.
 
     >>> round(fully_open_limit(12), 2), round(fully_open_limit(768), 2)
     (4.61, 6.43)
@@ -93,8 +92,8 @@ def fully_open_limit(size: int, *, temperature: float = TEMPERATURE, stretch: St
 def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Return a generator on `device` that is a function of (seed, step) alone.
 
-    Every rank of a distributed run and a resumed run draw the same noise at the same step. The two numbers are
-    mixed by SplitMix64 (Steele et al., 2014), since the CPU's generator looks at the low 32 bits of its seed only.
+    Every rank of a distributed run and a resumed run draw the same noise at the same step. The two numbers are mixed by
+    SplitMix64 (Steele et al., 2014), because the CPU's generator uses only the low 32 bits of its seed.
     """
     word = (1 << 64) - 1
     mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & word
@@ -119,8 +118,8 @@ def _check_settings(
 class Gates(nn.Module):
     """The gates of a sequence of groups, with their locations in one float32 parameter `log_alpha` [U].
 
-    `sample` gives the same gates on every rank, so that averaging the gradients of `log_alpha` over the ranks
-    keeps them in step. Only `initialise_from` waits for the device. The state dict holds `log_alpha` alone.
+    `sample` gives the same gates on every rank, so that averaging the gradients of `log_alpha` keeps the ranks equal.
+    Only `initialise_from` waits for the device. The state dict holds `log_alpha` alone.
     """
 
     _lengths: Tensor
@@ -175,14 +174,14 @@ class Gates(nn.Module):
 
         :param seed: the run's seed.
         :param step: a number that is never used twice in a run; the noise depends on (seed, step) and on the type
-            of device, on nothing else.
+            of device only.
         """
         device = self.log_alpha.device
         uniform = torch.rand(len(self.log_alpha), generator=noise_generator(seed, step, device), device=device)
         return self._by_group(sample(self.log_alpha, uniform, temperature=self.temperature, stretch=self.stretch))
 
     def deterministic(self) -> dict[str, Tensor]:
-        """Return the gates [n] in [0, 1) by group at which the model is evaluated, without gradients."""
+        """Return the gates [n] in [0, 1) by group for evaluation, without gradients."""
         return {
             name: deterministic(part, temperature=self.temperature, stretch=self.stretch)
             for name, part in self._by_group(self.log_alpha.detach()).items()
@@ -195,7 +194,7 @@ class Gates(nn.Module):
     def expected_sizes(self) -> Tensor:
         """Return the expected number of open units of every group, [G] in the order of `groups`, differentiable."""
         # A segmented sum has a fixed order of addition, unlike index_add on a GPU. `unsafe` skips a check of the
-        # lengths, which are right by construction, because it would wait for the device.
+        # lengths, which would wait for the device; they are right by construction.
         return torch.segment_reduce(self.open_probability(), "sum", lengths=self._lengths, unsafe=True)
 
     def limit_of(self, group: Group) -> float:
@@ -204,20 +203,20 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Bring every log_alpha back within its limit; to be called after each step of the optimiser."""
+        """Clamp every log_alpha to its limit; to be called after each step of the optimiser."""
         self.log_alpha.clamp_(-self._limit, self._limit)
 
     @torch.no_grad()
     def initialise_from(self, importance: Mapping[str, Tensor], *, spread: float = 1.0) -> None:
         """Set every gate to its initial location, less important units up to `spread` lower.
 
-        The most important unit of a group keeps the initial log_alpha, the least important one starts `spread`
-        below it, the others in between by rank (units of equal importance share their mean rank), so that sparsity
-        pressure closes unimportant units first. Groups of one unit are ranked with the others of their kind, layer
-        against layer. With the default limit and initial values and a spread of at most 1, every group is still
-        fully open: the spread multiplies the zeros it expects by (e - 1) or little more.
+        The most important unit of a group keeps the initial log_alpha, the least important one starts `spread` below
+        it, the others in between by rank (units of equal importance share their mean rank), so that sparsity pressure
+        closes unimportant units first. Groups of one unit are ranked with the others of their kind. With the default
+        limit and initial values and a spread of at most 1, every group is still fully open: the spread multiplies its
+        expected zeros by (e - 1) or little more.
 
-        :param importance: [n] by group name, any scale; a group that is missing keeps its initial value.
+        :param importance: [n] by group name, on any scale; a missing group keeps its initial value.
         :param spread: in units of log_alpha, at least 0.
         :raises SettingsError: for a negative spread or an importance that is not finite.
         :raises StructureError: for an unknown group or a wrong length.
@@ -260,7 +259,10 @@ class Gates(nn.Module):
 
 
 def gate_cut(gates: Gates, keep: Mapping[str, Sequence[int]]) -> Callable[[Tensor], Tensor]:
-    """What cuts a tensor with an element for every gate to those that are kept, by group."""
+    """Return a function that cuts a tensor with an element per gate to the kept gates.
+
+    :param keep: kept indices by group.
+    """
     rows, first = [], 0
     for group in gates.groups:
         rows.append(torch.tensor(keep[group.name], dtype=torch.long) + first)

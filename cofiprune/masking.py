@@ -270,11 +270,13 @@ def bypass(
     value = entry if exit.residual else torch.zeros_like(entry)
     if exit.outputs == 1:
         return (value,) if exit.wrapped else value
-    found = {each.output: given(each, args, kwargs, maker) for each in shared}
+    found = {each.output: shared_input(each, args, kwargs, maker) for each in shared}
     return (value, *(found.get(place) for place in range(1, exit.outputs)))
 
 
-def given(shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], maker: nn.Module | None) -> Tensor | None:
+def shared_input(
+    shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], maker: nn.Module | None
+) -> Tensor | None:
     """Return a shared tensor from the arguments of a module, or as the module makes it without one."""
     value: Tensor | None = kwargs.get(shared.keyword)
     if len(args) > shared.argument:

@@ -1,9 +1,8 @@
 """Masks over the groups of a model: a mapping from group name to a 1-D tensor.
 
-A registry is in one of two states. *Set*: the values are what somebody assigned, their zero pattern
-is known, and what is removed is not computed. *Bound*: for one training step the values are a
-differentiable sample of the gates, and nothing depends on their pattern on the host, so that no
-device has to be waited for.
+A registry is in one of two states. *Set*: the values were assigned, their zeros are known on the host, and removed
+units are not computed. *Bound*: for one training step the values are a differentiable sample of the gates; nothing
+depends on their zeros on the host, so that it need not wait for the device.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from cofiprune.structure import Block, Structure
 
 @dataclass(frozen=True)
 class Reading:
-    """A mask as the masked modules see it."""
+    """A mask in the form that masked modules need."""
 
     value: Tensor
     """[units]"""
@@ -103,21 +102,19 @@ class MaskRegistry(MutableMapping[str, Tensor]):
             raise StructureError("the plan removes units of a kind whose masks are not attached; attach all units")
 
     def plan(self) -> Plan:
-        """The plan that these masks stand for."""
+        """Return the plan of these masks."""
         return Plan.from_masks(self)
 
     def sparsity(self) -> float:
-        """Removed share of the parameters of the encoder's layers: exactly what `compact` would remove."""
-        cost = accounting.layer_parameters(self.structure)
-        return accounting.sparsity(cost, self.structure, self.plan().kept)
+        """Return the removed share of the parameters of the encoder's layers, exactly as `compact` would remove it."""
+        return accounting.sparsity(accounting.layer_parameters(self.structure), self.structure, self.plan().kept)
 
     def model_sparsity(self) -> float:
-        """Removed share of every parameter of the model."""
-        cost = accounting.model_parameters(self.structure)
-        return accounting.sparsity(cost, self.structure, self.plan().kept)
+        """Return the removed share of every parameter of the model."""
+        return accounting.sparsity(accounting.model_parameters(self.structure), self.structure, self.plan().kept)
 
     def detach(self) -> None:
-        """Take the masks off: the stock model again. Calling it twice does nothing more."""
+        """Take the masks off, which gives the stock model back; a second call does nothing."""
         while self.on_detach:
             self.on_detach.pop()()
 
@@ -130,9 +127,10 @@ class MaskRegistry(MutableMapping[str, Tensor]):
         self.detach()
 
     def bind(self, values: Mapping[str, Tensor]) -> None:
-        """Run under differentiable values until `unbind`; groups that are not named keep their set values.
+        """Run under differentiable values until `unbind`.
 
-        :param values: by group name, tensors [units] with values in [0, 1], on the model's device.
+        :param values: by group name, tensors [units] with values in [0, 1], on the model's device; other groups keep
+            their set values.
         """
         self._bound = {name: Reading(value, False, None, False, True) for name, value in values.items()}
         self._alive = {gate: self._bound_alive(block) for gate, block in self._blocks.items()}
@@ -143,7 +141,7 @@ class MaskRegistry(MutableMapping[str, Tensor]):
         self._alive = {}
 
     def read(self, name: str) -> Reading | None:
-        """The current reading of a group; None when it has no mask."""
+        """Return the current reading of a group; None when it has no mask."""
         if self._bound is not None and name in self._bound:
             return self._bound[name]
         value = self._values.get(name)
@@ -156,7 +154,7 @@ class MaskRegistry(MutableMapping[str, Tensor]):
         return reading
 
     def alive(self, gate: str) -> bool | Tensor:
-        """Whether a block is there: a bool for set values, a scalar bool tensor while bound."""
+        """Return whether a block is there: a bool for set values, a scalar bool tensor while bound."""
         if self._bound is not None and gate in self._alive:
             return self._alive[gate]
         block = self._blocks[gate]
@@ -173,7 +171,7 @@ class MaskRegistry(MutableMapping[str, Tensor]):
 
     @staticmethod
     def _measure(name: str, value: Tensor) -> Reading:
-        # What is measured under inference_mode must serve the training that comes after it.
+        # A reading taken under inference_mode must serve the training that comes after it.
         with torch.inference_mode(False):
             row = value.detach().cpu()
             _check_values(name, row)

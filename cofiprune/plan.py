@@ -1,8 +1,7 @@
-"""A plan: which units of a model stay, frozen, printable and serialisable.
+"""A plan: the kept units of a model, frozen, printable and serialisable.
 
-Gates and masks are how a decision is reached; a plan is the decision. It is complete before anything
-is cut (`compact` only carries it out), and canonical: a block whose gate is shut, or all of whose
-inner units are gone, is gone with its gate and its units.
+Gates and masks lead to a decision; a plan is the decision. It is complete before anything is cut (`compact` only
+carries it out), and canonical: a block with a closed gate, or without inner units, is removed with gate and units.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _FORMAT_VERSION = 1
 
 
 class _Masks(Protocol):
-    """A `MaskRegistry`, which imports this module."""
+    """A `MaskRegistry`, whose module imports this one."""
 
     @property
     def structure(self) -> Structure: ...
@@ -44,7 +43,7 @@ class Plan:
 
     @classmethod
     def from_masks(cls, masks: _Masks) -> Self:
-        """Read the plan off masks attached to a model: a mask of 0 removes, a fractional one scales.
+        """Make the plan of masks attached to a model: a mask of 0 removes, a fractional one scales.
 
         :raises PlanError: when every hidden dimension is masked.
         """
@@ -52,9 +51,9 @@ class Plan:
 
     @classmethod
     def from_values(cls, structure: Structure, values: Mapping[str, Tensor]) -> Self:
-        """Make a plan from one value in [0, 1] per unit; groups that are not named stay whole.
+        """Make a plan from one value in [0, 1] per unit.
 
-        :param values: by group name, tensors [units].
+        :param values: by group name, tensors [units]; all units of other groups stay.
         """
         rows = {name: value.detach().double().cpu().tolist() for name, value in values.items()}
         keep: dict[str, tuple[int, ...]] = {}
@@ -81,7 +80,7 @@ class Plan:
         return {name: len(indices) for name, indices in self.keep.items()}
 
     def values(self, name: str) -> list[float]:
-        """The mask of a group: a value in [0, 1] for each of its units."""
+        """Return the mask of a group: a value in [0, 1] for each of its units."""
         row = [0.0] * self.sizes[name]
         factors = self.scale.get(name, (1.0,) * len(self.keep[name]))
         for index, factor in zip(self.keep[name], factors, strict=True):
@@ -89,7 +88,7 @@ class Plan:
         return row
 
     def check(self, structure: Structure) -> None:
-        """Make sure that the plan belongs to a model of this structure.
+        """Check that the plan belongs to a model of this structure.
 
         :raises PlanError: naming the first difference.
         """
@@ -119,13 +118,13 @@ class Plan:
 
     @property
     def hard(self) -> Plan:
-        """The same plan without scales: every kept unit as it is."""
+        """The same plan without scales."""
         return Plan(self.family, self.sizes, self.keep)
 
     def then(self, later: Plan) -> Plan:
-        """Return the plan that carries out this one, and then one for the model that it leaves.
+        """Return the plan that does the same as this one followed by a plan for the smaller model.
 
-        :param later: its scales are kept, this one's were folded in.
+        :param later: its scales are kept; those of this plan were folded in.
         :raises PlanError: when it is for another model.
         """
         left = {name: size for name, size in self.kept.items() if size}  # a removed block has no groups any more
@@ -152,9 +151,9 @@ class Plan:
 
     @classmethod
     def from_dict(cls, payload: dict[str, Any], path: str = "the plan") -> Self:
-        """Make a plan from what `to_dict` returned.
+        """Make a plan from the values of `to_dict`.
 
-        :param path: what the messages call it.
+        :param path: its name in error messages.
         :raises PlanError: when it is no plan, or comes from a newer version.
         """
         version = payload.get("format_version") if isinstance(payload, dict) else None
@@ -174,10 +173,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"Plan for a {self.family} model"]
-        if "hidden" in self.sizes:
-            lines.append(f"  hidden        {len(self.keep['hidden'])} of {self.sizes['hidden']}")
-        inner = [name for name in self.sizes if name.endswith((".heads", ".intermediate"))]
-        for name in inner:
-            kept = len(self.keep[name])
-            lines.append(f"  {name:<24} {kept or 'block removed':>5} {'of ' + str(self.sizes[name]) if kept else ''}")
-        return "\n".join(line.rstrip() for line in lines)
+        for name, size in self.sizes.items():
+            kind = name.rpartition(".")[2]
+            if kind in ("hidden", "heads", "intermediate"):
+                kept = len(self.keep[name])
+                lines.append(f"  {name:<24} {f'{kept:>5} of {size}' if kept else 'block removed'}")
+        return "\n".join(lines)

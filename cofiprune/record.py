@@ -1,9 +1,8 @@
-"""What a compacted model's `config.json` says about its sizes.
+"""The record of a compacted model's sizes in its `config.json`.
 
-The configuration keeps the sizes of the model it came from, because the modelling code derives the
-head dimension from them; the sizes that are really there are recorded beside them, one number per
-group, under `quantization_config` (the one door through which `from_pretrained` lets a package
-change a model's skeleton before its weights are read).
+The configuration keeps the sizes of the dense model, because the modelling code derives the head dimension from them.
+The sizes that are left are recorded one number per group under `quantization_config`, because for a quantisation method
+`from_pretrained` lets a package change a model's skeleton before its weights are read.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for name, size in sizes.items():
-        layer, kind = _split(name)
-        if layer is None:
-            record[kind] = size
-        else:
+        layer, _, kind = name.rpartition(".")
+        if layer:
             record.setdefault(kind, []).append(size)
+        else:
+            record[kind] = size
     return record
 
 
@@ -49,16 +48,16 @@ def record_to_sizes(record: Mapping[str, Any]) -> dict[str, int]:
 
 
 def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the entry that a compacted model's configuration carries as `quantization_config`.
+    """Return the `quantization_config` of a compacted model's configuration.
 
-    :param table: of the family as plain values, where its adapter is not an installed one.
+    :param table: the family's table as plain values, where no installed adapter has it.
     """
     entries = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sizes": sizes_to_record(sizes)}
     return entries if table is None else {**entries, "table": dict(table)}
 
 
 def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
-    """Return the entry of a model with compacted models inside it.
+    """Return the `quantization_config` of a model with compacted models inside it.
 
     :param parts: their configurations, with a record each, by the paths of their modules.
     """
@@ -96,7 +95,7 @@ def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _entries(config: PretrainedConfig) -> Mapping[str, Any] | None:
-    """What this package has recorded in a configuration; None where that is nothing."""
+    """The record of this package in a configuration, or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -110,10 +109,3 @@ def _entries(config: PretrainedConfig) -> Mapping[str, Any] | None:
             f"{FORMAT_VERSION}. Upgrade cofiprune to load it."
         )
     return entries
-
-
-def _split(name: str) -> tuple[int | None, str]:
-    if "." not in name:
-        return None, name
-    _, layer, kind = name.split(".")
-    return int(layer), kind

@@ -1,9 +1,8 @@
-"""Models that cannot be pruned, named before anything of them is touched, with what to do instead.
+"""Refusals of models that cannot be pruned, before they are changed, with an alternative for each.
 
-What is refused in any case: what is no transformers model, adapters of PEFT, quantised weights, decoders. What is
-refused where no adapter says otherwise: models made of several, code from a model's own repository, decoder-only
-models, mixtures of experts, networks without attention. Everything is told by the model's structure and configuration;
-no other package is imported for it.
+Always refused: objects that are no transformers model, PEFT adapters, quantised weights, decoders. Refused unless an
+adapter is declared: models made of several, code from a model's own repository, decoder-only models, mixtures of
+experts, networks without attention. The model's structure and configuration tell; no other package is imported.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def refuse(model: object) -> None:
 
 
 def refuse_undeclared(model: nn.Module) -> None:
-    """Refuse a model of a family without an adapter, where what it is says that none can be derived.
+    """Refuse a model of a family without an adapter, where none can be derived for a model of its kind.
 
     :raises AdapterError: saying what it is and what to do.
     """
@@ -81,15 +80,15 @@ def refuse_undeclared(model: nn.Module) -> None:
 
 
 def has_decoder(model: nn.Module) -> bool:
-    """Whether a model, or the model under its head, has a decoder beside its encoder."""
+    """Return whether a model, or the model under its head, has a decoder in addition to its encoder."""
     base = _base(model)
     return all(isinstance(getattr(base, part, None), nn.Module) for part in ("encoder", "decoder"))
 
 
 def encoders_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the encoders that a model of several is made of, each with the expression that gets it from `model`.
+    """Return the encoders inside a model made of several, each with the expression that gets it from `model`.
 
-    A model under a head has the head's configuration; a part has one of its own.
+    A model under a head has the head's configuration; a part has its own.
     """
     own = getattr(model, "config", None)
     found = list(_outermost(model, "model", lambda part: type(part.config) is not type(own)))
@@ -97,7 +96,7 @@ def encoders_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _outermost(model: nn.Module, path: str, wanted: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The transformers models that a condition chooses, none inside another, and how to get them from `model`."""
+    """Yield the transformers models that a condition chooses, none inside another, and how to get them."""
     for name, child in model.named_children():
         here = f"{path}[{name}]" if name.isdigit() else f"{path}.{name}"
         if _is_transformers_model(child) and wanted(child):
@@ -152,7 +151,7 @@ def _is_quantised(parameter: Tensor) -> bool:
 
 
 def _inside(model: object) -> str:
-    """What a wrapper holds, and how to get at it."""
+    """The models inside a wrapper, and how to get them."""
     if isinstance(model, type) and issubclass(model, nn.Module):
         return " (pass an instance, for example from from_pretrained)"
     if not isinstance(model, nn.Module):
@@ -168,7 +167,7 @@ def _inside(model: object) -> str:
 
 
 def _encoder_of(model: nn.Module) -> str:
-    """How to get at the encoder of a model that has a decoder too."""
+    """How to get the encoder of a model that also has a decoder."""
     parts = encoders_inside(model)
     if parts:
         path, part = parts[0]
@@ -181,10 +180,10 @@ def _encoder_of(model: nn.Module) -> str:
 
 
 def _is_causal(model: nn.Module) -> bool:
-    """Whether attention looks back only.
+    """Whether tokens attend to earlier ones only.
 
-    Attention modules say so themselves in transformers. Of models whose modules do not, those are decoders that can
-    generate and neither fill masks nor choose among answers.
+    Attention modules of transformers state it. Where they do not, a decoder is a model that can generate, and neither
+    fill masks nor choose among answers.
     """
     flags = {flag for flag in (getattr(module, "is_causal", None) for module in model.modules()) if flag is not None}
     if flags:
@@ -197,9 +196,9 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is an attention layer: by its name, and with a projection that is no convolution over an image.
+    """Whether a module is an attention layer: by its name, and a projection that is no convolution over an image.
 
-    "Attention" is also what some convolutional networks call the weighting of their channels.
+    Some convolutional networks call the weighting of their channels attention.
     """
     name = type(module).__name__.lower()
     return ("attention" in name or "attn" in name) and any(value.dim() in (2, 3) for value in module.parameters())

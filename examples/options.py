@@ -88,7 +88,7 @@ def parse(
         raise SettingsError("--teacher-epochs and --teacher-learning-rate take numbers above 0")
     options.trains = True
     # It complains of a wrong value before anything is loaded. What was typed as a seed is text.
-    options.seed = settings_of(options, PRESETS[0]).seed
+    options.seed = settings_of(options, next(iter(PRESETS))).seed
     if options.model is None:
         options.model = defaults.model(options)
     return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -63,6 +64,13 @@ def randomise() -> Callable[..., None]:
                 masks[name] = specimens.random_values(len(masks[name]), generator, fractional=fractional)
 
     return change
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_is_not_collected() -> None:
+    # Each run ends with a collection of garbage, which takes longer than the run where it looks through all libraries.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """Loading compacted models by plain `from_pretrained`.
 
-transformers lets a package change a model's skeleton before the weights are read by registering a
-quantisation method. The method `cofiprune` gives the skeleton, which is built on the meta device with
-the original sizes, the sizes recorded in the configuration, and then gets out of the way: what comes
-back is an ordinary model, which can be saved, trained and loaded again.
+transformers lets a quantisation method change a model's skeleton before the weights are read. The method `cofiprune`
+cuts the skeleton, which is built on the meta device with the original sizes, to the sizes recorded in the
+configuration. The result is an ordinary model, which can be saved, trained and loaded again.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class CompactedConfig(QuantizationConfigMixin):
 
 
 class CompactedLoader(HfQuantizer):
-    """Shapes the skeleton of a compacted model before its weights are loaded."""
+    """Cuts the skeleton of a compacted model before its weights are loaded."""
 
     requires_calibration = False
 
@@ -64,10 +63,10 @@ class CompactedLoader(HfQuantizer):
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Leave an ordinary model behind: nothing about it is quantised.
+        """Remove what marks the model as quantised.
 
-        :raises CheckpointError: when weights have other shapes than the recorded sizes say. Older releases of
-            transformers do not look, where there is a quantisation method.
+        :raises CheckpointError: when weights do not have the recorded shapes; older releases of transformers do not
+            check, where there is a quantisation method.
         """
         for name, shape in _shapes(model).items():
             if shape != self.shapes.get(name, shape):
@@ -90,13 +89,13 @@ class CompactedLoader(HfQuantizer):
 
 
 def record_parts(model: PreTrainedModel) -> None:
-    """Write into a model's configuration which models inside it are compacted, so that it can be saved whole.
+    """Record in a model's configuration which models inside it are compacted, so that it can be saved as one.
 
-    For a model of several, one of whose encoders was replaced by what `compact` returned; it then loads by plain
+    For a model of several in which one encoder was replaced by the result of `compact`. It then loads by plain
     `from_pretrained`.
 
-    :raises CheckpointError: when none is, when the model is one that was compacted itself, or when a part has lost
-        hidden dimensions, because what reads its output is built for all of them.
+    :raises CheckpointError: when no part is compacted, when the model is compacted itself, or when a part has lost
+        hidden dimensions, because its output is read in the original width.
     """
     if recorded_sizes(model.config) is not None:
         raise CheckpointError(f"{type(model).__name__} is compacted itself; save_pretrained saves it as it is")

@@ -1,8 +1,7 @@
 """Physical slicing: a smaller model of the same class, with fractional masks folded into its weights.
 
-The new weights are cut first, parameter by parameter, and a deep copy of the model is then made
-*around* them, so that tied weights stay tied and the dense weights are never copied. The modules of
-a removed block are replaced by `removal.Passthrough`.
+The new weights are cut first, parameter by parameter. A deep copy of the model is then made *around* them, so that tied
+weights stay tied and the dense weights are never copied. `removal` replaces the modules of removed blocks.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def write_back(model: PreTrainedModel, structure: Structure, small: PreTrainedMo
 
 
 def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
-    """Indices along a dimension of the elements of the kept units, [copies * kept * block]."""
+    """Return the indices of the kept units' elements along a dimension, [copies * kept * block]."""
     layout = torch.arange(side.length).view(side.copies, side.units, side.block)
     return layout[:, list(keep)].flatten()
 
@@ -94,9 +93,9 @@ def sliced_shape(spec: Parameter, kept: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
-    """Give a model on the meta device the smaller shapes of a compacted one, in place.
+    """Cut a model on the meta device to the shapes of a compacted one, in place.
 
-    :raises PlanError: when sizes are recorded that the structure does not have or exceed its own.
+    :raises PlanError: when the structure does not have a recorded group, or has fewer units of it.
     """
     for name, size in kept.items():
         if name not in structure or size > structure[name].size:
@@ -120,10 +119,10 @@ def finish(
     kept: Mapping[str, int],
     keep: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Make the modules agree with their new parameters: removed blocks, size attributes, the record.
+    """Adapt the modules to their new parameters: removed blocks, size attributes, the record in the configuration.
 
-    :param kept: sizes of the groups afterwards.
-    :param keep: the indices kept; None when they are loaded from a file later.
+    :param kept: new sizes of the groups.
+    :param keep: the kept indices; None when they are loaded from a file later.
     """
     for block in structure.blocks:
         if not kept[block.gate]:

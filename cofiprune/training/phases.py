@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 def prune_with_data(run: Run, target: Target) -> None:
     """Prune by the configuration's method, and let what is left recover for the epochs that it has for that."""
-    run.settle()
     _check_before(run)
     run.identify(method="prune", **target.identity())
     saved = run.saved
@@ -67,18 +66,17 @@ def prune_with_data(run: Run, target: Target) -> None:
 
 def _check_before(run: Run) -> None:
     """Make sure that there is something to learn from, all through the run."""
-    config, schedule = run.config, Schedule.for_pruning(run.settings, run.steps_in(run.batches))
-    if config.trains:
-        cuts_hidden = any(group.kind == "hidden" for group in run.structure.select(config.units))
-        check_learnable(run.model, run.teacher, run.batches, config, cuts_hidden=cuts_hidden)
-    if config.metric_for_best_model is not None and not schedule.recovery(
-        run.settings, run.steps_in(run.recovery_batches)
-    ):
+    settings = run.settings
+    if settings.trains:
+        check_learnable(run.model, run.teacher, run.batches, settings, cuts_hidden="hidden" in settings.units)
+    schedule = Schedule.for_pruning(settings, run.steps_in(run.batches))
+    recovery = schedule.recovery(settings, run.steps_in(run.recovery_batches))
+    if settings.metric_for_best_model is not None and not recovery:
         raise SettingsError(
             "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
             "no epochs are left for it by finetune_epochs and freeze_epochs"
         )
-    if config.method != "one-shot" and run.settings.repair is True:
+    if settings.method != "one-shot" and settings.repair is True:
         calibration(run.model, run.calibration.from_start())  # raises where there are too few rows
 
 
@@ -87,8 +85,7 @@ def train(run: Run) -> None:
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
     cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
-    check_learnable(run.model, run.teacher, run.batches, run.config, cuts_hidden=cuts_hidden)
-    run.settle()
+    check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
     run.batches = run.recovery_batches
@@ -121,6 +118,7 @@ def pick_method(run: Run, target: Target) -> None:
         saved.write_text(json.dumps(asdict(choice)))
     settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs, "time_budget": None}
     run.config = config.model_copy(update=settings)
+    run.settle()
     run.reason = choice.reason
     if config.progress and run.accelerator.is_main_process:
         run.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from cofiprune.measure.report import Report, entries_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
+from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -94,6 +95,8 @@ class PruneResult(Report):
     """What was asked for and reached; None for `finetune`."""
     uniform: bool = False
     """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
+    settings: ResolvedSettings = field(kw_only=True)
+    """What was used in the end, with a value for every setting that was left open."""
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
         """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.

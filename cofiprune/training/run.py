@@ -46,7 +46,7 @@ from cofiprune.training.checks import (
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
-from cofiprune.training.resolved import Facts, ResolvedSettings, resolve
+from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of, reached
 
 if TYPE_CHECKING:
@@ -137,13 +137,14 @@ class Run:
         self.facts = Facts(
             self.steps_in(self.batches),
             None if self.target is None else self.target.share,
-            units=tuple(dict.fromkeys(group.unit for group in self.structure.groups)),
+            units=unit_kinds(self.structure),
             taught=self.teacher is not None,
             labelled=batches.labelled,
             round_to=1 if self.target is None else self.target.round_to,
             needs_train_mode=checkpointing,
             in_16_bit_on_gpu=half and self.accelerator.device.type == "cuda",
         )
+        self.settle()
 
     def settle(self, **facts: Any) -> None:
         """Give the settings that are left open their values.
@@ -374,7 +375,8 @@ class Run:
             "" if target is None else self.settings.method,
             self.reason,
             None if target is None else reached(target, self.model, self.structure, self.plan),
-            target is not None and self.config.uniform,
+            target is not None and self.settings.uniform,
+            settings=self.settings,
         )
 
 

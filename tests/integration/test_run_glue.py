@@ -362,7 +362,7 @@ def test_the_page_for_those_who_come_from_the_original_names_our_options(
     options = example("options")
     options.add_common_options(parser, "run_glue")
     glue.add_options(parser)
-    options.add_prune_settings(parser)
+    options.add_settings(parser, cofiprune.PruneConfig)
     known = {option for action in parser._actions for option in action.option_strings}
     rows = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")]
     shell = re.findall(r"examples/run_glue\.py(.*?)\n(?!    )", page, re.DOTALL)

@@ -7,8 +7,6 @@ import torch
 
 import cofiprune
 from cofiprune.errors import SettingsError
-from cofiprune.training.checks import check_compile
-from cofiprune.training.config import PruneConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")  # its own compiler warns of its own parts
 
@@ -24,6 +22,14 @@ def _forget_graphs():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def _a_backend_that_fails():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler found")
+
+    torch._dynamo.register_backend(broken, name="broken")
 
 
 # With gates on the whole model, every step runs under a new sample of masks that are learned.
@@ -64,29 +70,21 @@ def test_a_new_sample_of_the_gates_compiles_nothing_anew(toy):
     assert 1 <= len(graphs) < steps / 2
 
 
-def test_what_cannot_compile_is_known_before_anything_is_trained(toy):
-    before = copy.deepcopy(toy.student().state_dict())
-    cases = {
-        "did you mean 'inductor'": {"torch_compile": True, "torch_compile_backend": "inducter"},
-        "needs torch_compile=True": {"torch_compile_backend": "inductor"},
-    }
-    for words, settings in cases.items():
-        student = toy.student()
-        with pytest.raises(SettingsError) as error:
-            cofiprune.finetune(student, toy.rows(16), epochs=1, progress=False, **settings)
-        assert words.lower() in str(error.value).lower()
-        for name, value in student.state_dict().items():
-            assert torch.equal(value, before[name])
-
-
-def test_a_backend_that_fails_says_what_is_needed():
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler found")
-
-    torch._dynamo.register_backend(broken, name="broken")
-    config = PruneConfig(torch_compile=True, torch_compile_backend="broken")
-    with pytest.raises(SettingsError, match=r"no compiler found.*C\+\+ compiler"):
-        check_compile(config, torch.device("cpu"))
+@pytest.mark.usefixtures("_a_backend_that_fails")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"torch_compile": True, "torch_compile_backend": "inducter"}, "did you mean 'inductor'"),
+        ({"torch_compile_backend": "eager"}, "needs torch_compile=True"),
+        ({"torch_compile": True, "torch_compile_backend": "broken"}, r"no compiler found.*C\+\+ compiler"),
+    ],
+)
+def test_what_cannot_compile_is_known_before_anything_is_trained(toy, settings, words):
+    student = toy.student()
+    before = toy.snapshot(student)
+    with pytest.raises(SettingsError, match=rf"(?i){words}"):
+        cofiprune.finetune(student, toy.rows(16), epochs=1, progress=False, **settings)
+    assert toy.is_unchanged(student, before)
 
 
 @pytest.mark.slow

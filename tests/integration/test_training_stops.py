@@ -42,6 +42,10 @@ def settings_of(toy, **changes):
     }
 
 
+def prune(toy, student=None, rows=None, **changes):
+    return cofiprune.prune(student or toy.student(), rows or toy.rows(ROWS), **settings_of(toy, **changes))
+
+
 def signals_at(step, number=signal.SIGINT, times=1):
     """A callback that sends this process a signal after a step."""
     left = [times]
@@ -69,44 +73,24 @@ def assert_same_run(one, other):
 @pytest.fixture(scope="module")
 def whole(toy):
     """The run without a stop."""
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings_of(toy, logging_steps=1))
+    result = prune(toy, logging_steps=1)
     assert [entry["step"] for entry in result.history if "loss" in entry] == list(range(1, PRUNING + RECOVERY + 1))
     return result
 
 
-@pytest.mark.parametrize("stop", [1, 3, 6, 7, 12, 15])
-def test_a_resumed_run_ends_in_the_same_weights_to_the_bit(toy, whole, stop, tmp_path):
-    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
-    stopped = toy.student()
-    with pytest.raises(KeyboardInterrupt, match=f"after step {stop};"):
-        cofiprune.prune(stopped, toy.rows(ROWS), callbacks=[signals_at(stop)], **settings)
-    torch.manual_seed(99)
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
-    assert_same_run(result, whole)
-
-
-VARIANTS = {
-    "sums between two log entries": {},
-    "bf16": {"mixed_precision": "bf16"},
-    "its own teacher": {"teacher": "self"},
-    "no memory of the teacher": {"teacher_memory_mb": 0},
-    "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 8},
-    "the best by a metric": {"metric_for_best_model": "loss", "eval_steps": 1, "finetune_learning_rate": 3e-2},
-    "warm start": {"warm_start": True, "pre_finetune_epochs": 1},
-    "other batches after pruning": {"finetune_batch_size": 24, "epochs": 1, "freeze_epochs": 0.4, "finetune_epochs": 5},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stop", [5, 11])
-def test_a_resumed_run_ends_in_the_same_weights_whatever_its_settings(toy, variant, stop, tmp_path):
-    settings = settings_of(toy, **VARIANTS[variant])
-    undisturbed = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
-    calls = {"callbacks": [signals_at(stop)], "output_dir": tmp_path}
-    with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(toy.student(), toy.rows(ROWS), **settings, **calls)
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings, output_dir=tmp_path, resume=True)
-    assert_same_run(result, undisturbed)
+def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights_to_the_bit(toy, whole, tmp_path):
+    settings = {"logging_steps": 1, "output_dir": tmp_path}
+    for stop in (1, 3, 6, 7, 12, 15):
+        with pytest.raises(KeyboardInterrupt, match=f"after step {stop};"):
+            prune(toy, callbacks=[signals_at(stop)], resume=stop > 1, **settings)
+        torch.manual_seed(99)
+    assert_same_run(prune(toy, resume=True, **settings), whole)
+    # What is finished is only read.
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")}
+    assert_same_run(prune(toy, resume=True, **settings), whole)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")} == files
+    assert len({path.parent for path in files}) == 2  # older ones are dropped
+    assert not list(tmp_path.glob("checkpoint-*/*.partial"))
 
 
 def collate(rows):
@@ -114,28 +98,40 @@ def collate(rows):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}
 
 
-def test_a_run_over_a_shuffling_loader_is_resumed_in_the_middle_of_an_epoch(toy, tmp_path):
-    def loader():
-        return DataLoader(toy.rows(ROWS), batch_size=16, shuffle=True, collate_fn=collate)
+VARIANTS = {
+    "dropout": {"dropout": True},
+    "bf16": {"mixed_precision": "bf16"},
+    "its own teacher": {"teacher": "self"},
+    "no memory of the teacher": {"teacher_memory_mb": 0},
+    "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 8},
+    "the best by a metric": {"metric_for_best_model": "loss", "eval_steps": 1, "finetune_learning_rate": 3e-2},
+    "warm start": {"warm_start": True, "pre_finetune_epochs": 1},
+    "other batches after pruning": {"finetune_batch_size": 24, "epochs": 1, "freeze_epochs": 0.4, "finetune_epochs": 5},
+    "a loader that shuffles": {},
+}
 
-    settings = settings_of(toy)
-    undisturbed = cofiprune.prune(toy.student(), loader(), **settings)
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_is_stopped_twice_ends_in_the_same_weights_whatever_its_settings(toy, variant, tmp_path):
+    def run(student=None, **changes):
+        rows = toy.rows(ROWS)
+        if variant == "a loader that shuffles":
+            rows = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
+        return prune(toy, student, rows, **VARIANTS[variant], **changes)
+
+    undisturbed, student = run(), toy.student()
     with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(toy.student(), loader(), **settings, output_dir=tmp_path, callbacks=[signals_at(4)])
-    result = cofiprune.prune(toy.student(), loader(), **settings, output_dir=tmp_path, resume=True)
-    assert_same_run(result, undisturbed)
-
-
-@pytest.mark.parametrize("stop", [3, 9])
-def test_a_stopped_model_may_itself_be_handed_in_to_go_on(toy, stop, tmp_path):
-    settings = settings_of(toy, teacher="self")
-    undisturbed = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
-    student = toy.student()
-    with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(student, toy.rows(ROWS), **settings, output_dir=tmp_path, callbacks=[signals_at(stop)])
+        run(student, callbacks=[signals_at(5)], output_dir=tmp_path)
     assert masks_of(student) is not None
-    result = cofiprune.prune(student, toy.rows(ROWS), **settings, output_dir=tmp_path, resume=True)
-    assert result.model is student
+    torch.manual_seed(99)
+    # The stopped model may itself be handed in to go on, or another.
+    with pytest.raises(KeyboardInterrupt):
+        run(student, callbacks=[signals_at(11)], output_dir=tmp_path, resume=True)
+    if variant == "its own teacher":
+        result = run(student, output_dir=tmp_path, resume=True)
+        assert result.model is student
+    else:
+        result = run(output_dir=tmp_path, resume=True)
     assert_same_run(result, undisturbed)
 
 
@@ -152,28 +148,28 @@ def test_finetuning_is_resumed_too(toy, state, tmp_path):
             cofiprune.attach(model).set_plan(plan)
         return cofiprune.compact(model, plan) if state == "compacted" else model
 
-    settings = {"teacher": toy.teacher, "epochs": 3, "batch_size": 16, "checkpoint_steps": 2, "progress": False}
-    undisturbed = cofiprune.finetune(student(), toy.rows(ROWS), logging_steps=4, **settings)
+    def run(model, **changes):
+        settings = {"teacher": toy.teacher, "epochs": 3, "batch_size": 16, "checkpoint_steps": 2, "logging_steps": 4}
+        return cofiprune.finetune(model, toy.rows(ROWS), progress=False, **settings, **changes)
+
     with pytest.raises(KeyboardInterrupt):
-        cofiprune.finetune(
-            student(), toy.rows(ROWS), logging_steps=4, output_dir=tmp_path, callbacks=[signals_at(4)], **settings
-        )
-    resumed = {"output_dir": tmp_path, "resume": True, "logging_steps": 4}
+        run(student(), output_dir=tmp_path, callbacks=[signals_at(4)])
     if state == "masked":
         with pytest.raises(CheckpointError, match="other masks"):
-            cofiprune.finetune(toy.student(), toy.rows(ROWS), **resumed, **settings)
-    assert_same_run(cofiprune.finetune(student(), toy.rows(ROWS), **resumed, **settings), undisturbed)
+            run(toy.student(), output_dir=tmp_path, resume=True)
+    assert_same_run(run(student(), output_dir=tmp_path, resume=True), run(student()))
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-@pytest.mark.parametrize("stop", [3, 9])
-@pytest.mark.parametrize("folder", [True, False])
-def test_a_signal_saves_says_how_to_go_on_and_leaves_the_model_usable(toy, number, error, stop, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "stop", "folder"),
+    [(signal.SIGINT, 3, True), (signal.SIGINT, 9, False), (signal.SIGTERM, 3, False), (signal.SIGTERM, 9, True)],
+)
+def test_a_signal_saves_says_how_to_go_on_and_leaves_the_model_usable(toy, number, stop, folder, tmp_path):
     student = toy.student().train()
     handlers = [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)]
-    settings = settings_of(toy, logging_steps=1, **({"output_dir": tmp_path / "new"} if folder else {}))
-    with pytest.raises(error) as caught:
-        cofiprune.prune(student, toy.rows(ROWS), callbacks=[signals_at(stop, number)], **settings)
+    saved = {"output_dir": tmp_path / "new"} if folder else {}
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
+        prune(toy, student, callbacks=[signals_at(stop, number)], logging_steps=1, **saved)
     message = str(caught.value)
     assert f"step {stop}" in message
     assert ("resume=True" in message and str(tmp_path / "new") in message) if folder else "nothing was saved" in message
@@ -195,29 +191,24 @@ def test_a_second_signal_stops_at_once(toy, tmp_path):
     student = toy.student()
     calls = {"callbacks": [signals_at(3, times=2)], "output_dir": tmp_path}
     with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(student, toy.rows(ROWS), **settings_of(toy, logging_steps=1, eval_steps=1), **calls)
+        prune(toy, student, logging_steps=1, eval_steps=1, **calls)
     assert not (tmp_path / "checkpoint-3").exists()
     assert (tmp_path / "checkpoint-2" / "meta.json").exists()
     student(torch.tensor([[2, 5]])).logits.sum().backward()  # no random gates are left in it
 
 
 def test_a_signal_after_the_last_step_is_not_lost(toy):
-    student = toy.student()
+    student, seen = toy.student(), []
 
     def compute_metrics(prediction):
         if len(seen) == 3:  # the one-shot start and two steps
             os.kill(os.getpid(), signal.SIGINT)  # while the final plan is evaluated
         return {"count": float(len(seen))}
 
-    seen = []
+    calls = {"callbacks": [lambda entry: seen.append(entry) if "eval_loss" in entry else None]}
+    settings = {"epochs": 2, "freeze_epochs": 0, "finetune_epochs": 0, "eval_steps": 1}
     with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(
-            student,
-            toy.rows(16),
-            **settings_of(toy, epochs=2, freeze_epochs=0, finetune_epochs=0, eval_steps=1),
-            compute_metrics=compute_metrics,
-            callbacks=[lambda entry: seen.append(entry) if "eval_loss" in entry else None],
-        )
+        prune(toy, student, toy.rows(16), compute_metrics=compute_metrics, **calls, **settings)
     assert masks_of(student).sparsity() == pytest.approx(0.6, abs=0.005)
 
 
@@ -232,38 +223,28 @@ def test_a_signal_in_the_one_shot_start_leaves_the_model_as_it_was(toy):
 
     student.register_forward_pre_hook(stops)
     with pytest.raises(KeyboardInterrupt, match="one-shot stage"):
-        cofiprune.prune(student, toy.rows(ROWS), **settings_of(toy))
+        prune(toy, student)
     assert masks_of(student) is None
     assert toy.is_unchanged(student, before)
 
 
-def test_a_finished_run_can_be_resumed_and_is_only_read(toy, whole, tmp_path):
-    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
-    cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")}
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
-    assert_same_run(result, whole)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")} == files
-    assert len({path.parent for path in files}) == 2  # older ones are dropped
-    assert not list(tmp_path.glob("checkpoint-*/*.partial"))
+def test_a_run_that_crashed_goes_on_from_its_last_whole_checkpoint(toy, whole, tmp_path):
+    def crash(entry):
+        if entry["step"] == 13:
+            raise OSError("disk full")
 
-
-def test_an_incomplete_checkpoint_is_passed_over(toy, whole, tmp_path):
-    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(toy.student(), toy.rows(ROWS), callbacks=[signals_at(5)], **settings)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
-    (tmp_path / "checkpoint-5" / "meta.json").unlink()  # it is written last
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
-    assert_same_run(result, whole)
+    with pytest.raises(OSError, match="disk full"):
+        prune(toy, callbacks=[crash], logging_steps=1, output_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    (tmp_path / "checkpoint-12" / "meta.json").unlink()  # it is written last
+    assert_same_run(prune(toy, resume=True, logging_steps=1, output_dir=tmp_path), whole)
 
 
 def test_how_often_it_saves_and_logs_may_change_when_it_goes_on(toy, whole, tmp_path):
-    settings = settings_of(toy, output_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        cofiprune.prune(toy.student(), toy.rows(ROWS), callbacks=[signals_at(4)], **settings)
-    changed = {**settings, "logging_steps": 7, "checkpoint_steps": None, "eval_steps": 3, "progress": True}
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **changed)
+        prune(toy, callbacks=[signals_at(4)], output_dir=tmp_path)
+    changed = {"logging_steps": 7, "checkpoint_steps": None, "eval_steps": 3, "progress": True}
+    result = prune(toy, output_dir=tmp_path, resume=True, **changed)
     assert result.plan == whole.plan
     assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), whole.model.parameters(), strict=True))
 
@@ -278,43 +259,27 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_lost(toy, tmp_pat
             with torch.no_grad():
                 seen[-1].classifier.bias.fill_(float("nan"))
 
-    settings = settings_of(toy, logging_steps=1, one_shot_share=0)
-    whole = cofiprune.prune(toy.student(), toy.rows(ROWS), **settings)
-    settings["output_dir"] = tmp_path
+    settings = {"logging_steps": 1, "one_shot_share": 0}
     with pytest.raises(TrainingError) as caught:
-        cofiprune.prune(student, toy.rows(ROWS), callbacks=[poison], **settings)
+        prune(toy, student, callbacks=[poison], output_dir=tmp_path, **settings)
     assert masks_of(student) is None
     assert toy.is_unchanged(student, before)
     # The fourth step's own checkpoint would hold what the callback did, and is not written.
     assert all(word in str(caught.value) for word in ("step 4", "classifier.bias"))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    result = cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings)
-    assert_same_run(result, whole)
+    assert_same_run(prune(toy, resume=True, output_dir=tmp_path, **settings), prune(toy, **settings))
 
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_rate_that_is_far_too_high_is_an_error_and_not_a_ruined_model(toy, saved, tmp_path):
     student = toy.student()
     before = toy.snapshot(student)
-    calls = {"output_dir": tmp_path} if saved else {}
+    settings = {"learning_rate": 1e30, "checkpoint_steps": 1, "batch_size": 8, "epochs": 4, "progress": False}
     with pytest.raises(TrainingError) as caught:
-        cofiprune.finetune(
-            student, toy.rows(ROWS), learning_rate=1e30, checkpoint_steps=1, batch_size=8, epochs=4, **calls
-        )
+        cofiprune.finetune(student, toy.rows(ROWS), **settings, **({"output_dir": tmp_path} if saved else {}))
     assert all(word in str(caught.value) for word in ("step", "'recover'", "learning_rate"))
     assert ("last good checkpoint" in str(caught.value)) == saved
     assert toy.is_unchanged(student, before)
-
-
-def test_a_run_that_crashed_goes_on(toy, whole, tmp_path):
-    def crash(entry):
-        if entry["step"] == 13:
-            raise OSError("disk full")
-
-    settings = settings_of(toy, logging_steps=1, output_dir=tmp_path)
-    with pytest.raises(OSError, match="disk full"):
-        cofiprune.prune(toy.student(), toy.rows(ROWS), callbacks=[crash], **settings)
-    assert_same_run(cofiprune.prune(toy.student(), toy.rows(ROWS), resume=True, **settings), whole)
 
 
 PROGRAM = """

@@ -32,7 +32,7 @@ def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
     goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
-    settings = resolve(PruneConfig(), Facts(10, target))
+    settings = resolve(PruneConfig(), Facts(100, target=goal.share))
     return GateLearner(masks, goal, settings, SCHEDULE, layers_left=share)
 
 

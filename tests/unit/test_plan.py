@@ -125,11 +125,9 @@ def test_every_hidden_dimension_cannot_go(model: PreTrainedModel) -> None:
 
 
 def test_a_plan_prints_its_layers(plan: Plan) -> None:
-    text = str(plan)
-    assert "Plan for a bert model" in text
-    assert "hidden        20 of 24" in text
-    assert "layers.0.heads               3 of 4" in text
-    assert "layers.0.intermediate    block removed" in text
+    lines = [" ".join(line.split()) for line in str(plan).splitlines()]
+    assert lines[0] == "Plan for a bert model"
+    assert {"hidden 20 of 24", "layers.0.heads 3 of 4", "layers.0.intermediate block removed"} < {*lines}
 
 
 def test_two_plans_in_a_row_are_one(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,6 @@ from transformers import TrainerCallback
 from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
-from cofiprune.data.batches import Batches
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
@@ -23,7 +23,7 @@ from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner
-from cofiprune.training.resolved import Facts, ResolvedSettings, resolve
+from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
 from cofiprune.training.start import Left, one_shot_start
@@ -103,10 +103,16 @@ class PruningCallback(TrainerCallback):
         target = target_for(model, structure, self.config, {"target_sparsity": self.target})
         check_target(structure, target, self.config.units)
         check_arguments(args, state, model, taught=self.teacher is not None)
-        teacher, rows = self._checked(model, structure, loader, args)
+        check_weights(model)
+        check_trainable(model, gated=True)
+        teacher = resolve_teacher(self.teacher, model, of_dense=True)
+        rows = rows_again(loader, model, structure, self.config, args, taught=teacher is not None)
         self._batches = _length(loader)
-        labelled = rows is None or rows.labelled
-        settings, _ = self._laid_out(args, state, labelled=labelled)
+        facts = self._facts(args, state, structure, labelled=rows is None or rows.labelled)
+        settings = resolve(self.config, facts)
+        if teacher is not None and rows is not None:
+            check_learnable(model, teacher, rows, settings, cuts_hidden="hidden" in settings.units)
+        Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)  # whether there are enough of them
         saved = self._saved(args, state, model, structure)
         take_masks_off(model, quietly=saved is not None)
         start: Left | None = None
@@ -116,7 +122,8 @@ class PruningCallback(TrainerCallback):
         if saved is not None:
             plan = Plan.from_dict(saved.extra["start"])
         begun = plan.kept != structure.sizes
-        settings, schedule = self._laid_out(args, state, labelled=labelled, from_one_shot=begun)
+        settings = resolve(self.config, replace(facts, from_one_shot=begun))
+        schedule = Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)
         masks, replaced = attach_to(model, structure), {} if start is None else bring_in(model, structure, *start)
         try:
             small = model if not begun else compacted(model, structure, plan) if start is None else start[0]
@@ -136,35 +143,26 @@ class PruningCallback(TrainerCallback):
             raise
         self._run = run
 
-    def _checked(
-        self, model: PreTrainedModel, structure: Structure, loader: Any, args: Any
-    ) -> tuple[PreTrainedModel | None, Batches | None]:
-        """Return the teacher and the rows, checked against the model."""
-        check_weights(model)
-        check_trainable(model, gated=True)
-        teacher = resolve_teacher(self.teacher, model, of_dense=True)
-        rows = rows_again(loader, model, structure, self.config, args, taught=teacher is not None)
-        if teacher is not None and rows is not None:
-            cuts_hidden = any(group.kind == "hidden" for group in structure.select(self.config.units))
-            check_learnable(model, teacher, rows, self.config, cuts_hidden=cuts_hidden)
-        return teacher, rows
+    def _facts(self, args: Any, state: Any, structure: Structure, *, labelled: bool) -> Facts:
+        """Gather what settings depend on.
 
-    def _laid_out(self, args: Any, state: Any, **facts: Any) -> tuple[ResolvedSettings, Schedule]:
-        """Return the settings with a value for everything that is left open, and the steps of the Trainer laid out.
-
-        :raises SettingsError: when no step is left for the gates, or epochs are meant where there are none.
+        :raises SettingsError: for epochs where the data set has no length.
         """
         per_epoch: int = state.max_steps
         if self._batches is not None:
             per_epoch = math.ceil(self._batches / args.gradient_accumulation_steps)
         for name in ("pre_finetune_epochs", "freeze_epochs", "sparsity_warmup_epochs"):
-            if self._batches is None and getattr(self.config, name):
-                raise SettingsError(
-                    f"{name}={getattr(self.config, name):g} needs a data set with a length: this one has no epochs"
-                )
-        known = Facts(per_epoch, self.target, taught=self.teacher is not None, trainer_steps=state.max_steps, **facts)
-        settings = resolve(self.config, known)
-        return settings, Schedule.for_pruning(settings, per_epoch, in_trainer=True)
+            epochs = getattr(self.config, name)
+            if self._batches is None and epochs:
+                raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
+        return Facts(
+            per_epoch,
+            self.target,
+            units=unit_kinds(structure),
+            taught=self.teacher is not None,
+            labelled=labelled,
+            trainer_steps=state.max_steps,
+        )
 
     def _saved(self, args: Any, state: Any, model: PreTrainedModel, structure: Structure) -> SavedRun | None:
         """Note what a resumed run must have in common with this one; return what it goes on from, if it does."""
@@ -239,6 +237,7 @@ class PruningCallback(TrainerCallback):
             run.state.history,
             run.seconds,
             best,
+            settings=run.learner.settings,
         )
         self._run = None
 
