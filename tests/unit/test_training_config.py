@@ -136,7 +136,7 @@ def other_value(name):
 def behaviour(config):
     """Everything that a run can ask of its configuration."""
     properties = {name: getattr(config, name) for name, kind in vars(PruneConfig).items() if isinstance(kind, property)}
-    return config, properties, config.prefers_greater(), [resolve(config, facts) for facts in FACTS]
+    return config, properties, [resolve(config, facts) for facts in FACTS]
 
 
 @pytest.mark.parametrize("name", PruneConfig.model_fields)
