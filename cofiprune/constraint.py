@@ -16,7 +16,7 @@ from cofiprune.errors import SettingsError, TargetError
 
 
 def target_at(step: int, *, target: float, warmup_steps: int, start: float = 0.0, start_step: int = 0) -> float:
-    """Return the sparsity to ask for at `step`: a linear ramp from `start` to `target`, then `target` itself.
+    """Return the target sparsity at `step`: a linear ramp from `start` to `target`, then `target` itself.
 
     :param step: optimiser step from 0; before `start_step` the ramp stays at `start`.
     :param target: sparsity in [0, 1] from step `start_step + warmup_steps` on.
@@ -41,9 +41,9 @@ def target_at(step: int, *, target: float, warmup_steps: int, start: float = 0.0
 class Constraint(nn.Module):
     """The term lambda_1 (s - t) + lambda_2 (s - t)^2, with multipliers that start at 0.
 
-    Add the term to the loss and give the optimiser `ascent_group` beside the groups of the weights and the gates:
-    one backward pass and one step then descend in those and ascend here. Adam does so per group; the gradients of the
-    multipliers, s - t and (s - t)^2, are at most 1 and need no clipping.
+    Add the term to the loss, and `ascent_group` to the optimiser's groups of weights and gates: one backward pass and
+    one step then descend in those and ascend here. The gradients of the multipliers, s - t and (s - t)^2, are at most 1
+    and need no clipping.
 
     >>> constraint = Constraint()
     >>> optimizer = torch.optim.AdamW([constraint.ascent_group(learning_rate=0.01)])
@@ -62,7 +62,7 @@ class Constraint(nn.Module):
         """Return the term, a scalar of either sign: 0 where sparsity equals target.
 
         :param sparsity: scalar, expected sparsity, differentiable in the gates.
-        :param target: sparsity asked for at this step, see `target_at`.
+        :param target: target sparsity at this step, see `target_at`.
         """
         gap = sparsity - target
         return self.lambda_1 * gap + self.lambda_2 * gap.square()

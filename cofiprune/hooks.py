@@ -1,4 +1,4 @@
-"""Watch or change modules for the length of a `with` block: forward hooks, replaced forwards, train and eval mode."""
+"""Watching or changing modules during a `with` block: forward hooks, replaced forwards, train and eval mode."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def watching(
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Run a function in place of a module's forward, whether or not the module has its own one already."""
+    """Run a function in place of a module's forward, even if one is set on the instance already."""
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -80,7 +80,7 @@ def reading(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Let no parameter of some modules learn inside the block."""
+    """Stop all parameters of some modules from learning inside the block."""
     learning = [value for module in modules for value in module.parameters() if value.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

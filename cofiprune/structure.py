@@ -1,10 +1,9 @@
-"""Where the prunable units of a model live: pure data, no tensors.
+"""The prunable structure of a model: pure data, no tensors.
 
-Every prunable side of a parameter factorises as (copies, units, block), row-major: a head is
-`block = head_dim` rows of the query projection, a fused q/k/v has `copies = 3`, a hidden dimension
-has `block = 1`. A parameter is a rectangle of such sides, and a block of the encoder (attention or
-feed-forward) is a gate over the parameters it owns. Masks, gates, slicing and counting all read
-this one table.
+Every prunable side of a parameter factorises as (copies, units, block), row-major: a head is `block = head_dim` rows of
+the query projection, a fused q/k/v has `copies = 3`, a hidden dimension has `block = 1`. A parameter is a rectangle of
+such sides, and a block of the encoder (attention or feed-forward) is a gate over the parameters it owns. Masks, gates,
+slicing and counting all read this one structure.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def unit_of(kind: Kind) -> UnitKind:
 
 @dataclass(frozen=True)
 class Group:
-    """A set of units of one kind that are kept or removed one by one."""
+    """A set of units of one kind, each of which is kept or removed by itself."""
 
     name: str
     """`hidden`, or `layers.{i}.` followed by the kind."""
@@ -54,7 +53,7 @@ class Group:
 
     @property
     def unit(self) -> UnitKind:
-        """The word that selects this group in a `units=` argument."""
+        """The unit kind that selects this group in a `units=` argument."""
         return unit_of(self.kind)
 
 
@@ -67,8 +66,8 @@ class Side:
     copies: int = 1
     block: int = 1
     role: Role = "slice"
-    """What a mask does to the parameter along this side before anything is sliced: `slice` nothing,
-    `zero` zeroes the units whose mask is 0, `scale` multiplies by the mask."""
+    """Effect of a mask on the parameter along this side: `slice` none before slicing, `zero` zeroes the units whose
+    mask is 0, `scale` multiplies by the mask."""
 
     @property
     def length(self) -> int:
@@ -86,15 +85,15 @@ class Parameter:
     sides: tuple[Side | None, ...]
     """One entry per dimension; None where nothing can be pruned along it."""
     gate: str | None = None
-    """The block group that this parameter goes with when the block is removed."""
+    """The block group with which this parameter is removed."""
     gated: bool = False
     """True when a fractional block gate multiplies this parameter (the block's last projection)."""
     applications: tuple[int, int] = (0, 0)
     """(a, b): a matrix is applied to a * sequence_length + b vectors per example; (0, 0) for other parameters."""
     described_as: str | None = None
-    """Its name in the module whose row describes it, where masks act on it; another than `name` when it is tied."""
+    """Its name in the module that the adapter describes, where masks act on it; differs from `name` when it is tied."""
     read_in: str | None = None
-    """The module that reads it, where the module that holds it is not called; masks act on it there."""
+    """The module that reads it, if the module that holds it is not called; masks act on it there."""
 
     @property
     def fixed(self) -> int:
@@ -107,7 +106,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation over the hidden dimension: under masks its statistics are those of the kept ones."""
+    """A normalisation over the hidden dimensions; under masks, over the kept ones."""
 
     module: str
     kind: Literal["layer", "rms"] = "layer"
@@ -115,46 +114,46 @@ class Norm:
 
 @dataclass(frozen=True)
 class BlockExit:
-    """The module whose output is a block's output; a removed block returns its input there."""
+    """The module whose output is a block's output, and where a removed block returns its input."""
 
     module: str
     argument: int = 0
-    """Position of the block's input among the module's positional arguments."""
+    """Position of the block's input in the module's positional arguments."""
     keyword: str | None = None
-    """Its name, when the caller passes it by name."""
+    """Its name, if the caller passes it by name."""
     outputs: int = 1
     """1: the module returns a tensor; n > 1: a tuple of n, the tensor first and None after it."""
     residual: bool = True
-    """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so
-    that a removed block gives zeros."""
+    """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so that a removed
+    block returns zeros."""
     wrapped: bool = False
     """Whether its single output comes in a tuple of one."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A tensor that a block gets from outside its layer, with an entry for every inner unit of the dense model.
+    """A tensor from outside a block's layer, with an entry for every inner unit of the dense model.
 
-    A bias of the attention scores that all layers share, for instance. Masks leave it as it is; a compacted
-    module picks the entries of the units that it has kept.
+    For example a bias of the attention scores that all layers share. Masks leave it as it is; a compacted module picks
+    the entries of its kept units.
     """
 
     module: str
     """The module that is called with it."""
     argument: int
-    """Its position among the module's positional arguments."""
+    """Its position in the module's positional arguments."""
     keyword: str
-    """Its name, when the caller passes it by name."""
+    """Its name, if the caller passes it by name."""
     dim: int
-    """The dimension along which the units lie."""
+    """The dimension of the units."""
     output: int | None = None
-    """Its position among the module's outputs, where the module hands it on to the next layer."""
+    """Its position in the module's outputs, if the module passes it on to the next layer."""
     method: str | None = None
-    """The method by which a module makes it from the numbers of queries and keys, when it is given none."""
+    """The method by which a module without the argument makes it from the numbers of queries and keys."""
     table: str | None = None
     """The submodule that `method` reads. The layer that has it makes the tensor, and keeps it without its block."""
     repeated: bool = False
-    """Whether what `method` makes is repeated for every example of a batch, along its first dimension."""
+    """Whether the result of `method` is repeated for every example of a batch, along its first dimension."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +164,12 @@ class Block:
     inner: str | None
     exit: BlockExit
     bypassed: tuple[BlockExit, ...] = ()
-    """Modules inside the block that do not run when it is gone; they hand their first argument on, or give zeros
-    where a residual is added outside of them."""
+    """Modules inside the block that do not run without it; they return their first argument, or zeros where a residual
+    is added outside of them."""
     dropped: tuple[str, ...] = ()
-    """Parameters and modules that the layer itself holds for the block; a single 0 and None take their places."""
+    """Parameters and modules of the block that the layer itself holds; a single 0 and None replace them."""
     shared: tuple[Shared, ...] = ()
-    """What modules of the block are given for all inner units of the dense model."""
+    """Tensors from outside with an entry for every inner unit of the dense model."""
     pairwise: int = 0
     """Multiply-accumulates per inner unit and pair of tokens, beyond the parameters' own."""
     per_token: int = 0
@@ -203,7 +202,7 @@ class Structure(Mapping[str, Group]):
     blocks: tuple[Block, ...]
     attributes: tuple[SizeAttribute, ...]
     layers: tuple[str, ...]
-    """Module paths of the encoder's layers: what `sparsity` counts."""
+    """Module paths of the encoder's layers, which `sparsity` counts."""
     applications: tuple[int, ...] = ()
     """How often a forward pass applies each layer, one after the other; empty for once each."""
     embeddings: tuple[str, ...] = ()
@@ -211,9 +210,9 @@ class Structure(Mapping[str, Group]):
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds that this model cannot prune, with the reason."""
     table: Mapping[str, Any] | None = None
-    """The family's table as plain values, where a compacted model has to carry it."""
+    """The family's table as plain values, if a compacted model has to carry it."""
     extra: tuple[BlockExit, ...] = ()
-    """Where what the layers hold beside their blocks joins the residual stream; it stays without the blocks."""
+    """Exits into the residual stream of the parts of layers that belong to no block, and always stay."""
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:
@@ -244,7 +243,7 @@ class Structure(Mapping[str, Group]):
         return f"no group {name!r} in this {self.family} model.{near} Its {len(self)} groups start with {shown}."
 
     def present(self, units: str | Sequence[UnitKind] | None = None) -> tuple[Group, ...]:
-        """Return the groups of the unit kinds named, as far as there are any; a smaller model may have lost some.
+        """Return the groups of some unit kinds, of which a smaller model may have lost some.
 
         :param units: see `select`.
         """
@@ -252,7 +251,7 @@ class Structure(Mapping[str, Group]):
         return tuple(group for group in self.groups if group.unit in chosen)
 
     def select(self, units: str | Sequence[str] | None = None) -> tuple[Group, ...]:
-        """Return the groups of the unit kinds named.
+        """Return the groups of some unit kinds.
 
         :param units: any of "layer", "head", "intermediate", "hidden"; None for all that the model has.
         :raises StructureError: for an unknown kind, an empty choice, or a kind that this model cannot prune.

@@ -1,4 +1,4 @@
-"""Timing things on a device fairly: in turn, from an idle device to an idle device, in medians."""
+"""Fair timing on a device: in turn, from an idle device to an idle device, in medians."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MOST_RUNS = 500
 
 @dataclass(frozen=True)
 class Timing:
-    """Latencies of one model on one size of batch."""
+    """Latencies of one model on one batch size."""
 
     median_ms: float
     """Milliseconds per batch."""
     p90_ms: float
-    """Nine of ten batches take at most this many milliseconds."""
+    """90th percentile of milliseconds per batch."""
     examples_per_second: float
     """Batch size over the median."""
     runs: int
@@ -36,14 +36,14 @@ def in_turn(
     seconds: float = 5.0,
     own_time: bool = False,
 ) -> list[list[float]]:
-    """Time each of several computations, one after the other and again from the start.
+    """Time several computations in rounds, each once per round.
 
-    Whatever changes on the machine meanwhile meets all of them alike; every other round goes backwards, so that
-    none always follows the same other.
+    Changes on the machine thus affect all of them alike. Every other round goes backwards, so that none always follows
+    the same other.
 
     :param runs: rounds; by default at least 5, and more within `seconds`.
-    :param own_time: take the processor time of this thread, to which other programs add nothing while they hold the
-        processor; for computations that have no other threads.
+    :param own_time: measure the processor time of this thread, which excludes other programs; for computations without
+        other threads.
     :return: seconds of every run of each.
     """
     clock = time.thread_time if own_time else time.perf_counter
@@ -88,7 +88,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
-    """Let torch compute with so many threads of the CPU; None for as many as before."""
+    """Set torch's number of CPU threads; None keeps it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.cli.models import add_task_option, load_model, load_tokenizer
+from cofiprune.cli.models import add_task_option, first_line, load_model, load_tokenizer
 from cofiprune.cli.options import UsageError, at_least, one_of, writable_directory
 from cofiprune.errors import CofipruneError
 
@@ -22,10 +22,10 @@ _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAns
 _NEEDED = ("onnx", "onnxscript")
 _EXAMPLE = (2, 8)
 _COMPARED = ((1, 5), (3, 12))
-"""Rows and tokens: other ones than of the example that is traced."""
+"""Numbers of rows and tokens other than those of the example that is traced."""
 _TOLERANCE = 1e-3
 _ONE_FILE = 1_500_000_000
-"""Bytes of weights up to which all goes into one file; ONNX files end at 2 GiB."""
+"""Largest size of weights in bytes that goes into the file itself; ONNX files end at 2 GiB."""
 
 
 class ExportError(CofipruneError, RuntimeError):
@@ -34,13 +34,30 @@ class ExportError(CofipruneError, RuntimeError):
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Add what `export` takes."""
-    parser.add_argument("model", metavar="MODEL", help="directory or hub name")
-    parser.add_argument("out", metavar="OUT", help="a file that ends in .onnx, or a directory for model.onnx")
-    parser.add_argument(
-        "--format", type=one_of(_FORMATS, "format"), default="onnx", metavar="{onnx}", help="(default: onnx)"
-    )
-    parser.add_argument("--opset", type=at_least(18), metavar="N", help="of ONNX (default: torch's own)")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="directory or hub name")
+    add("out", metavar="OUT", help="a file that ends in .onnx, or a directory for model.onnx")
+    add("--format", type=one_of(_FORMATS, "format"), default="onnx", metavar="{onnx}", help="(default: onnx)")
+    add("--opset", type=at_least(18), metavar="N", help="version of ONNX's operators (default: torch's own)")
     add_task_option(parser)
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `convert` takes."""
+    add = parser.add_argument
+    add("path", metavar="DIR", help="config.json, pytorch_model.bin and, of a run, zs.pt")
+    add("out", metavar="OUT", help="directory to write to")
+    text = f"{', '.join(_HEADS)} (default: what config.json says)"
+    add("--task-head", type=one_of(_HEADS, "head"), metavar="HEAD", help=text)
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write an original CoFi run as an ordinary compacted model, and print its summary."""
+    from cofiprune import cofi_checkpoint
+    from cofiprune.measure.summary import summary
+
+    model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
+    print(f"{summary(model)}\n\nsaved in {options.out}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -97,15 +114,12 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
             external_data=size > _ONE_FILE,
         )
     except Exception as error:  # the exporter wraps whatever the modelling code raises
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ExportError(
-            f"torch cannot export this {type(model).__name__}: {lines[0] if lines else error!r}"
-        ) from error
+        raise ExportError(f"torch cannot export this {type(model).__name__}: {first_line(error)}") from error
     return names
 
 
 def example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Made-up inputs with padding, and with both token types where a model tells them apart."""
+    """Make synthetic inputs with padding, and with both token types where a model tells them apart."""
     import torch
 
     from cofiprune.data.checks import longest_sequence
@@ -123,7 +137,7 @@ def example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]
 
 
 def largest_difference(model: PreTrainedModel, file: Path) -> float:
-    """The largest difference between the outputs of torch and of the file, in every output and several shapes."""
+    """Return the largest difference between torch's outputs and those of the file, in several shapes."""
     import torch
 
     session = import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -140,10 +154,10 @@ def largest_difference(model: PreTrainedModel, file: Path) -> float:
 
 
 def _by_position(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:
-    """The model with tensors in order, which is what a graph takes and gives."""
+    """Wrap the model so that it takes and gives tensors in order, as a graph does."""
     from torch import nn
 
-    class Plain(nn.Module):
+    class Positional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -151,7 +165,7 @@ def _by_position(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             return tuple(_tensors(self.model(**dict(zip(names, values, strict=True)))).values())
 
-    return Plain().eval()
+    return Positional().eval()
 
 
 def _tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -161,30 +175,9 @@ def _tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Sequence[dict[int, Any]]:
-    """The dimensions of each input that are not fixed by the example."""
+    """Name the dimensions of each input that the example does not fix."""
     import torch
 
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     text = model.main_input_name == "input_ids"
     return tuple({0: batch, **({value.dim() - 1: sequence} if text else {})} for value in inputs.values())
-
-
-def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `convert` takes."""
-    parser.add_argument("path", metavar="DIR", help="config.json, pytorch_model.bin and, of a run, zs.pt")
-    parser.add_argument("out", metavar="OUT", help="directory to write to")
-    parser.add_argument(
-        "--task-head",
-        type=one_of(_HEADS, "head"),
-        metavar="HEAD",
-        help=f"{', '.join(_HEADS)} (default: what config.json says)",
-    )
-
-
-def convert(options: argparse.Namespace) -> None:
-    """Write the model anew and print its summary."""
-    from cofiprune import cofi_checkpoint
-    from cofiprune.measure.summary import summary
-
-    model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
-    print(f"{summary(model)}\n\nsaved in {options.out}")

@@ -38,16 +38,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_task_option(parser: argparse.ArgumentParser) -> None:
     """Add the choice of a task."""
-    parser.add_argument(
-        "--task",
-        type=one_of(TASKS, "task"),
-        metavar="TASK",
-        help=f"{', '.join(TASKS)} (default: what the model's configuration says, else {next(iter(TASKS))})",
-    )
+    text = f"{', '.join(TASKS)} (default: what the model's configuration says, else {next(iter(TASKS))})"
+    parser.add_argument("--task", type=one_of(TASKS, "task"), metavar="TASK", help=text)
 
 
 def model_name(options: argparse.Namespace) -> str:
-    """The model that the command line names.
+    """Return the model that the command line names.
 
     :raises UsageError: when it names none.
     """
@@ -68,16 +64,14 @@ def load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-any-return]
     except Exception as error:  # of the hub, the file or the validators: each library has classes of its own
         nowhere = "" if Path(name).is_dir() else "there is no such directory, and from the hub: "
-        raise CheckpointError(f"cannot load {name}: {nowhere}{_first_line(error)}") from error
+        raise CheckpointError(f"cannot load {name}: {nowhere}{first_line(error)}") from error
 
 
 def task_by_architecture(config: PretrainedConfig) -> str | None:
-    """The task of the class that a model was saved from; None when the configuration does not tell."""
+    """Return the task of the class that a model was saved from; None when the configuration does not tell."""
     architecture = next(iter(config.architectures or ()), "")
-    for task, ending in TASKS.items():
-        if ending and architecture.endswith(ending):
-            return task
-    return "feature-extraction" if architecture.endswith("Model") else None
+    endings = {**TASKS, "feature-extraction": "Model"}
+    return next((task for task, ending in endings.items() if architecture.endswith(ending)), None)
 
 
 def load_model(
@@ -92,7 +86,7 @@ def load_model(
 
     :param task: by default the one of the architecture in the configuration, else sequence classification.
     :param dtype: of the weights; float32 by default, whatever they are stored in.
-    :param new_head: it is to be trained, so that weights which the checkpoint lacks need no warning.
+    :param new_head: weights that the checkpoint lacks are to be trained, and need no warning.
     :raises CheckpointError: when it cannot be loaded, saying why.
     """
     import torch
@@ -108,7 +102,7 @@ def load_model(
     except CofipruneError:
         raise
     except Exception as error:  # missing files, shapes that differ, a task that the family does not have
-        raise CheckpointError(f"cannot load {name} for {task}: {_first_line(error)}{_hint(name)}") from error
+        raise CheckpointError(f"cannot load {name} for {task}: {first_line(error)}{_hint(name)}") from error
     new = sorted(found["missing_keys"])
     if new and not new_head:
         named = f"{', '.join(new[:2])}{' and others' if new[2:] else ''}"
@@ -128,7 +122,7 @@ def to_device(model: PreTrainedModel, device: str | None) -> PreTrainedModel:
     try:
         return model.to(wanted)  # type: ignore[no-any-return, arg-type]
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
-        raise UsageError(f"cannot use the device {wanted!r}: {_first_line(error)}") from error
+        raise UsageError(f"cannot use the device {wanted!r}: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -145,7 +139,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
 
 
 def _check_directory(name: str) -> None:
@@ -167,8 +161,8 @@ def _hint(name: str) -> str:
     return f"; if the original CoFi wrote it, read it by: cofiprune convert {name} OUT" if original else ""
 
 
-def _first_line(error: BaseException) -> str:
-    """The beginning of a message; transformers explains at length."""
+def first_line(error: BaseException) -> str:
+    """Return the beginning of a message; transformers explains at length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 240 else f"{text[:240]}..."

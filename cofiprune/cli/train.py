@@ -82,7 +82,7 @@ def prune(options: argparse.Namespace) -> None:
     if isinstance(result, SweepResult):
         _save_sweep(result, loaded, arguments["output_dir"])
     else:
-        _save(result, result.compact(), loaded, arguments, target)
+        _save(result, result.compact(), loaded, arguments["output_dir"], target)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -94,7 +94,7 @@ def finetune(options: argparse.Namespace) -> None:
     from cofiprune.training import prune as training
 
     result = training.finetune(loaded.model, loaded.datasets["train_file"], **arguments)
-    _save(result, result.model, loaded, arguments, {})
+    _save(result, result.model, loaded, arguments["output_dir"], {})
 
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
@@ -133,9 +133,7 @@ def _prepare(
     }
 
 
-def _save(
-    result: PruneResult, model: PreTrainedModel, loaded: Loaded, arguments: dict[str, Any], target: dict[str, Any]
-) -> None:
+def _save(result: PruneResult, model: PreTrainedModel, loaded: Loaded, folder: Path, target: dict[str, Any]) -> None:
     """Write the model, its tokenizer, the plan and the result, and print the result."""
     from accelerate import PartialState
 
@@ -143,7 +141,6 @@ def _save(
 
     if not PartialState().is_main_process:
         return
-    folder: Path = arguments["output_dir"]
     model.save_pretrained(folder)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
@@ -153,7 +150,7 @@ def _save(
         "target": None if result.target is None else asdict(result.target),
         **{name: getattr(result, name) for name in ("sparsity", "model_sparsity", "metrics", "best_step", "seconds")},
         "kept": result.plan.kept,
-        "settings": arguments["config"].model_dump(mode="json"),
+        "settings": result.settings.model_dump(mode="json"),
         "history": result.history,
     }
     (folder / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")

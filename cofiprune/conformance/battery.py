@@ -96,26 +96,32 @@ def check_adapter(
     :raises LawError: at the first law that does not hold, naming the parameter or the module at fault.
     :raises AdapterError: when a description does not fit a model, or no head class could be checked.
     """
-    battery = _Battery(seed, units, batch)
+    battery = _Battery(seed, _choices(units), batch)
     with torch.random.fork_rng():
         if isinstance(adapter_or_model, Adapter):
-            settings = adapter_or_model.test_settings
-            stock = (tiny_config(name, **settings) for name in adapter_or_model.model_types)
-            for config in list(stock if configs is None else configs):
-                for cls in _chosen(head_classes(config), heads):
-                    model = battery.build(cls, config)
-                    if model is not None:
-                        battery.check(model, adapter_or_model)
+            for config in _configs(adapter_or_model) if configs is None else configs:
+                for cls in _head_classes(config, heads):
+                    battery.build_and_check(cls, config, adapter_or_model)
+        elif heads is not None or configs is not None:
+            raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
         else:
-            if heads is not None or configs is not None:
-                raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
             battery.check(adapter_or_model, adapter_for(adapter_or_model))
     return battery.report()
 
 
-def _chosen(
-    classes: Sequence[type[PreTrainedModel]], heads: str | Iterable[str] | None
-) -> Sequence[type[PreTrainedModel]]:
+def _choices(units: str | Iterable[str] | None) -> list[Choice]:
+    chosen = set(UNIT_KINDS) if units is None else {units} if isinstance(units, str) else set(units)
+    if not chosen or chosen - set(UNIT_KINDS):
+        raise StructureError(f"units names {sorted(chosen)}; choose among {', '.join(UNIT_KINDS)}")
+    return [choice for choice in unit_choices() if units is None or set(choice) == chosen]
+
+
+def _configs(adapter: Adapter) -> list[PretrainedConfig]:
+    return [tiny_config(name, **adapter.test_settings) for name in adapter.model_types]
+
+
+def _head_classes(config: PretrainedConfig, heads: str | Iterable[str] | None) -> Sequence[type[PreTrainedModel]]:
+    classes = head_classes(config)
     if heads is None:
         return classes
     endings = (heads,) if isinstance(heads, str) else tuple(heads)
@@ -126,37 +132,35 @@ def _chosen(
     return [cls for cls in classes if cls.__name__.endswith(endings)]
 
 
+@dataclass(frozen=True)
 class _Battery:
     """Runs the laws model by model and collects what they cover."""
 
-    def __init__(self, seed: int, units: str | Iterable[str] | None, batch: Batch | None) -> None:
-        self.seed = seed
-        chosen = set(UNIT_KINDS) if units is None else {units} if isinstance(units, str) else set(units)
-        if not chosen or chosen - set(UNIT_KINDS):
-            raise StructureError(f"units names {sorted(chosen)}; choose among {', '.join(UNIT_KINDS)}")
-        self.choices = [choice for choice in unit_choices() if units is None or set(choice) == chosen]
-        self.batch = batch
-        self.families: dict[str, None] = {}
-        self.heads: list[str] = []
-        self.differences: list[tuple[Case, float]] = []
-        self.refused: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
+    seed: int
+    choices: list[Choice]
+    batch: Batch | None
+    structures: dict[str, Structure] = field(default_factory=dict)
+    differences: list[tuple[Case, float]] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
-    def build(self, cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
-        """Build a model and run it once; what transformers itself cannot build or run is skipped."""
+    def build_and_check(self, cls: type[PreTrainedModel], config: PretrainedConfig, adapter: Adapter) -> None:
+        """Check a model of a class; one that transformers itself cannot build or run is skipped."""
         try:
             model: PreTrainedModel = cls(copy.deepcopy(config))  # some classes change their configuration
-            if has_decoder(model):
-                self.skipped[cls.__name__] = "it has a decoder; cofiprune prunes encoders"
-                return None
-            model.train(False)
-            outputs(model, self._inputs(model))
+            runs = not has_decoder(model)
+            if runs:
+                model.train(False)
+                outputs(model, self._inputs(model))
         except AdapterError:
             raise
         except Exception as error:  # a head that does not fit the configuration
             self.skipped[cls.__name__] = f"{type(error).__name__}: {error}".splitlines()[0]
-            return None
-        return model
+            return
+        if runs:
+            self.check(model, adapter)
+        else:
+            self.skipped[cls.__name__] = "it has a decoder; cofiprune prunes encoders"
 
     def _inputs(self, model: PreTrainedModel) -> Batch:
         return inputs(model, torch.Generator().manual_seed(self.seed)) if self.batch is None else self.batch
@@ -168,27 +172,32 @@ class _Battery:
         sample = specimen(model, generator)
         # The table goes along into files, so that an adapter need not be registered to load them.
         structure = replace(adapter.structure(sample), table=family_entries(adapter.describe(sample.config)))
-        subject = Subject(sample, double(self._inputs(sample)), structure)
-        found = check_laws(subject, generator, self.choices)
-        self.differences += found.differences
+        found = check_laws(Subject(sample, double(self._inputs(sample)), structure), generator, self.choices)
         if found.unsaved:
             self.skipped[f"{name} from a file"] = found.unsaved
-        self.families[structure.family] = None
         self.heads.append(name)
-        self.refused.update({f"{name}: {unit}": why for unit, why in structure.refused.items()})
+        self.structures[name] = structure
+        self.differences.extend(found.differences)
 
     def report(self) -> Report:
         """Return what was covered.
 
         :raises AdapterError: when that is nothing.
         """
+        structures = self.structures.items()
+        refused = {f"{name}: {unit}": why for name, each in structures for unit, why in each.refused.items()}
         if not self.differences:
-            why = "; ".join(f"{name}: {reason}" for name, reason in {**self.skipped, **self.refused}.items())
+            why = "; ".join(f"{name}: {reason}" for name, reason in {**self.skipped, **refused}.items())
             raise AdapterError(f"nothing could be checked. {why}")
-        choices = dict.fromkeys(case.choice for case, _ in self.differences)
-        largest = max(difference for _, difference in self.differences)
-        covered = (tuple(self.families), tuple(self.heads), tuple(choices))
-        return Report(*covered, len(self.differences), largest, self.refused, self.skipped)
+        return Report(
+            families=tuple(dict.fromkeys(each.family for _, each in structures)),
+            heads=tuple(self.heads),
+            choices=tuple(dict.fromkeys(case.choice for case, _ in self.differences)),
+            cases=len(self.differences),
+            largest_difference=max(difference for _, difference in self.differences),
+            refused=refused,
+            skipped=self.skipped,
+        )
 
 
 @dataclass(frozen=True)

@@ -236,16 +236,16 @@ def _laid_out(spec: Parameter, like: Side) -> Parameter | None:
 def _first_difference(subject: Subject, small: PreTrainedModel, plan: Plan, limit: float) -> str:
     """Name the first module, in the order in which they return, whose output differs; masks are set."""
     structure = subject.structure
+    norms = {norm.module for norm in structure.norms}
     cut = record(small, subject.batch)
     for call, value in record(subject.model, subject.batch).items():
         path = call[0]
         own = [spec for spec in structure.parameters if module_of(spec) == path]
-        others = [spec for spec in structure.parameters if module_of(spec) != path]
-        if call not in cut or _agree(value, cut[call], plan, [*own, *others], limit) is not False:
+        if call not in cut or not _differ(value, cut[call], plan, [*own, *structure.parameters], limit):
             continue
         module = subject.model.get_submodule(path)
-        is_norm = "norm" in type(module).__name__.lower() and path not in {norm.module for norm in structure.norms}
         if own:
+            is_norm = "norm" in type(module).__name__.lower() and path not in norms
             hint = ": declare it by norm(...)." if is_norm else "."
             return f"The first module that differs is {path!r} with {described(own)}{hint}"
         return (
@@ -256,31 +256,24 @@ def _first_difference(subject: Subject, small: PreTrainedModel, plan: Plan, limi
     return "No single module differs before the output does."
 
 
-def _agree(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter], limit: float) -> bool | None:
-    """Whether a tensor of the masked model is the compacted model's on the kept units; None when not comparable.
+def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter], limit: float) -> bool:
+    """Whether a tensor of the masked model differs from the compacted model's on the kept units.
 
-    :param specs: with the layouts that a dimension may have, likeliest first.
+    :param specs: with the layouts that a dimension may have, likeliest first; where none fits, nothing is said.
     """
-    if full.dim() != small.dim():
-        return None
-    for dim, (long, short) in enumerate(zip(full.shape, small.shape, strict=True)):
+    sides = [side for spec in specs for side in spec.sides if side is not None]
+    for dim, (long, short) in enumerate(zip(full.shape, small.shape, strict=False)):
         if long != short:
-            index = _kept_positions(long, short, plan, specs)
-            if index is None:
-                return None
-            full = full.index_select(dim, index)
-    return gap(full, small) <= limit
-
-
-def _kept_positions(long: int, short: int, plan: Plan, specs: Sequence[Parameter]) -> Tensor | None:
-    for side in (side for spec in specs for side in spec.sides if side is not None):
-        keep = plan.keep[side.group]
-        if side.length == long and side.copies * len(keep) * side.block == short:
-            return positions(side, keep)
-    for name, length in plan.sizes.items():
-        if length == long and len(plan.keep[name]) == short:
-            return torch.tensor(plan.keep[name])
-    return None
+            fitting = (
+                side
+                for side in sides
+                if side.length == long and side.copies * plan.kept[side.group] * side.block == short
+            )
+            side = next(fitting, None)
+            if side is None:
+                return False
+            full = full.index_select(dim, positions(side, plan.keep[side.group]))
+    return full.shape == small.shape and gap(full, small) > limit
 
 
 def tied_alone(subject: Subject, message: str) -> str:

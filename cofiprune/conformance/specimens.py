@@ -9,14 +9,14 @@ import copy
 import importlib
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers.models.auto.modeling_auto as auto
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
@@ -145,7 +145,7 @@ def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any
 def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
     """Return the bare encoder and every head class that transformers' Auto classes have for a configuration.
 
-    Where they have none, as for the parts of some pairs of encoders: the classes beside it that are built from it.
+    Where they have none, as for the parts of some pairs of encoders: the classes of its modelling file that take it.
     """
     found: dict[str, type[PreTrainedModel]] = {}
     for name, mapping in vars(auto).items():
@@ -190,33 +190,44 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
     :raises AdapterError: when the model's main input is of a kind that this function does not know.
     """
     config, name = model.config, model.main_input_name
+    reads = inspect.signature(model.forward).parameters
     if name == "input_ids":
-        return _token_ids(model, generator)
-    if name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters:
-        return _patches(model, generator)
-    if name == "pixel_values":
+        return _token_ids(model, reads, generator)
+    shape: tuple[int, ...]
+    more: dict[str, Tensor] = {}
+    if name == "pixel_values" and "spatial_shapes" in reads:
+        # Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high.
+        shape = (4, config.num_channels * config.patch_size**2)
+        more["pixel_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+        more["spatial_shapes"] = torch.tensor([[2, 2], [1, 2], [2, 2]])
+    elif name == "pixel_values":
         size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
         frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
-        return {name: _noise((3, *frames, config.num_channels, height, width), model, generator)}
-    if name == "input_values" and hasattr(config, "conv_stride"):
-        mask = torch.ones(3, _SAMPLES, dtype=torch.long)
-        mask[1, _SAMPLES // 2 :] = 0
-        return {name: _noise((3, _SAMPLES), model, generator), "attention_mask": mask}
-    if name == "input_features" and hasattr(config, "feature_projection_input_dim"):
-        mask = torch.ones(3, _FRAMES, dtype=torch.long)
-        mask[1, _FRAMES // 2 :] = 0
-        shape = (3, _FRAMES, config.feature_projection_input_dim)
-        return {name: _noise(shape, model, generator), "attention_mask": mask}
-    if name == "input_features" and hasattr(config, "max_source_positions"):
-        # A convolution of stride 2 makes the positions.
-        return {name: _noise((3, config.num_mel_bins, 2 * config.max_source_positions), model, generator)}
-    if name in ("input_values", "input_features") and hasattr(config, "num_mel_bins"):
-        return {name: _noise((3, config.max_length, config.num_mel_bins), model, generator)}
-    raise AdapterError(f"{type(model).__name__} reads {name!r}; pass a batch for it: batch={{{name!r}: ...}}")
+        shape = (*frames, config.num_channels, *((size, size) if isinstance(size, int) else size))
+    elif name == "input_values" and hasattr(config, "conv_stride"):
+        shape = (_SAMPLES,)
+        more["attention_mask"] = _without_half(_SAMPLES)
+    elif name == "input_features" and hasattr(config, "feature_projection_input_dim"):
+        shape = (_FRAMES, config.feature_projection_input_dim)
+        more["attention_mask"] = _without_half(_FRAMES)
+    elif name == "input_features" and hasattr(config, "max_source_positions"):
+        shape = (config.num_mel_bins, 2 * config.max_source_positions)  # a convolution of stride 2 makes the positions
+    elif name in ("input_values", "input_features") and hasattr(config, "num_mel_bins"):
+        shape = (config.max_length, config.num_mel_bins)
+    else:
+        raise AdapterError(f"{type(model).__name__} reads {name!r}; pass a batch for it: batch={{{name!r}: ...}}")
+    dtype = next(model.parameters()).dtype
+    return {name: torch.randn((3, *shape), generator=generator, dtype=dtype), **more}
 
 
-def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+def _without_half(length: int) -> Tensor:
+    """A mask of three examples, the second of which is half as long as the others."""
+    mask = torch.ones(3, length, dtype=torch.long)
+    mask[1, length // 2 :] = 0
+    return mask
+
+
+def _token_ids(model: PreTrainedModel, reads: Collection[str], generator: torch.Generator) -> dict[str, Tensor]:
     config = model.config
     padding = getattr(config, "pad_token_id", None) or 0
     shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
@@ -225,44 +236,21 @@ def _token_ids(model: PreTrainedModel, generator: torch.Generator) -> dict[str, 
     mask[1, ..., 6:] = 0
     mask[2, ..., 2:] = 0
     batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
-    return {**batch, **_beside_tokens(model, shape, generator)}
-
-
-def _beside_tokens(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """What some models read beside tokens: where these lie on a page, or entities that the text names."""
-    reads = inspect.signature(model.forward).parameters
-    found: dict[str, Tensor] = {}
-    if "bbox" in reads:
-        numbers = getattr(model.config, "dim_bbox", 4)
-        boxes = torch.randint(1, 9, (*shape, numbers), generator=generator).sort(dim=-1).values
-        # Left, top, right, bottom, each in so many positions of the table, or as shares of the page.
-        whole = hasattr(model.config, "max_2d_position_embeddings")
-        found["bbox"] = boxes[..., [0, 1, 2, 3]] if whole else boxes / 10
-    if {"entity_ids", "entity_position_ids"} <= reads.keys() and len(shape) == 2:
-        found["entity_ids"] = torch.randint(1, 9, (shape[0], 2), generator=generator)
-        found["entity_attention_mask"] = torch.ones(shape[0], 2, dtype=torch.long)
-        found["entity_position_ids"] = torch.tensor([[[0, 1, -1], [1, -1, -1]]]).repeat(shape[0], 1, 1)
-    return found
-
-
-def _patches(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
-    """Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high."""
-    config = model.config
-    return {
-        "pixel_values": _noise((3, 4, config.num_channels * config.patch_size**2), model, generator),
-        "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
-        "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
-    }
+    if "bbox" in reads:  # where the tokens lie on a page
+        boxes = torch.randint(1, 9, (*shape, getattr(config, "dim_bbox", 4)), generator=generator).sort(dim=-1).values
+        # Left, top, right and bottom, as entries of a table or as shares of the page.
+        counted = hasattr(config, "max_2d_position_embeddings")
+        batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes / 10
+    if {"entity_ids", "entity_position_ids"} <= set(reads) and len(shape) == 2:  # entities that the text names
+        batch["entity_ids"] = torch.randint(1, 9, (3, 2), generator=generator)
+        batch["entity_attention_mask"] = torch.ones(3, 2, dtype=torch.long)
+        batch["entity_position_ids"] = torch.tensor([[[0, 1, -1], [1, -1, -1]]]).repeat(3, 1, 1)
+    return batch
 
 
 def double(batch: Batch) -> dict[str, Tensor]:
     """Return a batch with its floating-point numbers in float64."""
     return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-
-
-def _noise(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

@@ -95,13 +95,11 @@ def is_norm(call: Call) -> bool:
 
 
 def norm_kind(call: Call) -> Literal["layer", "rms"]:
-    """`layer` for a norm that takes the mean off, `rms` for one that does not."""
+    """Return `layer` for a norm that subtracts the mean, `rms` for one that does not."""
     entry = call.entry
     assert entry is not None
-    state = torch.random.get_rng_state()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
         shifted = call.module(entry + 3)
-    torch.random.set_rng_state(state)
     return "layer" if near(shifted, call.output) else "rms"
 
 

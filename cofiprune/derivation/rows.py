@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from cofiprune.adapter import HIDDEN, Axis, Weights, linear, norm, projection, tensor
-from cofiprune.conformance.calls import Call, inside
+from cofiprune.conformance.calls import inside
 from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, weight_shape
 from cofiprune.structure import Kind
 
@@ -43,111 +43,75 @@ class Inner:
 def block_rows(
     layer: nn.Module, path: str, block: Draft, other: Draft, inner: Inner, width: int, held: Sequence[str]
 ) -> tuple[Weights, ...]:
-    """The rows of one block, relative to its layer, in the order in which its modules ran.
+    """Return the rows of one block, relative to its layer, in the order in which its modules ran.
 
     :param path: of the layer.
     :param width: hidden dimensions.
     :param held: parameters that the layer itself holds for the block.
     """
+
+    def loose(name: str, module: nn.Module, *, behind: bool = False) -> Weights:
+        """Parameters that are neither a matrix nor a norm, read by their lengths."""
+        own = module.named_parameters(recurse=False)
+        return Weights(name, {local: _sides(value, inner, width, behind=behind) for local, value in own})
+
     rows: dict[str, Weights] = {}
-    ordered = sorted(block.leaves, key=lambda call: (call not in block.readers, call.start))
-    for call in ordered:
+    for call in sorted(block.leaves, key=lambda call: (call not in block.readers, call.start)):
         name = call.path.removeprefix(f"{path}.")
         if call in block.norms:
             rows[name] = norm(name, kind=norm_kind(call))
         elif call is block.writer:
-            rows[name] = _last(name, call.module, Axis(inner.kind))
+            rows[name] = stored_as(call.module, projection(name, reads=Axis(inner.kind)))
         elif call in block.readers:
-            rows[name] = _matrix(name, call.module, HIDDEN, _axis_of(call, inner))
+            assert call.output is not None
+            writes = inner.axis(call.output.shape[-1])
+            rows[name] = stored_as(call.module, linear(name, reads=HIDDEN, writes=writes))
         elif is_matrix(call.module):
             # Where it ran before, on the stream, this is another use of it.
-            rows.setdefault(name, _inner_matrix(name, call.module, inner))
+            writes, reads = [inner.axis(length) for length in weight_shape(call.module)[:2]]
+            rows.setdefault(name, stored_as(call.module, linear(name, reads=reads, writes=writes)))
         else:
-            behind = call.start > block.writer.end
-            rows.update(_loose(name, call.module, inner, width, behind=behind))
-    rows.update(_siblings(layer, path, block, inner, rows))
+            rows[name] = loose(name, call.module, behind=call.start > block.writer.end)
     for name, module in layer.named_modules():
         if name in ("", *rows) or not any(True for _ in module.parameters(recurse=False)):
             continue
-        full = f"{path}.{name}"
-        if _owner(full, block, other) is block:
-            rows.update(_loose(name, module, inner, width, behind=False))
+        if _owner(f"{path}.{name}", block, other) is block:
+            rows[name] = loose(name, module)
     own = tuple(tensor("", name, *_sides(layer.get_parameter(name), inner, width, behind=True)) for name in held)
     return (*rows.values(), *own)
 
 
-def _axis_of(call: Call, inner: Inner) -> Axis | None:
-    assert call.output is not None
-    return inner.axis(call.output.shape[-1])
-
-
-def _inner_matrix(name: str, module: nn.Module, inner: Inner) -> Weights:
-    writes, reads = [inner.axis(length) for length in weight_shape(module)[:2]]
-    return _matrix(name, module, reads, writes)
-
-
-def _matrix(name: str, module: nn.Module, reads: Axis | None, writes: Axis | None) -> Weights:
-    if is_transposed(module):
-        return Weights(name, {"weight": (reads, writes), "bias": (writes,)}, rows=(1, 0))
-    return linear(name, reads=reads, writes=writes)
-
-
-def _last(name: str, module: nn.Module, reads: Axis) -> Weights:
-    if is_transposed(module):
-        return Weights(
-            name, {"weight": (reads.scaled, HIDDEN.scaled), "bias": (HIDDEN.scaled,)}, gated=True, rows=(1, 0)
-        )
-    return projection(name, reads=reads)
-
-
-def _loose(name: str, module: nn.Module, inner: Inner, width: int, *, behind: bool) -> dict[str, Weights]:
-    """Parameters that are neither a matrix nor a norm: each dimension by its length.
-
-    :param behind: they act on what the block has written.
-    """
-    tensors = {
-        local: _sides(value, inner, width, behind=behind) for local, value in module.named_parameters(recurse=False)
-    }
-    return {name: Weights(name, tensors)}
+def stored_as(module: nn.Module, row: Weights) -> Weights:
+    """Return a row of a matrix with its axes in the order in which a module stores them."""
+    if not is_transposed(module):
+        return row
+    return replace(row, tensors={**row.tensors, "weight": row.tensors["weight"][::-1]})
 
 
 def _sides(value: nn.Parameter, inner: Inner, width: int, *, behind: bool) -> tuple[Axis | None, ...]:
-    """The axes of a parameter by its lengths."""
+    """The axes of a parameter by its lengths.
+
+    :param behind: it acts on the block's output, so that no axis is of inner units.
+    """
+    hidden = (HIDDEN if length == width else None for length in value.shape)
     if behind:
-        return tuple(HIDDEN if length == width else None for length in value.shape)
-    return tuple(inner.axis(length) or (HIDDEN if length == width else None) for length in value.shape)
-
-
-def _siblings(
-    layer: nn.Module, path: str, block: Draft, inner: Inner, rows: dict[str, Weights]
-) -> Iterator[tuple[str, Weights]]:
-    """Matrices beside those that read the stream, of the same shape, which did not run."""
-    known = {call.path.removeprefix(f"{path}.") for call in block.readers}
-    for call in block.readers:
-        local = call.path.removeprefix(f"{path}.")
-        parent, _, _ = local.rpartition(".")
-        for name, module in layer.named_modules():
-            if name.rpartition(".")[0] != parent or name in known or name in rows or not is_matrix(module):
-                continue
-            if type(module) is type(call.module) and weight_shape(module) == weight_shape(call.module):
-                yield name, _matrix(name, module, HIDDEN, _axis_of(call, inner))
+        return tuple(hidden)
+    return tuple(inner.axis(length) or other for length, other in zip(value.shape, hidden, strict=True))
 
 
 def _owner(path: str, block: Draft, other: Draft) -> Draft | None:
-    """Which of two blocks a module belongs to: that of which there is more in the innermost module around it."""
+    """The one of two blocks that alone has leaves in the innermost module around a path; None where both have."""
     parts = path.split(".")
     for depth in range(len(parts), 0, -1):
         around = ".".join(parts[:depth])
         found = [each for each in (block, other) if any(inside(leaf.path, around) for leaf in each.leaves)]
-        if len(found) == 1:
-            return found[0]
         if found:
-            return None
+            return found[0] if len(found) == 1 else None
     return None
 
 
 def attributes(layer: nn.Module, path: str, block: Draft, inner: Inner) -> Sequence[tuple[tuple[str, str, Axis], ...]]:
-    """What integers the modules of a block may keep about its size, likeliest choice first.
+    """Return the integers that the modules of a block may keep about its size, likeliest choice first.
 
     A number may be the block's inner width or the hidden size where the two agree, hence choices.
     """
@@ -155,7 +119,7 @@ def attributes(layer: nn.Module, path: str, block: Draft, inner: Inner) -> Seque
     widths: list[tuple[str, str, Axis]] = []
     heads = inner.shared or inner.units
     for name, module in layer.named_modules():
-        if not any(inside(leaf.path, f"{path}.{name}") for leaf in block.leaves) or name == "":
+        if name == "" or not any(inside(leaf.path, f"{path}.{name}") for leaf in block.leaves):
             continue
         if is_matrix(module):
             if inner.kind == "heads" and getattr(module, "groups", 0) == heads:

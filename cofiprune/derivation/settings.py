@@ -1,8 +1,9 @@
-"""How a configuration spells the sizes that a table needs."""
+"""Find the settings of a configuration that state the sizes of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from cofiprune.structure import Kind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+_PREFERRED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -36,43 +39,37 @@ def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediat
 
     :param width: elements of all query heads.
     :param narrow: elements of all key heads.
-    :raises AdapterError: when one of them is not to be found.
+    :raises AdapterError: when no setting gives the number of heads.
     """
-    heads = _spelt(config, ("head",), ("key_value", "kv", "dim", "size", "decoder"), lambda n: n > 0 and width % n == 0)
+
+    def named(words: Collection[str], without: Collection[str], fits: Callable[[int], bool]) -> str | None:
+        """`config.NAME` for the setting whose name has one of some words and whose value fits."""
+        found = [
+            name
+            for name in dict.fromkeys([*config.attribute_map, *vars(config)])
+            if any(word in name for word in words)
+            and not any(word in name for word in without)
+            and not name.startswith("_")
+            and type(getattr(config, name, None)) is int
+            and fits(getattr(config, name))
+        ]
+        found.sort(key=lambda name: (name not in _PREFERRED, len(name)))
+        return f"config.{found[0]}" if found else None
+
+    heads = named(["head"], ["key_value", "kv", "dim", "size", "decoder"], lambda n: n > 0 and width % n == 0)
     if heads is None:
         raise AdapterError(f"its configuration does not say how many heads its {width} attention dimensions make up")
     count = _value(config, heads)
-    query = None
+    keys = None
     if narrow < width and narrow * count % width == 0:
-        keys = _spelt(config, ("key_value", "kv"), ("dim", "size"), lambda n: n == narrow * count // width)
-        if keys is not None:
-            query, heads = heads, keys
-    expressions = {
-        "hidden": _spelt(config, ("hidden", "d_model", "dim", "embed"), (), lambda n: n == hidden) or str(hidden),
-        "heads": heads,
-        "intermediate": _spelt(config, ("",), ("vocab",), lambda n: n == intermediate) or _ratio(config, intermediate),
+        keys = named(["key_value", "kv"], ["dim", "size"], lambda n: n == narrow * count // width)
+    expressions: dict[Kind, str] = {
+        "hidden": named(["hidden", "d_model", "dim", "embed"], [], lambda n: n == hidden) or str(hidden),
+        "heads": keys or heads,
+        "intermediate": named([""], ["vocab"], lambda n: n == intermediate) or _ratio(config, intermediate),
     }
-    units: dict[Kind, int] = {kind: _value(config, text) for kind, text in expressions.items()}  # type: ignore[misc]
-    return Settings(units, expressions, None if query is None else count, query)  # type: ignore[arg-type]
-
-
-def _spelt(
-    config: PretrainedConfig, words: tuple[str, ...], without: tuple[str, ...], fits: Callable[[int], bool]
-) -> str | None:
-    """`config.NAME` for the setting whose name has one of some words and whose value fits."""
-    names = [*config.attribute_map, *vars(config)]
-    found = [
-        name
-        for name in dict.fromkeys(names)
-        if any(word in name for word in words)
-        and not any(word in name for word in without)
-        and not name.startswith("_")
-        and type(getattr(config, name, None)) is int
-        and fits(getattr(config, name))
-    ]
-    preferred = ("hidden_size", "num_attention_heads", "intermediate_size", "num_key_value_heads")
-    found.sort(key=lambda name: (name not in preferred, len(name)))
-    return f"config.{found[0]}" if found else None
+    units = {kind: _value(config, text) for kind, text in expressions.items()}
+    return Settings(units, expressions, count if keys else None, heads if keys else None)
 
 
 def _ratio(config: PretrainedConfig, size: int) -> str:
@@ -83,11 +80,8 @@ def _ratio(config: PretrainedConfig, size: int) -> str:
 
 
 def _value(config: PretrainedConfig, text: str) -> int:
-    """The value of an expression that `_spelt` or `_ratio` made."""
+    """The value of an expression that `find_settings` made."""
     if text.isdigit():
         return int(text)
     names = text.replace("int(", "").rstrip(")").split(" * ")
-    product = 1.0
-    for name in names:
-        product *= getattr(config, name.removeprefix("config."))
-    return int(product)
+    return int(math.prod(getattr(config, name.removeprefix("config.")) for name in names))

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.adapter import Axis, BlockTable, ConfigSizes, Weights
+from cofiprune import adapter
+from cofiprune.adapter import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    Axis,
+    BlockTable,
+    ConfigSizes,
+    Family,
+    Weights,
+    embedding,
+    linear,
+    norm,
+    projection,
+    tensor,
+)
 from cofiprune.conformance.specimens import head_classes
 from cofiprune.derivation.derive import Derived, derive
 from cofiprune.derivation.tiny_copy import small_config
-from cofiprune.structure import BlockExit, Kind
+from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAMES: Mapping[str, str] = {"hidden": "HIDDEN", "heads": "HEADS", "intermediate": "INTERMEDIATE"}
+_WIDTH = 100
+_AXES = {"HEADS": HEADS, "HIDDEN": HIDDEN, "INTERMEDIATE": INTERMEDIATE}
 
 
 def written_adapter(model: PreTrainedModel) -> str:
@@ -36,157 +53,103 @@ def written_adapter(model: PreTrainedModel) -> str:
         heads.update(other.heads)
         for row in other.stem:
             stem.setdefault(row.modules, row)
-    # Which of these a model has may depend on its head.
+    # Which of these rows a model has may depend on its head.
     rows = tuple(replace(row, optional=True) for row in stem.values())
     shown = {name: heads[name] for name in sorted(heads) if not name.endswith(("Model", "Encoder"))}
-    derived = replace(derived, family=replace(derived.family, stem=rows))
-    return adapter_source(model.config.model_type, derived, shown)
+    return _file(model.config.model_type, replace(derived, family=replace(derived.family, stem=rows, heads=shown)))
 
 
-def adapter_source(model_type: str, derived: Derived, heads: Mapping[str, tuple[Weights, ...]]) -> str:
-    """Return the text of a Python file with an adapter that describes what was derived.
-
-    :param model_type: of the family.
-    :param heads: rows of every head class that was derived, by the class's name.
-    """
-    family = derived.family
-    refused = (f'            "{unit}": {json.dumps(why)},' for unit, why in family.refused.items())
-    body = [
-        f"ATTENTION = {_block(family.attention)}",
-        f"FFN = {_block(family.ffn)}",
-        "",
-        "",
-        f'@family("{model_type}")',
-        "def adapter(config):",
-        "    return Family(",
-        f'        layers="{family.layers}",',
-        *_sizes(derived.settings.expressions),
-        f"        stem={_rows(family.stem, 8)},",
-        "        attention=ATTENTION,",
-        "        ffn=FFN,",
-        "        heads={",
-        *(f'            "{name}": {_rows(rows, 12)},' for name, rows in heads.items()),
-        "        },",
-        *(("        refused={", *refused, "        },") if family.refused else ()),
-        "    )",
-    ]
-    text = "\n".join(body)
-    used = [name for name in _IMPORTS if re.search(rf"\b{name}\b", text)]
-    head = [
-        f'"""{model_type}: derived, and proved on a small model. Names and axes may be edited; check the result."""',
-        "",
-        "from cofiprune.adapter import (",
-        *(f"    {name}," for name in used),
-        ")",
-    ]
-    return "\n".join([*head, "", text, ""])
+class _Code(str):
+    """A Python expression that is written as it is."""
 
 
-def _sizes(expressions: Mapping[Kind, str]) -> Iterator[str]:
-    """The arguments that say where the configuration has the sizes."""
+def _file(model_type: str, derived: Derived) -> str:
+    family, expressions = derived.family, derived.settings.expressions
     settings = {kind: text.removeprefix("config.") for kind, text in expressions.items()}
-    stated = {kind: name for kind, name in settings.items() if name.isidentifier()}
-    named = [f'{kind}="{name}"' for kind, name in stated.items() if name != getattr(ConfigSizes, kind)]
-    if named:
-        yield f"        config=ConfigSizes({', '.join(named)}),"
-    computed = [f'"{kind}": {text}' for kind, text in expressions.items() if kind not in stated]
-    if computed:
-        yield f"        sizes={{{', '.join(computed)}}},"
-
-
-_IMPORTS = (
-    "HEADS",
-    "HIDDEN",
-    "INTERMEDIATE",
-    "BlockExit",
-    "BlockTable",
-    "ConfigSizes",
-    "Family",
-    "Weights",
-    "embedding",
-    "family",
-    "linear",
-    "norm",
-    "projection",
-    "tensor",
-)
-
-
-def _block(table: BlockTable) -> str:
-    lines = ["BlockTable(", f"    rows={_rows(table.rows, 4)},", f"    exit={_exit(table.exit)},"]
-    if table.bypassed:
-        lines.append(f"    bypassed={_tuple((_exit(each) for each in table.bypassed), 4)},")
-    if table.dropped:
-        lines.append(f"    dropped={_tuple((json.dumps(each) for each in table.dropped), 4)},")
-    if table.attributes:
-        shown = (f'("{module}", "{name}", {_axis(axis)})' for module, name, axis in table.attributes)
-        lines.append(f"    attributes={_tuple(shown, 4)},")
-    return "\n".join([*lines, ")"])
-
-
-def _rows(rows: Iterable[Weights], indent: int) -> str:
-    return _tuple((_row(row) for row in rows), indent)
-
-
-def _tuple(parts: Iterable[str], indent: int) -> str:
-    found = list(parts)
-    if not found:
-        return "()"
-    margin = " " * (indent + 4)
-    return "\n".join(["(", *(f"{margin}{part}," for part in found), " " * indent + ")"])
-
-
-def _row(row: Weights) -> str:
-    """A row by the function that makes it; by the class where none does."""
-    more = ["optional=True"] if row.optional else []
-    name = json.dumps(row.modules)
-    sides = row.tensors.get("weight", ())
-    if row.norm is not None:
-        kinds = ['kind="rms"'] if row.norm == "rms" else []
-        read_by = [f'read_by="{row.read_by}"'] if row.read_by else []
-        return f"norm({', '.join([name, *kinds, *read_by, *more])})"
-    if row.table:
-        return f"embedding({', '.join([name, *more])})"
-    stored = (row.rows != (0, 0) or row.gated) and tuple(row.tensors) == ("weight", "bias")
-    if stored and len(sides) == 2 and tuple(row.tensors["bias"]) == (sides[0],):
-        if row.gated:
-            inner = sides[1]
-            assert inner is not None
-            return f"projection({name}, reads={_NAMES[inner.kind]})"
-        reads = [] if sides[1] is None else [f"reads={_axis(sides[1])}"]
-        writes = [] if sides[0] is None else [f"writes={_axis(sides[0])}"]
-        rows = [] if row.rows == (1, 0) else [f"rows={row.rows}"]
-        return f"linear({', '.join([name, *reads, *writes, *rows, *more])})"
-    if len(row.tensors) == 1 and row.rows == (0, 0) and not row.gated:
-        ((local, axes),) = row.tensors.items()
-        return f"tensor({', '.join([name, json.dumps(local), *(_axis(axis) for axis in axes), *more])})"
-    tensors = ", ".join(
-        f'"{local}": ({"".join(f"{_axis(axis)}, " for axis in axes)})' for local, axes in row.tensors.items()
+    stated: dict[Any, str] = {kind: name for kind, name in settings.items() if name.isidentifier()}
+    computed = {kind: _Code(text) for kind, text in expressions.items() if kind not in stated}
+    blocks = {"attention": _Code("ATTENTION"), "ffn": _Code("FFN")}
+    table = {**vars(family), **blocks, "config": ConfigSizes(**stated), "sizes": computed}
+    blocks_text = "\n".join(["ATTENTION = " + _text(family.attention), "FFN = " + _text(family.ffn)])
+    lines = "\n    ".join(_call(Family, {name: value for name, value in table.items() if value != {}}))
+    text = f'{blocks_text}\n\n\n@family("{model_type}")\ndef adapter(config):\n    return {lines}\n'
+    used = "".join(f"    {name},\n" for name in adapter.__all__ if re.search(rf"(?<![\w.\"]){name}\b(?!=)", text))
+    return (
+        f'"""{model_type}: derived, and proved on a small model. Names and axes may be edited; check the result."""\n\n'
+        f"from cofiprune.adapter import (\n{used})\n\n{text}"
     )
-    gated = ["gated=True"] if row.gated else []
-    rows = [] if row.rows == (0, 0) else [f"rows={row.rows}"]
-    return f"Weights({', '.join([name, '{' + tensors + '}', *gated, *rows, *more])})"
 
 
-def _axis(axis: Axis | None) -> str:
-    if axis is None:
-        return "None"
-    text = _NAMES[axis.kind]
-    if axis.copies != 1:
-        text += f".times({axis.copies})"
-    if axis.block is not None:
-        text += f".of({axis.block})"
-    return text + {"slice": "", "scale": ".scaled", "zero": ".zeroed"}[axis.role]
+def _text(value: Any) -> str:
+    return "\n".join(_lines(value))
 
 
-def _exit(exit: str | BlockExit) -> str:
-    if isinstance(exit, str):
-        return json.dumps(exit)
-    plain = BlockExit(exit.module)
-    given: list[tuple[str, Any]] = [
-        (each.name, getattr(exit, each.name))
-        for each in fields(BlockExit)
-        if getattr(exit, each.name) != getattr(plain, each.name)
+def _lines(value: Any) -> list[str]:
+    """A value as the lines of a Python expression."""
+    if isinstance(value, _Code):
+        return [value]
+    if isinstance(value, str):
+        return [json.dumps(value)]
+    if isinstance(value, Axis):
+        return [_axis(value)]
+    if isinstance(value, Mapping):
+        return _joined("{", [_named(f"{json.dumps(name)}: ", each) for name, each in value.items()], "}")
+    if isinstance(value, tuple):
+        return _joined("(", [_lines(each) for each in value], ",)" if len(value) == 1 else ")")
+    if isinstance(value, Weights):
+        return _row(value)
+    if isinstance(value, BlockExit | BlockTable | ConfigSizes):
+        return _call(type(value), vars(value))
+    return [repr(value)]
+
+
+def _joined(opening: str, parts: list[list[str]], closing: str) -> list[str]:
+    """Parts of an expression on one line, or, where that is long, on lines of their own."""
+    line = opening + ", ".join(part[0] for part in parts) + closing
+    if len(line) <= _WIDTH and all(len(part) == 1 for part in parts):
+        return [line]
+    return [opening, *(f"    {line}" for part in parts for line in (*part[:-1], f"{part[-1]},")), closing[-1]]
+
+
+def _named(prefix: str, value: Any) -> list[str]:
+    first, *more = _lines(value)
+    return [prefix + first, *more]
+
+
+def _call(make: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """A call with the arguments that differ from their default values."""
+    parts = []
+    for name, parameter in inspect.signature(make).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            parts += [_lines(each) for each in values[name]]
+        elif name in values and values[name] != parameter.default:
+            given_by_name = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty
+            parts.append(_named(f"{name}=" if given_by_name else "", values[name]))
+    return _joined(f"{make.__name__}(", parts, ")")
+
+
+def _row(row: Weights) -> list[str]:
+    """A row by the function that makes it; by the class where none does."""
+    writes, reads = (*row.tensors.get("weight", ()), None, None)[:2]
+    unscaled = None if reads is None else replace(reads, role="slice")
+    shorthands: list[tuple[Callable[..., Weights], dict[str, Any]]] = [
+        (norm, {"kind": row.norm, "read_by": row.read_by, "optional": row.optional}),
+        (embedding, {"writes": unscaled, "optional": row.optional}),
+        (linear, {"reads": reads, "writes": writes, "rows": row.rows, "optional": row.optional}),
     ]
-    named = [f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in given]
-    return f"BlockExit({', '.join([json.dumps(exit.module), *named])})"
+    if unscaled is not None:
+        shorthands.append((projection, {"reads": unscaled}))
+    for make, settings in shorthands:
+        if make(row.modules, **settings) == row:
+            return _call(make, {"modules": row.modules, **settings})
+    for name, axes in row.tensors.items():
+        if tensor(row.modules, name, *axes, optional=row.optional) == row:
+            return _call(tensor, {"module": row.modules, "name": name, "axes": axes, "optional": row.optional})
+    return _call(Weights, vars(row))
+
+
+def _axis(axis: Axis) -> str:
+    name, base = next((name, base) for name, base in _AXES.items() if base.kind == axis.kind)
+    text = name if axis.copies == 1 else f"{name}.times({axis.copies})"
+    text += "" if axis.block == base.block else f".of({axis.block})"
+    return text + {"slice": "", "scale": ".scaled", "zero": ".zeroed"}[axis.role]

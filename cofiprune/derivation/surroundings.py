@@ -1,7 +1,7 @@
-"""What stands around the layers: tables, norms and matrices that write hidden dimensions or read them.
+"""Describe the modules around the layers: tables, norms and matrices that write hidden dimensions or read them.
 
-A module after the layers reads hidden dimensions where, when some of them are zeroed everywhere before, what it is
-given has zeros there too.
+Some hidden dimensions are zeroed everywhere before and in the layers. A module behind the layers whose input has zeros
+there reads hidden dimensions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from cofiprune.adapter import HIDDEN, Axis, Weights, embedding, linear, norm
 from cofiprune.conformance.calls import Call, calls_of, inside, same
 from cofiprune.conformance.specimens import Batch
 from cofiprune.derivation.blocks import is_matrix, is_norm, is_transposed, norm_kind, weight_shape
+from cofiprune.derivation.rows import stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ZEROED = (1, 4, 5)
-"""Hidden dimensions that are zeroed to see who reads them."""
+_ZEROED = [1, 4, 5]
+"""Hidden dimensions that are zeroed to see which modules read them."""
 
 
 @dataclass
@@ -39,21 +40,22 @@ def find_surroundings(
 ) -> Surroundings:
     """Describe everything outside the layers.
 
+    :param base: path of the encoder.
+    :param width: hidden dimensions.
     :param writers: paths of the last matrices of all blocks, and of the norms in the layers.
     """
-    outside = _Outside(model, batch, layers, width, writers)
     found = Surroundings()
-    for path, row in outside.rows():
-        if base and not inside(path, base):
+    for row in _Outside(model, batch, layers, width, writers).rows():
+        if base and not inside(row.modules, base):
             found.head.append(row)
         else:
-            local = path.removeprefix(base).lstrip(".")
+            local = row.modules.removeprefix(base).lstrip(".")
             found.stem.append(replace(row, modules=local, optional=bool(base)))
     return found
 
 
 class _Outside:
-    """One look at a model from outside of its layers."""
+    """The calls of the modules outside the layers, of a model as it is and with zeroed dimensions."""
 
     def __init__(
         self, model: PreTrainedModel, batch: Batch, layers: Sequence[str], width: int, writers: Sequence[str]
@@ -63,76 +65,68 @@ class _Outside:
         self.width = width
         calls = calls_of(model, batch)
         first = next(call for call in calls if call.path == layers[0])
-        self.tokens = first.entry.shape[-2] if first.entry is not None else 1
-        self.batch_size = first.entry.shape[0] if first.entry is not None else 1
+        self.examples, self.tokens = (1, 1) if first.entry is None else (first.entry.shape[0], first.entry.shape[-2])
         self.start = first.start
         own = [call for call in calls if not any(inside(call.path, layer) for layer in layers)]
         self.calls = [call for call in own if any(True for _ in call.module.parameters(recurse=False))]
         self.tables = {id(value) for value in self._tables()}
-        self.silenced = list(writers)
+        silenced = list(writers)
         while True:
-            self.seen = {(call.path, call.start): call for call in calls_of(self._zeroed(), batch)}
-            # Behind the layers, what a norm makes of zeros is its bias.
-            after = [call for call in self.calls if call.start > self.start and call.path not in self.silenced]
+            self.zeroed = {(call.path, call.start): call for call in calls_of(self._zeroed(silenced), batch)}
+            # Behind the layers, the output of a norm over zeros is its bias.
+            after = [call for call in self.calls if call.start > self.start and call.path not in silenced]
             more = [call.path for call in after if is_norm(call) and self._reads(call)]
             if not more:
                 break
-            self.silenced += more
+            silenced += more
 
     def _tables(self) -> Iterator[Tensor]:
-        """The tables whose entries are added into the residual stream, rather than joined and mapped into it first."""
+        """The tables whose entries are added into the residual stream, rather than joined and projected into it."""
         for call in self.calls:
-            if not isinstance(call.module, nn.Embedding) or call.module.weight.shape[-1] != self.width:
-                continue
-            if not any(_is_part(call.output, other.entry) for other in self.calls if is_matrix(other.module)):
-                yield call.module.weight
+            if isinstance(call.module, nn.Embedding) and call.module.weight.shape[-1] == self.width:
+                matrices = (other for other in self.calls if is_matrix(other.module))
+                if not any(_is_part(call.output, matrix.entry) for matrix in matrices):
+                    yield call.module.weight
 
-    def _zeroed(self) -> PreTrainedModel:
+    def _zeroed(self, silenced: Sequence[str]) -> PreTrainedModel:
         """A copy of the model that writes nothing into some of the hidden dimensions."""
         zeroed = copy.deepcopy(self.model)
         before = [call.path for call in self.calls if call.start < self.start]
         with torch.no_grad():
-            for path in (*self.silenced, *before):
-                module = zeroed.get_submodule(path)
+            for module in map(zeroed.get_submodule, (*silenced, *before)):
+                last = isinstance(module, nn.Embedding) or is_transposed(module)
                 for value in module.parameters(recurse=False):
-                    self._zero(module, value)
+                    dimension = -1 if last else 0
+                    if value.shape[dimension] == self.width:
+                        value.index_fill_(dimension, torch.tensor(_ZEROED), 0)
             for module in zeroed.modules():
                 if not isinstance(module, nn.Embedding) and not is_matrix(module):
                     for value in module.parameters(recurse=False):
                         if value.dim() > 1 and value.shape[-1] == self.width:
-                            value[..., list(_ZEROED)] = 0
+                            value[..., _ZEROED] = 0
         return zeroed
 
-    def _zero(self, module: nn.Module, value: nn.Parameter) -> None:
-        if isinstance(module, nn.Embedding) or is_transposed(module):
-            if value.shape[-1] == self.width:
-                value[..., list(_ZEROED)] = 0
-        elif value.shape[0] == self.width:
-            value[list(_ZEROED)] = 0
-
-    def rows(self) -> Iterator[tuple[str, Weights]]:
-        """Path and row of every module that has to do with hidden dimensions."""
+    def rows(self) -> Iterator[Weights]:
+        """The row of every module that has to do with hidden dimensions."""
         described: set[str] = set()
-        writes_on = self._writes_on()
+        written_on = self._written_on()
         for call in self.calls:
-            if call.path in described:
-                continue
-            row = self._row(call, writes_on)
+            row = None if call.path in described else self._row(call, written_on)
             if row is not None:
                 described.add(call.path)
-                yield call.path, row
+                yield row
         ran = {call.path for call in self.calls}
         for path, module in self.model.named_modules():
             if path in described or any(inside(path, layer) for layer in self.layers):
                 continue
-            tensors = self._held(module)
-            if tensors and not isinstance(module, nn.Embedding) and not is_matrix(module):
-                yield path, Weights(path, tensors)
-            elif isinstance(module, nn.Embedding) and module.weight.shape[-1] == self.width and path not in ran:
-                yield path, embedding(path)
+            if isinstance(module, nn.Embedding):
+                if module.weight.shape[-1] == self.width and path not in ran:
+                    yield embedding(path)
+            elif not is_matrix(module) and (tensors := self._held(module)):
+                yield Weights(path, tensors)
 
     def _held(self, module: nn.Module) -> Mapping[str, tuple[Axis | None, ...]]:
-        """Parameters that a module which is not a leaf, or did not run, holds itself, hidden dimensions last."""
+        """Parameters that a module which is no leaf, or did not run, holds itself, hidden dimensions last."""
         own = dict(module.named_parameters(recurse=False))
         rows = {
             name: (*[None] * (value.dim() - 1), HIDDEN.scaled)
@@ -143,65 +137,64 @@ class _Outside:
         vectors = {name: (HIDDEN,) for name, value in own.items() if tuple(value.shape) == (self.width,)}
         return {**rows, **vectors} if any(True for _ in module.children()) else rows
 
-    def _row(self, call: Call, writes_on: set[str]) -> Weights | None:
+    def _row(self, call: Call, written_on: set[str]) -> Weights | None:
         before, module = call.start < self.start, call.module
         if isinstance(module, nn.Embedding):
             return embedding(call.path) if id(module.weight) in self.tables else None
         if is_norm(call):
             if call.entry is None or call.entry.shape[-1] != self.width:
                 return None
-            if call.path in writes_on:
+            if call.path in written_on:
                 return norm(call.path, kind=norm_kind(call), read_by=self._reader(call))
             return norm(call.path, kind=norm_kind(call)) if before or self._reads(call) else None
         if not is_matrix(module):
             return None
-        tied = id(module.weight) in self.tables
-        copies = 1 if tied else self._copies(call)
+        copies = 1 if id(module.weight) in self.tables else self._copies(call)
         reads = HIDDEN.times(copies) if copies else None
         writes = None
-        if call.path in writes_on:
+        if call.path in written_on:
             writes = HIDDEN
         elif before and self._writes(call):
             writes = HIDDEN.scaled
         if reads is None and writes is None:
             return None
-        if is_transposed(module):
-            return Weights(call.path, {"weight": (reads, writes), "bias": (writes,)}, rows=self._rows(call))
-        return linear(call.path, reads=reads, writes=writes, rows=self._rows(call))
+        return stored_as(module, linear(call.path, reads=reads, writes=writes, rows=self._vectors(call)))
+
+    def _zeroed_call(self, call: Call) -> Call | None:
+        """The same call in the model with zeroed dimensions."""
+        return self.zeroed.get((call.path, call.start))
 
     def _reads(self, call: Call) -> bool:
-        """Whether what a module is given has zeros in the zeroed dimensions."""
-        seen = self.seen.get((call.path, call.start))
-        return seen is not None and _has_zeros(seen.entry, self.width)
+        """Whether the input of a module has zeros in the zeroed dimensions."""
+        zeroed = self._zeroed_call(call)
+        return zeroed is not None and _has_zeros(zeroed.entry, self.width)
 
     def _copies(self, call: Call) -> int:
-        """How many sets of hidden dimensions a matrix reads, side by side; 0 for none."""
-        seen = self.seen.get((call.path, call.start))
-        if seen is None or seen.entry is None or seen.entry.shape[-1] % self.width:
+        """The number of sets of hidden dimensions that a matrix reads, side by side."""
+        zeroed = self._zeroed_call(call)
+        if zeroed is None or zeroed.entry is None or zeroed.entry.shape[-1] % self.width:
             return 0
-        parts = torch.split(seen.entry, self.width, dim=-1)
+        parts = torch.split(zeroed.entry, self.width, dim=-1)
         return len(parts) if all(_has_zeros(part, self.width) for part in parts) else 0
 
     def _writes(self, call: Call) -> bool:
-        seen = self.seen.get((call.path, call.start))
-        return seen is not None and (
-            _has_zeros(seen.output, self.width)
-            or (
-                seen.output is not None and seen.output.dim() > 2 and _has_zeros(seen.output.movedim(1, -1), self.width)
-            )
-        )
+        zeroed = self._zeroed_call(call)
+        if zeroed is None or zeroed.output is None:
+            return False
+        # A convolution over an image has its channels second.
+        moved = zeroed.output.movedim(1, -1) if zeroed.output.dim() > 2 else None
+        return _has_zeros(zeroed.output, self.width) or _has_zeros(moved, self.width)
 
-    def _rows(self, call: Call) -> tuple[int, int]:
-        """On how many rows per example a matrix acts, as a multiple of the tokens and a rest."""
+    def _vectors(self, call: Call) -> tuple[int, int]:
+        """On how many vectors per example a matrix acts, as a multiple of the tokens and a remainder."""
         assert call.output is not None
-        channels = weight_shape(call.module)[0]
-        count = call.output.numel() // channels // self.batch_size
+        count = call.output.numel() // weight_shape(call.module)[0] // self.examples
         if count == 1:
             return (0, 1)
         times = round(count / self.tokens)
         return (times, count - times * self.tokens) if times else (0, count)
 
-    def _writes_on(self) -> set[str]:
+    def _written_on(self) -> set[str]:
         """Modules between the encoder and a matrix that shares its weight with a token table."""
         found: set[str] = set()
         after = [call for call in self.calls if call.start > self.start]
@@ -209,10 +202,8 @@ class _Outside:
             weight = call.module._parameters.get("weight")
             if weight is None or id(weight) not in self.tables or isinstance(call.module, nn.Embedding):
                 continue
-            wanted = call.entry
             for each in reversed([other for other in after if other.end < call.start]):
-                width = None if each.output is None else each.output.shape[-1]
-                if wanted is None or width != self.width:
+                if call.entry is None or each.output is None or each.output.shape[-1] != self.width:
                     break
                 found.add(each.path)
                 if is_matrix(each.module) or self._reads(each):
@@ -221,10 +212,8 @@ class _Outside:
 
     def _reader(self, call: Call) -> str | None:
         """The matrix right behind a norm, where it is the norm's only reader."""
-        for other in self.calls:
-            if other.start > call.end and same(other.entry, call.output) and is_matrix(other.module):
-                return f"{other.path}.weight"
-        return None
+        after = (other for other in self.calls if other.start > call.end and is_matrix(other.module))
+        return next((f"{other.path}.weight" for other in after if same(other.entry, call.output)), None)
 
 
 def _is_part(part: Tensor | None, whole: Tensor | None) -> bool:
@@ -238,5 +227,4 @@ def _is_part(part: Tensor | None, whole: Tensor | None) -> bool:
 def _has_zeros(value: Tensor | None, width: int) -> bool:
     if value is None or value.shape[-1] != width:
         return False
-    columns = value[..., list(_ZEROED)]
-    return not bool(columns.any()) and bool(value.any())
+    return not bool(value[..., _ZEROED].any()) and bool(value.any())

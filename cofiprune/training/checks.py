@@ -18,7 +18,8 @@ from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherE
 from cofiprune.masking import masks_of
 from cofiprune.training.checkpoint import has_checkpoints
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.objective import hidden_width, label_weight
+from cofiprune.training.objective import hidden_width
+from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +126,7 @@ def check_learnable(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     batches: Batches,
-    config: PruneConfig,
+    settings: ResolvedSettings,
     *,
     cuts_hidden: bool,
 ) -> None:
@@ -136,17 +137,17 @@ def check_learnable(
     :raises DataError: when labels are asked for and not there.
     :raises TeacherError: when the teacher has nothing to say to the student's head or cannot read the data.
     """
-    if config.label_weight and not batches.labelled:
-        raise DataError(f"label_weight={config.label_weight:g} asks for labels, and train_dataset has none")
-    labels = label_weight(config, taught=teacher is not None, labelled=batches.labelled)
-    if teacher is not None and config.distill_layers_weight:
+    if settings.label_weight and not batches.labelled:
+        raise DataError(f"label_weight={settings.label_weight:g} asks for labels, and train_dataset has none")
+    labels = settings.label_weight
+    if teacher is not None and settings.distill_layers_weight:
         check_states(student)
         check_states(teacher)
     if teacher is None:
         if not labels:
             raise SettingsError("label_weight=0 without a teacher leaves nothing to learn from; pass a teacher")
         return
-    logits, layers = config.distill_logits_weight, config.distill_layers_weight
+    logits, layers = settings.distill_logits_weight, settings.distill_layers_weight
     if not (labels or logits or layers):
         raise SettingsError(
             "nothing to learn from: label_weight, distill_logits_weight and distill_layers_weight are 0"

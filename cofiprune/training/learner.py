@@ -10,7 +10,7 @@ The multipliers and the schedule of the target stay as they were, because costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,16 @@ from torch.optim import Optimizer
 
 from cofiprune.compaction.slicing import sliced
 from cofiprune.constraint import Constraint, target_at
+from cofiprune.data.batches import Batches
 from cofiprune.gates import COFI_LIMIT, Gates, gate_cut
 from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.fisher import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.config import PruneConfig
-from cofiprune.training.schedule import Schedule, gate_rate
+from cofiprune.training.resolved import ResolvedSettings
+from cofiprune.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,9 +55,8 @@ class GateLearner(nn.Module):
     def __init__(
         self,
         masks: MaskRegistry,
-        names: Sequence[str],
         target: Target,
-        config: PruneConfig,
+        settings: ResolvedSettings,
         schedule: Schedule,
         *,
         layers_left: float = 1.0,
@@ -63,20 +64,19 @@ class GateLearner(nn.Module):
         """Set up gates that are open, on the device of the masks.
 
         :param masks: attached to the model that learns.
-        :param names: groups that may be pruned.
         :param target: of the dense model; shares of its cost are what the constraint compares.
         :param layers_left: parameters in the layers of the masks' model by those of the dense model, in (0, 1].
         """
         super().__init__()
         structure = masks.structure
         device = next(iter(masks.values())).device
-        groups = [structure[name] for name in names]
+        groups = structure.present(settings.units)
         self.masks = masks
         self.target = target
-        self.config = config
+        self.settings = settings
         self.schedule = schedule
         self.layers_left = layers_left
-        self.gates = Gates(groups, temperature=config.gate_temperature, stretch=config.gate_stretch).to(device)
+        self.gates = Gates(groups, temperature=settings.gate_temperature, stretch=settings.gate_stretch).to(device)
         self.constraint = Constraint().to(device)
         self.register_buffer("closed", torch.zeros_like(self.gates.log_alpha, dtype=torch.long))
         self.cost = target.cost(structure)
@@ -90,9 +90,18 @@ class GateLearner(nn.Module):
         applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
         self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
 
+    def order(self, model: PreTrainedModel, masks: MaskRegistry, batches: Batches) -> None:
+        """Let the gates start in the order of their units' importance, measured on a few batches.
+
+        :param model: that learns, or that computes the same; `masks` are attached to it, all ones.
+        """
+        names = [group.name for group in self.gates.groups]
+        importance = measured_importance(model, masks, names, batches.from_start(), seed=self.settings.seed)
+        self.gates.initialise_from(importance, spread=self.settings.warm_start_spread)
+
     def groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups of gates and multipliers."""
-        rate = gate_rate(self.config, self.schedule.gated)
+        rate = self.settings.gate_learning_rate
         gates = {"params": list(self.gates.parameters()), "lr": rate, "weight_decay": 0.0}
         return [gates, self.constraint.ascent_group(rate)]
 
@@ -102,7 +111,7 @@ class GateLearner(nn.Module):
 
     def bind(self, draw: int) -> None:
         """Run the model under a sample of the gates; the same on every rank for the same number."""
-        self.masks.bind(self.gates.sample(self.config.seed, draw))
+        self.masks.bind(self.gates.sample(self.settings.seed, draw))
 
     def target_at(self, step: int) -> float:
         """The share of the dense model's cost that is to be gone at a step."""
@@ -156,7 +165,7 @@ class GateLearner(nn.Module):
         for group, part in self._parts(self.gates.log_alpha.detach()):
             limit = self.gates.limit_of(group)
             scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
-            values[group.name] = torch.sigmoid(0.8 * part / self.config.gate_temperature)
+            values[group.name] = torch.sigmoid(0.8 * part / self.settings.gate_temperature)
         structure, worth = self.masks.structure, self._worth()
 
         def plan_for(target: Target) -> Plan:
@@ -192,7 +201,7 @@ class GateLearner(nn.Module):
 
     def shrinks(self) -> bool:
         """Whether units may go while the gates learn. Sizes of whole groups are decided together, at the end."""
-        config = self.config
+        config = self.settings
         return (
             config.compact_in_training and config.trains_weights and not self.target.needs_levels(self.masks.structure)
         )
@@ -219,8 +228,7 @@ class GateLearner(nn.Module):
         :param masks: of that smaller model.
         :param layers_left: of the dense model, in it.
         """
-        names = [group.name for group in self.gates.groups if plan.kept[group.name]]
-        smaller = GateLearner(masks, names, self.target, self.config, self.schedule, layers_left=layers_left)
+        smaller = GateLearner(masks, self.target, self.settings, self.schedule, layers_left=layers_left)
         smaller.constraint = self.constraint
         smaller.count_from(self.origin())
         cut = gate_cut(self.gates, plan.keep)

@@ -17,6 +17,7 @@ from cofiprune.errors import TrainingError
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.checks import check_weights, metric_name
 from cofiprune.training.learner import GateLearner
+from cofiprune.training.schedule import Rates
 
 if TYPE_CHECKING:
     from cofiprune.training.run import Run
@@ -28,9 +29,7 @@ _ASK_OTHERS = 10
 class Loop:
     """Trains the run's small model from wherever its state stands to the last step of a phase."""
 
-    def __init__(
-        self, run: Run, *, total: int, rates: Callable[[int], list[float]], learner: GateLearner | None = None
-    ) -> None:
+    def __init__(self, run: Run, *, total: int, rates: Rates, learner: GateLearner | None = None) -> None:
         """Set up a phase.
 
         :param run: its state has the modules of the phase, and an optimiser of all that learns.
@@ -47,10 +46,10 @@ class Loop:
         # the autocast around each step does as well, and copies of the model would keep the replacement.
         several = accelerator.num_processes > 1
         self.model: nn.Module = accelerator.prepare_model(run.small) if several else run.small
-        if run.config.torch_compile:
+        if run.settings.torch_compile:
             # Gates and masks are read by the compiled forward pass as tensors from outside, so that a new sample of
             # the gates in every step compiles nothing anew. A new length of sequence does so once, for all lengths.
-            self.model = torch.compile(self.model, backend=run.config.torch_compile_backend)  # type: ignore[assignment]
+            self.model = torch.compile(self.model, backend=run.settings.torch_compile_backend)  # type: ignore[assignment]
         assert self.state.optimizer is not None
         self.optimizer = accelerator.prepare_optimizer(self.state.optimizer)
         self.last_saved = self.state.total_steps
@@ -79,34 +78,25 @@ class Loop:
         state, run = self.state, self.run
         run.display.begin(state.phase, total=self.total, done=state.step)
         started = time.perf_counter() - state.seconds
-        groups, drops_out = self._groups(), self._drops_out()
+        groups = self._groups()
         while state.step < until:
-            self.model.train(drops_out)
+            self.model.train(run.settings.dropout)
             parts = self._step(next(groups))
             state.step += 1
             state.total_steps += 1
             state.seconds = time.perf_counter() - started
             run.display.advance()
             self._record(parts)
-            if self._due(run.config.eval_steps) and run.evaluate is not None:
+            if self._due(run.settings.eval_steps) and run.evaluate is not None:
                 self._evaluate(run.evaluate)
-            if run.folder is not None and self._due(run.config.checkpoint_steps):
+            if run.folder is not None and self._due(run.settings.checkpoint_steps):
                 self.save()
             if self._interrupted():
                 self._stop()
 
-    def _drops_out(self) -> bool:
-        """Whether the model trains in train mode: with its dropout, and whatever else it leaves out at random."""
-        if self.run.config.dropout is not None:
-            return self.run.config.dropout
-        # Gradient checkpointing looks at the mode too.
-        modules = self.run.small.modules()
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in modules)
-        return self.run.objective.teacher is None or checkpointing
-
     def _groups(self) -> Iterator[list[Batch]]:
         """Give the batches of one optimiser step at a time, from the state's position on, epoch after epoch."""
-        batches, size = self.run.batches, self.run.config.gradient_accumulation_steps
+        batches, size = self.run.batches, self.run.settings.gradient_accumulation_steps
         while True:
             epoch, done = divmod(self.state.batches_seen, len(batches))
             batches.set_epoch(epoch)
@@ -129,7 +119,7 @@ class Loop:
             on_device = self._on_device(batch)
             last = index == len(group) - 1
             if learner is not None:
-                learner.bind(step * run.config.gradient_accumulation_steps + index)
+                learner.bind(step * run.settings.gradient_accumulation_steps + index)
             with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
                 found = run.objective(self.model, on_device, None if learner is None else learner.alive_layers())
                 if learner is not None and last:
@@ -157,7 +147,7 @@ class Loop:
         return moved if rows is None else {**moved, ROWS: rows}
 
     def _update(self, learner: GateLearner | None) -> None:
-        accelerator, limit = self.run.accelerator, self.run.config.max_grad_norm
+        accelerator, limit = self.run.accelerator, self.run.settings.max_grad_norm
         if accelerator.num_processes > 1:
             for parameter in self.beside:
                 if parameter.grad is not None:
@@ -177,7 +167,7 @@ class Loop:
         """Add a step to the running sums; write a history entry every `logging_steps`."""
         state = self.state
         state.sums.add(parts)
-        if state.total_steps % self.run.config.logging_steps and state.step < self.total:
+        if state.total_steps % self.run.settings.logging_steps and state.step < self.total:
             return
         self._check_finite()
         means = state.sums.take()
@@ -210,11 +200,11 @@ class Loop:
 
     def _keep_best(self, values: dict[str, float]) -> None:
         """Keep the weights of the best evaluation, among those with the structure that counts."""
-        metric = self.run.config.metric_for_best_model
+        metric = self.run.settings.metric_for_best_model
         if metric is None or self.state.phase == "prune":
             return  # while pruning, the structure is still on its way to the target
         name = metric_name(metric, values)
-        value = values[name] if self.run.config.prefers_greater() else -values[name]
+        value = values[name] if self.run.settings.greater_is_better else -values[name]
         if math.isnan(value):
             return
         if self.state.best is None or value > self.state.best["value"]:

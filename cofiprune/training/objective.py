@@ -30,7 +30,7 @@ from cofiprune.distillation import (
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.record import recorded_sizes
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ class Objective:
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         batches: Batches,
-        config: PruneConfig,
+        settings: ResolvedSettings,
         *,
         fitted: bool = False,
         memory: int = 0,
@@ -71,18 +71,17 @@ class Objective:
         :param fitted: fit the projection even where the identity would fit its shape.
         :param memory: bytes that the teacher's outputs may take; 0 to compute them anew in every epoch.
         """
-        distils = bool(config.distill_logits_weight or config.distill_layers_weight)
+        distils = bool(settings.distill_logits_weight or settings.distill_layers_weight)
         self.task = batches.task
-        self.config = config
-        self.label_weight = label_weight(config, taught=teacher is not None, labelled=batches.labelled)
+        self.settings = settings
+        self.label_weight = settings.label_weight
         self.labels = set(label_names(student))
         self.projection: nn.Linear | None = None
         """From the student's states to the teacher's; learned along with the student."""
         self.teacher: Teacher | None = None
-        self.learns_from_teacher = teacher is not None
         layers: Sequence[int] = ()
-        if teacher is not None and config.distill_layers_weight:
-            layers = teacher_layers(teacher.config.num_hidden_layers, config.distill_layers)
+        if teacher is not None and settings.distill_layers_weight:
+            layers = teacher_layers(teacher.config.num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
             self.teacher = Teacher(teacher, layers, token_axis=self.task in _TOKEN_AXIS, memory=memory)
@@ -121,8 +120,8 @@ class Objective:
             parts.update(self._teacher_parts(self.teacher, output, batch, alive))
         weights = {
             "label_loss": self.label_weight,
-            "logits_loss": self.config.distill_logits_weight,
-            "layers_loss": self.config.distill_layers_weight,
+            "logits_loss": self.settings.distill_logits_weight,
+            "layers_loss": self.settings.distill_layers_weight,
         }
         total = torch.stack([weights[name] * value.float() for name, value in parts.items()]).sum()
         return {**parts, "loss": total}
@@ -137,11 +136,11 @@ class Objective:
         ours, theirs = predictions(output), answers.predictions
         # An encoder without a head predicts its states; when hidden dimensions or widths differ, only the
         # layer loss, which maps one to the other, can compare them.
-        if [part.shape for part in ours] == [part.shape for part in theirs] and self.config.distill_logits_weight:
+        if [part.shape for part in ours] == [part.shape for part in theirs] and self.settings.distill_logits_weight:
             parts["logits_loss"] = logit_loss(
                 ours,
                 theirs,
-                temperature=self.config.distill_temperature,
+                temperature=self.settings.distill_temperature,
                 kind=_PREDICTION_OF[self.task],
                 mask=mask if mask is not None and ours[0].dim() > 1 and ours[0].shape[:2] == mask.shape else None,
             )
@@ -151,7 +150,7 @@ class Objective:
                 states,
                 dict(zip(teacher.layers, answers.states, strict=True)),
                 self.projection,
-                how=self.config.distill_layer_match,
+                how=self.settings.distill_layer_match,
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
@@ -163,15 +162,6 @@ class Objective:
                 "set distill_logits_weight or distill_layers_weight above 0"
             )
         return parts
-
-
-def label_weight(config: PruneConfig, *, taught: bool, labelled: bool) -> float:
-    """Weight of the loss on the labels in a run with or without a teacher and labels."""
-    if not labelled:
-        return 0.0
-    if config.label_weight is None:
-        return 0.5 if taught else 1.0
-    return config.label_weight
 
 
 def _counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -28,6 +28,7 @@ from cofiprune.training.checkpoint import identifying
 from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.phases import pick_method, prune_with_data, train
+from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.sweep import SweepResult, sweep
@@ -183,14 +184,16 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         UserWarning,
         stacklevel=4,
     )
+    facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
+    settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
     with nullcontext() if teacher is None else evaluating(teacher):
         report = prune_without_data(
             model,
             target_sparsity=target,
             teacher=teacher,
-            units=config.units,
-            seed=config.seed,
-            repair=config.repair is not False,
+            units=settings.units,
+            seed=settings.seed,
+            repair=settings.repair is not False,
         )
     masks = attach_to(model, run.structure)
     masks.set_plan(report.plan)
@@ -201,7 +204,8 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         masks.model_sparsity(),
         method="no data",
         target=reached(target, model, run.structure, report.plan),
-        uniform=config.uniform,
+        uniform=settings.uniform,
+        settings=settings,
     )
     if evaluate is not None:
         result.metrics = evaluate(model)

@@ -6,17 +6,20 @@ returns.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cofiprune.latency.target import cache_folder
-from cofiprune.structure import UNIT_KINDS, UnitKind
+from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
 from cofiprune.training.config import PruneConfig
 
 FROM_ONE_SHOT = (0.125, 0.875)
 FROM_DENSE = (0.4, 0.25)
 """Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
 decided. Gates that start after one shot have little to find out, and what they lose must be learned again."""
+
+_LOWER_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Facts:
     round_to: int = 1
     """Multiple that suits the target and the device."""
     needs_train_mode: bool = False
-    """Whether gradient checkpointing, which works in train mode only, is on."""
+    """Whether gradient checkpointing, which works in train mode alone, is on."""
     in_16_bit_on_gpu: bool = False
     dense: bool = False
     """Whether nothing was removed from the model yet."""
@@ -74,10 +77,11 @@ class ResolvedSettings(PruneConfig):
 def resolve(config: PruneConfig, facts: Facts) -> ResolvedSettings:
     """Give every setting that is left open its value.
 
-    :param config: whose method is decided: not "auto".
+    :param facts: as far as they are known; when more is, settings are resolved again.
     """
     durations = _durations(config, facts)
     gated = round((durations["epochs"] - durations["freeze_epochs"]) * facts.steps_per_epoch)
+    distils = config.distill_logits_weight or config.distill_layers_weight
     left = 1.0 if facts.target is None else 1 - facts.target
     recovery_rate = weight_learning_rate(left if facts.kept_share is None else facts.kept_share)
     units = config.units or facts.units
@@ -87,11 +91,11 @@ def resolve(config: PruneConfig, facts: Facts) -> ResolvedSettings:
         "finetune_learning_rate": recovery_rate,
         "learning_rate": recovery_rate if facts.target is None else weight_learning_rate(left) / 2,
         "gate_learning_rate": gate_learning_rate(gated),
-        "dropout": not facts.taught or facts.needs_train_mode,
+        "dropout": not (facts.taught and distils) or facts.needs_train_mode,
         "train_embeddings": facts.target is None and facts.dense,
         "pad_to_multiple_of": 8 if facts.in_16_bit_on_gpu else 1,
-        "greater_is_better": config.prefers_greater(),
-        "label_weight": 0.5 if facts.taught else 1.0,
+        "greater_is_better": not _LOWER_IS_BETTER & set(re.split("[-_]", (config.metric_for_best_model or "").lower())),
+        "label_weight": 0.0 if not facts.labelled else 0.5 if facts.taught else 1.0,
         "units": units,
         # A Trainer keeps the width of its model.
         "one_shot_units": narrow if config.units is None or facts.trainer_steps is not None else units,
@@ -101,36 +105,39 @@ def resolve(config: PruneConfig, facts: Facts) -> ResolvedSettings:
     values.update({name: value for name, value in config.model_dump().items() if value is not None}, **durations)
     if config.round_to in (None, "auto"):
         values["round_to"] = facts.round_to
-    if not facts.labelled:
-        values["label_weight"] = 0.0
+    if config.method == "auto":  # which always comes down to it
+        values["method"] = "one-shot"
     return ResolvedSettings(**values)
 
 
+def unit_kinds(structure: Structure) -> tuple[UnitKind, ...]:
+    """Return the kinds of units that a model has."""
+    return tuple(kind for kind in UNIT_KINDS if structure.present(kind))
+
+
 def _durations(config: PruneConfig, facts: Facts) -> dict[str, float]:
-    """Epochs of the parts of a run."""
+    """Return the epochs of the parts of a run."""
     if facts.target is None:  # one training, without gates
         epochs = 2.0 if config.finetune_epochs is None else config.finetune_epochs
         return {"epochs": epochs, "finetune_epochs": epochs, "sparsity_warmup_epochs": 0.0, "freeze_epochs": 0.0}
     started = config.starts_from_one_shot if facts.from_one_shot is None else facts.from_one_shot
     rising, frozen = FROM_ONE_SHOT if started else FROM_DENSE
-    epochs = config.pruning_epochs
-    warmup, freeze = rising * epochs, frozen * epochs
-    if facts.trainer_steps is not None:  # its steps are shared out whole
-        steps = facts.trainer_steps - round(config.pre_finetune_epochs * facts.steps_per_epoch)
-        warmup, freeze, epochs = (
-            number / facts.steps_per_epoch for number in (round(rising * steps), round(frozen * steps), steps)
-        )
-    if config.method == "gates":
-        freeze = 0.0  # nothing would learn
-    elif config.freeze_epochs is not None:
-        freeze = min(config.freeze_epochs, epochs)
-    if config.sparsity_warmup_epochs is not None:
-        warmup = config.sparsity_warmup_epochs
+    # Inside a Trainer all is counted in its steps, which are shared out whole.
+    unit = 1 if facts.trainer_steps is None else facts.steps_per_epoch
+    length = 0.0 if config.method in ("one-shot", "auto") else config.pruning_epochs
+    if facts.trainer_steps is not None:
+        length = facts.trainer_steps - round(config.pre_finetune_epochs * unit)
+    warmup = rising * length if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs * unit
+    freeze = frozen * length if config.freeze_epochs is None else config.freeze_epochs * unit
+    if facts.trainer_steps is not None:
+        warmup, freeze = round(warmup), round(freeze)
+    else:
+        freeze = 0.0 if config.method == "gates" else min(freeze, length)  # with gates alone, nothing would learn
     return {
-        "epochs": epochs,
+        "epochs": length / unit,
         "finetune_epochs": config.recovery_epochs,
-        "sparsity_warmup_epochs": warmup,
-        "freeze_epochs": freeze,
+        "sparsity_warmup_epochs": warmup / unit,
+        "freeze_epochs": freeze / unit,
     }
 
 

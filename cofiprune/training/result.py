@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from cofiprune.measure.report import Report, entries_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
+from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,6 +56,15 @@ def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: 
     return TargetReport(target.name, target.requested, value, f"{target}, reached {target.text(left)}")
 
 
+def metrics_of(history: Sequence[Mapping[str, Any]], step: int | None = None) -> dict[str, float]:
+    """The metrics of the last evaluation in a history, or of the one after a step; empty where there is none."""
+    for entry in reversed(history):
+        found = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if found and step in (None, entry["step"]):
+            return found
+    return {}
+
+
 @dataclass(repr=False)
 class PruneResult(Report):
     """A finished run."""
@@ -84,6 +95,8 @@ class PruneResult(Report):
     """What was asked for and reached; None for `finetune`."""
     uniform: bool = False
     """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
+    settings: ResolvedSettings = field(kw_only=True)
+    """What was used in the end, with a value for every setting that was left open."""
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
         """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.

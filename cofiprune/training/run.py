@@ -7,9 +7,10 @@ something is decided. The model itself is written to once, when the run ends.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ from cofiprune.training.checks import (
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
-from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
+from cofiprune.training.result import PruneResult, metrics_of, reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +86,10 @@ class Run:
     accelerator: Accelerator = field(init=False)
     display: Display = field(init=False)
     interrupt: Interrupt = field(init=False)
-    fingerprint: dict[str, Any] = field(init=False, default_factory=dict)
+    facts: Facts = field(init=False)
+    settings: ResolvedSettings = field(init=False)
+    """The configuration with a value for everything that it leaves open, from the facts that are known by now."""
+    fingerprint: dict[str, Any] = field(init=False)
     saved: SavedRun | None = field(init=False, default=None)
     """The checkpoint from which the next phase goes on."""
     reason: str = field(init=False, default="")
@@ -95,17 +100,16 @@ class Run:
     """What is trained; the model itself only before there is a copy."""
     plan: Plan = field(init=False)
     """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
-    trains_embeddings: bool = field(init=False)
-    _small_structure: Structure | None = field(init=False, default=None)
     objective: Objective = field(init=False)
     state: RunState = field(init=False, default_factory=RunState)
     taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
     """Batches of a phase that is over, and how many of them were taken."""
+    _small_structure: Structure | None = field(init=False, default=None)
 
     def prepare(self) -> None:
         """Check the data and the settings, and set everything up; nothing of the models is changed."""
         config = self.config
-        self.batches = prepare(
+        batches = prepare(
             self.train_dataset,
             self.model,
             batch_size=config.batch_size,
@@ -122,25 +126,46 @@ class Run:
         self.folder = check_output_dir(self.output_dir, resume=self.resume)
         self.accelerator = _accelerator(config)
         check_compile(config, self.accelerator.device)
-        if isinstance(self.batches, RowBatches):
-            self.batches.pad_to(self._padding_multiple(), longest_sequence(self.model))
         set_seed(config.seed, device_specific=True)
-        self.calibration = self.batches.shard(0, 1)
-        self.batches = self.batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        self.calibration = batches.shard(0, 1)
+        self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
         self.small, self.plan = self.model, Plan.from_values(self.structure, {})
-        self.trains_embeddings = bool(config.train_embeddings)
+        checkpointing = any(getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules())
+        half = config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
+        self.facts = Facts(
+            self.steps_in(self.batches),
+            None if self.target is None else self.target.share,
+            units=unit_kinds(self.structure),
+            taught=self.teacher is not None,
+            labelled=batches.labelled,
+            round_to=1 if self.target is None else self.target.round_to,
+            needs_train_mode=checkpointing,
+            in_16_bit_on_gpu=half and self.accelerator.device.type == "cuda",
+        )
+        self.settle()
+
+    def settle(self, **facts: Any) -> None:
+        """Give the settings that are left open their values.
+
+        :param facts: what is known since the last time.
+        """
+        self.facts = replace(self.facts, **facts)
+        self.settings = resolve(self.config, self.facts)
+        for batches in (self.batches, self.calibration):
+            if isinstance(batches, RowBatches):
+                batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
 
     def held_out(self) -> Evaluate | None:
         """Return what evaluates a model on the checked evaluation set; None without one."""
         if self.eval_dataset is None:
             return None
-        size, computed = self.config.eval_batch_size, self.compute_metrics
+        computed = self.compute_metrics
         batches = prepare(
             self.eval_dataset,
             self.model,
-            batch_size=size,
+            batch_size=self.config.eval_batch_size,
             collator=self.collator,
             need_labels=False,
             name="eval_dataset",
@@ -153,18 +178,15 @@ class Run:
 
         return evaluate
 
-    def _padding_multiple(self) -> int:
-        """Token rows are padded to a multiple of it: tensor cores take 16-bit matrices in pieces of 8."""
-        if self.config.pad_to_multiple_of is not None:
-            return self.config.pad_to_multiple_of
-        half = self.config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
-        return 8 if self.accelerator.device.type == "cuda" and half else 1
+    def steps_in(self, batches: Batches) -> int:
+        """Optimiser steps of an epoch."""
+        return math.ceil(len(batches) / self.config.gradient_accumulation_steps)
 
     @property
-    def for_recovery(self) -> Batches:
-        """The batches of the recovery, which may have another size."""
-        size = self.config.finetune_batch_size
-        return self.batches.resized(size) if size and isinstance(self.batches, RowBatches) else self.batches
+    def recovery_batches(self) -> Batches:
+        """The batches of the recovery, which may have another size than the present ones."""
+        size = self.settings.finetune_batch_size
+        return self.batches.resized(size) if isinstance(self.batches, RowBatches) else self.batches
 
     def identify(self, **identity: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
@@ -176,7 +198,7 @@ class Run:
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
             "teacher": named,
-            "config": identifying(self.config),
+            "config": identifying(self.settings),
         }
         if self.resume and self.folder is not None:
             self.saved = load_checkpoint(self.folder, self.fingerprint)
@@ -218,22 +240,20 @@ class Run:
         if masks is not None:
             masks.set_plan(self.plan)
 
-    def use(self, small: PreTrainedModel, plan: Plan) -> None:
-        """Go on with a compacted copy of the model.
+    def use(self, plan: Plan, small: PreTrainedModel | None = None) -> None:
+        """Go on with what a plan leaves of the model, its scales in the weights.
 
-        :param plan: what it is of the model; scales are in its weights.
+        :param small: that, where it is made already.
         """
+        if small is None:
+            small = compacted(self.model, self.structure, plan)
         small.to(self.accelerator.device)
-        if not self.trains_embeddings:
+        if not self.settings.train_embeddings:
             for name, parameter in small.named_parameters():
                 if name in self.structure.embeddings:
                     parameter.requires_grad_(False)
         self.small, self.plan, self._small_structure = small, plan.hard, None
         self.state.extra["plan"] = self.plan.to_dict()
-
-    def use_plan(self, plan: Plan) -> None:
-        """Go on with what a plan leaves of the model."""
-        self.use(compacted(self.model, self.structure, plan), plan)
 
     @property
     def small_structure(self) -> Structure:
@@ -251,7 +271,7 @@ class Run:
             small = compacted(self.small, self.small_structure, plan)
         if "hidden" in plan.keep and hasattr(self, "objective"):
             self.objective.cut(plan.keep["hidden"])
-        self.use(small, self.plan.then(plan))
+        self.use(self.plan.then(plan), small)
 
     @property
     def layers_left(self) -> float:
@@ -266,23 +286,22 @@ class Run:
         memory = 0
         if self.teacher is not None and isinstance(self.batches, RowBatches) and self.batches.in_memory:
             # Only rows that are in memory are the same every time; they are known by their numbers.
-            memory = self.config.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
+            memory = self.settings.teacher_memory_mb * 2**20 if self.batches.task != "other" else 0
             for batches in (self.batches, *(batches for batches, _ in self.taken)):
                 assert isinstance(batches, RowBatches)
                 batches.with_rows = memory > 0
-        self.objective = Objective(self.small, self.teacher, self.batches, self.config, fitted=fitted, memory=memory)
+        self.objective = Objective(self.small, self.teacher, self.batches, self.settings, fitted=fitted, memory=memory)
 
     def weight_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
         trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.settings.weight_decay},
             {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
         ]
-        projection = self.objective.projection
-        return (
-            groups if projection is None else [*groups, {"params": list(projection.parameters()), "weight_decay": 0.0}]
-        )
+        if self.objective.projection is not None:
+            groups.append({"params": list(self.objective.projection.parameters()), "weight_decay": 0.0})
+        return groups
 
     def learn(self, optimizer: Optimizer, **more: nn.Module) -> None:
         """Let an optimiser step what learns from now on.
@@ -339,27 +358,25 @@ class Run:
 
     def result(self) -> PruneResult:
         """Return what came of the run, and save its plan."""
-        state, masks = self.state, masks_of(self.model)
-        evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
-        if state.best is not None:
-            evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
-        last = evaluated[-1] if evaluated else {}
+        state, masks, target = self.state, masks_of(self.model), self.target
         if self.folder is not None and self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
             self.plan.save(self.folder / "plan.json")
+        best = None if state.best is None else state.best["step"]
         return PruneResult(
             self.model,
             self.plan,
-            masks.sparsity() if masks is not None else 0.0,
-            masks.model_sparsity() if masks is not None else 0.0,
-            {name: value for name, value in last.items() if name.startswith("eval_")},
+            0.0 if masks is None else masks.sparsity(),
+            0.0 if masks is None else masks.model_sparsity(),
+            metrics_of(state.history, best),
             state.history,
             state.seconds,
-            state.best["step"] if state.best is not None else None,
-            "" if self.target is None else self.config.method,
+            best,
+            "" if target is None else self.settings.method,
             self.reason,
-            None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
-            self.target is not None and self.config.uniform,
+            None if target is None else reached(target, self.model, self.structure, self.plan),
+            target is not None and self.settings.uniform,
+            settings=self.settings,
         )
 
 

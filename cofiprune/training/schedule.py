@@ -1,4 +1,4 @@
-"""How long a run is, and how its rates change: pure functions of the step."""
+"""How long the parts of a run are, in optimiser steps, and how learning rates change: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cofiprune.errors import SettingsError
-from cofiprune.training.config import PruneConfig
-from cofiprune.training.resolved import FROM_DENSE, FROM_ONE_SHOT, gate_learning_rate, weight_learning_rate
+from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.settings import Scheduler
+
+Rates = Callable[[int], list[float]]
+"""Learning rates of an optimiser's parameter groups at a step."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimiser steps of one phase of a run."""
+    """The optimiser steps of a pruning phase."""
 
     steps_per_epoch: int
     before: int
@@ -32,75 +34,33 @@ class Schedule:
         return self.before + self.gated + self.after
 
     @classmethod
-    def for_pruning(cls, config: PruneConfig, batches: int, *, from_one_shot: bool | None = None) -> Schedule:
-        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it.
+    def for_pruning(cls, settings: ResolvedSettings, steps_per_epoch: int, *, in_trainer: bool = False) -> Schedule:
+        """Lay out the pruning phase; one shot has no steps in it.
 
-        :param from_one_shot: whether the gates start on what one shot leaves; None for whether they are meant to.
+        :param in_trainer: a Trainer decides on the number of steps, which may leave none for the gates.
+        :raises SettingsError: when it does.
         """
-        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        if config.method == "one-shot":
-            return cls(per_epoch, 0, 0, 0, 0)
-        epochs = config.pruning_epochs
-        rising, frozen = _shares(config, from_one_shot)
-        frozen = frozen * epochs if config.freeze_epochs is None else min(config.freeze_epochs, epochs)
-        if not config.trains_weights:
-            frozen = 0.0  # nothing would learn
-        warmup = rising * epochs if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs
-        total = max(round(epochs * per_epoch), 1)
-        gated = max(round((epochs - frozen) * per_epoch), 1)
-        ramp = min(round(warmup * per_epoch), gated)
-        return cls(per_epoch, round(config.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
-
-    @classmethod
-    def for_steps(
-        cls, config: PruneConfig, total: int, per_epoch: int | None, *, from_one_shot: bool | None = None
-    ) -> Schedule:
-        """Lay out pruning inside a run of `total` optimiser steps that somebody else has laid out.
-
-        :param per_epoch: optimiser steps of an epoch; None where the data have no length.
-        :raises SettingsError: when no step is left for the gates, or epochs are meant where there are none.
-        """
-
-        def steps(name: str, share: float) -> int:
-            epochs: float | None = getattr(config, name)
-            if not epochs:
-                return round(share) if epochs is None else 0
-            if per_epoch is None:
-                raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
-            return round(epochs * per_epoch)
-
-        rising, frozen = _shares(config, from_one_shot)
-        before = steps("pre_finetune_epochs", 0)
-        after = steps("freeze_epochs", frozen * (total - before))
-        gated = total - before - after
-        if gated < 1:
+        if settings.method == "one-shot":
+            return cls(steps_per_epoch, 0, 0, 0, 0)
+        before = round(settings.pre_finetune_epochs * steps_per_epoch)
+        total = max(round(settings.epochs * steps_per_epoch), 1)
+        gated = round((settings.epochs - settings.freeze_epochs) * steps_per_epoch)
+        if gated < 1 and in_trainer:
             raise SettingsError(
-                f"of {total} training steps, pre_finetune_epochs takes {before}, freeze_epochs {after}: none is left "
-                "in which gates could learn"
+                f"of {before + total} training steps, pre_finetune_epochs takes {before}, freeze_epochs "
+                f"{total - gated}: none is left in which gates could learn"
             )
-        ramp = min(steps("sparsity_warmup_epochs", rising * (total - before)), gated)
-        return cls(per_epoch or total, before, ramp, gated, after)
+        gated = max(gated, 1)
+        ramp = min(round(settings.sparsity_warmup_epochs * steps_per_epoch), gated)
+        return cls(steps_per_epoch, before, ramp, gated, total - gated)
 
-    @staticmethod
-    def for_recovery(config: PruneConfig, pruning: Schedule, batches: int) -> int:
-        """The steps after the structure is decided: the rest of the pruning phase, and the recovery.
+    def recovery(self, settings: ResolvedSettings, steps_per_epoch: int) -> int:
+        """Steps after the structure is decided: the rest of the pruning phase, and the recovery.
 
-        :param batches: of an epoch per process, in the recovery.
+        :param steps_per_epoch: in the recovery, whose batches may have another size.
         """
-        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        rest = math.ceil(pruning.after * per_epoch / pruning.steps_per_epoch)
-        return rest + round(config.recovery_epochs * per_epoch)
-
-    @classmethod
-    def for_training(cls, epochs: float, config: PruneConfig, batches: int) -> Schedule:
-        """Lay out plain training."""
-        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        return cls(per_epoch, round(epochs * per_epoch), 0, 0, 0)
-
-
-def _shares(config: PruneConfig, from_one_shot: bool | None) -> tuple[float, float]:
-    started = config.starts_from_one_shot if from_one_shot is None else from_one_shot
-    return FROM_ONE_SHOT if started else FROM_DENSE
+        rest = math.ceil(self.after * steps_per_epoch / self.steps_per_epoch)
+        return rest + round(settings.finetune_epochs * steps_per_epoch)
 
 
 def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
@@ -117,39 +77,28 @@ def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
     return left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
-def gate_rate(config: PruneConfig, gated_steps: int) -> float:
-    """Return the learning rate of gates and multipliers for a run of some length."""
-    if config.gate_learning_rate is not None:
-        return config.gate_learning_rate
-    return gate_learning_rate(gated_steps)
+def pruning_rates(settings: ResolvedSettings, schedule: Schedule, trained: int) -> Rates:
+    """Return the rates of a pruning phase: of the groups of weights, then of the gates and of the multipliers.
 
-
-def pruning_rate(config: PruneConfig, target: float) -> float:
-    """Return the learning rate of the weights while gates learn towards a target sparsity in (0, 1)."""
-    return 0.5 * weight_learning_rate(1 - target) if config.learning_rate is None else config.learning_rate
-
-
-def gated_rates(config: PruneConfig, schedule: Schedule, target: float, trained: int) -> Callable[[int], list[float]]:
-    """Return the rates of a pruning phase by step: of the groups of weights, of the gates and of the multipliers.
-
-    :param target: sparsity, in (0, 1).
     :param trained: number of groups of weights.
     """
-    gates, weights = gate_rate(config, schedule.gated), pruning_rate(config, target)
 
     def rates(step: int) -> list[float]:
         # The decay is restarted when the gates start, as in the original.
         begin, end = (0, schedule.before) if step < schedule.before else (schedule.before, schedule.total)
-        warmup = round(config.warmup_ratio * (end - begin))
-        factor = rate(config.lr_scheduler_type, step - begin, end - begin, warmup)
-        return [weights * factor] * trained + [gates] * 2
+        warmup = round(settings.warmup_ratio * (end - begin))
+        factor = rate(settings.lr_scheduler_type, step - begin, end - begin, warmup)
+        return [settings.learning_rate * factor] * trained + [settings.gate_learning_rate] * 2
 
     return rates
 
 
-def recovery_rate(config: PruneConfig, share: float) -> float:
-    """Return the learning rate for training what is left of a model.
+def recovery_rates(settings: ResolvedSettings, steps: int, trained: int) -> Rates:
+    """Return the rates of a recovery of some steps, for a number of groups of weights."""
+    warmup = round(settings.warmup_ratio * steps)
 
-    :param share: kept parameters of the layers by those of the dense model, in (0, 1].
-    """
-    return weight_learning_rate(share) if config.finetune_learning_rate is None else config.finetune_learning_rate
+    def rates(step: int) -> list[float]:
+        factor = rate(settings.finetune_lr_scheduler_type, step, steps, warmup)
+        return [settings.finetune_learning_rate * factor] * trained
+
+    return rates

@@ -5,6 +5,7 @@ import torch
 
 import cofiprune
 from cofiprune import PruneConfig
+from cofiprune.training.resolved import Facts, resolve
 from cofiprune.training.schedule import Schedule
 
 BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
@@ -55,13 +56,6 @@ def test_batches_after_pruning_may_have_another_size(toy, watch):
         assert result.history[-1]["step"] == count
 
 
-def test_presets_begin_with_the_whole_model():
-    for name in ("glue-small", "glue-large", "squad"):
-        assert not PruneConfig.preset(name).starts_from_one_shot
-        assert PruneConfig.preset(name).one_shot_share == 0
-    assert PruneConfig().starts_from_one_shot
-
-
 @pytest.mark.parametrize(
     ("settings", "ramp", "after"),
     [
@@ -72,7 +66,8 @@ def test_presets_begin_with_the_whole_model():
     ],
 )
 def test_the_last_part_of_the_epochs_trains_the_decided_structure(settings, ramp, after):
-    schedule = Schedule.for_pruning(PruneConfig(epochs=10, **settings), 100)
+    settings = resolve(PruneConfig(epochs=10, **settings), Facts(100, target=0.9))
+    schedule = Schedule.for_pruning(settings, 100)
     assert (schedule.ramp, schedule.gated, schedule.after) == (ramp, 1000 - after, after)
 
 

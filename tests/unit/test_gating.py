@@ -16,6 +16,7 @@ from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
 from cofiprune.selection.target import Target
 from cofiprune.structure import Group
 from cofiprune.training.learner import GateLearner
+from cofiprune.training.resolved import Facts, resolve
 from cofiprune.training.schedule import Schedule
 
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
@@ -31,7 +32,8 @@ def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
     goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
-    return GateLearner(masks, list(masks.structure), goal, PruneConfig(), SCHEDULE, layers_left=share)
+    settings = resolve(PruneConfig(), Facts(100, target=goal.share))
+    return GateLearner(masks, goal, settings, SCHEDULE, layers_left=share)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])

@@ -29,16 +29,17 @@ def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> Pru
     }
     check_taken("PruningCallback", settings, CALLBACK, decided)
     made = PruneConfig.create(config, **settings)
-    used, defaults = used_settings(made), PruneConfig().model_dump()
-    unused = sorted(name for name, value in made.model_dump().items() if name not in used and value != defaults[name])
+    used = used_settings(made)
+    defaults = PruneConfig()
+    unused = sorted(name for name, value in made if name not in used and value != getattr(defaults, name))
     if unused:
         warnings.warn(
-            f"not used of the config, because the Trainer's arguments decide it or it is for prune alone: "
+            "not used of the config, because the Trainer's arguments decide it or it is for prune alone: "
             f"{', '.join(unused)}",
             UserWarning,
             stacklevel=3,
         )
-    return made
+    return PruneConfig(**used)
 
 
 def used_settings(config: PruneConfig) -> dict[str, Any]:
