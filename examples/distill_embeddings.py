@@ -11,254 +11,269 @@ as it is, so that an index which is filled already can still be searched; --no-k
 Larger learning rates pay here than for a task: 5e-4 in pruning and 1e-3 in recovery by default. MiniLM-L6 at a
 sparsity of 0.5, after 2 and 1 epochs over 2,000 texts, one run each: with these rates the mean cosine to the teacher's
 vectors was 0.84 and the Spearman correlation of all similarities 0.76; with 4e-5 and 8e-5 they were 0.65 and 0.57.
-Larger models may need smaller rates.
+Larger models may need smaller rates. Every field of `cofiprune.PruneConfig` is an option too.
 """
 
 import argparse
 import copy
 import json
+import re
+import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
-from embedding_modules import Modules
-from embedding_quality import POOLING, Encoder, agreement, similarity_score
-from embedding_texts import ScoredPairs, encode, read_scored_pairs, read_texts
-from options import target_sparsity, tiny_model
-from quickstart_model import ModelError, bundled_model
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModel, PreTrainedModel
+from bundled import docstring_rows, minilm, tiny_bert
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 import cofiprune
-from cofiprune.cli.models import load_model, load_tokenizer
-from cofiprune.cli.options import Parser, add_settings, at_least, one_of, prune_config, writable_directory
-from cofiprune.errors import SettingsError
+from cofiprune.data import find_text_columns, load_rows, tokenise
 
-NAME = "distill_embeddings"
-DEFAULTS = {"learning_rate": 5e-4, "finetune_learning_rate": 1e-3}
-TINY = {"epochs": 1, "finetune_epochs": 1, "batch_size": 16}
-TINY_ROWS, TINY_HELD_OUT, TINY_LENGTH = 96, 40, 24
-WITHOUT_HIDDEN = ("layer", "head", "intermediate")
-console = Console()
+SETTINGS = "--learning-rate 5e-4 --finetune-learning-rate 1e-3 --batch-size 32"
+TINY = "--epochs 1 --finetune-epochs 1 --batch-size 16"
+FEWEST, MOST = 10, 1000
+"""Held-out texts: the similarities of all pairs of them are compared, half a million at most."""
+OF_ANY_WIDTH = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers that do not mind a width other than the one that they were saved with."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the example; a user's mistake ends in one line and exit code 2."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except (cofiprune.CofipruneError, ModelError, OSError) as error:
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{NAME}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.PruneConfig]:
+    """Read the command line; what is no option of this program is a setting of cofiprune."""
+    epilog = "Every field of cofiprune.PruneConfig is an option too: --epochs 6 --units head intermediate."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", help="folder or hub name of an encoder (default: the packaged MiniLM-L6, all-MiniLM-L6-v2); of a "
+        "sentence-transformers folder the files of its modules are copied along")  # fmt: skip
+    add("--target-sparsity", type=float, default=0.5, help="share of the layers' parameters to remove (default: 0.5)")
+    add("--data-dir", help="folder with train.* and, if there is one, validation.*")
+    add("--train-file", help="txt (a text a line), csv, tsv, json, jsonl or parquet")
+    add("--validation-file", help="texts to measure on (default: a tenth is held out)")
+    add("--text-column", nargs="+", help="columns of texts (default: those of a known name)")
+    add("--split-sentences", action="store_true", help="take sentences instead of whole texts; scraps are left out")
+    add("--sts-file", help="pairs with a score, such as STS-B: sentence1, sentence2, score")
+    add("--pooling", choices=("mean", "cls"), help="how a vector is made (default: what the model's folder says)")
+    add("--keep-hidden", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the width of the vectors, so that they compare with the teacher's (default: on)")  # fmt: skip
+    add("--max-length", type=int, default=64, help="tokens to which texts are cut (default: 64)")
+    add("--train-rows", type=int, help="texts to learn from (default: all)")
+    add("--eval-rows", type=int, default=MOST, help=f"texts to measure on (default: all, {MOST} at most)")
+    add("--output-dir", type=Path, default=Path("runs/embeddings"), help="(default: runs/embeddings)")
+    add("--resume", action="store_true", help="go on with the run in the output folder")
+    add("--tiny", action="store_true", help="a small random model and few rows: see in seconds that all steps run")
+    add("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure the speed-up at the end")
+    options, settings = parser.parse_known_args(argv)
+    settings = [*(TINY if options.tiny else SETTINGS).split(), *settings]
+    if options.tiny:
+        options.train_rows, options.eval_rows = options.train_rows or 96, min(options.eval_rows, 40)
+        options.max_length = min(options.max_length, 24)
+    config = cofiprune.PruneConfig.from_arguments(settings)
+    if options.keep_hidden and "hidden" in (config.units or ()):
+        parser.error("--units hidden changes the width of the vectors; add --no-keep-hidden if that is meant")
+    if options.keep_hidden and config.units is None:
+        config = cofiprune.PruneConfig.create(config, units=("layer", "head", "intermediate"))
+    return options, config
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prune, save, reload and compare; return what is in OUTPUT_DIR/result.json.
+def load_texts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return texts to learn from and texts to measure on, in a random order that is always the same.
 
-    :raises CofipruneError: for what cannot be done.
+    Texts that occur twice are kept once. Where there is no file to hold out, a tenth of the texts is held out.
     """
-    modules = Modules.of(options.model)
-    pooling = way_of_pooling(options.pooling, modules)
-    config = settings(options)
-    if modules.fixed and (config.units is None or "hidden" in config.units):
-        raise SettingsError(
-            f"{options.model} has a {modules.fixed[0]} module, which needs vectors of their present width; keep the "
-            "hidden dimensions (--keep-hidden)"
-        )
-    pairs = None if options.sts_file is None else read_scored_pairs(options.sts_file)
-    with step("Reading the texts"):
-        texts = read_texts(options)
-    console.print(f"{len(texts.train):,} to learn from, {len(texts.held_out):,} held out: {texts.source}", markup=False)
-    teacher = load_model(options.model, "feature-extraction")
-    tokenizer = load_tokenizer(options.model)
-    if tokenizer is None:
-        raise SettingsError(f"{options.model} has no tokenizer")
-
-    student = copy.deepcopy(teacher)
-    with step(f"Pruning to {options.target_sparsity:.0%} sparsity by its own embeddings, then recovery"):
-        result = cofiprune.prune(
-            student,
-            encode(texts.train, tokenizer, options.max_length),
-            target_sparsity=options.target_sparsity,
-            teacher="self",
-            config=config,
-        )
-    folder = options.output_dir
-    with step(f"Compacting, saving to {folder} and reloading"):
-        small = result.compact()
-        small.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        reloaded = AutoModel.from_pretrained(folder)
-    with step("Measuring both"):
-        figures = measure(
-            options, teacher, reloaded, tokenizer, pooling, texts.held_out, result.plan.keep.get("hidden"), pairs
-        )
-        copied = modules.copy(folder, figures["dimensions"]["student"])
-        report = None
-        if options.benchmark:
-            seconds = 0.2 if options.tiny else 5.0
-            report = cofiprune.benchmark(
-                reloaded, teacher.to(reloaded.device), batch_size=(1, 32), seq_len=options.max_length, seconds=seconds
-            )
-    figures.update(pooling=pooling, texts=len(texts.train), held_out=len(texts.held_out), seconds=result.seconds)
-    if report is not None:
-        figures["speedup"] = {f"batch {row.batch_size}": row.speedup for row in report.rows}
-    (folder / "result.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    console.print(make_table(figures, report))
-    if copied:
-        console.print(f"Also in {folder}: {', '.join(copied)}", markup=False)
-        console.print(f"After `import cofiprune`, SentenceTransformer({str(folder)!r}) loads it.", markup=False)
-    return figures
+    held_out: list[str] = []
+    if options.data_dir:
+        texts = texts_of(load_rows(options.data_dir, "train"), options)
+        splits = ("validation", "dev", "test")
+        if any(file.name.startswith(splits) for file in Path(options.data_dir).iterdir()):
+            held_out = texts_of(load_rows(options.data_dir, *splits), options)
+    elif options.train_file:
+        texts = texts_of(load_rows(options.train_file), options)
+        held_out = texts_of(load_rows(options.validation_file), options) if options.validation_file else []
+    else:
+        sides = docstring_rows(16, 8) if options.tiny else docstring_rows()
+        texts, held_out = ([row["text"] for row in side] for side in sides)
+    texts = list(dict.fromkeys(texts))
+    texts = [texts[index] for index in np.random.RandomState(1234).permutation(len(texts))]
+    seen = set(texts)
+    held_out = [text for text in dict.fromkeys(held_out) if text not in seen]
+    if not held_out:
+        count = min(MOST, max(FEWEST, len(texts) // 10))
+        texts, held_out = texts[count:], texts[:count]
+    texts, held_out = texts[: options.train_rows], held_out[: min(options.eval_rows, MOST)]
+    if not texts or len(held_out) < FEWEST:
+        sys.exit(f"{len(texts)} texts to learn from and {len(held_out)} to measure on; the latter must be {FEWEST}")
+    return texts, held_out
 
 
-def measure(
-    options: argparse.Namespace,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: Any,
-    pooling: str,
-    texts: Sequence[str],
-    kept: Sequence[int] | None,
-    pairs: ScoredPairs | None,
-) -> dict[str, Any]:
-    """Size of both models and how well the student's vectors agree with the teacher's on held-out texts.
+def texts_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Return the texts in all text columns."""
+    columns = options.text_column
+    if columns is None:
+        found = find_text_columns(rows[0], "embedding")
+        columns = [name for name in (found.text, found.pair) if name is not None]
+    texts = [row[name].strip() for name in columns for row in rows]
+    return [part for text in texts for part in (sentences(text) if options.split_sentences else [text]) if part]
 
-    :param kept: dimensions of the teacher's vectors that the student has; None for all.
+
+def sentences(text: str, fewest_words: int = 5) -> list[str]:
+    """Return the sentences of a text, less headings and scraps.
+
+    >>> sentences(" = A heading of a page = \\nA sentence of six words . Not one .")
+    ['A sentence of six words .']
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoders = [Encoder(model.to(device), tokenizer, pooling, options.max_length) for model in (teacher, student)]
-    before, after = (cofiprune.summary(model) for model in (teacher, student))
-    vectors = [encoder.vectors(texts) for encoder in encoders]
-    found: dict[str, Any] = {
-        "sparsity": after.sparsity,
-        "size": {"teacher": before.layer_parameters, "student": after.layer_parameters},
-        "parameters": {"teacher": before.parameters, "student": after.parameters},
-        "dimensions": {"teacher": vectors[0].shape[1], "student": vectors[1].shape[1]},
-        **asdict(agreement(vectors[0], vectors[1], range(vectors[0].shape[1]) if kept is None else kept)),
+    parts = [part for line in text.splitlines() for part in re.split(r"(?<=[.!?])\s+", line.strip())]
+    return [part for part in parts if len(part.split()) >= fewest_words and not part.startswith("=")]
+
+
+def vectors(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], pooling: str, max_length: int) -> Tensor:
+    """Return the embeddings of texts, of length 1: [texts, dimensions], on the CPU."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    found = []
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), 128):
+            part = [texts[index] for index in order[start : start + 128]]
+            batch = tokenizer(part, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+            states = model(**batch.to(model.device)).last_hidden_state.float()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+            found.append(F.normalize(pooled, dim=-1).cpu())
+    return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def agreement(teacher: Tensor, student: Tensor, kept: Sequence[int]) -> dict[str, float]:
+    """Compare the vectors of the same texts; every figure is 1 for equal ones.
+
+    :param teacher: [texts, H], of length 1.
+    :param student: [texts, h], of length 1.
+    :param kept: the teacher's dimensions that the student's are: h of them. The others count as 0.
+    """
+    cosines = (teacher[:, list(kept)] * student).sum(-1)
+    ours, theirs = student @ student.T, teacher @ teacher.T
+    upper = torch.triu(torch.ones_like(ours, dtype=torch.bool), diagonal=1)
+    itself = torch.eye(len(ours), dtype=torch.bool)
+    nearest = [one.masked_fill(itself, -2).argmax(1) for one in (ours, theirs)]
+    found = {
+        "cosine, mean": float(cosines.mean()),
+        "cosine, 5th percentile": float(np.percentile(cosines.numpy(), 5)),
+        "Spearman of all similarities": float(spearmanr(ours[upper], theirs[upper]).statistic),
+        "same nearest neighbour": float((nearest[0] == nearest[1]).float().mean()),
     }
-    if pairs is not None:
-        scores = [similarity_score(encoder, pairs) for encoder in encoders]
-        found["sts_spearman"] = dict(zip(("teacher", "student"), scores, strict=True))
+    if student.shape == teacher.shape:
+        # What becomes of an index that was filled before.
+        first = (student @ teacher.T).argmax(1) == torch.arange(len(student))
+        found["found in the teacher's index"] = float(first.float().mean())
     return found
 
 
-def make_table(figures: dict[str, Any], report: cofiprune.BenchmarkReport | None) -> Table:
-    """The teacher and the pruned model side by side, and what they agree on."""
-    table = Table("", "teacher", "pruned and reloaded")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("parameters in the layers", *(f"{value:,}" for value in figures["size"].values()))
-    table.add_row("parameters in all", *(f"{value:,}" for value in figures["parameters"].values()))
-    table.add_row("sparsity of the layers", "", f"{figures['sparsity']:.1%}")
-    table.add_row("dimensions of a vector", *(str(value) for value in figures["dimensions"].values()))
-    if report is not None:
-        for row in report.rows:
-            times = [f"{timing.median_ms:.1f} ms" for timing in (row.baseline, row.model) if timing is not None]
-            table.add_row(f"latency, batch {row.batch_size}, {row.seq_len} tokens", *times)
-            table.add_row("  speed-up", "", f"{row.speedup:.1f}x")
-    table.add_section()
-    table.add_row("cosine of the two vectors of a text, mean", "1", f"{figures['cosine']:.4f}")
-    table.add_row("  5th percentile", "1", f"{figures['cosine_p05']:.4f}")
-    table.add_row("Spearman of the similarities of all pairs", "1", f"{figures['spearman']:.4f}")
-    table.add_row("the same nearest neighbour", "", f"{figures['same_neighbour']:.1%}")
-    if figures["found_in_index"] is not None:
-        table.add_row("text found in the teacher's index", "", f"{figures['found_in_index']:.1%}")
-    if "sts_spearman" in figures:
-        table.add_row("STS, Spearman", *(f"{value:.4f}" for value in figures["sts_spearman"].values()))
-    return table
+def similarity_score(file: str, embed: Any) -> float:
+    """Return the rank correlation of the cosines of pairs with the similarities that people gave them (STS-B)."""
+    rows = load_rows(file)
+    score = next((name for name in ("score", "label", "similarity_score", "similarity") if name in rows[0]), None)
+    if score is None or not {"sentence1", "sentence2"} <= rows[0].keys():
+        sys.exit(f"{file} needs the columns sentence1, sentence2 and score or label; it has {', '.join(rows[0])}")
+    first, second = (embed([row[name] for row in rows]) for name in ("sentence1", "sentence2"))
+    return float(spearmanr((first * second).sum(-1), [float(row[score]) for row in rows]).statistic)
 
 
-def way_of_pooling(asked: str | None, modules: Modules) -> str:
-    """mean or cls: what is asked for, else what the model's folder says, else mean.
-
-    :raises SettingsError: when the folder says another way.
-    """
-    stated = modules.pooling
-    if asked is None and stated is not None and stated not in POOLING:
-        raise SettingsError(f"the model pools by {stated!r}; what can be measured is {', '.join(POOLING)} (--pooling)")
-    return asked or stated or POOLING[0]
-
-
-def settings(options: argparse.Namespace) -> cofiprune.PruneConfig:
-    """The settings of the command line; the width of the vectors is left out of the units, unless it is asked for.
-
-    :raises SettingsError: when the options contradict each other.
-    """
-    given = vars(options)
-    if options.keep_hidden and "hidden" in ",".join(given.get("units", ())).split(","):
-        raise SettingsError("--units hidden changes the width of the vectors; add --no-keep-hidden if that is meant")
-    if options.keep_hidden:
-        given.setdefault("units", list(WITHOUT_HIDDEN))
-    return prune_config(options, None)
+def read_modules(source: str) -> list[dict[str, Any]]:
+    """Return the modules of a sentence-transformers folder; none of another one."""
+    file = Path(source, "modules.json")
+    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    for module in modules:
+        if not Path(source, module.get("path", "")).resolve().is_relative_to(Path(source).resolve()):
+            sys.exit(f"{file} names {module['path']!r}, which is outside of its folder")
+        module["kind"] = module["type"].rpartition(".")[2]
+    return modules
 
 
-@contextmanager
-def step(title: str) -> Iterator[None]:
-    """Print what is done, and in how many seconds it was."""
-    console.print(f"{title} ...", markup=False)
-    start = time.perf_counter()
-    yield
-    console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/dim]")
+def pooling_of(source: str, modules: Sequence[dict[str, Any]]) -> str:
+    """Return the way of pooling that a sentence-transformers folder says, mean where it says none."""
+    for module in modules:
+        if module["kind"] == "Pooling":
+            settings = json.loads(Path(source, module["path"], "config.json").read_text(encoding="utf-8"))
+            old = [name.removeprefix("pooling_mode_") for name, on in settings.items() if on is True]
+            ways = [settings["pooling_mode"]] if "pooling_mode" in settings else old
+            short = {"mean_tokens": "mean", "cls_token": "cls"}
+            return "+".join(short.get(way, way) for way in ways if way != "include_prompt") or "mean"
+    return "mean"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line, and fill in what follows from it.
+def copy_modules(source: str, target: Path, modules: Sequence[dict[str, Any]], width: int) -> None:
+    """Copy the files that make a folder a sentence-transformers one, and tell the pooling the width of the vectors."""
+    names = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+    for file in (Path(source, name) for name in names):
+        if modules and file.is_file():
+            shutil.copyfile(file, target / file.name)
+    for module in modules:
+        if module.get("path") and Path(source, module["path"]).is_dir():
+            shutil.copytree(Path(source, module["path"]), target / module["path"], dirs_exist_ok=True)
+        if module["kind"] == "Pooling":
+            file = target / module["path"] / "config.json"
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            widths = {"word_embedding_dimension", "embedding_dimension"} & settings.keys()
+            file.write_text(json.dumps(settings | dict.fromkeys(widths, width), indent=2), encoding="utf-8")
 
-    :raises CofipruneError: for whatever cannot be understood.
-    """
-    parser = Parser(prog=NAME, description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--model", metavar="NAME", help="folder or hub name of an encoder (default: the packaged MiniLM-L6, which is "
-        "all-MiniLM-L6-v2); of a sentence-transformers folder the module files are copied along")  # fmt: skip
-    add("--target-sparsity", default="0.5", metavar="X",
-        help="share of the layers' parameters to remove, in (0, 1) (default: 0.5)")  # fmt: skip
-    add("--data-dir", type=Path, metavar="DIR", help="folder with train.* and, if there is one, validation.*")
-    add("--train-file", type=Path, metavar="FILE", help="txt (a text a line), csv, tsv, json, jsonl or parquet")
-    add("--validation-file", type=Path, metavar="FILE", help="texts to measure on (default: a tenth is held out)")
-    add("--text-column", nargs="+", metavar="NAME", help="columns of texts (default: those of a known name)")
-    add("--split-sentences", action="store_true", help="take sentences instead of whole texts; scraps are left out")
-    add("--sts-file", type=Path, metavar="FILE", help="pairs with a score, such as STS-B: sentence1, sentence2, score")
-    add("--pooling", type=one_of(POOLING, "pooling"), metavar="{mean,cls}",
-        help="how a vector is made of token states (default: what the model's folder says, else mean)")  # fmt: skip
-    add("--keep-hidden", action=argparse.BooleanOptionalAction, default=True,
-        help="keep the width of the vectors, so that they compare with the teacher's (default: on)")  # fmt: skip
-    add("--output-dir", default="runs/embeddings", metavar="DIR", help="(default: runs/embeddings)")
-    add("--train-rows", type=at_least(1), metavar="N", help="texts to learn from (default: all)")
-    add("--eval-rows", type=at_least(10), metavar="N", help="texts to measure on (default: all, at most 1000)")
-    add("--max-length", type=at_least(8), default=64, metavar="N", help="tokens to which texts are cut (default: 64)")
-    add("--tiny", action="store_true", help="a small random model and few rows: see in seconds that all steps run")
-    add("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure the speed-up at the end")
-    add_settings(parser, cofiprune.PruneConfig)
-    options = parser.parse(list(argv))
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prune, save, reload and compare."""
+    options, config = parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options.target_sparsity = target_sparsity(options.target_sparsity)
-    if options.target_sparsity is None:
-        raise SettingsError("--target-sparsity none leaves nothing to do: the model is its own teacher")
-    options.output_dir = writable_directory(options.output_dir, other_than=(options.model,))
-    for setting, value in (TINY if options.tiny else DEFAULTS).items():
-        vars(options).setdefault(setting, value)
-    vars(options).setdefault("batch_size", 32)
-    vars(options).setdefault("seed", 57)
-    settings(options)  # says of a wrong value before anything is loaded
-    if options.tiny:
-        options.train_rows, options.eval_rows = options.train_rows or TINY_ROWS, options.eval_rows or TINY_HELD_OUT
-        options.max_length = min(options.max_length, TINY_LENGTH)
-    transformers.set_seed(options.seed)
-    if options.model is None:
-        options.model = tiny_model(options) if options.tiny else str(bundled_model())
-    return options
+    folder = options.output_dir
+    source = options.model or (tiny_bert(folder / "tiny-model", config.seed) if options.tiny else minilm())
+    modules = read_modules(source)
+    pooling = options.pooling or pooling_of(source, modules)
+    if pooling not in ("mean", "cls"):
+        sys.exit(f"the model pools by {pooling!r}; what can be measured is mean and cls (--pooling)")
+    fixed = [module["kind"] for module in modules if module["kind"] not in OF_ANY_WIDTH]
+    if fixed and not options.keep_hidden:
+        sys.exit(f"{source} has a {fixed[0]} module, which needs vectors of their present width: --keep-hidden")
+    texts, held_out = load_texts(options)
+    print(f"{len(texts):,} texts to learn from, {len(held_out):,} held out")
+
+    model, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    teacher = copy.deepcopy(model)
+    rows = tokenise([{"text": text} for text in texts], tokenizer, model, max_length=options.max_length)
+    resume = options.resume and any(folder.glob("checkpoint-*"))
+    goal = {"target_sparsity": options.target_sparsity, "teacher": "self", "config": config}
+    result = cofiprune.prune(model, rows, **goal, output_dir=folder, resume=resume)
+    result.compact().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    student = AutoModel.from_pretrained(folder).to(model.device)
+
+    def embed(texts: Sequence[str], model: PreTrainedModel = student) -> Tensor:
+        return vectors(model, tokenizer, texts, pooling, options.max_length)
+
+    dense, pruned = embed(held_out, teacher.to(model.device)), embed(held_out)
+    copy_modules(source, folder, modules, pruned.shape[1])
+    kept = result.plan.keep.get("hidden", range(dense.shape[1]))
+    found: dict[str, Any] = {
+        "sparsity": cofiprune.summary(student).sparsity,
+        "dimensions": pruned.shape[1],
+        "pooling": pooling,
+    }
+    found |= agreement(dense, pruned, kept)
+    if options.sts_file:
+        found["STS of the teacher"] = similarity_score(options.sts_file, lambda texts: embed(texts, teacher))
+        found["STS"] = similarity_score(options.sts_file, embed)
+    print(cofiprune.summary(student))
+    for name, value in found.items():
+        print(f"{name:34}{value:.4f}" if isinstance(value, float) else f"{name:34}{value}")
+    if options.benchmark:
+        settings = {"batch_size": (1, 32), "seq_len": options.max_length, "seconds": 0.2 if options.tiny else 5.0}
+        speed = cofiprune.benchmark(student, teacher, **settings)
+        found["speed"] = speed.to_dict()
+        print(speed)
+    (folder / "result.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"Saved in {folder}; after `import cofiprune`, AutoModel and SentenceTransformer load it")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,170 +1,139 @@
 """Measure models on a task: size, sparsity, the task's metrics, and seconds per example.
 
     python examples/evaluate.py sst2 MODEL --data-dir DIR
-    python examples/evaluate.py mnli DENSE COMPACTED ORIGINAL_COFI_FOLDER --data-dir DIR --device cuda
-    python examples/evaluate.py squad MODEL --data-dir DIR --max-length 384 -- --doc-stride 64
+    python examples/evaluate.py mnli DENSE COMPACTED --data-dir DIR --device cuda
+    python examples/evaluate.py squad MODEL --data-dir DIR --max-length 192 --doc-stride 64
 
-A model is dense, compacted, or a folder that the original CoFi wrote. Size is the number of parameters in the encoder's
-layers: embeddings, pooler and head do not count; sparsity is the share of these that was removed. Seconds per example
-are those of the forward pass on full batches of the task's rows, tokenised and on the device before the clock starts.
-Options of run_glue, run_squad and run_ner, such as --doc-stride, follow after --.
+Size is the number of parameters in the encoder's layers: embeddings, pooler and head do not count; sparsity is the
+share of these that was removed. Seconds per example are those of the forward pass on batches of `--max-length` tokens,
+the models in turn. What is no option of this program is one of run_glue, run_squad or run_ner. A folder of the original
+CoFi is read after `cofiprune convert FOLDER OUT`; data of your own, by `cofiprune evaluate`.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import run_glue
+import run_ner
+import run_squad
 import torch
 import transformers
-from evaluation_tasks import TASKS, load, make_task, task_named
-from quickstart_data import DataError
-from quickstart_model import ModelError
 from rich.console import Console
 from rich.table import Table
-from speed import Speed, speeds
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import cofiprune
-from cofiprune.cli.models import to_device
-from cofiprune.cli.options import Parser, at_least
-from cofiprune.timing import cpu_threads
+from cofiprune.data import Labels, tokenise
 
-NAME = "evaluate"
-TINY_ROWS = 32
-Result = dict[str, Any]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the evaluation; a user's mistake ends in one line and exit code 2."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        results = evaluate(options)
-    except (cofiprune.CofipruneError, DataError, ModelError, OSError) as error:
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(results, indent=1))
-    else:
-        Console().print(make_table(options.task, results))
-    return 0
+TASKS = {
+    **dict.fromkeys(run_glue.TASKS, "ForSequenceClassification"),
+    **dict.fromkeys(("squad", "squad_v2"), "ForQuestionAnswering"),
+    **dict.fromkeys(("wnut17", "ncbi_disease", "ner"), "ForTokenClassification"),
+}
+"""Task -> the ending of the class of the models that it takes; "ner" is for tags of your own."""
 
 
-def evaluate(options: argparse.Namespace) -> list[Result]:
-    """Measure each model; the models are timed in turn.
-
-    :raises CofipruneError: for what cannot be loaded or read.
-    """
-    models = [load(source, options.task) for source in options.models]
-    tasks = [make_task(options, source) for source in options.models]
-    models = [to_device(model, options.device) for model in models]
-    found: list[Result] = []
-    with cpu_threads(options.threads):
-        for source, model, task in zip(options.models, models, tasks, strict=True):
-            size = cofiprune.summary(model)
-            found.append(
-                {
-                    "task": options.task,
-                    "model": source,
-                    "class": type(model).__name__,
-                    "state": size.state,
-                    "size": size.layer_parameters,
-                    "dense_size": size.dense.layer_parameters,
-                    "parameters": size.parameters,
-                    "sparsity": size.sparsity,
-                    "rows": len(task.validation),
-                    "metrics": dict(task.measure(model)),
-                }
-            )
-        timed = speeds(
-            models,
-            [task.validation for task in tasks],
-            batch_size=options.batch_size,
-            batches=options.timing_batches,
-            runs=options.runs,
-            warmup=options.warmup,
-        )
-        setting = {"device": _device(models[0].device), "threads": torch.get_num_threads()}
-    for result, model, speed in zip(found, models, timed, strict=True):
-        result.update(_timing(speed), **setting, dtype=str(model.dtype).removeprefix("torch."))
-        result["speedup"] = timed[0].seconds_per_example / speed.seconds_per_example
-    return found
-
-
-def make_table(task: str, results: Sequence[Result]) -> Table:
-    """One column for each model."""
-    first = results[0]
-    noun = "thread" if first["threads"] == 1 else "threads"
-    threads = f", {first['threads']} {noun}" if first["device"] == "cpu" else ""
-    title = (
-        f"{task}, {first['rows']:,} rows; {first['device']}{threads}, {first['dtype']}, batch {first['batch_size']} of "
-        f"{first['tokens']:.0f} tokens"
-    )
-    table = Table("model", title=title)
-    for result in results:
-        table.add_column(result["model"], justify="right", overflow="fold")
-    table.add_row("state", *(result["state"] for result in results))
-    table.add_row("size: parameters in the layers", *(f"{result['size']:,}" for result in results))
-    table.add_row("parameters in all", *(f"{result['parameters']:,}" for result in results))
-    table.add_row("sparsity", *(f"{result['sparsity']:.4f}" for result in results))
-    for metric in first["metrics"]:
-        table.add_row(metric, *(f"{result['metrics'][metric]:.4f}" for result in results))
-    table.add_row("seconds per example", *(f"{result['seconds_per_example']:.6f}" for result in results))
-    table.add_row("examples per second", *(f"{1 / result['seconds_per_example']:,.1f}" for result in results))
-    if len(results) > 1:
-        table.add_row("speed-up over the first", *(f"{result['speedup']:.2f}x" for result in results))
-    return table
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
-
-    :raises CofipruneError: for whatever cannot be understood.
-    """
-    parser = Parser(prog=NAME, description=(__doc__ or "").partition("\n")[0], epilog=(__doc__ or "").splitlines()[-1])
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of this program, and those of the task's own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("task", metavar="TASK", help=f"{', '.join(TASKS)}; the last two with data of your own")
+    add("task", type=lambda text: text.lower().replace("-", ""), choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     add("models", nargs="+", metavar="MODEL", help="folder or hub name of a model with a trained head")
-    add("--data-dir", type=Path, metavar="DIR", help="folder with validation.* or dev.* (default: from the hub)")
-    add("--validation-file", metavar="FILE", help="for classification: csv, tsv, json, jsonl or parquet with labels")
-    add("--max-length", type=at_least(8), metavar="N", help="tokens to which texts are cut (default: 128, SQuAD 384)")
-    add("--eval-rows", type=at_least(1), metavar="N", help="validation rows to use, the first ones (default: all)")
-    add("--batch-size", type=at_least(1), default=128, metavar="N", help="examples at a time in timing (default: 128)")
-    add("--timing-batches", type=at_least(1), default=4, metavar="N",
-        help="batches to time, spread evenly over the rows (default: 4)")  # fmt: skip
-    add("--runs", type=at_least(1), default=5, metavar="N",
-        help="timed passes over each batch, of which the median counts (default: 5)")  # fmt: skip
-    add("--warmup", type=at_least(0), default=2, metavar="N", help="passes before the timed ones (default: 2)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--threads", type=at_least(1), metavar="N", help="of the CPU (default: torch's own number)")
+    add("--batch-size", type=int, default=128, help="examples at a time in timing (default: 128)")
+    add("--runs", type=int, default=5, help="timed passes, of which the median counts (default: 5)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one)")
+    add("--threads", type=int, help="of the CPU (default: torch's own number)")
     add("--json", action="store_true", help="print JSON: a list with one object for each model")
     add("--tiny", action="store_true", help="few rows, made up where there is no --data-dir, and few passes")
-    place = list(argv).index("--") if "--" in argv else len(argv)
-    options = parser.parse(list(argv[:place]))
-    options.more = list(argv[place + 1 :])
-    options.task = task_named(options.task)
-    if options.tiny:
-        options.eval_rows = options.eval_rows or TINY_ROWS
-        options.runs, options.warmup, options.timing_batches = 2, 1, 1
-    return options
+    options, words = parser.parse_known_args(argv)
+    return options, [*words, *(["--tiny"] if options.tiny else [])]
 
 
-def _timing(speed: Speed) -> Result:
-    return {
-        "seconds_per_example": speed.seconds_per_example,
-        "batch_size": speed.batch_size,
-        "tokens": speed.tokens,
-        "timed_batches": speed.batches,
-        "runs": speed.runs,
-    }
+def load(source: str, task: str, device: str) -> tuple[PreTrainedModel, Any]:
+    """Load a model that has a trained head for a task, and its tokenizer."""
+    stated = next(iter(AutoConfig.from_pretrained(source).architectures or ()), "model of no stated class")
+    if not stated.endswith(TASKS[task]):
+        sys.exit(f"{source} is a {stated}, and {task} needs a model with a trained head: one ...{TASKS[task]}")
+    if task in run_glue.TASKS:
+        model = run_glue.load_model(source, Labels(run_glue.TASKS[task][0]))
+    else:
+        model = getattr(transformers, f"AutoModel{TASKS[task]}").from_pretrained(source)
+    if TASKS[task] == "ForTokenClassification":
+        return model.to(device), run_ner.load_tokenizer(source)
+    return model.to(device), AutoTokenizer.from_pretrained(source)
 
 
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def scores(model: PreTrainedModel, tokenizer: Any, task: str, words: Sequence[str]) -> tuple[dict[str, float], Any]:
+    """Return the metrics of a model on the validation rows, and the options of the task."""
+    labels, found = Labels.of_model(model.config), {}
+    if task in run_glue.TASKS:
+        options, _ = run_glue.parse(["--task", task, *words])
+        made_up = options.tiny and not options.data_dir
+        splits = {"": run_glue.made_up(task, 128)} if made_up else run_glue.load_validation(task, options.data_dir)
+        for ending, split in splits.items():
+            rows = tokenise(split[: options.eval_rows], tokenizer, model, max_length=options.max_length)
+            values = cofiprune.evaluate(model, rows, batch_size=64, compute_metrics=run_glue.metrics_of(task, labels))
+            found |= {f"{name}{ending}": values[name] for name in run_glue.TASKS[task][1]}
+    elif TASKS[task] == "ForTokenClassification":
+        options, _ = run_ner.parse(["--task", task, *words])
+        sentences = run_ner.load_split(options.task, options.data_dir, "validation")[0][: options.eval_rows]
+        rows = tokenise(sentences, tokenizer, model, max_length=options.max_length)
+
+        def of_entities(seen: Any) -> dict[str, float]:
+            return run_ner.entity_scores(sentences, rows, seen.predictions.argmax(-1), labels)
+
+        values = cofiprune.evaluate(model, rows, compute_metrics=of_entities)
+        found = {name: values[name] for name in ("precision", "recall", "f1")}
+    else:
+        options, _ = run_squad.parse([*(["--version-2-with-negative"] if task == "squad_v2" else []), *words])
+        questions = run_squad.load_questions(options, "validation", "dev")[: options.eval_rows]
+        rows = tokenise(questions, tokenizer, model, max_length=options.max_length, stride=options.doc_stride)
+
+        def of_answers(seen: Any) -> dict[str, float]:
+            answers = run_squad.find_answers(questions, rows, *seen.predictions[:2], options)
+            return run_squad.squad_metrics(questions, answers, version_2=options.version_2_with_negative)
+
+        values = cofiprune.evaluate(model, rows, compute_metrics=of_answers)
+        found = {name: value for name, value in values.items() if name.endswith(("exact_match", "f1"))}
+    return found, options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each model, and print a column for each."""
+    options, words = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    models = [load(source, options.task, options.device) for source in options.models]
+    found: list[dict[str, Any]] = []
+    for source, (model, tokenizer) in zip(options.models, models, strict=True):
+        metrics, own = scores(model, tokenizer, options.task, words)
+        size = cofiprune.summary(model)
+        passes = {"runs": 2, "warmup": 1} if options.tiny else {"runs": options.runs}
+        timed = {"batch_size": 4 if options.tiny else options.batch_size, "seq_len": own.max_length, **passes}
+        speed = cofiprune.benchmark(model, models[0][0] if found else None, **timed).rows[0]
+        entry = {"model": source, "state": size.state, "size": size.layer_parameters, "parameters": size.parameters}
+        entry |= {"sparsity": size.sparsity, **metrics, "speed-up over the first": speed.speedup if found else 1.0}
+        entry |= {"seconds per example": speed.model.median_ms / 1000 / speed.batch_size}
+        found.append(entry)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table(
+        "model", title=f"{options.task}; {options.device}, batch {speed.batch_size} of {speed.seq_len} tokens"
+    )
+    for entry in found:
+        table.add_column(entry["model"], justify="right", overflow="fold")
+    for name in list(found[0])[1:]:
+        values = [entry[name] for entry in found]
+        form = {int: ",", float: ".6f" if "seconds" in name else ".4f", str: ""}
+        table.add_row(name, *(f"{value:{form[type(value)]}}" for value in values))
+    Console().print(table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,131 +7,176 @@
 The 1,797 images of 8 x 8 pixels come with scikit-learn, or from the file all.* of a folder (columns `pixels`, 64
 numbers from 0 to 16, and `label`). 400 images chosen at random, always the same, are the test set: nothing is trained
 on them and nothing is chosen by them. Of the other 1,397, 200 are for validation and 1,197 to learn from. On two CPU
-cores it takes about two minutes.
+cores it takes about two minutes. Every field of `cofiprune.PruneConfig` is an option too.
 """
 
 import argparse
+import copy
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from common import Rows, Task, load_model, subset
-from common import main as run_example
-from numpy.typing import NDArray
-from options import Defaults
-from splits import need_columns, read_split
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import cofiprune
-from cofiprune.cli.options import Parser
-from cofiprune.errors import DataError
+from cofiprune.data import load_rows
 
 SIZE, LEVELS, CLASSES = 8, 16, 10
 TEST, VALIDATION = 400, 200
-SETTINGS = {
-    "epochs": 15.0,
-    # So many epochs leave gates the time to find out more by themselves.
-    "one_shot_share": 0.75,
-    "sparsity_warmup_epochs": 3.75,
-    "freeze_epochs": 9.0,
-    "finetune_epochs": 15.0,
-    "batch_size": 32,
-    "learning_rate": 1e-3,
-    "finetune_learning_rate": 2e-3,
-    "weight_decay": 0.05,
-    "warmup_ratio": 0.1,
-}
-OPTIONS = {"teacher_epochs": 40.0, "teacher_learning_rate": 2e-3}
-SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-TINY_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+# So many epochs leave gates the time to find out more by themselves than they usually do.
+SETTINGS = (
+    "--epochs 15 --one-shot-share 0.75 --sparsity-warmup-epochs 3.75 --freeze-epochs 9 --finetune-epochs 15 "
+    "--batch-size 32 --learning-rate 1e-3 --finetune-learning-rate 2e-3 --weight-decay 0.05 --warmup-ratio 0.1"
+)
+TINY = "--epochs 1 --finetune-epochs 1 --batch-size 16 --learning-rate 1e-3 --finetune-learning-rate 3e-3"
+Rows = list[dict[str, Any]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the example; a user's mistake ends in one line and exit code 2."""
-    defaults = Defaults(new_vit, SETTINGS, OPTIONS)
-    return run_example("run_vision", (__doc__ or "").partition("\n")[0], add_options, make_task, argv, defaults)
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.PruneConfig]:
+    """Read the command line; what is no option of this program is a setting of cofiprune."""
+    epilog = "Every field of cofiprune.PruneConfig is an option too: --epochs 6 --units head intermediate."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog, allow_abbrev=False)
+    add = parser.add_argument
+    add("--data-dir", help="folder with all.* (default: the digits that come with scikit-learn)")
+    add("--model", help="folder of a ViT for these images (default: a small one with random weights)")
+    add("--target-sparsity", default="0.9", help="share of the layers' parameters to remove; none: train only")
+    add("--teacher", help="folder; train (the default when pruning): train the model and prune a copy; self: a copy of "
+        "the model as it comes; none: learn from labels alone")  # fmt: skip
+    add("--teacher-epochs", type=float)
+    add("--teacher-learning-rate", type=float)
+    add("--output-dir", type=Path, default=Path("runs/vision"), help="where everything goes (default: runs/vision)")
+    add("--resume", action="store_true", help="go on with the run in the output folder")
+    add("--tiny", action="store_true", help="a smaller model and few images: see in seconds that all steps run")
+    add("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure the speed-up at the end")
+    options, settings = parser.parse_known_args(argv)
+    options.target_sparsity = None if options.target_sparsity == "none" else float(options.target_sparsity)
+    options.teacher = options.teacher or ("none" if options.target_sparsity is None else "train")
+    options.teacher_epochs = options.teacher_epochs or (3 if options.tiny else 40)
+    options.teacher_learning_rate = options.teacher_learning_rate or (5e-3 if options.tiny else 2e-3)
+    settings = [*(TINY if options.tiny else SETTINGS).split(), *settings]
+    return options, cofiprune.PruneConfig.from_arguments(settings)
 
 
-def add_options(parser: Parser) -> None:
-    """Add the option of the images."""
-    parser.add_argument("--data-dir", type=Path, metavar="DIR",
-        help="folder with all.* (parquet, json, jsonl; default: the digits that come with scikit-learn)")  # fmt: skip
-
-
-def make_task(options: argparse.Namespace) -> Task:
-    """Read and split the images, and say how a model is measured on them."""
-    images, labels = load_digits(options.data_dir)
-    order = np.random.RandomState(1234).permutation(len(images)).tolist()
-    parts = order[TEST + VALIDATION :], order[TEST : TEST + VALIDATION], order[:TEST]
-    if not parts[0]:
-        raise DataError(
-            f"{len(images)} images are too few: {TEST} test the result, and {VALIDATION} are for validation"
-        )
-    chosen = [subset(part, options, training=part is parts[0]) for part in parts]
-    train, validation, test = (rows_of(images, labels, part) for part in chosen)
-
-    def measure(model: PreTrainedModel) -> dict[str, float]:
-        found = {"accuracy": validation, "test_accuracy": test}
-        return {name: cofiprune.evaluate(model, rows)["accuracy"] for name, rows in found.items()}
-
-    return Task(
-        name="digits",
-        train=train,
-        validation=validation,
-        new_model=lambda source: load_model(source, "image-classification"),
-        measure=measure,
-        tokenizer=None,
-        headline="test_accuracy",
-    )
-
-
-def load_digits(folder: Path | None) -> tuple[NDArray[np.float32], list[int]]:
-    """The images [count, 1, 8, 8], from -1 to 1, and what they show.
-
-    :raises DataError: when a file has other columns, or images of another size.
-    """
+def load_images(folder: str | None) -> Rows:
+    """Return the images, [1, 8, 8] from -1 to 1, and what they show."""
     if folder is None:
-        from sklearn.datasets import load_digits as load
+        from sklearn.datasets import load_digits
 
-        data = load()
-        pixels, labels = data.data.tolist(), data.target.tolist()
+        digits = load_digits()
+        images = list(zip(digits.data, digits.target, strict=True))
     else:
-        rows = read_split(folder, ("all",))
-        need_columns(rows[0][1], ("pixels", "label"), rows[0][0])
-        for where, row in rows:
-            if len(row["pixels"]) != SIZE * SIZE or not 0 <= row["label"] < CLASSES:
-                raise DataError(f"{where}: it takes {SIZE * SIZE} pixels and a label from 0 to {CLASSES - 1}")
-        pixels, labels = [list(row["pixels"]) for _, row in rows], [int(row["label"]) for _, row in rows]
-    return np.array(pixels, np.float32).reshape(-1, 1, SIZE, SIZE) / (LEVELS / 2) - 1, labels
+        images = [(row["pixels"], row["label"]) for row in load_rows(folder, "all")]
+    if len(images) <= TEST + VALIDATION:
+        sys.exit(f"{len(images)} images are too few: {TEST} test the result, and {VALIDATION} are for validation")
+    return [
+        {
+            "pixel_values": torch.tensor(np.reshape(pixels, (1, SIZE, SIZE)), dtype=torch.float32) / (LEVELS / 2) - 1,
+            "labels": int(label),
+        }
+        for pixels, label in images
+    ]
 
 
-def rows_of(images: NDArray[np.float32], labels: Sequence[int], chosen: Sequence[int]) -> Rows:
-    """Rows of some of the images."""
-    return [{"pixel_values": torch.from_numpy(images[index]), "labels": labels[index]} for index in chosen]
+def split(rows: Rows, *, tiny: bool) -> dict[str, Rows]:
+    """Return the images to learn from, to watch the training by, and to test the result on."""
+    order = np.random.RandomState(1234).permutation(len(rows)).tolist()
+    parts = {"train": order[TEST + VALIDATION :], "validation": order[TEST : TEST + VALIDATION], "test": order[:TEST]}
+    most = {"train": 96, "validation": 32, "test": 32}
+    return {name: [rows[index] for index in part[: most[name] if tiny else None]] for name, part in parts.items()}
 
 
-def new_vit(options: argparse.Namespace) -> str:
-    """Make a ViT with random weights; return the folder that it is in."""
-    folder: Path = options.output_dir / "untrained"
+def load_model(source: str | Path | None, options: argparse.Namespace) -> PreTrainedModel:
+    """Load a model, or make a small ViT with random weights."""
+    if source is not None:
+        return AutoModelForImageClassification.from_pretrained(source).to(PartialState().device)
+    width, layers = (32, 2) if options.tiny else (48, 3)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4}
+    images = {"image_size": SIZE, "patch_size": 2, "num_channels": 1, "num_labels": CLASSES}
+    config = ViTConfig(
+        **images, **sizes, intermediate_size=2 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return ViTForImageClassification(config).to(PartialState().device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Teach, prune, save, reload, measure."""
+    options, config = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder, say = options.output_dir, PartialState().print
+    rows = split(load_images(options.data_dir), tiny=options.tiny)
+    train = rows.pop("train")
+    transformers.set_seed(config.seed)  # of random weights
+    model = load_model(options.model, options)
+    teacher = None if options.teacher in ("train", "self", "none") else load_model(options.teacher, options)
+
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        return {f"{name} accuracy": cofiprune.evaluate(model, part)["accuracy"] for name, part in rows.items()}
+
+    def place(folder: Path) -> dict[str, Any]:
+        return {"output_dir": folder, "resume": options.resume and any(folder.glob("checkpoint-*"))}
+
+    watched = {"eval_dataset": rows["validation"]}
+    if options.teacher == "train":
+        say("Fine-tuning the teacher ...")
+        shared = {name: getattr(config, name) for name in ("batch_size", "mixed_precision", "seed", "progress")}
+        length = {"epochs": options.teacher_epochs, "learning_rate": options.teacher_learning_rate}
+        cofiprune.finetune(model, train, **length, **shared, **watched, **place(folder / "teacher"))
+        save(model, folder / "teacher")
+    dense = copy.deepcopy(model) if teacher is None else teacher
+    if options.teacher in ("train", "self"):
+        teacher = dense
+    learning = {"teacher": teacher, "config": config, **watched, **place(folder)}
+    if options.target_sparsity is None:
+        say("Training ...")
+        result = cofiprune.finetune(model, train, **learning)
+    else:
+        say(f"Pruning to a sparsity of {options.target_sparsity:g} ...")
+        result = cofiprune.prune(model, train, target_sparsity=options.target_sparsity, **learning)
+        model = result.compact()
+    save(model, folder)
     if PartialState().is_main_process:
-        transformers.set_seed(options.seed)
-        config = ViTConfig(
-            image_size=SIZE,
-            patch_size=2,
-            num_channels=1,
-            num_labels=CLASSES,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **(TINY_SIZES if options.tiny else SIZES),
-        )
-        ViTForImageClassification(config).save_pretrained(folder)
-    PartialState().wait_for_everyone()
-    return str(folder)
+        report(dense, load_model(folder, options), evaluate, result, options, config)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model, in one of the processes."""
+    if PartialState().is_main_process:
+        model.save_pretrained(folder)
+
+
+def report(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    evaluate: Callable[[PreTrainedModel], dict[str, float]],
+    result: cofiprune.PruneResult,
+    options: argparse.Namespace,
+    config: cofiprune.PruneConfig,
+) -> None:
+    """Print and write metrics, size and speed of the saved model next to those of the dense one."""
+    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
+    found["sparsity"] = cofiprune.summary(pruned).sparsity
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
+    if options.benchmark:
+        settings = {"batch_size": (1, 32), "seconds": 0.2 if options.tiny else 5.0}
+        speed = cofiprune.benchmark(pruned, dense, **settings)
+        found["speed"] = speed.to_dict()
+        print(speed)
+    print(cofiprune.summary(pruned))
+    for name, value in found["dense"].items():
+        form = ".4f" if isinstance(value, float) else ","
+        print(f"{name:24}{value:>14{form}}{found['pruned'][name]:>14{form}}")
+    found |= {"options": vars(options), "settings": config.model_dump(mode="json")}
+    (options.output_dir / "result.json").write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+    print(f"Saved in {options.output_dir}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -31,8 +31,9 @@ def compacted(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTr
 
     :param plan: one that was checked against the structure.
     """
+    kept = plan.kept
     cut = {
-        spec.name: None if _is_gone(spec, plan.kept) else sliced(parameter.detach(), spec, plan)
+        spec.name: None if _is_gone(spec, kept) else sliced(parameter.detach(), spec, plan)
         for spec, parameter in _parameters(model, structure)
     }
     small = _copy_around(model, cut)
@@ -40,7 +41,7 @@ def compacted(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTr
     if copied is not None:
         copied.detach()
     unfuse(small)
-    finish(small, structure, plan.kept, plan.keep)
+    finish(small, structure, kept, plan.keep)
     return small
 
 
@@ -68,9 +69,9 @@ def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
 @torch.no_grad()
 def write_back(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> None:
     """Write the weights of a compacted model back to their places; `restore` with a structure that is known."""
-    source = dict(small.named_parameters())
+    source, kept = dict(small.named_parameters()), plan.kept
     for spec, parameter in _parameters(model, structure):
-        if _is_gone(spec, plan.kept):
+        if _is_gone(spec, kept):
             continue
         index = [
             torch.arange(length) if side is None else positions(side, plan.keep[side.group])

@@ -1,8 +1,8 @@
-"""The product of a linear map, by the faster of two libraries that this machine has.
+"""The product of a linear layer, by the faster of two libraries in torch.
 
-torch multiplies float32 matrices on a CPU by MKL, which on processors of other makers does not use all that
-they can do; oneDNN, which torch carries too, does. Which of the two is faster is measured once in a process. Both
-read the weight where it is: nothing is packed or copied, so that no weight is ever out of date.
+torch multiplies float32 matrices on a CPU by MKL, which does not use all instructions of other makers' processors;
+oneDNN does. The faster of the two is measured once in a process. Both read the weight in place: nothing is packed or
+copied, so that no weight is ever out of date.
 
 Shapes: R rows (examples times tokens), n inputs, m outputs.
 """
@@ -41,8 +41,8 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     short = -rows % _STEP
     if not short or work >= _LARGE_WORK:
         return _by_onednn(states, weight, bias)
-    # oneDNN compiles code for every number of rows and keeps about a thousand of them. So that rows of any length do
-    # not make it compile in every call, small products have rows in steps; the added ones are not looked at.
+    # oneDNN compiles code for every number of rows, and caches about a thousand of them. Rows in steps keep small
+    # products from compiling in every call; the outputs of added rows are dropped.
     padded = states.new_empty(rows + short, states.shape[-1])
     padded[:rows] = states.reshape(rows, -1)
     padded[rows:] = 0
@@ -51,7 +51,7 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than `F.linear` by a tenth and more, measured on first use."""
+    """Return whether oneDNN multiplies float32 matrices at least a tenth faster than `F.linear`; measured once."""
     try:
         steps = [torch.arange(size, dtype=torch.float32, device="cpu") for size in (128 * 384, 192 * 384, 192)]
         states, weight, bias = (step.sin() for step in steps)
@@ -63,7 +63,7 @@ def onednn_is_faster() -> bool:
             if not torch.allclose(passes[0](), passes[1](), rtol=1e-3, atol=1e-3):
                 return False
             stock, other = in_turn(passes, states.device, runs=15)
-    except (AttributeError, RuntimeError, TypeError):  # another release of torch, or one that was built without oneDNN
+    except (AttributeError, RuntimeError, TypeError):  # another release of torch, or one built without oneDNN
         return False
     return float(np.median(other)) * _GAIN < float(np.median(stock))
 

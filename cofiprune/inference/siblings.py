@@ -1,8 +1,8 @@
-"""Linear maps that read the same tensor: one product for all, and a piece of it for each.
+"""Linear layers that read the same tensor: one product for all, and a piece of it for each.
 
-The first that is called computes it, the others take their pieces. The parameters stay the modules' own, under their
-names: for inference they become views of one storage, which is the weight of the joint product. With gradients, in a
-compiled or exported program, and whenever a weight is not where it was put, a module computes what `nn.Linear` does.
+The first one that is called computes it, the others take their pieces. The parameters stay the modules' own, under
+their names: for inference they become views of one storage, the weight of the joint product. With gradients, in a
+compiled or exported program, and whenever a weight has moved, a module computes the same as `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class FusedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         if self.siblings is not None:
-            self.siblings.untie()  # what the weights were views of is not kept beside what they become
+            self.siblings.untie()  # frees the storage when the weights get another one
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.siblings is not None:
-            # Programs that save take weights in one storage for one weight, and leave out all but the first.
+            # Programs that save take weights in one storage for one tied weight, and save only the first.
             self.siblings.separate()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class Siblings:
-    """Maps that read the same tensor, and the storage that their weights are views of.
+    """Linear layers that read the same tensor, and the storage that their weights are views of.
 
     Shapes: n inputs, m outputs of all siblings together.
     """
@@ -58,10 +58,10 @@ class Siblings:
         self.pending: _Pending | None = None
 
     def piece(self, module: FusedLinear, states: Tensor) -> Tensor | None:
-        """Return a sibling's output [..., its outputs]; None when it has to compute it by itself."""
+        """Return a sibling's output [..., its outputs]; None when it has to compute it itself."""
         place = module.place
         if self.members[place] is not module:
-            return None  # a replica, whose weights are others
+            return None  # a replica, with other weights
         pending = self.pending
         if pending is not None and pending.of(states):
             found = pending.pieces.pop(place, None)
@@ -78,7 +78,7 @@ class Siblings:
         return pieces[place]
 
     def untie(self) -> None:
-        """Let go of the storage; the weights that are views of it keep it as long as they are."""
+        """Release the storage; weights that are views of it keep it alive."""
         self.tied = self.pending = None
 
     def separate(self) -> None:
@@ -93,7 +93,7 @@ class Siblings:
             self.pending = None
 
     def tie(self) -> _Tied | None:
-        """The joint weight, which the members' are views of; made anew when one has been moved or replaced."""
+        """Return the joint weight, of which the members' are views; made anew when one was moved or replaced."""
         if self.tied is not None and [_addresses(member) for member in self.members] == self.tied.places:
             return self.tied
         new = _tied(self.members)
@@ -107,9 +107,9 @@ class Siblings:
 
 
 class _Pending:
-    """Pieces that siblings have not taken yet, by their place.
+    """Pieces of a joint output that siblings have not taken yet, by their place.
 
-    The input is held weakly: when a pass ends early, with an error, it goes, and the pieces with it.
+    The input is held weakly: when a pass ends early with an error, it is freed, and the pieces with it.
     """
 
     def __init__(self, states: Tensor, pieces: dict[int, Tensor], forget: Callable[[Any], None]) -> None:
@@ -118,7 +118,7 @@ class _Pending:
         self.pieces = pieces
 
     def of(self, states: Tensor) -> bool:
-        """Whether they were computed from this very tensor, unchanged."""
+        """Whether they were computed from this very tensor, and it is unchanged."""
         return self.states() is states and self.version == _version(states)
 
 
@@ -127,17 +127,17 @@ def _version(states: Tensor) -> int:
 
 
 class _Tied:
-    """The storage of some maps' weights [m, n] and biases [m], and where in it each one's are."""
+    """The storage of some layers' weights [m, n] and biases [m], and their places in it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, members: Sequence[nn.Linear]) -> None:
         self.weight = weight
         self.bias = bias
         self.sizes = [member.weight.shape[0] for member in members]
-        # Addresses tell whether a weight is still the view: the storage is held here, so that nothing else takes them.
+        # An address tells whether a weight is still the view: the storage is held here, so that it is not reused.
         self.places = [_addresses(member) for member in members]
 
     def holds(self, place: int, member: nn.Linear) -> bool:
-        """Whether a map's weight and bias are those that the joint product is computed with."""
+        """Whether the joint product is computed with this layer's weight and bias."""
         return _addresses(member) == self.places[place]
 
 
@@ -147,7 +147,7 @@ def _addresses(module: nn.Linear) -> tuple[int, int]:
 
 
 def _tied(members: Sequence[nn.Linear]) -> _Tied | None:
-    """Make the weights and biases of some maps views of one storage; None where they cannot be."""
+    """Make the weights and biases of some layers views of one storage; None where they cannot be."""
     parameters = [value for member in members for value in member._parameters.values() if value is not None]
     first = parameters[0]
     for value in parameters:
@@ -174,10 +174,10 @@ def _tied(members: Sequence[nn.Linear]) -> _Tied | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes what `nn.Linear` does, and no more."""
+    """Return whether a module computes exactly what `nn.Linear` does."""
     return type(module) in (nn.Linear, FusedLinear)
 
 
 def _ordinary(states: Tensor) -> bool:
-    """Whether a tensor is one of numbers: no subclass, nothing traced."""
+    """Whether a tensor is no subclass, and not traced."""
     return type(states) is Tensor and torch._C._get_tracing_state() is None

@@ -25,7 +25,6 @@ CALLBACK = (DistillationSettings, GateSettings)
 """What `PruningCallback` takes; the Trainer's arguments stand for the rest."""
 RECOVERY = {f"finetune_{name}": name for name in ("epochs", "batch_size", "learning_rate", "lr_scheduler_type")}
 """Settings of the recovery, by the name of those of the pruning phase. In `finetune` both mean its one training."""
-_LOWER_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
 
 
 class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSettings):
@@ -67,12 +66,6 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
     def repairs(self) -> bool:
         """Whether what the gates, or one shot as the method, leave of the model is reconstructed."""
         return self.method in ("one-shot", "gates") if self.repair is None else self.repair is True
-
-    def prefers_greater(self) -> bool:
-        """Whether a greater value of `metric_for_best_model` is a better one."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return not _LOWER_IS_BETTER & set((self.metric_for_best_model or "").lower().replace("-", "_").split("_"))
 
     @classmethod
     def create(cls, config: PruneConfig | None = None, /, **settings: Any) -> Self:
@@ -136,7 +129,7 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
 
 
 def names_of(*models: type[Settings]) -> list[str]:
-    """The fields of some settings models, each once."""
+    """Return the fields of some settings models, each once."""
     return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 

@@ -6,6 +6,7 @@ returns.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ FROM_ONE_SHOT = (0.125, 0.875)
 FROM_DENSE = (0.4, 0.25)
 """Shares of the pruning epochs, or of a Trainer's steps, in which the target rises, and in which the structure is
 decided. Gates that start after one shot have little to find out, and what they lose must be learned again."""
+
+_LOWER_IS_BETTER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "cer"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def resolve(config: PruneConfig, facts: Facts) -> ResolvedSettings:
         "dropout": not (facts.taught and distils) or facts.needs_train_mode,
         "train_embeddings": facts.target is None and facts.dense,
         "pad_to_multiple_of": 8 if facts.in_16_bit_on_gpu else 1,
-        "greater_is_better": config.prefers_greater(),
+        "greater_is_better": not _LOWER_IS_BETTER & set(re.split("[-_]", (config.metric_for_best_model or "").lower())),
         "label_weight": 0.0 if not facts.labelled else 0.5 if facts.taught else 1.0,
         "units": units,
         # A Trainer keeps the width of its model.

@@ -1,4 +1,4 @@
-"""What can be set: four frozen pydantic models, by whom they concern."""
+"""Settings as four frozen pydantic models: training, distillation, gates, and target with method."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class TrainingSettings(Settings):
 
     epochs: NonNegative | None = None
     """Training epochs: of the pruning phase, in which gates and weights learn together, or of `finetune`. Fractions
-    are allowed. More epochs find a better structure. None: 4, and 2 in `finetune`."""
+    are allowed. More epochs usually find a better structure. None: 4 in `prune`, 2 in `finetune`."""
     finetune_epochs: NonNegative | None = None
     """Epochs of recovery, in which the pruned model trains on; 0 for none. They are cheap, because the model is
     small by then, and matter most at high sparsities. None: 2, and 0 with method="one-shot" or "gates"."""
@@ -122,8 +122,8 @@ class TrainingSettings(Settings):
     gradient_accumulation_steps: Count = 1
     """Batches per optimiser step. Higher values save memory, not time: use them with a smaller `batch_size`."""
     learning_rate: Positive | None = None
-    """Peak learning rate of the weights in the pruning phase, or in `finetune`. None: in `prune`, half the rate
-    that `finetune_learning_rate` has at the target, because the model is larger than that for part of the phase."""
+    """Peak learning rate of the weights in the pruning phase, or in `finetune`. None: in `prune`, half of what
+    `finetune_learning_rate` is for the target, because the model is still larger than that."""
     finetune_learning_rate: Positive | None = None
     """Peak learning rate of the recovery. None: 4e-5 divided by the kept share of the layers, at most 4e-4, because
     smaller models need, and tolerate, a higher learning rate."""
@@ -167,7 +167,8 @@ class TrainingSettings(Settings):
     """Optimiser steps between checkpoints in `output_dir`; "epoch" for one per epoch."""
     metric_for_best_model: str | None = None
     """Metric that chooses the final weights: those of the best evaluation, among the evaluations of the final
-    structure. None: the last weights. Report a score on other data than those that chose."""
+    structure. None: the last weights. The evaluation set that chose is no fair test: report the score on other
+    data."""
     greater_is_better: bool | None = None
     """Whether a higher value of that metric is better. None: no for losses, errors (mse, mae, ...) and perplexity,
     else yes."""
@@ -186,8 +187,8 @@ class DistillationSettings(Settings):
     distill_layers_weight: Weight = 2.0
     """Weight of the loss between the hidden states of matched layers, summed over the layers as in the original."""
     distill_layer_match: Literal["nearest", "ordered", "same-index"] = "ordered"
-    """Student layer that a teacher layer is matched with: the "nearest" by their difference, the same in "ordered"
-    fashion, so that layers never cross, or the one of the "same-index"."""
+    """Rule that pairs a teacher layer with a student layer: "nearest" takes the one that differs least, "ordered"
+    does too but never lets pairs cross, "same-index" takes the one at the same relative depth."""
     distill_layers: Count = 1
     """Number of teacher layers that are distilled, evenly spaced up to the last. The original has 4."""
     label_weight: Weight | None = None
@@ -209,11 +210,11 @@ class GateSettings(Settings):
     """Epochs of plain training before the gates start, on the dense model. Give some to a model that has not
     learned its task yet."""
     sparsity_warmup_epochs: NonNegative | None = None
-    """Epochs in which the target sparsity rises from what is removed already to what was asked for. A slower rise
-    disturbs the weights less. None: 0.125 of `epochs`, or 0.4 where the gates start on the dense model."""
+    """Epochs in which the target sparsity rises to its final value. A slower rise disturbs the weights less. None:
+    0.125 of `epochs`, or 0.4 if the gates start on the dense model."""
     freeze_epochs: NonNegative | None = None
     """Last part of `epochs`, in which the structure is decided and only the weights learn. More of it recovers more
-    accuracy; less leaves the gates more steps. None: 0.875 of `epochs`, or 0.25 where the gates start on the dense
+    accuracy; less leaves the gates more steps. None: 0.875 of `epochs`, or 0.25 if the gates start on the dense
     model. The original has none: 0."""
     gate_learning_rate: Positive | None = None
     """Learning rate of the gates and of the constraint's multipliers. Higher rates decide faster, and worse. None:
@@ -231,8 +232,8 @@ class GateSettings(Settings):
     warm_start: bool = True
     """Start the gates in the order of their units' importance, measured on a few batches, instead of all alike."""
     warm_start_spread: NonNegative = 3.0
-    """Distance in log_alpha between the most and the least important unit of a group when gates start. With too
-    little of it all gates hold out until the pressure is high, and then whole blocks close at once."""
+    """Distance in log_alpha between the most and the least important unit of a group when gates start. If it is too
+    small, no gate closes until the pressure is high, and then whole blocks close at once."""
 
     @field_validator("gate_stretch")
     @classmethod
@@ -261,8 +262,8 @@ class TargetSettings(Settings):
     """Kinds of units that one-shot pruning on data removes, alone or before the gates start. None: those of
     `units`, but "hidden" only if `units` names it."""
     compact_in_training: bool = True
-    """Remove units whose gates have been closed for long while the others still learn, so that steps get cheaper.
-    They cannot come back. The original keeps them: False in the presets."""
+    """Remove units whose gates have been closed for a while, as the others still learn, so that steps get cheaper.
+    Removed units cannot come back. The original keeps them: False in the presets."""
     uniform: bool = False
     """Keep the same shape in every layer, so that the result is a plain model of its family, which loads without
     cofiprune. Layers are removed whole; heads, in most families, only together with hidden dimensions."""

