@@ -17,6 +17,7 @@ from cofiprune.errors import TrainingError
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.checks import check_weights, metric_name
 from cofiprune.training.learner import GateLearner
+from cofiprune.training.schedule import Rates
 
 if TYPE_CHECKING:
     from cofiprune.training.run import Run
@@ -28,9 +29,7 @@ _ASK_OTHERS = 10
 class Loop:
     """Trains the run's small model from wherever its state stands to the last step of a phase."""
 
-    def __init__(
-        self, run: Run, *, total: int, rates: Callable[[int], list[float]], learner: GateLearner | None = None
-    ) -> None:
+    def __init__(self, run: Run, *, total: int, rates: Rates, learner: GateLearner | None = None) -> None:
         """Set up a phase.
 
         :param run: its state has the modules of the phase, and an optimiser of all that learns.
@@ -79,9 +78,9 @@ class Loop:
         state, run = self.state, self.run
         run.display.begin(state.phase, total=self.total, done=state.step)
         started = time.perf_counter() - state.seconds
-        groups, drops_out = self._groups(), self.run.settings.dropout
+        groups = self._groups()
         while state.step < until:
-            self.model.train(drops_out)
+            self.model.train(run.settings.dropout)
             parts = self._step(next(groups))
             state.step += 1
             state.total_steps += 1

@@ -47,7 +47,7 @@ from cofiprune.training.config import PruneConfig
 from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
-from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.result import PruneResult, metrics_of, reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,6 @@ class Run:
     model: PreTrainedModel
     structure: Structure
     config: PruneConfig
-    """What was asked for; `settings` are what is used."""
     target: Target | None
     """None for `finetune`."""
     teacher: PreTrainedModel | None
@@ -78,8 +77,6 @@ class Run:
     resume: bool
 
     # Set up by `prepare`.
-    facts: Facts = field(init=False)
-    settings: ResolvedSettings = field(init=False)
     batches: Batches = field(init=False)
     """Of the present phase and this process."""
     calibration: Batches = field(init=False)
@@ -89,7 +86,10 @@ class Run:
     accelerator: Accelerator = field(init=False)
     display: Display = field(init=False)
     interrupt: Interrupt = field(init=False)
-    fingerprint: dict[str, Any] = field(init=False, default_factory=dict)
+    facts: Facts = field(init=False)
+    settings: ResolvedSettings = field(init=False)
+    """The configuration with a value for everything that it leaves open, from the facts that are known by now."""
+    fingerprint: dict[str, Any] = field(init=False)
     saved: SavedRun | None = field(init=False, default=None)
     """The checkpoint from which the next phase goes on."""
     reason: str = field(init=False, default="")
@@ -100,16 +100,16 @@ class Run:
     """What is trained; the model itself only before there is a copy."""
     plan: Plan = field(init=False)
     """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
-    _small_structure: Structure | None = field(init=False, default=None)
     objective: Objective = field(init=False)
     state: RunState = field(init=False, default_factory=RunState)
     taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
     """Batches of a phase that is over, and how many of them were taken."""
+    _small_structure: Structure | None = field(init=False, default=None)
 
     def prepare(self) -> None:
         """Check the data and the settings, and set everything up; nothing of the models is changed."""
         config = self.config
-        self.batches = prepare(
+        batches = prepare(
             self.train_dataset,
             self.model,
             batch_size=config.batch_size,
@@ -126,48 +126,46 @@ class Run:
         self.folder = check_output_dir(self.output_dir, resume=self.resume)
         self.accelerator = _accelerator(config)
         check_compile(config, self.accelerator.device)
-        self.facts = self._facts()
-        self.know()
-        if isinstance(self.batches, RowBatches):
-            self.batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
         set_seed(config.seed, device_specific=True)
-        self.calibration = self.batches.shard(0, 1)
-        self.batches = self.batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        self.calibration = batches.shard(0, 1)
+        self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
         self.small, self.plan = self.model, Plan.from_values(self.structure, {})
-        self.know(steps_per_epoch=math.ceil(len(self.batches) / config.gradient_accumulation_steps))
-
-    def know(self, **facts: Any) -> None:
-        """Take in facts that have become known, and what settings follow from them."""
-        self.facts = replace(self.facts, **facts)
-        self.settings = resolve(self.config, self.facts)
-
-    def _facts(self) -> Facts:
-        """Gather what is known about a run before it begins."""
-        half = self.config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
-        return Facts(
-            steps_per_epoch=1,
-            target=None if self.target is None else self.target.share,
-            round_to=1 if self.target is None else self.target.round_to,
+        checkpointing = any(getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules())
+        half = config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
+        self.facts = Facts(
+            self.steps_in(self.batches),
+            None if self.target is None else self.target.share,
             units=unit_kinds(self.structure),
             taught=self.teacher is not None,
-            labelled=self.batches.labelled,
-            needs_train_mode=any(
-                getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules()
-            ),
+            labelled=batches.labelled,
+            round_to=1 if self.target is None else self.target.round_to,
+            needs_train_mode=checkpointing,
             in_16_bit_on_gpu=half and self.accelerator.device.type == "cuda",
         )
+        self.settle()
+
+    def settle(self, **facts: Any) -> None:
+        """Give the settings that are left open their values.
+
+        :param facts: what is known since the last time.
+        """
+        self.facts = replace(self.facts, **facts)
+        self.settings = resolve(self.config, self.facts)
+        for batches in (self.batches, self.calibration):
+            if isinstance(batches, RowBatches):
+                batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
 
     def held_out(self) -> Evaluate | None:
         """Return what evaluates a model on the checked evaluation set; None without one."""
         if self.eval_dataset is None:
             return None
-        size, computed = self.config.eval_batch_size, self.compute_metrics
+        computed = self.compute_metrics
         batches = prepare(
             self.eval_dataset,
             self.model,
-            batch_size=size,
+            batch_size=self.config.eval_batch_size,
             collator=self.collator,
             need_labels=False,
             name="eval_dataset",
@@ -180,13 +178,15 @@ class Run:
 
         return evaluate
 
+    def steps_in(self, batches: Batches) -> int:
+        """Optimiser steps of an epoch."""
+        return math.ceil(len(batches) / self.config.gradient_accumulation_steps)
+
     @property
-    def for_recovery(self) -> Batches:
-        """The batches of the recovery, which may have another size."""
+    def recovery_batches(self) -> Batches:
+        """The batches of the recovery, which may have another size than the present ones."""
         size = self.settings.finetune_batch_size
-        if size == self.settings.batch_size or not isinstance(self.batches, RowBatches):
-            return self.batches
-        return self.batches.resized(size)
+        return self.batches.resized(size) if isinstance(self.batches, RowBatches) else self.batches
 
     def identify(self, **identity: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
@@ -198,7 +198,7 @@ class Run:
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
             "teacher": named,
-            "config": identifying(self.config),
+            "config": identifying(self.settings),
         }
         if self.resume and self.folder is not None:
             self.saved = load_checkpoint(self.folder, self.fingerprint)
@@ -210,7 +210,7 @@ class Run:
         for model in (self.model, *teachers):
             model.to(self.accelerator.device)
         with evaluating(*teachers), self.display, self.interrupt:
-            metric = self.settings.metric_for_best_model
+            metric = self.config.metric_for_best_model
             if metric is not None and self.evaluate is not None:
                 metric_name(metric, self.evaluate(self.model))
             if self.target is not None:
@@ -240,11 +240,13 @@ class Run:
         if masks is not None:
             masks.set_plan(self.plan)
 
-    def use(self, small: PreTrainedModel, plan: Plan) -> None:
-        """Go on with a compacted copy of the model.
+    def use(self, plan: Plan, small: PreTrainedModel | None = None) -> None:
+        """Go on with what a plan leaves of the model, its scales in the weights.
 
-        :param plan: what it is of the model; scales are in its weights.
+        :param small: that, where it is made already.
         """
+        if small is None:
+            small = compacted(self.model, self.structure, plan)
         small.to(self.accelerator.device)
         if not self.settings.train_embeddings:
             for name, parameter in small.named_parameters():
@@ -252,10 +254,6 @@ class Run:
                     parameter.requires_grad_(False)
         self.small, self.plan, self._small_structure = small, plan.hard, None
         self.state.extra["plan"] = self.plan.to_dict()
-
-    def use_plan(self, plan: Plan) -> None:
-        """Go on with what a plan leaves of the model."""
-        self.use(compacted(self.model, self.structure, plan), plan)
 
     @property
     def small_structure(self) -> Structure:
@@ -273,7 +271,7 @@ class Run:
             small = compacted(self.small, self.small_structure, plan)
         if "hidden" in plan.keep and hasattr(self, "objective"):
             self.objective.cut(plan.keep["hidden"])
-        self.use(small, self.plan.then(plan))
+        self.use(self.plan.then(plan), small)
 
     @property
     def layers_left(self) -> float:
@@ -301,10 +299,9 @@ class Run:
             {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.settings.weight_decay},
             {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
         ]
-        projection = self.objective.projection
-        return (
-            groups if projection is None else [*groups, {"params": list(projection.parameters()), "weight_decay": 0.0}]
-        )
+        if self.objective.projection is not None:
+            groups.append({"params": list(self.objective.projection.parameters()), "weight_decay": 0.0})
+        return groups
 
     def learn(self, optimizer: Optimizer, **more: nn.Module) -> None:
         """Let an optimiser step what learns from now on.
@@ -361,27 +358,24 @@ class Run:
 
     def result(self) -> PruneResult:
         """Return what came of the run, and save its plan."""
-        state, masks = self.state, masks_of(self.model)
-        evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
-        if state.best is not None:
-            evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
-        last = evaluated[-1] if evaluated else {}
+        state, masks, target = self.state, masks_of(self.model), self.target
         if self.folder is not None and self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
             self.plan.save(self.folder / "plan.json")
+        best = None if state.best is None else state.best["step"]
         return PruneResult(
             self.model,
             self.plan,
-            masks.sparsity() if masks is not None else 0.0,
-            masks.model_sparsity() if masks is not None else 0.0,
-            {name: value for name, value in last.items() if name.startswith("eval_")},
+            0.0 if masks is None else masks.sparsity(),
+            0.0 if masks is None else masks.model_sparsity(),
+            metrics_of(state.history, best),
             state.history,
             state.seconds,
-            state.best["step"] if state.best is not None else None,
-            "" if self.target is None else self.settings.method,
+            best,
+            "" if target is None else self.settings.method,
             self.reason,
-            None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
-            self.target is not None and self.settings.uniform,
+            None if target is None else reached(target, self.model, self.structure, self.plan),
+            target is not None and self.settings.uniform,
             settings=self.settings,
         )
 

@@ -203,25 +203,18 @@ def layers(model: PreTrainedModel) -> int:
     return sum(value.numel() for name, value in model.named_parameters() if ".encoder.layer." in name)
 
 
-def test_a_plan_is_carried_out_on_any_model_of_its_structure(
+def test_a_plan_goes_before_attached_masks_and_serves_any_model_of_its_structure(
     model: PreTrainedModel, build: Callable[..., PreTrainedModel], batch: Batch, randomise: Callable[..., None]
 ) -> None:
     with cofiprune.attach(model) as masks:
+        whole, stock = masks.plan(), logits(model, batch)
         randomise(masks, fractional=True)
         plan, masked = masks.plan(), logits(model, batch)
-    assert close(masked, logits(cofiprune.compact(model, plan), batch))
-    other = cofiprune.compact(build("BertForMaskedLM", num_hidden_layers=3, seed=1), plan)
-    assert other.num_parameters() == cofiprune.compact(model, plan).num_parameters()
-
-
-def test_a_plan_goes_before_attached_masks(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
-    with cofiprune.attach(model) as masks:
-        whole = masks.plan()
-        stock = logits(model, batch)
-        randomise(masks)
         assert close(logits(cofiprune.compact(model, whole), batch), stock)
+    small = cofiprune.compact(model, plan)
+    assert close(masked, logits(small, batch))
+    other = cofiprune.compact(build("BertForMaskedLM", num_hidden_layers=3, seed=1), plan)
+    assert other.num_parameters() == small.num_parameters()
 
 
 def test_restore_is_the_inverse_of_slicing(

@@ -22,7 +22,7 @@ from cofiprune.errors import TargetError
 from cofiprune.latency import measuring
 from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
-from cofiprune.latency.target import table_for
+from cofiprune.latency.target import CANDIDATES, _timed_multiple, best_multiple, cheapest, sizes_of, table_for
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
@@ -242,6 +242,48 @@ def test_times_that_cannot_be_meant_are_errors(tmp_path: Path) -> None:
         cofiprune.prune(bert(), target_speedup=1.5, **{**settings, "target_batch_size": 4})
     with pytest.raises(TargetError, match="above 1"):
         cofiprune.prune(bert(), target_speedup=0.5, **settings)
+
+
+def pieces(piece: int, per_unit: float = 1.0) -> dict[int, float]:
+    """Times on a device that takes units in pieces."""
+    sizes = {size for each in CANDIDATES for size in sizes_of(each)}
+    return {size: per_unit * piece * -(-size // piece) for size in sizes}
+
+
+@pytest.mark.parametrize("piece", CANDIDATES)
+def test_a_device_that_takes_units_in_pieces_gets_multiples_of_them(piece: int) -> None:
+    assert cheapest(pieces(piece), CANDIDATES) == piece
+    assert cheapest(pieces(1, 0.5), CANDIDATES) == 1, "where no size is better than another"
+    assert all(size % piece == 0 for size in sizes_of(piece))
+    assert not any(size % 8 == 0 for size in sizes_of(1))
+
+
+def test_the_multiple_is_measured_once_and_is_never_coarser_than_the_blocks_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counted(passes: Any, *args: Any, **settings: Any) -> Any:
+        calls.append(len(passes))
+        return in_turn(passes, *args, **{**settings, "seconds": 0.01})
+
+    monkeypatch.setattr("cofiprune.latency.target.in_turn", counted)
+    _timed_multiple.cache_clear()
+    small, large = bert(intermediate_size=48), bert(intermediate_size=512)
+    assert best_multiple(small, structure_of(small), rows=8) == 1
+    found = {best_multiple(large, structure_of(large), rows=8) for _ in range(3)}
+    assert len(found) == 1
+    assert found <= set(CANDIDATES)
+    assert len(calls) == 2
+
+
+def test_auto_asks_for_the_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cofiprune.training.targets.best_multiple", lambda *args, rows: 4)
+    with pytest.warns(UserWarning, match="without data"):
+        result = cofiprune.prune(bert(), target_sparsity=0.5, teacher="self", round_to="auto")
+    assert result.plan.kept["layers.0.intermediate"] % 4 == 0
+    assert result.plan.kept["hidden"] % 4 == 0
+    assert abs(result.sparsity - 0.5) <= 0.005
 
 
 @pytest.mark.slow

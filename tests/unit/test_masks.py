@@ -130,34 +130,25 @@ def test_a_second_registry_is_refused_until_the_first_is_detached(model: PreTrai
     cofiprune.attach(model).detach()
 
 
-def test_leaving_the_context_gives_the_stock_model_back(
+def test_names_and_weights_stay_and_leaving_the_context_gives_the_stock_model_back(
     model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
 ) -> None:
-    before = logits(model, batch)
+    def names() -> list[list[str]]:
+        return [[name for name, _ in members] for members in (model.named_parameters(), model.named_modules())]
+
+    before, stock = logits(model, batch), names()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     forwards = [module.__dict__.get("forward") for module in model.modules()]
     with pytest.raises(RuntimeError, match="mine"), cofiprune.attach(model) as masks:  # noqa: PT012
         randomise(masks, fractional=True)
         assert not torch.equal(logits(model, batch), before)
+        assert names() == stock
+        assert list(model.state_dict()) == list(weights)
         raise RuntimeError("mine")
     assert masks_of(model) is None
     assert torch.equal(logits(model, batch), before)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
-
-
-def test_names_and_state_dict_are_those_of_the_stock_model(
-    model: PreTrainedModel, randomise: Callable[..., None]
-) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    modules = [name for name, _ in model.named_modules()]
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    with cofiprune.attach(model) as masks:
-        randomise(masks)
-        assert [name for name, _ in model.named_parameters()] == names
-        assert [name for name, _ in model.named_modules()] == modules
-        assert list(model.state_dict()) == list(weights)
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_a_block_without_units_is_a_block_without_its_gate(model: PreTrainedModel, batch: Batch) -> None:
