@@ -119,10 +119,12 @@ def prune(
     if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
     on_data = train_dataset is not None and config.method in ("one-shot", "auto")
+    structure.select(config.one_shot_units)  # raises for kinds that the model does not have
+    units = config.one_shot_units or config.units if on_data else config.units
     targets = []
     for level in levels or (target_sparsity,):
         targets.append(target_for(model, structure, config, {**asked, "target_sparsity": level}))
-        (check_one_shot if on_data else check_target)(structure, targets[-1], config.units)
+        (check_one_shot if on_data else check_target)(structure, targets[-1], units)
     run = Run(
         model,
         structure,
