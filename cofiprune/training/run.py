@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -132,7 +131,7 @@ class Run:
         self.interrupt = Interrupt()
         self.small, self.plan = self.model, Plan.from_values(self.structure, {})
         checkpointing = any(getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules())
-        half = config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
+        half = config.mixed_precision != "no" or self.model.dtype.itemsize == 2
         self.facts = Facts(
             self.steps_in(self.batches),
             None if self.target is None else self.target.share,
@@ -168,14 +167,14 @@ class Run:
 
     def identify(self, **identity: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
-        named = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
+        teacher = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
         self.fingerprint = {
             **identity,
             "family": self.structure.family,
             "sizes": sum(self.structure.sizes.values()),
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
-            "teacher": named,
+            "teacher": teacher,
             "config": identifying(self.settings),
         }
         if self.resume and self.folder is not None:
@@ -347,6 +346,5 @@ class Run:
 def _first(batches: Batches, count: int) -> Iterator[Batch]:
     """Give the batches that were taken first, over all epochs."""
     for epoch in range(-(-count // len(batches))):
-        batches.set_epoch(epoch)
-        batches.skip(0)
+        batches.from_start().set_epoch(epoch)
         yield from itertools.islice(batches, count - epoch * len(batches))
