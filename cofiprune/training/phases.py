@@ -18,8 +18,9 @@ from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
 from cofiprune.masking import attach, attach_to, masks_of
 from cofiprune.measure.summary import dense_structure
-from cofiprune.oneshot.reconstruction import Repair
-from cofiprune.oneshot.with_data import calibration, position_weights
+from cofiprune.oneshot.reconstruction import Reconstruction
+from cofiprune.oneshot.sensitivity import position_weights
+from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
@@ -77,7 +78,7 @@ def _check_before(run: Run) -> None:
             "no epochs are left for it by finetune_epochs and freeze_epochs"
         )
     if settings.method != "one-shot" and settings.repair is True:
-        calibration(run.model, run.calibration.from_start())  # raises where there are too few rows
+        calibration(run.model, run.structure, run.calibration.from_start())  # raises where there are too few rows
 
 
 def train(run: Run) -> None:
@@ -248,17 +249,14 @@ def reconstruct(run: Run, decided: Plan) -> None:
 
     What is reproduced is the model under its gates where weights were trained along with them, else the dense one.
     """
-    rows = calibration(run.small, run.calibration.from_start())
+    rows = calibration(run.small, run.small_structure, run.calibration.from_start())
     small = compacted(run.small, run.small_structure, decided)
     dense, structure, plan = run.small, run.small_structure, decided
     if not run.settings.trains_weights:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
-        weights = position_weights(dense, rows, seed=run.settings.seed)
-        Repair(
-            dense, structure, small, structure_of(small), plan, rows,
-            ridge=None, weights=weights, everything=True,
-        ).run()  # fmt: skip
+        weights = position_weights(dense, structure, rows, seed=run.settings.seed)
+        Reconstruction(dense, structure, small, structure_of(small), plan, rows, weights=weights, everything=True).run()
     run.cut(decided, small)
 
 
