@@ -244,7 +244,7 @@ def to_model(batch: Batch, model: PreTrainedModel) -> Batch:
     return moved
 
 
-def model_inputs(batch: Batch, model: PreTrainedModel) -> Batch:
+def model_inputs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> Batch:
     """Return the inputs of a batch: all but the labels and the numbers of the rows."""
     left_out = {ROWS, *label_names(model)}
     return {name: value for name, value in batch.items() if name not in left_out}

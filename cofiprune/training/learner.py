@@ -23,7 +23,7 @@ from cofiprune.constraint import Constraint, target_at
 from cofiprune.data.batches import Batches
 from cofiprune.gates import COFI_LIMIT, Gates, gate_cut
 from cofiprune.masks import MaskRegistry
-from cofiprune.oneshot.fisher import measured_importance
+from cofiprune.oneshot.sensitivity import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.target import Target

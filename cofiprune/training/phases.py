@@ -18,15 +18,16 @@ from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
 from cofiprune.masking import attach, attach_to, masks_of
 from cofiprune.measure.summary import dense_structure
-from cofiprune.oneshot.reconstruction import Repair
-from cofiprune.oneshot.with_data import calibration, position_weights
+from cofiprune.oneshot.reconstruction import Reconstruction
+from cofiprune.oneshot.sensitivity import position_weights
+from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
 from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
 from cofiprune.training.checks import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
-from cofiprune.training.loop import Loop
+from cofiprune.training.loop import Loop, weight_groups
 from cofiprune.training.run import Run
 from cofiprune.training.schedule import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.start import Left, can_go_on, one_shot, one_shot_start
@@ -77,7 +78,7 @@ def _check_before(run: Run) -> None:
             "no epochs are left for it by finetune_epochs and freeze_epochs"
         )
     if settings.method != "one-shot" and settings.repair is True:
-        calibration(run.model, run.calibration.from_start())  # raises where there are too few rows
+        calibration(run.model, run.structure, run.calibration.from_start())  # raises where there are too few rows
 
 
 def train(run: Run) -> None:
@@ -191,8 +192,9 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
 
 def _optimise(run: Run, learner: GateLearner) -> None:
     """Set up the optimiser of a learner and of what it learns along with."""
-    weights = run.weight_groups() if run.settings.trains_weights else []
-    optimizer = torch.optim.AdamW([*weights, *learner.groups()], lr=run.settings.learning_rate)
+    settings, projection = run.settings, run.objective.projection
+    weights = weight_groups(run.small, projection, settings.weight_decay) if settings.trains_weights else []
+    optimizer = torch.optim.AdamW([*weights, *learner.groups()], lr=settings.learning_rate)
     run.learn(optimizer, gates=learner)
 
 
@@ -247,17 +249,14 @@ def reconstruct(run: Run, decided: Plan) -> None:
 
     What is reproduced is the model under its gates where weights were trained along with them, else the dense one.
     """
-    rows = calibration(run.small, run.calibration.from_start())
+    rows = calibration(run.small, run.small_structure, run.calibration.from_start())
     small = compacted(run.small, run.small_structure, decided)
     dense, structure, plan = run.small, run.small_structure, decided
     if not run.settings.trains_weights:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
-        weights = position_weights(dense, rows, seed=run.settings.seed)
-        Repair(
-            dense, structure, small, structure_of(small), plan, rows,
-            ridge=None, weights=weights, everything=True,
-        ).run()  # fmt: skip
+        weights = position_weights(dense, structure, rows, seed=run.settings.seed)
+        Reconstruction(dense, structure, small, structure_of(small), plan, rows, weights=weights, everything=True).run()
     run.cut(decided, small)
 
 
@@ -267,7 +266,7 @@ def recover(run: Run, steps: int) -> None:
     run.settle(kept_share=_kept_share(run))
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
-    groups = run.weight_groups()
+    groups = weight_groups(run.small, run.objective.projection, run.settings.weight_decay)
     state.begin("recover")
     run.learn(torch.optim.AdamW(groups, lr=run.settings.finetune_learning_rate))
     state.extra["steps"] = steps

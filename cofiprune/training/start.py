@@ -13,7 +13,7 @@ from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
 from cofiprune.hooks import evaluating
-from cofiprune.oneshot.with_data import SequentialPruning, calibration, can_start
+from cofiprune.oneshot.with_data import RoundPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
@@ -97,15 +97,15 @@ def _prune(
     :param batches: of the whole data set, the same for every process.
     """
     processes = PartialState()
-    rows = calibration(model, batches.from_start())
+    rows = calibration(model, structure, batches.from_start())
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if processes.is_main_process:
         try:
             with evaluating(model):
-                pruning = SequentialPruning(
-                    model, rows, target,
-                    units=settings.one_shot_units, seed=settings.seed, repair=settings.repair is not False,
+                pruning = RoundPruning(
+                    model, structure, rows, target,
+                    units=settings.one_shot_units, seed=settings.seed, reconstruct=settings.repair is not False,
                 )  # fmt: skip
                 plan, small = pruning.run(on_progress)
             outcome = [plan.to_dict()]
