@@ -45,38 +45,43 @@ def refuse_undeclared(model: nn.Module) -> None:
 
     :raises AdapterError: saying what it is and what to do.
     """
+    reason = _reason(model)
+    if reason:
+        raise AdapterError(f"{_name(model)} {reason}")
+
+
+def _reason(model: nn.Module) -> str | None:
+    """The end of a sentence about why no adapter can be derived."""
     parts = encoders_inside(model)
     if parts:
-        shown = " or ".join(f"{path} ({_name(part)})" for path, part in parts)
-        raise AdapterError(
-            f"{_name(model)} is made of several models; cofiprune prunes one encoder at a time. Pass {shown}, and put "
-            "what compact() returns back in its place."
-        )
+        return f"is made of several models; cofiprune prunes one encoder at a time. {_pass(parts)}"
     if type(model).__module__.partition(".")[0] == "transformers_modules":
-        raise AdapterError(
-            f"{_name(model)} is code from a model's own repository (trust_remote_code); nothing is known about what "
-            "it does. Load it with a class of transformers if there is one, or describe it: subclass "
-            "cofiprune.Adapter and call cofiprune.register_adapter(MyAdapter()), see docs/how-to/add-an-adapter.md."
+        return (
+            "is code from a model's own repository (trust_remote_code); nothing is known about what it does. Load it "
+            "with a class of transformers if there is one, or describe it: subclass cofiprune.Adapter and call "
+            "cofiprune.register_adapter(MyAdapter()), see docs/how-to/add-an-adapter.md."
         )
+    kind = f"({_type_of(model)}) is"
     if _is_causal(model):
-        raise AdapterError(
-            f"{_name(model)} ({_type_of(model)}) is a decoder-only model: each token sees those before it only. "
-            "cofiprune prunes encoders."
-        )
+        return f"{kind} a decoder-only model: each token sees those before it only. cofiprune prunes encoders."
     experts = [path for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
     if experts:
-        raise AdapterError(
-            f"{_name(model)} is a mixture of experts ({experts[0]!r}): which feed-forward dimensions a token passes "
-            "through is up to a router, so that they are no units that could be removed one by one. cofiprune "
-            "prunes encoders whose tokens all take one way."
+        return (
+            f"is a mixture of experts ({experts[0]!r}): which feed-forward dimensions a token passes through is up to "
+            "a router, so that they are no units that could be removed one by one. cofiprune prunes encoders whose "
+            "tokens all take one way."
         )
-    if not any(_attends(module) for module in model.modules()):
-        convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in model.modules())
-        what = "a convolutional network" if convolutional else "a network"
-        raise AdapterError(
-            f"{_name(model)} ({_type_of(model)}) is {what} without attention, and so without heads to remove. "
-            "cofiprune prunes transformer encoders."
-        )
+    if any(_attends(module) for module in model.modules()):
+        return None
+    convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in model.modules())
+    what = "a convolutional network" if convolutional else "a network"
+    return f"{kind} {what} without attention, and so without heads to remove. cofiprune prunes transformer encoders."
+
+
+def _pass(parts: list[tuple[str, nn.Module]]) -> str:
+    """A sentence that says which parts of a model to pass."""
+    shown = " or ".join(f"{path} ({_name(part)})" for path, part in parts)
+    return f"Pass {shown}, and put what compact() returns back in its place."
 
 
 def has_decoder(model: nn.Module) -> bool:
@@ -162,16 +167,14 @@ def _inside(model: object) -> str:
             ". A module of one's own becomes one by subclassing transformers.PreTrainedModel; "
             "docs/how-to/add-an-adapter.md shows how to describe it."
         )
-    shown = " or ".join(f"{path} ({_name(part)})" for path, part in held)
-    return f". It holds one: pass {shown}, and put what compact() returns back in its place."
+    return f". It holds one: p{_pass(held)[1:]}"
 
 
 def _encoder_of(model: nn.Module) -> str:
-    """How to get the encoder of a model that also has a decoder."""
+    """A sentence that says how to get the encoder of a model with a decoder."""
     parts = encoders_inside(model)
     if parts:
-        path, part = parts[0]
-        return f"Pass {path} ({_name(part)}), and put what compact() returns back in its place."
+        return _pass(parts[:1])
     module = vars(sys.modules[type(model).__module__])
     alone = next((name for name in module if name.endswith("EncoderModel")), None)
     if alone is not None:
@@ -180,7 +183,7 @@ def _encoder_of(model: nn.Module) -> str:
 
 
 def _is_causal(model: nn.Module) -> bool:
-    """Whether tokens attend to earlier ones only.
+    """Return whether tokens attend to earlier ones only.
 
     Attention modules of transformers state it. Where they do not, a decoder is a model that can generate, and neither
     fill masks nor choose among answers.
@@ -196,7 +199,7 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is an attention layer: by its name, and a projection that is no convolution over an image.
+    """Return whether a module is an attention layer, by its name and a projection that is no image convolution.
 
     Some convolutional networks call the weighting of their channels attention.
     """

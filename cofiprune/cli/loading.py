@@ -31,7 +31,7 @@ class Loaded:
     datasets: dict[str, list[Row]] = field(default_factory=dict)
     """By the name of the option that gave the file."""
     collator: Any = None
-    """What makes batches, where rows are more than padded."""
+    """Makes batches, where rows are more than padded."""
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, train: bool) -> None:

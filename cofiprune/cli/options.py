@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_
 
 from cofiprune.errors import CofipruneError, suggest
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.settings import Settings
+from cofiprune.training.settings import Settings, TrainingSettings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -115,29 +115,18 @@ def add_settings(parser: argparse.ArgumentParser, *models: type[Settings], hidde
 
     :param hidden: options that are taken and not shown in the help.
     """
-    seen: set[str] = set()
     for model in models:
         kind = model.__name__.removesuffix("Settings").lower()
         group = parser.add_argument_group(f"{kind} settings", f"{model.__doc__} None is spelled none.")
         for name, field in model.model_fields.items():
-            if name not in seen:
+            if name not in Settings.model_fields or issubclass(model, TrainingSettings):  # what all have stands there
                 _add(group, name, field, hidden=name in hidden)
-        seen.update(model.model_fields)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line gives, by name."""
     given = vars(options)
     return {name: _read(given[name], field) for name, field in PruneConfig.model_fields.items() if name in given}
-
-
-def prune_config(options: argparse.Namespace, preset: str | None = None) -> PruneConfig:
-    """Return the configuration that the command line gives, on top of a preset.
-
-    :raises SettingsError: for a value out of range.
-    """
-    given = given_settings(options)
-    return PruneConfig.preset(preset, **given) if preset else PruneConfig.create(**given)
 
 
 def _add(group: argparse._ArgumentGroup, name: str, field: FieldInfo, *, hidden: bool) -> None:

@@ -17,7 +17,6 @@ from cofiprune.cli.options import (
     number,
     numbers,
     one_of,
-    prune_config,
     writable_directory,
 )
 from cofiprune.errors import SettingsError
@@ -72,7 +71,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def prune(options: argparse.Namespace) -> None:
     """Prune a model, save the smaller one, and print the result and its summary."""
-    config = prune_config(options, options.preset)
+    given = given_settings(options)
+    config = PruneConfig.preset(options.preset, **given) if options.preset else PruneConfig.create(**given)
     target = _target(options)
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
     from cofiprune.training import prune as training

@@ -41,7 +41,7 @@ def compact(
     plan.check(structure)
     small = (uniform_copy if uniform else compacted)(model, structure, plan)
     if fuse:
-        fuse_linears(small)
+        fuse_linears(small, structure.layers)  # of a uniform model, the first ones
     return small
 
 

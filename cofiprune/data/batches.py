@@ -39,12 +39,14 @@ class Batches(ABC):
 
     def __init__(self, task: Task, *, labelled: bool, seed: int) -> None:
         self.task: Task = task
-        """What the labels mean."""
+        """Of the model's head: it says what the labels mean."""
         self.labelled = labelled
-        """Whether the batches carry labels, so that the model can compute its loss."""
+        """True for batches with labels, from which the model computes its loss."""
         self.seed = seed
         self.with_rows = False
-        """Whether batches carry the numbers of their rows."""
+        """Set to True for batches that carry the numbers of their rows."""
+        self.in_memory = False
+        """True for rows that are held in memory, so that no code of the user's runs when a batch is made."""
         self.epoch = 0
         self._start = 0
         self._rank, self._processes = 0, 1
@@ -53,11 +55,6 @@ class Batches(ABC):
     @abstractmethod
     def total(self) -> int:
         """Number of batches of an epoch over all processes."""
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether rows are held in memory, so that no code of the user's runs when a batch is made."""
-        return False
 
     @abstractmethod
     def _iterate(self, start: int) -> Iterator[Batch]:
@@ -122,6 +119,7 @@ class RowBatches(Batches):
         super().__init__(task, labelled=labelled, seed=seed)
         self.rows = rows
         self.collate = collate
+        self.in_memory = isinstance(collate, Padding)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
@@ -129,10 +127,6 @@ class RowBatches(Batches):
     @property
     def total(self) -> int:
         return -(-len(self.rows) // self.batch_size)
-
-    @property
-    def in_memory(self) -> bool:
-        return isinstance(self.collate, Padding)
 
     def pad_to(self, multiple: int, longest: int | None) -> None:
         """Pad batches of tokens to a multiple of a length, as long as the model reads so many: `longest`."""
@@ -166,7 +160,7 @@ class RowBatches(Batches):
 
 
 class LoaderBatches(Batches):
-    """The batches that a DataLoader of the user's makes, in the loader's own order.
+    """Batches of a DataLoader of the user's, in the loader's own order.
 
     The order is drawn from (seed, epoch), unless the loader has a generator or a sampler that goes its own way.
     """
@@ -250,7 +244,7 @@ def to_model(batch: Batch, model: PreTrainedModel) -> Batch:
     return moved
 
 
-def model_inputs(batch: Batch, model: PreTrainedModel) -> Batch:
+def model_inputs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> Batch:
     """Return the inputs of a batch: all but the labels and the numbers of the rows."""
     left_out = {ROWS, *label_names(model)}
     return {name: value for name, value in batch.items() if name not in left_out}

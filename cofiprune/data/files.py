@@ -41,7 +41,7 @@ def load_rows(path: str | Path, *splits: str) -> list[RawRow]:
 
 
 def _files(folder: Path, splits: tuple[str, ...]) -> list[Path]:
-    """The file of a split, of that very name, else the one that begins so, with its shards."""
+    """Return the file of a split, of that very name, else the one that begins so, with its shards."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _READERS)
     for name in splits:
         shards: dict[str, list[Path]] = {}

@@ -128,7 +128,7 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
 
 
 def _from_loader(loader: DataLoader[Any], model: PreTrainedModel, seed: int) -> tuple[Batches, Batch]:
-    """The batches of a loader, and the first of them."""
+    """Return the batches of a loader, and the first of them."""
     try:
         total = len(loader)
     except TypeError:

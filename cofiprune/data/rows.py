@@ -55,12 +55,12 @@ class Source:
             raise DataError("there are no rows in it")
         self._rows = dataset
         self.in_memory = isinstance(dataset, list | tuple)
-        """Whether reading every row costs next to nothing."""
+        """True where reading every row costs next to nothing."""
         # A transform that runs when a row is read may need columns that it does not return.
         stock = (getattr(dataset, "format", None) or {}).get("type") != "custom"
         self._columnar = hasattr(dataset, "select_columns") and stock
         self.has_columns = self.in_memory or self._columnar
-        """Whether a column can be read without the others."""
+        """True where a column can be read without the others."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,9 +91,9 @@ class Padding:
     """Makes a batch of rows of arrays, each column padded at its end."""
 
     fills: Mapping[str, int]
-    """What a column is padded with; 0 for those not named."""
+    """Value that pads a column; 0 for those not named."""
     multiple: int = 1
-    """What the length of a batch of tokens is a multiple of."""
+    """The length of a batch of tokens is a multiple of it."""
     longest: int | None = None
     """Number of tokens that the model reads at most; None for no limit."""
 

@@ -1,7 +1,4 @@
-"""Inputs made up for a model: of the right names, shapes and ranges, drawn from a generator.
-
-For timing, where values do not matter, and for asking a teacher for answers where there is no data.
-"""
+"""Synthetic inputs of the right names, shapes and ranges for a model: for timing, and for data-free pruning."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ def synthetic_inputs(
 
 
 def ordinary_ids(model: PreTrainedModel) -> Tensor:
-    """The ids of a model's vocabulary that its configuration does not name as special ones: [ids]."""
+    """Return the ids of a model's vocabulary that its configuration does not name as special ones: [ids]."""
     size = vocabulary_size(model)
     allowed = torch.ones(size, dtype=torch.bool)
     for name in _SPECIAL:

@@ -1,4 +1,4 @@
-"""The task of a model's head: what its labels look like, which loss and which metrics fit it.
+"""Task of a model's head, by which labels, loss and metrics are chosen.
 
 The task is read off the class (`BertForTokenClassification` and every subclass of it), the
 configuration, and, where transformers itself decides by the labels, off one row. Images and audio do

@@ -88,7 +88,7 @@ def find_text_columns(
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a classifier: the classes that its head tells apart, or a number."""
+    """Labels of a classifier: the classes that its head tells apart, or a number."""
 
     names: tuple[str, ...]
     """Of the classes, in the order of their ids; empty for a number as the label."""
@@ -125,7 +125,7 @@ class Labels:
 
     @property
     def generic(self) -> bool:
-        """Whether the classes have the names that transformers gives to those without."""
+        """True for classes with the names that transformers gives to those without."""
         return self.names == _numbered(len(self.names))
 
     def apply(self, config: PretrainedConfig) -> None:
@@ -242,7 +242,7 @@ def _questions(
 ) -> Iterator[dict[str, Any]]:
     """Tokenise questions with their passages, from row `start` on."""
     if columns.pair is None:
-        raise DataError(f"{where} has no passage beside {columns.text!r}; name its column by text_pair_column")
+        raise DataError(f"{where} has no passage for {columns.text!r}; name its column by text_pair_column")
     _check_fast(tokenizer, "spans of answers")
     rows = rows[start : start + _AT_ONCE]
     questions, passages = (_cells(rows, name, str, where, start) for name in (str(columns.text), columns.pair))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.adapter import structure as structure_of
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.hooks import reading, watching
@@ -29,11 +28,13 @@ if TYPE_CHECKING:
 _TOKENS = 16
 
 
-def fuse(model: PreTrainedModel) -> None:
+def fuse(model: PreTrainedModel, layers: Sequence[str]) -> None:
     """Give a model's linear layers the faster form, in place.
 
-    Siblings are found inside each layer of the encoder. A model that does not run on synthetic inputs, or with pieces
-    of a joint product, keeps separate products, with a warning.
+    A model that does not run on synthetic inputs, or with pieces of a joint product, keeps separate products, with a
+    warning.
+
+    :param layers: paths of the encoder's layers, inside which siblings are found.
     """
     onednn_is_faster()  # measured here rather than in the first pass
     modules = dict(model.named_modules())
@@ -41,7 +42,7 @@ def fuse(model: PreTrainedModel) -> None:
         if type(module) is nn.Linear and not _hooked(module):
             module.__class__ = FusedLinear
     try:
-        groups = _find_siblings(model)
+        groups = _find_siblings(model, layers)
         for paths in groups:
             _join([modules[path] for path in paths])
         if groups:
@@ -49,7 +50,7 @@ def fuse(model: PreTrainedModel) -> None:
     except Exception as error:
         _separate(model)
         warnings.warn(
-            f"linear layers of {type(model).__name__} that read the same tensor stay separate: running it on made-up "
+            f"linear layers of {type(model).__name__} that read the same tensor stay separate: running it on synthetic "
             f"inputs gave {type(error).__name__}: {error}",
             stacklevel=3,
         )
@@ -80,8 +81,8 @@ def _separate(model: nn.Module) -> None:
                 siblings.separate()
 
 
-def _find_siblings(model: PreTrainedModel) -> list[list[str]]:
-    """Paths of the linear layers that one pass calls once each with the same tensor, in the order of the calls."""
+def _find_siblings(model: PreTrainedModel, layers: Sequence[str]) -> list[list[str]]:
+    """Paths of linear layers that one pass calls once each with the same tensor, in the order of the calls."""
     calls: list[tuple[str, Tensor, int]] = []
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -93,7 +94,6 @@ def _find_siblings(model: PreTrainedModel) -> list[list[str]]:
         _run(model)
     times = Counter(path for path, _, _ in calls)
     readers: defaultdict[tuple[str, int, int], list[str]] = defaultdict(list)
-    layers = structure_of(model).layers
     for path, states, version in calls:
         layer = next((each for each in layers if path.startswith(f"{each}.")), None)
         if layer is not None and times[path] == 1:
@@ -111,6 +111,6 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a forward of its own."""
+    """Return whether a module has hooks, or a forward of its own."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "forward" in module.__dict__ or any(hooks)

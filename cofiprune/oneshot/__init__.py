@@ -1,5 +1,5 @@
-"""Pruning without data: importance from weights and synthetic inputs, and a least-squares repair."""
+"""One-shot pruning, with data and without: importance, what units cost, and least-squares reconstruction."""
 
-from cofiprune.oneshot.data_free import OneShotReport, prune_without_data
+from cofiprune.oneshot.data_free import OneShotReport, prune_data_free
 
-__all__ = ["OneShotReport", "prune_without_data"]
+__all__ = ["OneShotReport", "prune_data_free"]

@@ -1,44 +1,43 @@
-"""One-shot structured pruning: no data, no training, an exact size, in seconds.
+"""One-shot structured pruning without data: no training, an exact size, in seconds.
 
 Without a teacher a plan is chosen by the weights alone. With one, synthetic inputs run through the model: the
-plan is chosen by what they excite, and what is left of every block is refitted to put out what the whole block
-put out (`repair`). The refitted weights are kept only if the model's answers come nearer to the teacher's on
+plan is chosen by what they excite, and every block that is left is refitted to the outputs of the dense block
+(`reconstruction`). The refitted weights are kept only if the model's outputs come nearer to the teacher's on
 synthetic inputs that the fit has not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact, restore
+from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.data.tasks import supported_kwargs, task_of
+from cofiprune.distillation import PredictionKind, logit_loss, predictions
 from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
+from cofiprune.hooks import evaluating
 from cofiprune.masking import masks_of
-from cofiprune.oneshot.allocation import scores, worth
-from cofiprune.oneshot.divergence import Answers, answers, divergence
-from cofiprune.oneshot.importance import activation_importance, weight_importance
-from cofiprune.oneshot.layerwise import Batch, counted
-from cofiprune.oneshot.reconstruction import Repair
+from cofiprune.oneshot.importance import activation_importance, scores, weight_importance, worth
+from cofiprune.oneshot.layerwise import Batch, counted, placed
+from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
-from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.by_score import select
-from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[str, float], None]
+Outputs = tuple[Tensor, ...]
 
 _WORK = 260_000_000_000
 _FEWEST, _MOST = 2048, 6144
@@ -58,140 +57,117 @@ class OneShotReport:
     plan: Plan
     """What stays: hard, and of exactly the sparsity asked for, within 0.005."""
     divergence_before: float | None = None
-    """Distance of the pruned model's answers from the teacher's on held-out synthetic inputs, before the repair: a KL
-    in nats for classes, a mean squared error for scores and states. None without a teacher."""
+    """Distance of the pruned model's outputs from the teacher's on held-out synthetic inputs, before the
+    reconstruction: a KL in nats for classes, a mean squared error for scores and states. None without a teacher."""
     divergence_after: float | None = None
-    """The same after the repair; equal to it where the repair was rolled back."""
+    """The same after it; the same figure where it was rolled back."""
 
     @property
-    def repaired(self) -> bool:
+    def reconstructed(self) -> bool:
         """Whether weights were changed."""
         return self.divergence_after != self.divergence_before
 
 
-def prune_without_data(
+def prune_data_free(
     model: PreTrainedModel,
+    structure: Structure,
+    target: Target,
     *,
-    target_sparsity: float | Target,
     teacher: PreTrainedModel | Literal["self"] | None = None,
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
     samples: int | None = None,
-    repair: bool = True,
-    on_progress: Progress | None = None,
+    reconstruct: bool = True,
 ) -> OneShotReport:
-    """Choose what to remove without data, and repair what is left.
+    """Choose what to remove without data, and reconstruct what is left.
 
     The plan is not carried out: attach masks and set it, or pass it to `compact`. With a teacher, the kept units of
     what was refitted are overwritten in place: the blocks' last projections and, where hidden dimensions go, the norms.
     Everything else, removed units included, stays as it is. The result depends on the weights and the seed alone.
 
     :param model: without masks attached.
-    :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); or any other target.
-    :param teacher: whose answers the pruned model should give; "self" for the model as it is. A teacher of the same
-        structure is also what the repair reproduces, block by block; otherwise that is the model as it is.
+    :param target: one that can be reached with the units (`check_target`).
+    :param teacher: whose outputs the pruned model should have; "self" for the model as it is. A teacher of the same
+        structure is also what is reconstructed, block by block; otherwise that is the model as it is.
     :param units: unit kinds that may be removed; None for all that the model has.
     :param samples: positions (tokens, patches or frames) that statistics are taken over, at least 1; more are slower
         and better. None takes 2048 to 6144, fewer for larger models.
-    :param repair: whether what is left is refitted, with a teacher.
-    :param on_progress: called with the name of the phase and its share done, in [0, 1].
-    :raises TargetError: when the target cannot be reached.
+    :param reconstruct: whether what is left is refitted, with a teacher.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
     """
-    structure = structure_of(model)
-    target = target_sparsity
-    if not isinstance(target, Target):
-        target = Target.of(structure, check_fraction(target))
-    check_target(structure, target, units)
-    parameters = accounting.layer_parameters(structure).exact(structure.sizes)
-    samples = _samples(parameters) if samples is None else samples
     _check(model, teacher, samples)
-    report = on_progress or (lambda phase, share: None)
-    report("importance", 0.0)
     importance = weight_importance(model, structure)
+
+    def decide() -> Plan:
+        ranked, lost = scores(structure, importance, units), worth(structure, importance, units)
+        return target.settle(
+            lambda goal: select(structure, ranked, goal, worth=lost), lambda plan: compacted(model, structure, plan)
+        )
+
     if teacher is None:
-        return OneShotReport(_decided(model, structure, importance, target, units))
-    reference = model if isinstance(teacher, str) else teacher
+        return OneShotReport(decide())
+    if samples is None:
+        samples = min(max(_WORK // accounting.layer_parameters(structure).exact(structure.sizes), _FEWEST), _MOST)
     generator = torch.Generator().manual_seed(seed)
-    with _evaluating(model, reference):
+    reference = model if isinstance(teacher, str) else teacher
+    with evaluating(model, reference):
         batches = _synthetic(model, structure, samples, generator)
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
-        measured = activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
-        plan = _decided(model, structure, {**importance, **measured}, target, units)
-        if not repair:
-            return OneShotReport(plan)
-        return _repaired(_Pruned(model, structure, plan, reference), batches, held_out, report)
+        importance |= activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
+        plan = decide()
+        return (
+            _reconstructed(model, structure, plan, reference, batches, held_out) if reconstruct else OneShotReport(plan)
+        )
 
 
-def _decided(
+def _reconstructed(
     model: PreTrainedModel,
     structure: Structure,
-    importance: Mapping[str, Tensor],
-    target: Target,
-    units: str | Sequence[UnitKind] | None,
-) -> Plan:
-    """Choose what stays; where the cost is an estimate, what is decided is measured."""
-    ranked, valued = scores(structure, importance, units), worth(structure, importance, units)
-    return target.settle(lambda goal: select(structure, ranked, goal, worth=valued), lambda plan: compact(model, plan))
-
-
-@dataclass(frozen=True)
-class _Pruned:
-    """A decision that has not been carried out."""
-
-    model: PreTrainedModel
-    structure: Structure
-    plan: Plan
-    teacher: PreTrainedModel
-
-    @property
-    def source(self) -> PreTrainedModel:
-        """The model whose blocks are reproduced."""
-        try:
-            theirs = structure_of(self.teacher)
-        except AdapterError:
-            return self.model
-        alike = theirs.family == self.structure.family and theirs.sizes == self.structure.sizes
-        return self.teacher if alike else self.model
-
-
-def _repaired(pruned: _Pruned, batches: Sequence[Batch], held_out: Sequence[Batch], report: Progress) -> OneShotReport:
-    """Repair what a plan leaves, and write it into the model if that brings its answers nearer to the teacher's."""
-    plan, source = pruned.plan, pruned.source
+    plan: Plan,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+) -> OneShotReport:
+    """Reconstruct what a plan leaves, and write it into the model if its outputs come nearer to the teacher's."""
     hidden = plan.keep.get("hidden")
-    theirs = _answers(pruned.model, pruned.teacher, held_out)
-    small = compact(pruned.model, plan)
-    before = divergence(small, theirs, held_out, hidden=hidden)
-    report("repair", 0.0)
-    repair = Repair(source, structure_of(source), small, structure_of(small), plan, batches)
-    repair.run(lambda share: report("repair", share))
-    after = divergence(small, theirs, held_out, hidden=hidden)
+    wanted = _wanted(model, teacher, held_out)
+    small = compacted(model, structure, plan)
+    before = divergence(small, wanted, held_out, hidden=hidden)
+    source = model
+    if teacher is not model and _same_structure(teacher, structure):
+        source = teacher
+    Reconstruction(source, structure, small, structure_of(small), plan, batches).run()
+    after = divergence(small, wanted, held_out, hidden=hidden)
     if not after < before:
         return OneShotReport(plan, before, before)
-    restore(pruned.model, small, plan)
+    write_back(model, structure, small, plan)
     return OneShotReport(plan, before, after)
 
 
-def _answers(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> list[Answers]:
-    """The teacher's answers, or the model's own where the teacher's have another shape (an encoder's states)."""
-    theirs = answers(teacher, batches)
+def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
+    try:
+        theirs = structure_of(teacher)
+    except AdapterError:
+        return False
+    return theirs.family == structure.family and theirs.sizes == structure.sizes
+
+
+def _wanted(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
+    """Return the teacher's outputs, or the model's own where the teacher's have another shape (an encoder's states)."""
+    theirs = outputs_of(teacher, batches)
     if teacher is model:
         return theirs
-    ours = answers(model, batches[:1])[0]
+    ours = outputs_of(model, batches[:1])[0]
     same = [part.shape for part in ours] == [part.shape for part in theirs[0]]
-    return theirs if same else answers(model, batches)
+    return theirs if same else outputs_of(model, batches)
 
 
-def _samples(parameters: int) -> int:
-    return min(max(_WORK // max(parameters, 1), _FEWEST), _MOST)
-
-
-def _check(model: PreTrainedModel, teacher: PreTrainedModel | str | None, samples: int) -> None:
+def _check(model: PreTrainedModel, teacher: PreTrainedModel | str | None, samples: int | None) -> None:
     if masks_of(model) is not None:
         raise MaskError("masks are attached to this model already; compact it first, or call masks.detach()")
     if isinstance(teacher, str) and teacher != "self":
         raise TeacherError(f'teacher takes a model, "self" or None, not {teacher!r}')
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise SettingsError(f"samples is {samples}; statistics need at least 1 position")
 
 
@@ -209,14 +185,52 @@ def _synthetic(model: PreTrainedModel, structure: Structure, samples: int, gener
     return batches
 
 
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode of every module as it was afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+@torch.no_grad()
+def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
+    """Return the predictions of a model to each batch.
+
+    :raises TeacherError: when its output holds none that are known.
+    """
+    return [
+        predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
+    ]
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel,
+    reference: Sequence[Outputs],
+    batches: Sequence[Batch],
+    *,
+    hidden: Sequence[int] | None = None,
+) -> float:
+    """Return how far the predictions of a model are from others: 0 where they are equal, infinite for no number.
+
+    The measure is `logit_loss` at temperature 1: a KL in nats for classes and spans, a mean squared error for scores
+    and states.
+
+    :param reference: predictions to the same batches.
+    :param hidden: the reference's dimension of each of the model's, for an encoder without a head that has fewer.
+    """
+    kind = _kind_of(model)
+    total = 0.0
+    for batch, theirs in zip(batches, reference, strict=True):
+        (ours,) = outputs_of(model, [batch])
+        theirs = tuple(part.to(mine) for part, mine in zip(theirs, ours, strict=True))
+        if kind == "embedding" and hidden is not None:
+            theirs = tuple(part[..., list(hidden)] for part in theirs)
+        mask = batch.get("attention_mask")
+        mask = mask if mask is not None and mask.dim() == 2 else None
+        total += float(logit_loss(ours, theirs, temperature=1.0, kind=kind, mask=mask))
+    mean = total / max(len(batches), 1)
+    return max(mean, 0.0) if math.isfinite(mean) else math.inf  # a KL of next to nothing can round to less
+
+
+def _kind_of(model: PreTrainedModel) -> PredictionKind:
+    """Return how a model's predictions are compared: by the head's task, by squares where that says nothing."""
+    task = task_of(model)
+    if task == "multiple-choice":
+        return "classification"
+    if task in get_args(PredictionKind):
+        return task  # type: ignore[return-value]
+    return "regression"

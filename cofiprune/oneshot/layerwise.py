@@ -1,25 +1,25 @@
-"""What flows through a model's blocks on a few batches, layer after layer in bounded memory.
+"""Activations of a model on a few batches, layer after layer in bounded memory.
 
-To look at one layer of a model whose lower layers have been settled, only that layer has to be run: the
-layers below are replaced by what the last of them gave, and nothing above is computed. So a walk from
-the bottom to the top, which stops at every layer to change it, costs about as much as two forward passes.
+To look at one layer of a model whose lower layers have been settled, only that layer has to be run: the layers below
+are replaced by the output of the last of them, and nothing above is computed. So a walk from the bottom to the top,
+which stops at every layer to change it, costs about as much as two forward passes.
 
-Shapes: B examples, T positions (tokens, patches or frames), H hidden, n inputs of a projection,
+Shapes: B examples, T positions (tokens, patches or frames), H hidden, n inputs of a linear layer,
 N positions of a batch that are not padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from cofiprune.hooks import StopForward, replaced_forward, watching
 from cofiprune.inference.siblings import is_linear
 from cofiprune.masking import entry_of
 from cofiprune.structure import Block, Structure
@@ -62,32 +62,18 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
         return int((mask != 0).sum())
     seen: list[int] = []
 
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         seen.append(states.numel() // states.shape[-1])
-        raise Enough
+        raise StopForward
 
-    handle = model.get_submodule(structure.layers[0]).register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with suppress(StopForward), watching(model, before={structure.layers[0]: enter}):
         model(**placed(batch, model))
-    except Enough:
-        pass
-    finally:
-        handle.remove()
     return seen[0]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """The last projection of a block: from its inner units into the residual stream."""
-
-    block: Block
-    module: str
-    """Path of an `nn.Linear`."""
-
-
-def projections(model: nn.Module, structure: Structure) -> dict[str, Projection]:
-    """Return the last projection of every block, by the name of its gate, where that is one `nn.Linear`."""
+def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
+    """Return the path of every block's last projection, by the name of the gate, where that is one `nn.Linear`."""
     found = {}
     for block in structure.blocks:
         paths = [
@@ -96,7 +82,7 @@ def projections(model: nn.Module, structure: Structure) -> dict[str, Projection]
             if spec.gated and spec.gate == block.gate and len(spec.shape) == 2
         ]
         if len(paths) == 1 and isinstance(model.get_submodule(paths[0]), nn.Linear):
-            found[block.gate] = Projection(block, paths[0])
+            found[block.gate] = paths[0]
     return found
 
 
@@ -113,15 +99,15 @@ def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
 
 
 @dataclass
-class Passage:
-    """What passed a map in one batch."""
+class Activations:
+    """Inputs and outputs of a module in one batch."""
 
     inputs: Tensor
     """[B, T, n]"""
     outputs: Tensor
     """[B, T, H]"""
     entry: Tensor | None = None
-    """[B, T, H]: what the block's exit adds the output to, where the map is a block's last projection; None when the
+    """[B, T, H]: what the block's exit adds the output to, where the module is a block's last projection; None when the
     residual is added elsewhere."""
 
     @property
@@ -130,113 +116,125 @@ class Passage:
         return self.outputs if self.entry is None else self.outputs + self.entry
 
 
-class Enough(Exception):  # noqa: N818 -- it is no error
-    """Raised to leave a forward pass when all that was asked for has passed."""
+class _Recorder:
+    """Records what passes some modules, and ends the forward pass when all of them have been called."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.end: Any = None
+        self._before: dict[str, Any] = {}
+        self._after: dict[str, Any] = {}
+        self._pending: set[tuple[str, str]] = set()
+
+    def record(self, path: str, block: Block | None = None) -> None:
+        """Record a module, and what the exit of a block adds its output to."""
+        parts = self.parts.setdefault(path, {})
+
+        def called(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            # Copies: what is run afterwards may add the residual in place.
+            parts.update(inputs=args[0].clone(), outputs=output.clone())
+            self._arrived("after", path)
+
+        self._after[path] = called
+        self._pending.add(("after", path))
+        if block is None or not block.exit.residual:
+            return
+        exit = block.exit
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            parts["entry"] = entry_of(exit, args, kwargs).clone()
+            self._arrived("before", exit.module)
+
+        self._before[exit.module] = enter
+        self._pending.add(("before", exit.module))
+
+    def record_end(self, path: str) -> None:
+        """Record the output of a layer, whatever it is."""
+
+        def ended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.end = output
+            self._arrived("after", path)
+
+        self._after[path] = ended
+        self._pending.add(("after", path))
+
+    def _arrived(self, *what: str) -> None:
+        self._pending.discard((what[0], what[1]))
+        if not self._pending:
+            raise StopForward
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, batch: Batch) -> dict[str, Activations]:
+        """Run a model on a batch, no further than is needed.
+
+        :return: by path; nothing of modules that are not called.
+        """
+        with suppress(StopForward), watching(model, before=self._before, after=self._after):
+            model(**batch)
+        return {path: Activations(**parts) for path, parts in self.parts.items() if "inputs" in parts}
 
 
-class LayerWalk:
+def activations(model: nn.Module, paths: Sequence[str], batch: Batch) -> dict[str, Activations]:
+    """Run a model on a batch and return what passes some modules.
+
+    :param batch: on the model's device.
+    """
+    recorder = _Recorder()
+    for path in paths:
+        recorder.record(path)
+    return recorder.run(model, batch)
+
+
+@torch.no_grad()
+def calls(model: nn.Module, paths: Sequence[str], batch: Batch) -> list[str]:
+    """Return the order in which some modules are called on a batch, as often as each is."""
+    order: list[str] = []
+
+    def note(path: str) -> Any:
+        return lambda *_: order.append(path)
+
+    with watching(model, after={path: note(path) for path in paths}):
+        model(**batch)
+    return order
+
+
+class Layerwise:
     """Runs a model over batches one layer at a time, from the bottom to the top."""
 
     def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Batch]) -> None:
         """Start below the first layer."""
         self.batches = [placed(batch, model) for batch in batches]
         self.model = model
-        self.layers = [model.get_submodule(path) for path in structure.layers]
-        self._last = {projection.module: projection.block for projection in projections(model, structure).values()}
+        self.layers = structure.layers
+        blocks = {block.gate: block for block in structure.blocks}
+        self._last = {path: blocks[gate] for gate, path in projections(model, structure).items()}
         self.depth = 0
         """Index of the current layer; the ones below are not run any more."""
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
-    def look(self, index: int, wanted: Sequence[str] = (), *, settle: bool = False) -> dict[str, Passage]:
+    def look(self, index: int, wanted: Sequence[str] = (), *, settle: bool = False) -> dict[str, Activations]:
         """Run the current layer on a batch, no further than is needed.
 
-        :param wanted: paths of linear maps of this layer to watch.
-        :param settle: run the layer to its end and store what it gives, for when the walk goes up.
-        :return: what passed, by path; nothing of maps that are not called as modules.
+        :param wanted: paths of linear layers and norms in this layer to record.
+        :param settle: run the layer to its end and keep its output, for when the walk goes up.
+        :return: by path; nothing of modules that are not called.
         """
-        passing = _Passing()
-        with ExitStack() as hooks:
-            for path in wanted:
-                for handle in passing.watch(self.model, path, self._last.get(path)):
-                    hooks.callback(handle.remove)
-            if settle:
-                hooks.callback(passing.watch_end(self.layers[self.depth]).remove)
-            self._run(index)
+        recorder = _Recorder()
+        for path in wanted:
+            recorder.record(path, self._last.get(path))
         if settle:
-            self._above[index] = passing.end
-        return {path: Passage(**parts) for path, parts in passing.parts.items() if "inputs" in parts}
+            recorder.record_end(self.layers[self.depth])
+        with ExitStack() as replaced:
+            for path in self.layers[: self.depth]:
+                layer, output = self.model.get_submodule(path), self._below[index]
+                replaced.enter_context(replaced_forward(layer, lambda *args, output=output, **kwargs: output))
+            found = recorder.run(self.model, self.batches[index])
+        if settle:
+            self._above[index] = recorder.end
+        return found
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""
         self._below, self._above = self._above, [None] * len(self.batches)
         self.depth += 1
-
-    def _run(self, index: int) -> None:
-        with torch.no_grad(), _replaced(self.layers[: self.depth], self._below[index]):
-            try:
-                self.model(**self.batches[index])
-            except Enough:
-                return
-
-
-class _Passing:
-    """Hooks that note what passes, and end the forward pass when all of it has."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, dict[str, Tensor]] = {}
-        self.end: Any = None
-        self._pending: set[tuple[str, str]] = set()
-
-    def _arrived(self, *what: str) -> None:
-        self._pending.discard((what[0], what[1]))
-        if not self._pending:
-            raise Enough
-
-    def watch(self, model: nn.Module, path: str, block: Block | None) -> Iterator[RemovableHandle]:
-        """Watch a map, and the exit of the block whose last projection it is, where that adds the residual."""
-        parts = self.parts.setdefault(path, {})
-
-        def passed(module: nn.Module, args: Any, output: Tensor) -> None:
-            # Copies: what is run afterwards may add the residual in place.
-            parts["inputs"], parts["outputs"] = args[0].clone(), output.clone()
-            self._arrived(path, "map")
-
-        self._pending.add((path, "map"))
-        yield model.get_submodule(path).register_forward_hook(passed)
-        if block is None or not block.exit.residual:
-            return
-        exit = block.exit
-
-        def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            parts["entry"] = entry_of(exit, args, kwargs).clone()
-            self._arrived(path, "exit")
-
-        self._pending.add((path, "exit"))
-        yield model.get_submodule(exit.module).register_forward_pre_hook(entered, with_kwargs=True)
-
-    def watch_end(self, layer: nn.Module) -> RemovableHandle:
-        """Watch what a layer gives."""
-
-        def ended(module: nn.Module, args: Any, output: Any) -> None:
-            self.end = output
-            self._arrived("", "end")
-
-        self._pending.add(("", "end"))
-        return layer.register_forward_hook(ended)
-
-
-@contextmanager
-def _replaced(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let layers return what is given instead of running."""
-    stock: list[Callable[..., Any] | None] = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, stock, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward")
-            else:
-                layer.__dict__["forward"] = forward

@@ -17,14 +17,22 @@ Shapes: n inputs of a projection, u units of b inputs each, H outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.oneshot.sensitivity import Passed
-from cofiprune.structure import Side
+from cofiprune.errors import DataError
+from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
+from cofiprune.oneshot.reconstruction import head_linears
+from cofiprune.oneshot.sensitivity import Sensitivity, input_sensitivity, output_sensitivity
+from cofiprune.selection.curves import LossCurve
+from cofiprune.structure import Block, Side, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RIDGE = 1e-3
 """Added to the second moments, relative to their mean: dead units and constant inputs have none of their own."""
@@ -45,9 +53,9 @@ class Moments:
         self.rows = 0
         self.batches = 0
 
-    def add(self, passed: Passed) -> None:
+    def add(self, seen: Sensitivity) -> None:
         """Add a batch."""
-        rows, gradients = passed.inputs, passed.gradients
+        rows, gradients = seen.inputs, seen.gradients
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         squares = gradients.square().sum(dim=1)
         self.weighted += ((rows * squares.unsqueeze(1)).T @ rows).cpu()
@@ -73,22 +81,42 @@ class Moments:
         return inputs, self.outputs.double() / max(self.weight, torch.finfo(torch.float32).tiny)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """What it costs to remove ever more units of a block."""
+def block_curves(
+    model: PreTrainedModel, structure: Structure, gates: Sequence[str], batches: Sequence[Batch], *, seed: int
+) -> Iterator[tuple[Block, LossCurve]]:
+    """Give the curves of the inner units of some blocks.
 
-    order: tuple[int, ...]
-    """The units, the first to go first."""
-    losses: tuple[float, ...]
-    """By how much the loss has risen when each has gone; never falls."""
+    :param gates: of the blocks; those without a last projection that can be watched have no curve.
+    :param batches: on any device.
+    :raises DataError: when statistics are not finite.
+    """
+    last = {gate: path for gate, path in projections(model, structure).items() if gate in gates}
+    moments = {gate: Moments(*reversed(model.get_parameter(f"{path}.weight").shape)) for gate, path in last.items()}
+    for seen in output_sensitivity(model, last, batches, seed=seed):
+        for gate, what in seen.items():
+            moments[gate].add(what)
+    # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
+    source = [gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())]
+    for gate in dict.fromkeys([*source, *last]):
+        found = moments.pop(gate)
+        if not found.finite:
+            raise DataError(
+                f"what passes {last[gate]} on the rows of the data set is not finite, so that there are no statistics "
+                "of it. Look for values that overflow in the rows or, in half precision, in the model"
+            )
+        side = next(spec.sides[1] for spec in structure.parameters if spec.name == f"{last[gate]}.weight")
+        if side is not None and found.rows:  # weights that another module reads itself are not seen
+            block = next(block for block in structure.blocks if block.gate == gate)
+            yield block, curve(model.get_submodule(last[gate]), found, side)
 
 
-def curve(module: nn.Linear, moments: Moments, side: Side) -> Curve:
+def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
     """Remove the units of a projection one after the other.
 
     :param moments: finite.
     :param side: how the inputs of the projection divide into units.
     """
+    assert isinstance(module, nn.Linear)
     inputs, outputs = moments.factors()
     bias = torch.zeros(module.out_features) if module.bias is None else module.bias
     weight = torch.cat([module.weight.detach().cpu(), bias.detach().cpu().unsqueeze(1)], dim=1).double()
@@ -99,7 +127,7 @@ def curve(module: nn.Linear, moments: Moments, side: Side) -> Curve:
     return _removed([_State(weight[:, columns], inverse, outputs, side.copies * side.block)], side.units)
 
 
-def stream_curve(places: Sequence[Moments]) -> Curve:
+def stream_curve(places: Sequence[Moments]) -> LossCurve:
     """Remove dimensions of the residual stream one after the other, from all places that read it at once.
 
     Whatever reads the stream gives up the same dimensions, and each place makes up for them by itself: W is the
@@ -115,7 +143,41 @@ def stream_curve(places: Sequence[Moments]) -> Curve:
     return _removed(states, size)
 
 
-def _removed(states: Sequence[_State], units: int) -> Curve:
+def hidden_curve(
+    model: PreTrainedModel, structure: Structure, batches: Sequence[Batch], *, seed: int
+) -> LossCurve | None:
+    """Return the curve of the hidden dimensions; None where nothing that reads them can be watched.
+
+    A hidden dimension is written and read in every layer. What it costs to lose it is what it costs all places that
+    read the stream, when each of them fits its other inputs to make up for it (`stream_curve`).
+
+    :param batches: on any device.
+    """
+    places = _places(model, structure, placed(batches[0], model))
+    width = structure["hidden"].size
+    moments = {place: Moments(width, width) for place in places}
+    for seen in input_sensitivity(model, places, batches, seed=seed):
+        for place, what in seen.items():
+            moments[place].add(what)
+    found = [part for part in moments.values() if part.rows and part.finite]
+    return stream_curve(found) if found else None
+
+
+def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:
+    """Return the linear layers that read the stream: those of a block read the same, each of the head by itself."""
+    reading = {
+        spec.name.rpartition(".")[0]
+        for spec in structure.parameters
+        if len(spec.sides) == 2 and spec.sides[1] is not None and spec.sides[1].group == "hidden"
+    }
+    found = {
+        block.gate: [path for path in readers(model, structure, block) if path in reading] for block in structure.blocks
+    }
+    found |= {path: [path] for path in head_linears(model, structure, batch) if path in reading}
+    return {place: paths for place, paths in found.items() if paths}
+
+
+def _removed(states: Sequence[_State], units: int) -> LossCurve:
     """Remove units that several projections share, the cheapest first, until none is left."""
     left = torch.arange(units)
     order: list[int] = []
@@ -132,7 +194,7 @@ def _removed(states: Sequence[_State], units: int) -> Curve:
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[gone] = False
         left = left[stays]
-    return Curve(tuple(order), tuple(losses))
+    return LossCurve(tuple(order), tuple(losses))
 
 
 @dataclass

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Weights of the pull towards no change among which held-out rows choose, relative to the mean squared input."""
+AFFINE_RIDGE = 1e-3
+"""Pull of the factors of a norm towards 1, relative to the mean variance of a dimension."""
 HELD_OUT = 5
 """One part in so many of the rows of every batch, its last, is held out while the ridge is chosen, and counts
 afterwards: hardly an example is in both parts."""
@@ -21,6 +23,12 @@ class LeastSquares:
     def __init__(self, inputs: int, outputs: int) -> None:
         """Start empty; memory is 2 * (inputs + 1) * (inputs + 1 + outputs) numbers, whatever the number of rows."""
         self._parts = [_Part(inputs, outputs) for _ in range(2)]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> LeastSquares:
+        """Start empty, with the numbers of inputs and outputs of a linear layer."""
+        assert isinstance(module, nn.Linear)
+        return cls(module.in_features, module.out_features)
 
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
         """Add the rows of a batch.
@@ -63,11 +71,12 @@ class LeastSquares:
                 best, chosen = error, ridge
         return chosen
 
-    def correct(self, module: nn.Linear, ridge: float | None = None) -> None:
-        """Add the solution to a projection whose missing output was the target; nothing where there is none.
+    def correct(self, module: nn.Module, ridge: float | None = None) -> None:
+        """Add the solution to a linear layer whose missing output was the target; nothing where there is none.
 
         :param ridge: None for the one that held-out rows choose.
         """
+        assert isinstance(module, nn.Linear)
         bias = module.bias is not None
         found = self.solve(self.chosen_ridge(bias=bias) if ridge is None else ridge, bias=bias)
         if found is None:
@@ -117,3 +126,35 @@ def _solved(gram: Tensor, moment: Tensor, ridge: float, *, bias: bool) -> Tensor
     if not bool(torch.isfinite(solution).all()):
         return None
     return solution if bias else torch.cat([solution, solution.new_zeros(1, solution.shape[1])])
+
+
+class AffineFit:
+    """A regression of each dimension on itself: a factor and a shift, from sums over batches."""
+
+    def __init__(self, width: int) -> None:
+        """Start empty, for so many dimensions."""
+        self.rows = 0
+        self.sums = torch.zeros(4, width, dtype=torch.float64)
+
+    def add(self, given: Tensor, wanted: Tensor) -> None:
+        """Add the rows of a batch: [N, H] as it is, and as it should be."""
+        given, wanted = given.double().cpu(), wanted.double().cpu()
+        self.rows += len(given)
+        self.sums += torch.stack([part.sum(dim=0) for part in (given, wanted, given.square(), given * wanted)])
+
+    def correct(self, norm: nn.Module) -> None:
+        """Put the factors and shifts into a norm's weight and bias, as far as it has them and they learn."""
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        if not self.rows or weight is None or not weight.requires_grad:
+            return
+        given, wanted, squares, products = self.sums / self.rows
+        shifts = bias is not None and bias.requires_grad
+        variance, covariance = (squares - given.square(), products - given * wanted) if shifts else (squares, products)
+        pull = AFFINE_RIDGE * variance.mean() + torch.finfo(torch.float64).tiny
+        factor = (covariance + pull) / (variance + pull)
+        if not bool(factor.isfinite().all()):
+            return
+        with torch.no_grad():
+            weight.mul_(factor.to(weight))
+            if bias is not None and shifts:
+                bias.mul_(factor.to(bias)).add_((wanted - factor * given).to(bias))

@@ -1,156 +1,201 @@
-"""How much a model's answers depend on what its blocks put out, position by position and in which directions.
+"""Gauss-Newton sensitivity of a model's outputs: to the output of each block, to what is read, and to each mask.
 
-The answers f of an example change by J d when a block's output changes by d. For r of independent standard normals,
-the gradient g of r . f with respect to the output has E[g g^T] = J^T J: one backward pass per batch estimates the
-Gauss-Newton matrix of every block's output without bias and without labels (as in `fisher`).
+The outputs f of an example change by J d when something inside changes by d. For r of independent standard normals, the
+gradient g of r . f has E[g g^T] = J^T J: one backward pass per batch estimates the Gauss-Newton matrix without bias and
+without labels. For log-probabilities it is the Fisher information.
 
-Shapes: B examples, T positions, N positions of a batch that are not padding, H hidden, n inputs of a projection.
+Shapes: B examples, T positions, N positions of a batch that are not padding, H hidden, n inputs of a linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from cofiprune.data.batches import model_inputs
 from cofiprune.data.tasks import supported_kwargs
 from cofiprune.distillation import predictions
-from cofiprune.hooks import frozen
-from cofiprune.oneshot.fisher import counted_outputs
-from cofiprune.oneshot.layerwise import Batch, Projection, placed, valid_rows
+from cofiprune.hooks import After, Before, evaluating, frozen, watching
+from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.layerwise import Batch, placed, projections, valid_rows
+from cofiprune.structure import Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FLOOR = 0.02
-"""Least weight of a position, relative to the mean: answers that one position gives must not leave a fit of the others
+"""Least weight of a position, relative to the mean: outputs that one position gives must not leave a fit of the others
 without any rows."""
+BATCHES = 32
+Places = Mapping[str, Sequence[str]]
+"""Paths of linear layers by the name of the place where they are; those of one place read the same."""
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What passed a place in a batch, with the derivative of the answers."""
+class Sensitivity:
+    """The inputs at a place in a batch, with the derivative of the model's outputs."""
 
     inputs: Tensor
-    """[N, n]: of the map there."""
+    """[N, n]: of the linear layer there."""
     gradients: Tensor
     """[N, H] with respect to its output, or [N, n] with respect to its input."""
     weights: Tensor
     """[N]: squared norms of the gradients, divided by their mean over the example, at least `FLOOR`."""
 
 
-Places = Mapping[str, Sequence[str]]
-"""Paths of linear maps by the name of the place where they are; those of one place read the same."""
+def output_sensitivity(
+    model: PreTrainedModel, last: Mapping[str, str], batches: Sequence[Batch], *, seed: int
+) -> Iterator[dict[str, Sensitivity]]:
+    """Run a model forward and backward and give the sensitivity to the outputs of blocks, by gate, for every batch.
 
-
-def passed(
-    model: PreTrainedModel, wanted: Mapping[str, Projection], batches: Sequence[Batch], *, seed: int
-) -> Iterator[dict[str, Passed]]:
-    """Run a model forward and backward and give what passed its blocks, by gate, for every batch.
-
-    :param wanted: the blocks' last projections, by gate; gradients are those with respect to what they put out.
+    :param last: paths of the blocks' last projections, by gate.
     :param batches: on any device; padding is left out of everything.
     """
-    places = {gate: (projection.module,) for gate, projection in wanted.items()}
-    return _passed(model, places, batches, _watched_outputs, seed=seed)
+    return _sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed, of_outputs=True)
 
 
-def entered(
+def input_sensitivity(
     model: PreTrainedModel, places: Places, batches: Sequence[Batch], *, seed: int
-) -> Iterator[dict[str, Passed]]:
-    """The same for what maps read; gradients are those with respect to it, summed over the maps of a place."""
-    return _passed(model, places, batches, _watched_inputs, seed=seed)
+) -> Iterator[dict[str, Sensitivity]]:
+    """The same for what linear layers read; gradients are summed over the layers of a place."""
+    return _sensitivity(model, places, batches, seed, of_outputs=False)
 
 
-class _Seen:
-    """What the hooks of a forward pass have noted."""
-
-    def __init__(self) -> None:
-        self.states: dict[str, Tensor] = {}
-        self.probes: dict[str, Tensor] = {}
-        """Zeros that are added to what is looked at."""
-
-    def probe(self, place: str, like: Tensor) -> Tensor:
-        """The zeros of a place: the same for all maps there."""
-        if place not in self.probes:
-            self.probes[place] = torch.zeros_like(like, requires_grad=True)
-        return self.probes[place]
+def position_weights(
+    model: PreTrainedModel, structure: Structure, batches: Sequence[Batch], *, seed: int
+) -> dict[str, list[Tensor]]:
+    """Return how much the outputs depend on each position: [N] for every batch, by the gate of the block."""
+    last = projections(model, structure)
+    found: dict[str, list[Tensor]] = {gate: [] for gate in last}
+    for seen in output_sensitivity(model, last, batches, seed=seed):
+        for gate, what in seen.items():
+            found[gate].append(what.weights)
+    return found
 
 
-Watch = Callable[[nn.Module, str, _Seen], RemovableHandle]
+def measured_importance(
+    model: PreTrainedModel,
+    masks: MaskRegistry,
+    names: Sequence[str],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int,
+    limit: int = BATCHES,
+) -> dict[str, Tensor]:
+    """Return the importance of every unit of some groups, [units] by group name.
+
+    It is the mean squared derivative of the outputs with respect to the unit's mask at one, summed over outputs: the
+    diagonal of the Gauss-Newton matrix, by which Kwon et al. (2022, arXiv:2204.09656) rank.
+
+    :param masks: attached to the model, all ones.
+    :param batches: `limit` of them are used; labels in them are not.
+    """
+    generator = torch.Generator(masks[names[0]].device).manual_seed(seed)
+    values = {name: torch.ones_like(masks[name], requires_grad=True) for name in names}
+    squares = {name: torch.zeros_like(masks[name]) for name in names}
+    with evaluating(model):
+        try:
+            for batch in itertools.islice(batches, limit):
+                masks.bind(values)
+                projected = _projected(model, placed(model_inputs(batch, model), model), generator)
+                gradients = torch.autograd.grad(projected, list(values.values()))
+                for name, gradient in zip(values, gradients, strict=True):
+                    squares[name] += gradient.square()
+        finally:
+            masks.unbind()
+    return squares
 
 
-def _watched_outputs(module: nn.Module, place: str, seen: _Seen) -> RemovableHandle:
-    def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        seen.states[place] = args[0].detach()
-        return output + seen.probe(place, output)
-
-    return module.register_forward_hook(note)
-
-
-def _watched_inputs(module: nn.Module, place: str, seen: _Seen) -> RemovableHandle:
-    def note(module: nn.Module, args: Any) -> tuple[Any, ...]:
-        seen.states[place] = args[0].detach()
-        return (args[0] + seen.probe(place, args[0]), *args[1:])
-
-    return module.register_forward_pre_hook(note)
-
-
-def _passed(
-    model: PreTrainedModel, places: Places, batches: Sequence[Batch], watch: Watch, *, seed: int
-) -> Iterator[dict[str, Passed]]:
+def _sensitivity(
+    model: PreTrainedModel, places: Places, batches: Sequence[Batch], seed: int, *, of_outputs: bool
+) -> Iterator[dict[str, Sensitivity]]:
     if not places:
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for batch in batches:
-        with frozen(model), torch.enable_grad():
-            states, gradients = _run(model, places, placed(batch, model), watch, generator)
-        yield {place: _of(states[place], gradients[place], batch) for place in states}
+        probes = _Probes()
+        by_path = [(path, place) for place, paths in places.items() for path in paths]
+        after = {path: probes.on_output(place) for path, place in by_path if of_outputs}
+        before = {path: probes.on_input(place) for path, place in by_path if not of_outputs}
+        with frozen(model), torch.enable_grad(), watching(model, before=before, after=after):
+            gradients = probes.gradients(_projected(model, placed(batch, model), generator))
+        yield {place: _of(probes.inputs[place], gradient, batch) for place, gradient in gradients.items()}
 
 
-def _run(
-    model: PreTrainedModel, places: Places, inputs: Batch, watch: Watch, generator: torch.Generator
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs of the maps, and the gradients of a random projection of the answers."""
-    seen = _Seen()
-    with ExitStack() as hooks:
-        for place, paths in places.items():
-            for path in paths:
-                hooks.callback(watch(model.get_submodule(path), place, seen).remove)
-        answered = predictions(model(**inputs, **supported_kwargs(model, return_dict=True)))
-    probes = seen.probes
-    if not probes:
-        return {}, {}  # none of the maps is called as a module
-    outputs = [counted_outputs(part, inputs) for part in answered]
+class _Probes:
+    """Zeros that are added at some places of a model, to have derivatives with respect to what is there."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self._zeros: dict[str, Tensor] = {}
+
+    def on_output(self, place: str) -> After:
+        """Return a hook that adds the zeros of a place to the output of a module."""
+
+        def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            self.inputs[place] = args[0].detach()
+            return output + self._zeros_like(place, output)
+
+        return add
+
+    def on_input(self, place: str) -> Before:
+        """Return a hook that adds the zeros of a place, the same for all modules there, to the input of one."""
+
+        def add(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            self.inputs[place] = args[0].detach()
+            return (args[0] + self._zeros_like(place, args[0]), *args[1:]), kwargs
+
+        return add
+
+    def _zeros_like(self, place: str, like: Tensor) -> Tensor:
+        if place not in self._zeros:
+            self._zeros[place] = torch.zeros_like(like, requires_grad=True)
+        return self._zeros[place]
+
+    def gradients(self, projected: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of a scalar at every place that was reached; where none is called as a module, none."""
+        if not self._zeros:
+            return {}
+        found = torch.autograd.grad(projected, list(self._zeros.values()), allow_unused=True)
+        return {
+            place: torch.zeros_like(zeros) if gradient is None else gradient
+            for (place, zeros), gradient in zip(self._zeros.items(), found, strict=True)
+        }
+
+
+def _projected(model: PreTrainedModel, inputs: Batch, generator: torch.Generator) -> Tensor:
+    """Return a random projection of a model's outputs: a scalar."""
+    found = predictions(model(**inputs, **supported_kwargs(model, return_dict=True)))
+    outputs = [_without_padding(part, inputs) for part in found]
     noise = [torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype) for part in outputs]
-    projected = torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
-    found = torch.autograd.grad(projected, list(probes.values()), allow_unused=True)
-    return seen.states, {
-        place: torch.zeros_like(probe) if gradient is None else gradient
-        for (place, probe), gradient in zip(probes.items(), found, strict=True)
-    }
+    return torch.stack([(part * r).sum() for part, r in zip(outputs, noise, strict=True)]).sum()
 
 
-def _of(states: Tensor, gradient: Tensor, batch: Batch) -> Passed:
-    squares = (
-        gradient.to(torch.promote_types(torch.float32, gradient.dtype)).square().sum(dim=-1, keepdim=True)
-    )  # [B, T, 1]
-    rows = valid_rows(gradient, batch)
-    return Passed(valid_rows(states, batch), rows, _relative(squares, batch))
+def _without_padding(predicted: Tensor, inputs: Batch) -> Tensor:
+    """Return predictions [B, T, ...] with zeros at padding; others as they are."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or predicted.dim() < 2 or predicted.shape[:2] != mask.shape:
+        return predicted
+    return torch.where(mask.reshape(*mask.shape, *[1] * (predicted.dim() - 2)) != 0, predicted, 0.0)
+
+
+def _of(states: Tensor, gradient: Tensor, batch: Batch) -> Sensitivity:
+    squares = gradient.to(torch.promote_types(torch.float32, gradient.dtype)).square().sum(dim=-1, keepdim=True)
+    return Sensitivity(valid_rows(states, batch), valid_rows(gradient, batch), _relative(squares, batch))
 
 
 def _relative(squares: Tensor, batch: Batch) -> Tensor:
-    """[N]: squares by their mean over the real positions of the example, with a floor."""
+    """Divide squares [B, T, 1] by their mean over the valid positions of the example, with a floor: [N]."""
     mask = batch.get("attention_mask")
     lined_up = mask is not None and squares.shape[:-1] == mask.shape
-    real = (mask != 0).to(squares).unsqueeze(-1) if lined_up and mask is not None else torch.ones_like(squares)
+    valid = (mask != 0).to(squares).unsqueeze(-1) if lined_up and mask is not None else torch.ones_like(squares)
     axes = tuple(range(1, squares.dim()))
-    mean = (squares * real).sum(axes, keepdim=True) / real.sum(axes, keepdim=True).clamp(min=1)
-    # Answers that do not depend on the block at all weigh all positions alike.
+    mean = (squares * valid).sum(axes, keepdim=True) / valid.sum(axes, keepdim=True).clamp(min=1)
+    # Outputs that do not depend on the block at all weigh all positions alike.
     relative = torch.where(mean > 0, squares / mean.clamp(min=torch.finfo(squares.dtype).tiny), 1.0)
     return valid_rows((1 - FLOOR) * relative + FLOOR, batch)[:, 0]

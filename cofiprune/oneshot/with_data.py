@@ -1,12 +1,12 @@
-"""One-shot pruning on data: in a few sweeps, each of which measures, decides and repairs.
+"""One-shot pruning on data: in a few rounds, each of which measures, decides and reconstructs.
 
-A sweep measures what it costs to take units out of every block when the others make up for it (`surgeon`), spends its
-budget where that costs least (`budgeting`), and fits every map of what is left to what the whole model does at the same
-place (`repair`). Then the next one measures again, on the repaired model: a single ranking collapses where much goes.
-A pass from the bottom to the top that decides block by block (K-prune, Park et al., 2024, arXiv:2308.03449) measures
-again too, but decides the lowest blocks while the others are whole.
+A round measures what it costs to take units out of every block when the others make up for it (`loss_curves`), spends
+its budget where that costs least (`selection.knapsack`), and fits every linear layer that is left to what the dense
+model does at the same place (`reconstruction`). Then the next one measures again, on the reconstructed model: a single
+ranking collapses where much goes. A pass from the bottom to the top that decides block by block (K-prune, Park et al.,
+2024, arXiv:2308.03449) measures again too, but decides the lowest blocks while the others are dense.
 
-Labels are not needed. Hidden dimensions stay.
+Labels are not needed. Hidden dimensions stay, unless they are named.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact
-from cofiprune.data.batches import ROWS
-from cofiprune.data.tasks import label_names
+from cofiprune.compaction.slicing import compacted
+from cofiprune.data.batches import model_inputs
 from cofiprune.errors import DataError, TargetError
-from cofiprune.oneshot.decision import Candidate, decide
-from cofiprune.oneshot.layerwise import Batch, Projection, counted, projections
-from cofiprune.oneshot.loss_curves import Curve, Moments, curve
-from cofiprune.oneshot.reconstruction import Repair
-from cofiprune.oneshot.sensitivity import passed
-from cofiprune.oneshot.stream import hidden_curve
+from cofiprune.oneshot.layerwise import Batch, counted, projections
+from cofiprune.oneshot.loss_curves import block_curves, hidden_curve
+from cofiprune.oneshot.reconstruction import Reconstruction
+from cofiprune.oneshot.sensitivity import position_weights
 from cofiprune.plan import Plan
+from cofiprune.selection.curves import LossCurve, units_kept
+from cofiprune.selection.knapsack import best_sizes
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
-from cofiprune.structure import Block, Side, Structure, UnitKind
+from cofiprune.structure import Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEP = 0.4
-"""Share of the model that one sweep leaves at least."""
+"""Share of the model that one round leaves at least."""
 FIT_POSITIONS, FIT_PER_INPUT = 10_000, 4
-"""Tokens, patches or frames that the maps are fitted on: so many, and at least four for each input of the widest."""
+"""Tokens, patches or frames that linear layers are fitted on: so many, and at least four for each input of the
+widest."""
 SCORED_POSITIONS = 6_000
-"""What the curves are measured on."""
+"""Positions that the curves are measured on."""
 NARROWEST = 8
-"""One hidden dimension in so many stays: norms over a handful leave nothing to repair."""
+"""One hidden dimension in so many stays: norms over a handful leave nothing to reconstruct."""
 
 
 def check_one_shot(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None) -> None:
@@ -64,197 +63,146 @@ def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> b
     return bool(_inner(structure, units))
 
 
-def calibration(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Batch]:
-    """Take from a data set what the statistics need: batches of what the model reads, without labels.
+def calibration(model: PreTrainedModel, structure: Structure, batches: Iterable[Mapping[str, Tensor]]) -> list[Batch]:
+    """Take calibration data from a data set: batches of what the model reads, as many as the statistics need.
 
     :raises DataError: when there are fewer positions than a projection has inputs.
     """
-    structure = structure_of(model)
-    needed = max((_shape(model, last)[0] for last in projections(model, structure).values()), default=1)
-    enough = positions_used(needed)
-    left_out = {ROWS, *label_names(model)}
-    taken: list[Batch] = []
-    found = 0
-    for batch in batches:
-        taken.append({name: value for name, value in batch.items() if name not in left_out})
-        found += counted(model, structure, taken[-1])
-        if found >= enough:
-            break
-    if found < needed:
+    widths = [model.get_parameter(f"{path}.weight").shape[1] for path in projections(model, structure).values()]
+    needed = max(widths, default=1)
+    most = max(FIT_POSITIONS, FIT_PER_INPUT * needed)
+    found, positions = _first(model, structure, (model_inputs(batch, model) for batch in batches), most)
+    if positions < needed:
         raise DataError(
-            f"the data set has {found} positions (tokens, patches or frames) that are no padding; the statistics of "
-            f"this model need at least {needed}, one for each input of its widest projection; up to {enough} are used"
+            f"the data set has {positions} positions (tokens, patches or frames) that are no padding; the statistics "
+            f"of this model need at least {needed}, one for each input of its widest projection; up to {most} are used"
         )
-    return taken
-
-
-def positions_used(widest: int) -> int:
-    """How many positions the statistics are taken over, where there are as many.
-
-    :param widest: inputs of the widest last projection of a block.
-    """
-    return max(FIT_POSITIONS, FIT_PER_INPUT * widest)
-
-
-class SequentialPruning:
-    """One run of the method on a model, which it leaves as it is."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[Batch],
-        target: Target,
-        *,
-        units: str | Sequence[UnitKind] | None = None,
-        seed: int = 0,
-        repair: bool = True,
-    ) -> None:
-        """Set up a run.
-
-        :param model: without masks, in evaluation mode; what its blocks put out is what the repair aims at.
-        :param batches: see `calibration`; at least one.
-        :param target: met as nearly as whole units allow.
-        :param units: kinds that may be cut; of them only heads and feed-forward dimensions are, and with "layer" also
-            whole blocks.
-        :param repair: whether what is left is refitted after every sweep.
-        """
-        self.model = model
-        self.batches = batches
-        self.structure = structure_of(model)
-        self.target = target
-        self.pending = set(_inner(self.structure, units))
-        chosen = self.structure.select(units)
-        self.may_empty = any(group.unit == "layer" for group in chosen)
-        self.cuts_hidden = units is not None and any(group.kind == "hidden" for group in chosen)
-        self.seed = seed
-        self.repair = repair
-        self.scored = _scored(model, self.structure, batches)
-
-    def run(self, on_progress: Callable[[float], None] | None = None) -> tuple[Plan, PreTrainedModel]:
-        """Prune.
-
-        :param on_progress: called with the share done, in (0, 1].
-        :return: what is kept, in terms of the model, and the smaller, repaired model.
-        """
-        report = on_progress or (lambda share: None)
-        weights = position_weights(self.model, self.batches, seed=self.seed) if self.repair else {}
-        plan = Plan.from_values(self.structure, {})
-        small = compact(self.model, plan)
-        goals = self._goals()
-        for number, goal in enumerate(goals):
-            try:
-                cut = self._cut(small, goal)
-            except TargetError:
-                if goal is self.target:
-                    raise
-                continue  # sizes that go in large steps need not meet what lies on the way
-            small, plan = compact(small, cut), plan.then(cut)
-            if not self.repair:
-                report((number + 1) / len(goals))
-                continue
-            repair = Repair(
-                self.model, self.structure, small, structure_of(small), plan, self.batches,
-                ridge=None, weights=weights, everything=True,
-            )  # fmt: skip
-            repair.run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
-        return plan, small
-
-    def _goals(self) -> list[Target]:
-        """What each sweep is to leave; the last one the target itself."""
-        here = self.target.kept_share(self.structure)
-        shares = sweeps((1 - self.target.share) / here)
-        return [*(self.target.at(1 - share * here) for share in shares[:-1]), self.target]
-
-    def _stream(self, small: PreTrainedModel, structure: Structure) -> Curve | None:
-        """What it costs to take out hidden dimensions, where they may be cut; infinitely much, of those that stay."""
-        found = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
-        if found is None:
-            return None
-        stays = max(self.structure["hidden"].size // NARROWEST, 2)
-        most = max(len(found.order) - stays, 0)
-        return Curve(found.order, (*found.losses[:most], *[math.inf] * (len(found.order) - most)))
-
-    def _cut(self, small: PreTrainedModel, goal: Target) -> Plan:
-        """What to take out of the small model; where the goal is measured, what is decided is."""
-        structure = structure_of(small)
-        candidates = [
-            Candidate(block, found, in_part=block.inner in self.pending, as_a_whole=self.may_empty)
-            for block, found in self._curves(small, structure)
-        ]
-        stream = self._stream(small, structure)
-
-        def plan_for(aim: Target) -> Plan:
-            return decide(structure, candidates, aim, stream)
-
-        return goal.settle(plan_for, lambda plan: compact(small, plan))
-
-    def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[Block, Curve]]:
-        """What it costs to take units out of each block that may be cut, or go."""
-        blocks = {
-            block.gate: block
-            for block in structure.blocks
-            if block.inner in self.pending or (self.may_empty and block.inner in structure)
-        }
-        wanted = {gate: last for gate, last in projections(small, structure).items() if gate in blocks}
-        moments = {gate: Moments(*_shape(small, last)) for gate, last in wanted.items()}
-        for seen in passed(small, wanted, self.scored, seed=self.seed):
-            for gate, what in seen.items():
-                moments[gate].add(what)
-        # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
-        source = next((gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())), None)
-        for gate, last in {**({source: wanted[source]} if source else {}), **wanted}.items():
-            found = moments.pop(gate)
-            if not found.finite:
-                raise DataError(
-                    f"what passes {last.module} on the rows of the data set is not finite, so that there are no "
-                    "statistics of it. Look for values that overflow in the rows or, in half precision, in the model"
-                )
-            module, side = small.get_submodule(last.module), _inputs_of(structure, last)
-            assert isinstance(module, torch.nn.Linear)
-            if side is not None and found.rows:  # weights that another module reads itself are not seen
-                yield blocks[gate], curve(module, found, side)
-
-
-def position_weights(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int) -> dict[str, list[Tensor]]:
-    """How much the answers of a model depend on each position: [N] for every batch, by the gate of the block."""
-    wanted = projections(model, structure_of(model))
-    found: dict[str, list[Tensor]] = {gate: [] for gate in wanted}
-    for seen in passed(model, wanted, batches, seed=seed):
-        for gate, what in seen.items():
-            found[gate].append(what.weights)
     return found
 
 
-def sweeps(share: float) -> list[float]:
-    """The shares that are left after each sweep, evenly on a logarithmic scale, for what is to be left in the end.
+def rounds(share: float) -> list[float]:
+    """Return the shares that are left after each round, evenly on a logarithmic scale, for a share left in the end.
 
-    >>> [round(left, 3) for left in sweeps(0.2)]
+    >>> [round(left, 3) for left in rounds(0.2)]
     [0.447, 0.2]
     """
     number = max(1, math.ceil(math.log(share) / math.log(STEP)))
     return [share ** ((index + 1) / number) for index in range(number)]
 
 
-def _inputs_of(structure: Structure, last: Projection) -> Side | None:
-    """How the inputs of a block's last projection divide into units."""
-    return next(spec.sides[1] for spec in structure.parameters if spec.name == f"{last.module}.weight")
+class RoundPruning:
+    """One run of the method on a model, which it leaves as it is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        batches: Sequence[Batch],
+        target: Target,
+        *,
+        units: str | Sequence[UnitKind] | None = None,
+        seed: int = 0,
+        reconstruct: bool = True,
+    ) -> None:
+        """Set up a run.
+
+        :param model: without masks, in evaluation mode; the reconstruction aims at the outputs of its blocks.
+        :param batches: see `calibration`; at least one.
+        :param target: met as nearly as whole units allow.
+        :param units: kinds that may be cut: heads and feed-forward dimensions, with "layer" also whole blocks, and
+            hidden dimensions where they are named.
+        :param reconstruct: whether what is left is reconstructed after every round.
+        """
+        self.model = model
+        self.batches = batches
+        self.structure = structure
+        self.target = target
+        self.pending = set(_inner(structure, units))
+        chosen = structure.select(units)
+        self.may_empty = any(group.unit == "layer" for group in chosen)
+        self.cuts_hidden = units is not None and any(group.kind == "hidden" for group in chosen)
+        self.seed = seed
+        self.reconstruct = reconstruct
+        self.scored = _first(model, structure, batches, SCORED_POSITIONS)[0]
+
+    def run(self, on_progress: Callable[[float], None] | None = None) -> tuple[Plan, PreTrainedModel]:
+        """Prune.
+
+        :param on_progress: called with the share done, in (0, 1].
+        :return: what is kept, in terms of the model, and the smaller, reconstructed model.
+        """
+        report = on_progress or (lambda share: None)
+        weights = {}
+        if self.reconstruct:
+            weights = position_weights(self.model, self.structure, self.batches, seed=self.seed)
+        plan, structure = Plan.from_values(self.structure, {}), self.structure
+        small = compacted(self.model, structure, plan)
+        goals = self._goals()
+        for number, goal in enumerate(goals):
+            try:
+                cut = self._cut(small, structure, goal)
+            except TargetError:
+                if goal is self.target:
+                    raise
+                continue  # sizes that go in large steps need not meet what lies on the way
+            small, plan = compacted(small, structure, cut), plan.then(cut)
+            structure = structure_of(small)
+            if self.reconstruct:
+                Reconstruction(
+                    self.model, self.structure, small, structure, plan, self.batches, weights=weights, everything=True
+                ).run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
+            else:
+                report((number + 1) / len(goals))
+        return plan, small
+
+    def _goals(self) -> list[Target]:
+        """Return the target of each round; the last one is the target itself."""
+        here = self.target.kept_share(self.structure)
+        shares = rounds((1 - self.target.share) / here)
+        return [*(self.target.at(1 - share * here) for share in shares[:-1]), self.target]
+
+    def _cut(self, small: PreTrainedModel, structure: Structure, goal: Target) -> Plan:
+        """Decide what to take out of the small model; where the goal is measured, what is decided is."""
+        curves = dict(self._curves(small, structure))
+
+        def plan_for(aim: Target) -> Plan:
+            sizes = best_sizes(structure, curves, aim)
+            if aim.needs_levels(structure):
+                aim.check(structure, sizes)
+            return Plan.from_values(structure, units_kept(structure, curves, sizes))
+
+        return goal.settle(plan_for, lambda plan: compacted(small, structure, plan))
+
+    def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[str, LossCurve]]:
+        """Give the curves of the groups of which some units may go."""
+        gates = [
+            block.gate
+            for block in structure.blocks
+            if block.inner in self.pending or (self.may_empty and block.inner in structure)
+        ]
+        for block, found in block_curves(small, structure, gates, self.scored, seed=self.seed):
+            assert block.inner is not None
+            if block.inner in self.pending:
+                yield block.inner, found if self.may_empty else found.keeping(1)
+            if self.may_empty:
+                yield block.gate, LossCurve((0,), found.loss[-1:])
+        stream = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
+        if stream is not None:
+            yield "hidden", stream.keeping(max(self.structure["hidden"].size // NARROWEST, 2))
 
 
-def _shape(model: PreTrainedModel, last: Projection) -> tuple[int, int]:
-    outputs, inputs = model.get_parameter(f"{last.module}.weight").shape
-    return inputs, outputs
-
-
-def _scored(model: PreTrainedModel, structure: Structure, batches: Sequence[Batch]) -> list[Batch]:
-    """The first batches, up to the limit."""
-    taken: list[Batch] = []
-    found = 0
+def _first(
+    model: PreTrainedModel, structure: Structure, batches: Iterable[Batch], most: int
+) -> tuple[list[Batch], int]:
+    """Return the first batches with so many positions, and how many they have."""
+    found: list[Batch] = []
+    positions = 0
     for batch in batches:
-        taken.append(batch)
-        found += counted(model, structure, batch)
-        if found >= SCORED_POSITIONS:
+        found.append(batch)
+        positions += counted(model, structure, batch)
+        if positions >= most:
             break
-    return taken
+    return found, positions
 
 
 def _inner(structure: Structure, units: str | Sequence[UnitKind] | None) -> list[str]:

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from cofiprune.accounting import Cost
-from cofiprune.errors import TargetError
 from cofiprune.plan import Plan
-from cofiprune.selection.blockwise import by_blocks
-from cofiprune.selection.curves import Losses
-from cofiprune.selection.knapsack import allocate
+from cofiprune.selection.curves import LossCurve, units_kept
+from cofiprune.selection.knapsack import best_sizes
 from cofiprune.selection.target import Target
-from cofiprune.selection.uniform import uniform_sizes
 from cofiprune.structure import Structure
 
 
@@ -44,47 +41,24 @@ def select(
     """
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
     cost = target.cost(structure)
-    total = cost.exact(structure.sizes)
-    wanted = round(target.budget)
-    if target.needs_levels(structure):
-        lost = Losses.of(structure, worth or _above_lowest(flat))
-        kept = best_units(flat, sizes_for(structure, lost, target))
-    else:
+    sizes, kept = None, {}
+    if not target.needs_levels(structure):
+        wanted = round(target.budget)
         kept = _threshold(structure, flat, cost, wanted)
         _trim(structure, flat, cost, wanted, kept)
-    found = cost.exact(_counts(structure, kept))
-    if abs(found - wanted) > target.tolerance * total and not target.needs_levels(structure):
-        kept = by_blocks(structure, flat, cost, wanted, start=int(kept["hidden"].sum()) if "hidden" in kept else 0)
-        _trim(structure, flat, cost, wanted, kept)
-        found = cost.exact(_counts(structure, kept))
-    if abs(found - wanted) > target.tolerance * total:
-        raise TargetError(f"the nearest plan to {target} has {target.text(found)}")
+        sizes = _counts(structure, kept)
+    if sizes is None or not target.is_met(structure, sizes):
+        lost = worth or _above_lowest(flat)
+        curves = {name: LossCurve.of(lost[name], score) for name, score in flat.items()}
+        sizes = best_sizes(structure, curves, target)
+        kept = units_kept(structure, curves, sizes)
+        target.check(structure, sizes)
     factors = {name: mask.double() for name, mask in kept.items()}
     for name, value in (values or {}).items():
         if name in factors:
             soft = value.detach().double().cpu()
             factors[name] = factors[name] * torch.where(soft > 0, soft, factors[name])
     return Plan.from_values(structure, factors)
-
-
-def sizes_for(structure: Structure, lost: Losses, target: Target, *, may_empty: bool = True) -> dict[str, int]:
-    """How many units of each group stay, where that is decided for whole groups.
-
-    :param may_empty: whether blocks may go whose gates have no loss of their own, by losing all of their units.
-    :raises TargetError: when no sizes meet the target.
-    """
-    if target.uniform:
-        return uniform_sizes(structure, lost, target)
-    return allocate(structure, lost, target, may_empty=may_empty)
-
-
-def best_units(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The units with the highest scores, so many of each group: bool, [units]."""
-    found = {}
-    for name, score in scores.items():
-        found[name] = torch.zeros(len(score), dtype=torch.bool)
-        found[name][score.argsort(descending=True, stable=True)[: sizes[name]]] = True
-    return found
 
 
 def _above_lowest(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,24 +6,19 @@ do not, and then combinations are searched over the discretised cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from cofiprune.accounting import Cost, layer_parameters
 from cofiprune.errors import TargetError
-from cofiprune.selection.curves import Losses
+from cofiprune.selection.curves import Curves, block_tables, hidden_sizes, sizes_of, spread, uncritical
+from cofiprune.selection.knapsack import FINE_LEVELS, RESOLUTION, least_losses
 from cofiprune.selection.target import TOLERANCE, Target
 from cofiprune.selection.uniform import uniform_sizes
-from cofiprune.structure import UNIT_KINDS, Block, Group, Structure, UnitKind
-
-RESOLUTION = 40_000
-"""Steps that a cost is cut into where combinations of whole blocks are searched."""
-_INNER_LEVELS = 128
-_HIDDEN_LEVELS = 128
-"""Sizes of a group that such a search tries: a linear cost then goes in steps of less than twice the tolerance."""
+from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
 
 
 @dataclass(frozen=True)
@@ -55,18 +50,18 @@ def reachable(
 
     :param units: unit kinds; None for all that the structure has.
     """
-    groups = structure.select(units)
-    chosen = {group.name for group in groups}
-    highest = 1 - cost.exact(_least(structure, groups)) / cost.exact(structure.sizes)
-    reached = torch.zeros(RESOLUTION + 1, dtype=torch.bool)
-    levels = reached.nonzero().flatten()
-    for hidden in hidden_sizes(structure, chosen):
-        reached |= amounts(structure, chosen, cost, hidden)
-        levels = reached.nonzero().flatten()
-        ends = torch.tensor([0, round(highest * RESOLUTION)])
-        if int(torch.cat([levels, ends]).sort().values.diff().max()) <= 2 * slack_of(structure, tolerance):
+    curves = uncritical(structure, (group.name for group in structure.select(units)))
+    total = cost.exact(structure.sizes)
+    fewest = int(hidden_sizes(structure, curves)[0])
+    least = [int(table.allowed[0]) for table in block_tables(structure, curves, cost, fewest)]
+    highest = 1 - cost.exact(sizes_of(structure, fewest, least)) / total
+    reached = np.zeros(RESOLUTION + 1, dtype=bool)
+    for hidden in _order(spread(hidden_sizes(structure, curves), FINE_LEVELS).tolist()):
+        reached |= _saved(structure, curves, cost, hidden)
+        steps = np.flatnonzero(reached)
+        if np.diff(np.union1d(steps, [0, round(highest * RESOLUTION)])).max() <= 2 * _slack(structure, tolerance):
             return Reachable(highest, True, ())
-    return Reachable(highest, False, tuple(level / RESOLUTION for level in levels.tolist()))
+    return Reachable(highest, False, tuple((steps / RESOLUTION).tolist()))
 
 
 def check_target(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None = None) -> None:
@@ -83,8 +78,7 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     if target.budget >= total:
         raise TargetError(f"{target}: this {structure.family} model is there already, with {target.text(total)}")
     if target.uniform:
-        alike = {group.name: torch.ones(group.size) for group in groups}
-        uniform_sizes(structure, Losses.of(structure, alike), target)
+        uniform_sizes(structure, uncritical(structure, (group.name for group in groups)), target)
     share = target.removed(structure)
     found = reachable(structure, cost, units, target.tolerance)
     kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in groups)]
@@ -94,9 +88,8 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
             f"{target} cannot be reached with {chosen} on this {structure.family} model: "
             f"removing all that can go gives {target.text((1 - found.highest) * total)}"
         )
-    if not found.fine and min(abs(level - share) for level in found.levels) * RESOLUTION > slack_of(
-        structure, target.tolerance
-    ):
+    off = 0.0 if found.fine else min(abs(level - share) for level in found.levels) * RESOLUTION
+    if off > _slack(structure, target.tolerance):
         near = " and ".join(target.text((1 - level) * total) for level in found.nearest(share))
         others = [unit for unit in UNIT_KINDS if unit not in kinds]
         more = f". More is reachable with other units too: {', '.join(others)}" if others else ""
@@ -106,68 +99,28 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
         )
 
 
-def amounts(structure: Structure, chosen: Iterable[str], cost: Cost, hidden: int) -> Tensor:
-    """Whether each step of the cost can be removed with so many hidden dimensions: [RESOLUTION + 1] bool."""
-    names = set(chosen)
-    full = {**structure.sizes, "hidden": hidden}
-    total = cost.exact(structure.sizes)
-    reached = torch.zeros(RESOLUTION + 1, dtype=torch.bool)
-    reached[steps(total - cost.exact(full), total)] = True
-    for block in structure.blocks:
-        shifted = reached.clone()
-        for step in {steps(saved, total) for _, _, saved in cuts(block, names, cost, full)}:
-            shifted[step:] |= reached[: len(reached) - step]
-        reached = shifted
-    return reached
-
-
-def cuts(block: Block, chosen: set[str], cost: Cost, full: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """The cuts of a block that a search tries: the group, the size that it is cut to, and the cost saved."""
-    found = []
-    whole = cost.exact(full)
-    if block.inner is not None and block.inner in chosen:
-        counts = _spread(full[block.inner], _INNER_LEVELS)[:-1]
-        left = cost.along(full, block.inner, counts)
-        found += [(block.inner, count, whole - each) for count, each in zip(counts, left, strict=True)]
-    if block.gate in chosen or block.inner in chosen:
-        found.append((block.gate, 0, whole - cost.exact({**full, block.gate: 0})))
+def _saved(structure: Structure, curves: Curves, cost: Cost, hidden: int) -> NDArray[np.bool_]:
+    """Whether each step of the cost can be saved with so many hidden dimensions: [1 + RESOLUTION]."""
+    step = cost.exact(structure.sizes) / RESOLUTION
+    tables = block_tables(structure, curves, cost, hidden)
+    rows = [(table, spread(table.allowed, FINE_LEVELS)) for table in tables]
+    best, _ = least_losses([(table.saved[row], table.loss[row]) for table, row in rows], step)
+    found = np.zeros(RESOLUTION + 1, dtype=bool)
+    first = RESOLUTION - round(cost.exact(sizes_of(structure, hidden)) / step)
+    best = best[: RESOLUTION + 1 - first]  # roundings of all blocks together may exceed the whole
+    found[first : first + len(best)] = np.isfinite(best)
     return found
 
 
-def hidden_sizes(structure: Structure, chosen: Iterable[str]) -> list[int]:
-    """Numbers of hidden dimensions that a search tries: both ends, then the middle between any two, and so on."""
-    if "hidden" not in structure:
-        return [0]
-    size = structure["hidden"].size
-    if "hidden" not in chosen:
-        return [size]
-    sizes = _spread(size, _HIDDEN_LEVELS)
-    order, stride = [len(sizes) - 1, 0], 2 ** len(sizes).bit_length()
+def _order(sizes: list[int]) -> list[int]:
+    """Both ends, then the middle between any two, and so on."""
+    places, stride = [len(sizes) - 1, 0], 2 ** len(sizes).bit_length()
     while stride > 1:
-        order += range(stride // 2, len(sizes), stride)
+        places += range(stride // 2, len(sizes), stride)
         stride //= 2
-    return [sizes[index] for index in dict.fromkeys(order)]
+    return [sizes[place] for place in dict.fromkeys(places)]
 
 
-def slack_of(structure: Structure, tolerance: float = TOLERANCE) -> float:
+def _slack(structure: Structure, tolerance: float) -> float:
     """A tolerance in steps of the search, less what rounding every block to whole steps can add up to."""
-    return tolerance * RESOLUTION - len(structure.blocks) - 1
-
-
-def steps(saved: int, total: int) -> int:
-    return saved * RESOLUTION // total  # rounded down, so that all blocks together do not exceed the whole
-
-
-def _spread(size: int, levels: int) -> list[int]:
-    """About `levels` numbers from 1 to size, ascending, both ends among them."""
-    return sorted({1, *(max(1, round(level * size / levels)) for level in range(1, levels + 1))})
-
-
-def _least(structure: Structure, groups: Sequence[Group]) -> dict[str, int]:
-    chosen = {group.name for group in groups}
-    counts = dict(structure.sizes)
-    counts.update({name: 1 if name == "hidden" else 0 for name in chosen})
-    for block in structure.blocks:
-        if not counts[block.gate] or (block.inner is not None and not counts[block.inner]):
-            counts[block.gate] = 0
-    return counts
+    return tolerance * RESOLUTION - len(structure.blocks) / 2 - 1

@@ -6,7 +6,7 @@ people ask for them (`Scale`); everything that decides what stays knows only thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 0.005
-_NEAR = 0.6
-"""How near to the target, in tolerances, choices are compared by what they lose."""
-_NEAR_IN_TIME = 0.01
-"""The same where what is left is measured, as a share of that, so that a correction has something to go by."""
+_NEAR, _NEAR_IN_TIME = 0.6 * TOLERANCE, 0.01
+"""How near to the budget choices are compared by what they lose: as a share of what the model costs that is cut; where
+the cost is measured, of the budget, so that a correction has something to go by."""
 _CLOSE = 0.015
 """Measurements of one model differ by about as much on a quiet machine."""
 _ROUNDS, _LAST = 8, 6
@@ -90,10 +89,12 @@ class Target:
         """How far the cost may end from what may be left, as a share of the dense model's."""
         return max(TOLERANCE, self.slack * self.budget / self.total)
 
-    @property
-    def tie_width(self) -> float:
-        """How near to what may be left choices are compared by what they lose, as a share of the dense model's cost."""
-        return _NEAR_IN_TIME * self.budget / self.total if self.slack else _NEAR * TOLERANCE
+    def tie_width(self, here: float) -> float:
+        """How near to the budget choices are compared by what they lose, in units of the cost.
+
+        :param here: the cost of the model that is cut.
+        """
+        return _NEAR_IN_TIME * self.budget if self.slack else _NEAR * here
 
     def needs_levels(self, structure: Structure) -> bool:
         """Whether sizes of whole groups have to be decided together, not unit by unit."""
@@ -116,6 +117,18 @@ class Target:
     def kept_share(self, structure: Structure) -> float:
         """The cost of a model by that of the dense one."""
         return self.cost(structure).exact(structure.sizes) / self.total
+
+    def is_met(self, structure: Structure, sizes: Mapping[str, int]) -> bool:
+        """Whether a model with some sizes of its groups costs what the target says, within the tolerance."""
+        return abs(self.cost(structure).exact(sizes) - self.budget) <= self.tolerance * self.total
+
+    def check(self, structure: Structure, sizes: Mapping[str, int]) -> None:
+        """Make sure that sizes meet the target.
+
+        :raises TargetError: when they do not.
+        """
+        if not self.is_met(structure, sizes):
+            raise TargetError(f"the nearest plan to {self} has {self.text(self.cost(structure).exact(sizes))}")
 
     def settle(self, decide: Callable[[Target], Plan], compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
         """Decide; where the cost is an estimate, measure what was decided, and decide again by what it was off.

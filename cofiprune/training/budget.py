@@ -24,7 +24,7 @@ from cofiprune.distillation import predictions
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
 from cofiprune.oneshot.layerwise import counted
-from cofiprune.oneshot.with_data import FIT_POSITIONS, sweeps
+from cofiprune.oneshot.with_data import FIT_POSITIONS, rounds
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Choice:
 def one_shot_steps(shares: Sequence[float]) -> float:
     """What one shot takes, in training steps of the dense model over the rows that it uses, on the safe side.
 
-    :param shares: of the layers left after each of its sweeps.
+    :param shares: of the layers left after each of its rounds.
     """
     before = (1.0, *shares[:-1])
     return MARGIN * (1 + sum(SWEEP[0] + SWEEP[1] * share for share in before))
@@ -184,7 +184,7 @@ def measure_pace(
         step = _median_seconds(lambda batch: _step(model, batch), inputs)
     asked = 0.0 if teacher is None else _median_seconds(lambda batch: _teach(teacher, batch), inputs)
     rows = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
-    return Pace(step, asked, steps_per_epoch, rows * one_shot_steps(sweeps(1 - target)) * step)
+    return Pace(step, asked, steps_per_epoch, rows * one_shot_steps(rounds(1 - target)) * step)
 
 
 def _median_seconds(run: Callable[[Batch], None], batches: list[Batch]) -> float:

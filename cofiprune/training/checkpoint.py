@@ -28,7 +28,8 @@ from cofiprune.training.config import PruneConfig
 FORMAT_VERSION = 2
 """1 held the dense model only where it was no longer the one that learns."""
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps"}
+_MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps", "latency_cache", "pad_to_multiple_of"}
+"""Settings that say nothing about the run, or that come from the machine."""
 _COUNTS = ("step", "total_steps", "batches_seen", "seconds", "best")
 
 
@@ -228,7 +229,7 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{newest} is damaged: its meta.json cannot be read ({error!r})") from error
-    check_same(fingerprint, saved, newest, afresh)
+    check_same(fingerprint, saved, f"{newest} is of another run", afresh)
     try:
         captured = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
@@ -267,18 +268,18 @@ def check_version(found: Any, where: Path, otherwise: str) -> None:
         )
 
 
-def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], where: Path, otherwise: str) -> None:
+def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], problem: str, otherwise: str) -> None:
     """Make sure that a checkpoint is of the run that is to go on.
 
     :param asked: the fingerprint of that run, `saved` the one of the checkpoint.
+    :param problem: the beginning of the message where they differ.
     :raises CheckpointError: naming the first value that differs, down to single settings.
     """
     difference = _first_difference(asked, saved)
     if difference is not None:
         name, wanted, was = difference
         raise CheckpointError(
-            f"{where} is of another run: its {name} is {was!r}, asked for {wanted!r}. "
-            f"Resume with the same arguments{otherwise}"
+            f"{problem}: its {name} is {was!r}, asked for {wanted!r}. Resume with the same arguments{otherwise}"
         )
 
 

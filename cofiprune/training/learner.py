@@ -10,7 +10,7 @@ The multipliers and the schedule of the target stay as they were, because costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from torch.optim import Optimizer
 
 from cofiprune.compaction.slicing import sliced
 from cofiprune.constraint import Constraint, target_at
+from cofiprune.data.batches import Batches
 from cofiprune.gates import COFI_LIMIT, Gates, gate_cut
 from cofiprune.masks import MaskRegistry
+from cofiprune.oneshot.sensitivity import measured_importance
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.target import Target
@@ -53,7 +55,6 @@ class GateLearner(nn.Module):
     def __init__(
         self,
         masks: MaskRegistry,
-        names: Sequence[str],
         target: Target,
         settings: ResolvedSettings,
         schedule: Schedule,
@@ -63,14 +64,13 @@ class GateLearner(nn.Module):
         """Set up gates that are open, on the device of the masks.
 
         :param masks: attached to the model that learns.
-        :param names: groups that may be pruned.
         :param target: of the dense model; shares of its cost are what the constraint compares.
         :param layers_left: parameters in the layers of the masks' model by those of the dense model, in (0, 1].
         """
         super().__init__()
         structure = masks.structure
         device = next(iter(masks.values())).device
-        groups = [structure[name] for name in names]
+        groups = structure.present(settings.units)
         self.masks = masks
         self.target = target
         self.settings = settings
@@ -89,6 +89,15 @@ class GateLearner(nn.Module):
         self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
         applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
         self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
+
+    def order(self, model: PreTrainedModel, masks: MaskRegistry, batches: Batches) -> None:
+        """Let the gates start in the order of their units' importance, measured on a few batches.
+
+        :param model: that learns, or that computes the same; `masks` are attached to it, all ones.
+        """
+        names = [group.name for group in self.gates.groups]
+        importance = measured_importance(model, masks, names, batches.from_start(), seed=self.settings.seed)
+        self.gates.initialise_from(importance, spread=self.settings.warm_start_spread)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups of gates and multipliers."""
@@ -192,11 +201,9 @@ class GateLearner(nn.Module):
 
     def shrinks(self) -> bool:
         """Whether units may go while the gates learn. Sizes of whole groups are decided together, at the end."""
-        settings = self.settings
+        config = self.settings
         return (
-            settings.compact_in_training
-            and settings.trains_weights
-            and not self.target.needs_levels(self.masks.structure)
+            config.compact_in_training and config.trains_weights and not self.target.needs_levels(self.masks.structure)
         )
 
     def long_closed(self) -> Plan | None:
@@ -221,8 +228,7 @@ class GateLearner(nn.Module):
         :param masks: of that smaller model.
         :param layers_left: of the dense model, in it.
         """
-        names = [group.name for group in self.gates.groups if plan.kept[group.name]]
-        smaller = GateLearner(masks, names, self.target, self.settings, self.schedule, layers_left=layers_left)
+        smaller = GateLearner(masks, self.target, self.settings, self.schedule, layers_left=layers_left)
         smaller.constraint = self.constraint
         smaller.count_from(self.origin())
         cut = gate_cut(self.gates, plan.keep)

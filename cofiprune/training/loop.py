@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -17,6 +17,7 @@ from cofiprune.errors import TrainingError
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.checks import check_weights, metric_name
 from cofiprune.training.learner import GateLearner
+from cofiprune.training.schedule import Rates
 
 if TYPE_CHECKING:
     from cofiprune.training.run import Run
@@ -28,9 +29,7 @@ _ASK_OTHERS = 10
 class Loop:
     """Trains the run's small model from wherever its state stands to the last step of a phase."""
 
-    def __init__(
-        self, run: Run, *, total: int, rates: Callable[[int], list[float]], learner: GateLearner | None = None
-    ) -> None:
+    def __init__(self, run: Run, *, total: int, rates: Rates, learner: GateLearner | None = None) -> None:
         """Set up a phase.
 
         :param run: its state has the modules of the phase, and an optimiser of all that learns.
@@ -79,9 +78,9 @@ class Loop:
         state, run = self.state, self.run
         run.display.begin(state.phase, total=self.total, done=state.step)
         started = time.perf_counter() - state.seconds
-        groups, drops_out = self._groups(), self.run.settings.dropout
+        groups = self._groups()
         while state.step < until:
-            self.model.train(drops_out)
+            self.model.train(run.settings.dropout)
             parts = self._step(next(groups))
             state.step += 1
             state.total_steps += 1
@@ -274,3 +273,15 @@ class Loop:
         if self.learner is not None:
             self.learner.masks.unbind()
         accelerator.free_memory()
+
+
+def weight_groups(model: nn.Module, projection: nn.Module | None, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in trained if each.dim() > 1], "weight_decay": weight_decay},
+        {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if projection is not None:
+        groups.append({"params": list(projection.parameters()), "weight_decay": 0.0})
+    return groups

@@ -79,7 +79,6 @@ class Objective:
         self.projection: nn.Linear | None = None
         """From the student's states to the teacher's; learned along with the student."""
         self.teacher: Teacher | None = None
-        self.learns_from_teacher = teacher is not None
         layers: Sequence[int] = ()
         if teacher is not None and settings.distill_layers_weight:
             layers = teacher_layers(teacher.config.num_hidden_layers, settings.distill_layers)

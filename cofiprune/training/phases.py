@@ -18,19 +18,19 @@ from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
 from cofiprune.masking import attach, attach_to, masks_of
 from cofiprune.measure.summary import dense_structure
-from cofiprune.oneshot.fisher import measured_importance
-from cofiprune.oneshot.reconstruction import Repair
-from cofiprune.oneshot.with_data import calibration, position_weights
+from cofiprune.oneshot.reconstruction import Reconstruction
+from cofiprune.oneshot.sensitivity import position_weights
+from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
 from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
 from cofiprune.training.checks import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
-from cofiprune.training.loop import Loop
+from cofiprune.training.loop import Loop, weight_groups
 from cofiprune.training.run import Run
-from cofiprune.training.schedule import Schedule, gated_rates, rate
-from cofiprune.training.start import Left, can_go_on, one_shot_start, prune_once
+from cofiprune.training.schedule import Schedule, pruning_rates, recovery_rates
+from cofiprune.training.start import Left, can_go_on, one_shot, one_shot_start
 
 if TYPE_CHECKING:
     pass
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 def prune_with_data(run: Run, target: Target) -> None:
     """Prune by the configuration's method, and let what is left recover for the epochs that it has for that."""
-    schedule = Schedule.for_pruning(run.settings, len(run.batches))
-    _check_before(run, schedule)
+    _check_before(run)
     run.identify(method="prune", **target.identity())
     saved = run.saved
     with run.running():
@@ -47,41 +46,39 @@ def prune_with_data(run: Run, target: Target) -> None:
             start(run, target)
         else:
             run.state.extra = dict(saved.extra)
-            run.use_plan(Plan.from_dict(saved.extra["plan"]))
-        run.know(from_one_shot=run.state.extra["from_one_shot"])
+            run.use(Plan.from_dict(saved.extra["plan"]))
+        run.settle(from_one_shot=run.state.extra["from_one_shot"])
         if saved is not None and saved.phase == "recover":
             recover(run, saved.extra["steps"])
             return
-        settings = run.settings
-        if settings.method == "one-shot":
-            decided = Plan.from_values(run.small_structure, {})
-        else:
-            schedule = Schedule.for_pruning(settings, len(run.batches))
-            decided = learn_gates(run, target, schedule)
-        steps = Schedule.for_recovery(settings, schedule, len(run.for_recovery))
-        if settings.method != "one-shot" and settings.repairs:
+        gated = run.settings.method != "one-shot"
+        schedule = Schedule.for_pruning(run.settings, run.steps_in(run.batches))
+        decided = learn_gates(run, target, schedule) if gated else None
+        steps = schedule.recovery(run.settings, run.steps_in(run.recovery_batches))
+        if decided is not None and run.settings.repair is True:
             reconstruct(run, decided)
-        elif steps:
+        elif decided is not None and steps:
             run.cut(decided)
         if steps:
             recover(run, steps)
-        elif run.evaluate is not None and settings.method != "one-shot":
+        elif run.evaluate is not None and gated:
             run.log(run.evaluate(run.small))  # what was logged last had other masks
 
 
-def _check_before(run: Run, schedule: Schedule) -> None:
+def _check_before(run: Run) -> None:
     """Make sure that there is something to learn from, all through the run."""
     settings = run.settings
     if settings.trains:
         check_learnable(run.model, run.teacher, run.batches, settings, cuts_hidden="hidden" in settings.units)
-    steps = Schedule.for_recovery(settings, schedule, len(run.for_recovery))
-    if settings.metric_for_best_model is not None and not steps:
+    schedule = Schedule.for_pruning(settings, run.steps_in(run.batches))
+    recovery = schedule.recovery(settings, run.steps_in(run.recovery_batches))
+    if settings.metric_for_best_model is not None and not recovery:
         raise SettingsError(
             "metric_for_best_model chooses among the evaluations of the recovery, and there is none: "
             "no epochs are left for it by finetune_epochs and freeze_epochs"
         )
-    if settings.method != "one-shot" and settings.repairs:
-        calibration(run.model, run.calibration.from_start())  # raises where there are too few rows
+    if settings.method != "one-shot" and settings.repair is True:
+        calibration(run.model, run.structure, run.calibration.from_start())  # raises where there are too few rows
 
 
 def train(run: Run) -> None:
@@ -89,18 +86,17 @@ def train(run: Run) -> None:
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
     cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
-    run.know(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
     check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
-    run.batches = run.for_recovery
+    run.batches = run.recovery_batches
     run.identify(method="finetune")
     if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
-    schedule = Schedule.for_training(run.settings.finetune_epochs, run.settings, len(run.batches))
+    run.settle(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
     with run.running():
-        run.use_plan(plan)
-        recover(run, max(schedule.total, 1))
+        run.use(plan)
+        recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))
 
 
 def pick_method(run: Run, target: Target) -> None:
@@ -115,8 +111,7 @@ def pick_method(run: Run, target: Target) -> None:
     elif config.time_budget is None:
         choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
     else:
-        steps = Schedule.for_training(1, run.settings, len(run.batches)).total
-        batches = run.batches.from_start()
+        batches, steps = run.batches.from_start(), run.steps_in(run.batches)
         pace = measure_pace(run.model, run.teacher, batches, steps_per_epoch=steps, target=target.share)
         choice = choose(pace, config.time_budget, share=1 - target.share)
     if saved is not None and run.accelerator.is_main_process:
@@ -124,7 +119,7 @@ def pick_method(run: Run, target: Target) -> None:
         saved.write_text(json.dumps(asdict(choice)))
     settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs, "time_budget": None}
     run.config = config.model_copy(update=settings)
-    run.know()
+    run.settle()
     run.reason = choice.reason
     if config.progress and run.accelerator.is_main_process:
         run.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
@@ -136,18 +131,16 @@ def pick_method(run: Run, target: Target) -> None:
 def start(run: Run, target: Target) -> None:
     """Prune in one shot: all of the way, or as far as gates are to start from; else start with a copy of the model."""
     began = time.perf_counter()
-    if run.settings.method == "one-shot":
-        found: Left | None = prune_once(run.model, run.calibration, run.settings, target, _progress(run))
-    else:
-        found = one_shot_start(run.model, run.calibration, run.settings, target, _progress(run))
+    prune_once = one_shot if run.settings.method == "one-shot" else one_shot_start
+    found: Left | None = prune_once(run.model, run.structure, run.calibration, run.settings, target, _progress(run))
     run.state.extra["from_one_shot"] = found is not None
     if found is None:
-        run.use_plan(Plan.from_values(run.structure, {}))
+        run.use(Plan.from_values(run.structure, {}))
         return
     run.state.phase, run.state.seconds = "one-shot", time.perf_counter() - began
-    run.use(*found)
-    measured = {} if run.evaluate is None else run.evaluate(run.small)
-    run.log({"sparsity": 1 - run.layers_left, **measured})
+    small, plan = found
+    run.use(plan, small)
+    run.log({"sparsity": 1 - run.layers_left, **({} if run.evaluate is None else run.evaluate(run.small))})
 
 
 def _progress(run: Run) -> Callable[[float], None]:
@@ -168,17 +161,15 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
     """Learn gates and weights, or gates alone; decide what stays of the small model, and set its masks to that."""
     settings, steps = run.settings, schedule.before + schedule.gated
     masks = attach_to(run.small, run.small_structure)
-    names = [group.name for group in masks.structure.present(settings.units)]
-    learner = GateLearner(masks, names, target, settings, schedule, layers_left=run.layers_left)
+    learner = GateLearner(masks, target, settings, schedule, layers_left=run.layers_left)
     if run.saved is not None:
         learner.count_from(run.state.extra["origin"])
     elif settings.warm_start:
-        importance = measured_importance(run.small, masks, names, run.batches.from_start(), seed=settings.seed)
-        learner.gates.initialise_from(importance, spread=settings.warm_start_spread)
+        learner.order(run.small, masks, run.batches)
     run.state.extra["origin"] = learner.origin()
     run.learn_from(fitted=False)
     run.state.begin("prune")
-    _begin(run, learner)
+    _optimise(run, learner)
     run.go_on()
     checks = check_steps(schedule) if learner.shrinks() else []
     modules = [each for each in (run.small, run.objective.projection) if each is not None]
@@ -192,24 +183,25 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
                 loop = _loop(run, learner, steps)
             loop.train(next(step for step in (*checks, steps) if step > run.state.step))
     decided = _decided(run, learner)
-    if settings.repairs:
+    if settings.repair is True:
         learner.settle()  # what is reconstructed is the model under its gates
     else:
         learner.masks.set_plan(decided)
     return decided
 
 
-def _begin(run: Run, learner: GateLearner) -> None:
+def _optimise(run: Run, learner: GateLearner) -> None:
     """Set up the optimiser of a learner and of what it learns along with."""
-    weights = run.weight_groups() if run.settings.trains_weights else []
-    run.learn(torch.optim.AdamW([*weights, *learner.groups()], lr=run.settings.learning_rate), gates=learner)
+    settings, projection = run.settings, run.objective.projection
+    weights = weight_groups(run.small, projection, settings.weight_decay) if settings.trains_weights else []
+    optimizer = torch.optim.AdamW([*weights, *learner.groups()], lr=settings.learning_rate)
+    run.learn(optimizer, gates=learner)
 
 
 def _loop(run: Run, learner: GateLearner, steps: int) -> Loop:
     assert run.state.optimizer is not None
     trained = len(run.state.optimizer.param_groups) - len(learner.groups())
-    rates = gated_rates(run.settings, learner.schedule, trained)
-    return Loop(run, total=steps, rates=rates, learner=learner)
+    return Loop(run, total=steps, rates=pruning_rates(run.settings, learner.schedule, trained), learner=learner)
 
 
 def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
@@ -224,7 +216,7 @@ def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
     model, projection, optimizer = run.small, run.objective.projection, run.state.optimizer
     run.cut(plan, small)
     smaller = learner.on(masks, plan, layers_left=run.layers_left)
-    _begin(run, smaller)
+    _optimise(run, smaller)
     assert optimizer is not None
     assert run.state.optimizer is not None
     pairs = [
@@ -257,53 +249,36 @@ def reconstruct(run: Run, decided: Plan) -> None:
 
     What is reproduced is the model under its gates where weights were trained along with them, else the dense one.
     """
-    rows = calibration(run.small, run.calibration.from_start())
+    rows = calibration(run.small, run.small_structure, run.calibration.from_start())
     small = compacted(run.small, run.small_structure, decided)
     dense, structure, plan = run.small, run.small_structure, decided
     if not run.settings.trains_weights:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
-        weights = position_weights(dense, rows, seed=run.settings.seed)
-        Repair(
-            dense, structure, small, structure_of(small), plan, rows,
-            ridge=None, weights=weights, everything=True,
-        ).run()  # fmt: skip
+        weights = position_weights(dense, structure, rows, seed=run.settings.seed)
+        Reconstruction(dense, structure, small, structure_of(small), plan, rows, weights=weights, everything=True).run()
     run.cut(decided, small)
 
 
 def recover(run: Run, steps: int) -> None:
     """Train what is left for some optimiser steps."""
     state = run.state
+    run.settle(kept_share=_kept_share(run))
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
-    groups = run.weight_groups()
-    run.know(kept_share=_kept_share(run))
-    settings = run.settings
+    groups = weight_groups(run.small, run.objective.projection, run.settings.weight_decay)
     state.begin("recover")
-    run.learn(torch.optim.AdamW(groups, lr=settings.finetune_learning_rate))
+    run.learn(torch.optim.AdamW(groups, lr=run.settings.finetune_learning_rate))
     state.extra["steps"] = steps
-    if run.target is not None:
-        _take_recovery_batches(run)
+    if run.target is not None:  # go on at the same place of the epoch
+        taken = state.extra["taken"] if run.saved is not None else state.batches_seen
+        state.extra["taken"], before, run.batches = taken, run.batches, run.recovery_batches
+        run.taken = [(before, taken)]
+        state.batches_seen = round(taken * len(run.batches) / len(before))
     run.go_on()
-    warmup = round(settings.warmup_ratio * steps)
-
-    def rates(step: int) -> list[float]:
-        factor = rate(settings.finetune_lr_scheduler_type, step, steps, warmup)
-        return [settings.finetune_learning_rate * factor] * len(groups)
-
-    Loop(run, total=steps, rates=rates).train()
+    Loop(run, total=steps, rates=recovery_rates(run.settings, steps, len(groups))).train()
     if state.best is not None:
         run.small.load_state_dict(state.best["model"])
-
-
-def _take_recovery_batches(run: Run) -> None:
-    """Go on with the batches of the recovery, at the same place of the epoch."""
-    state = run.state
-    taken = state.extra["taken"] if run.saved is not None else state.batches_seen
-    state.extra["taken"] = taken
-    before, run.batches = run.batches, run.for_recovery
-    run.taken = [(before, taken)]
-    state.batches_seen = round(taken * len(run.batches) / len(before))
 
 
 def _kept_share(run: Run) -> float:

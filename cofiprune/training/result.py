@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,15 @@ def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: 
             stacklevel=2,
         )
     return TargetReport(target.name, target.requested, value, f"{target}, reached {target.text(left)}")
+
+
+def metrics_of(history: Sequence[Mapping[str, Any]], step: int | None = None) -> dict[str, float]:
+    """The metrics of the last evaluation in a history, or of the one after a step; empty where there is none."""
+    for entry in reversed(history):
+        found = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if found and step in (None, entry["step"]):
+            return found
+    return {}
 
 
 @dataclass(repr=False)

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.optim import Optimizer
@@ -30,16 +28,17 @@ from cofiprune.data.prepare import prepare
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to, masks_of
-from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import RunState, SavedRun, identifying, load_checkpoint
 from cofiprune.training.checks import (
+    Evaluate,
+    accelerator_for,
     check_callbacks,
     check_compile,
-    check_measurable,
     check_output_dir,
+    held_out,
     metric_name,
     take_masks_off,
 )
@@ -47,13 +46,12 @@ from cofiprune.training.config import PruneConfig
 from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
-from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.result import PruneResult, metrics_of, reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Callback = Callable[[dict[str, Any]], None]
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
@@ -63,7 +61,6 @@ class Run:
     model: PreTrainedModel
     structure: Structure
     config: PruneConfig
-    """What was asked for; `settings` are what is used."""
     target: Target | None
     """None for `finetune`."""
     teacher: PreTrainedModel | None
@@ -78,8 +75,6 @@ class Run:
     resume: bool
 
     # Set up by `prepare`.
-    facts: Facts = field(init=False)
-    settings: ResolvedSettings = field(init=False)
     batches: Batches = field(init=False)
     """Of the present phase and this process."""
     calibration: Batches = field(init=False)
@@ -89,7 +84,10 @@ class Run:
     accelerator: Accelerator = field(init=False)
     display: Display = field(init=False)
     interrupt: Interrupt = field(init=False)
-    fingerprint: dict[str, Any] = field(init=False, default_factory=dict)
+    facts: Facts = field(init=False)
+    settings: ResolvedSettings = field(init=False)
+    """The configuration with a value for everything that it leaves open, from the facts that are known by now."""
+    fingerprint: dict[str, Any] = field(init=False)
     saved: SavedRun | None = field(init=False, default=None)
     """The checkpoint from which the next phase goes on."""
     reason: str = field(init=False, default="")
@@ -100,16 +98,16 @@ class Run:
     """What is trained; the model itself only before there is a copy."""
     plan: Plan = field(init=False)
     """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
-    _small_structure: Structure | None = field(init=False, default=None)
     objective: Objective = field(init=False)
     state: RunState = field(init=False, default_factory=RunState)
     taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
     """Batches of a phase that is over, and how many of them were taken."""
+    _small_structure: Structure | None = field(init=False, default=None)
 
     def prepare(self) -> None:
         """Check the data and the settings, and set everything up; nothing of the models is changed."""
         config = self.config
-        self.batches = prepare(
+        batches = prepare(
             self.train_dataset,
             self.model,
             batch_size=config.batch_size,
@@ -119,86 +117,65 @@ class Run:
             need_labels=self.teacher is None and config.trains_weights,
             name="train_dataset",
         )
-        self.evaluate = self.held_out()
+        self.evaluate = held_out(self.model, self.eval_dataset, config, self.collator, self.compute_metrics)
         if self.evaluate is None and config.metric_for_best_model is not None:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
         self.callbacks = check_callbacks(self.callbacks)
         self.folder = check_output_dir(self.output_dir, resume=self.resume)
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator_for(config)
         check_compile(config, self.accelerator.device)
-        self.facts = self._facts()
-        self.know()
-        if isinstance(self.batches, RowBatches):
-            self.batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
         set_seed(config.seed, device_specific=True)
-        self.calibration = self.batches.shard(0, 1)
-        self.batches = self.batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        self.calibration = batches.shard(0, 1)
+        self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
         self.small, self.plan = self.model, Plan.from_values(self.structure, {})
-        self.know(steps_per_epoch=math.ceil(len(self.batches) / config.gradient_accumulation_steps))
-
-    def know(self, **facts: Any) -> None:
-        """Take in facts that have become known, and what settings follow from them."""
-        self.facts = replace(self.facts, **facts)
-        self.settings = resolve(self.config, self.facts)
-
-    def _facts(self) -> Facts:
-        """Gather what is known about a run before it begins."""
-        half = self.config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
-        return Facts(
-            steps_per_epoch=1,
-            target=None if self.target is None else self.target.share,
-            round_to=1 if self.target is None else self.target.round_to,
+        checkpointing = any(getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules())
+        half = config.mixed_precision != "no" or self.model.dtype.itemsize == 2
+        self.facts = Facts(
+            self.steps_in(self.batches),
+            None if self.target is None else self.target.share,
             units=unit_kinds(self.structure),
             taught=self.teacher is not None,
-            labelled=self.batches.labelled,
-            needs_train_mode=any(
-                getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules()
-            ),
+            labelled=batches.labelled,
+            round_to=1 if self.target is None else self.target.round_to,
+            needs_train_mode=checkpointing,
             in_16_bit_on_gpu=half and self.accelerator.device.type == "cuda",
         )
+        self.settle()
 
-    def held_out(self) -> Evaluate | None:
-        """Return what evaluates a model on the checked evaluation set; None without one."""
-        if self.eval_dataset is None:
-            return None
-        size, computed = self.config.eval_batch_size, self.compute_metrics
-        batches = prepare(
-            self.eval_dataset,
-            self.model,
-            batch_size=size,
-            collator=self.collator,
-            need_labels=False,
-            name="eval_dataset",
-        )
-        check_measurable(batches, self.model, computed=computed is not None)
+    def settle(self, **facts: Any) -> None:
+        """Give the settings that are left open their values.
 
-        def evaluate(model: nn.Module) -> dict[str, float]:
-            found = evaluate_batches(model, batches, compute_metrics=computed)  # type: ignore[arg-type]
-            return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
+        :param facts: what is known since the last time.
+        """
+        self.facts = replace(self.facts, **facts)
+        self.settings = resolve(self.config, self.facts)
+        for batches in (self.batches, self.calibration):
+            if isinstance(batches, RowBatches):
+                batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
 
-        return evaluate
+    def steps_in(self, batches: Batches) -> int:
+        """Optimiser steps of an epoch."""
+        return math.ceil(len(batches) / self.config.gradient_accumulation_steps)
 
     @property
-    def for_recovery(self) -> Batches:
-        """The batches of the recovery, which may have another size."""
+    def recovery_batches(self) -> Batches:
+        """The batches of the recovery, which may have another size than the present ones."""
         size = self.settings.finetune_batch_size
-        if size == self.settings.batch_size or not isinstance(self.batches, RowBatches):
-            return self.batches
-        return self.batches.resized(size)
+        return self.batches.resized(size) if isinstance(self.batches, RowBatches) else self.batches
 
     def identify(self, **identity: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
-        named = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
+        teacher = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
         self.fingerprint = {
             **identity,
             "family": self.structure.family,
             "sizes": sum(self.structure.sizes.values()),
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
-            "teacher": named,
-            "config": identifying(self.config),
+            "teacher": teacher,
+            "config": identifying(self.settings),
         }
         if self.resume and self.folder is not None:
             self.saved = load_checkpoint(self.folder, self.fingerprint)
@@ -210,7 +187,7 @@ class Run:
         for model in (self.model, *teachers):
             model.to(self.accelerator.device)
         with evaluating(*teachers), self.display, self.interrupt:
-            metric = self.settings.metric_for_best_model
+            metric = self.config.metric_for_best_model
             if metric is not None and self.evaluate is not None:
                 metric_name(metric, self.evaluate(self.model))
             if self.target is not None:
@@ -220,8 +197,7 @@ class Run:
             except BaseException as error:
                 # Whoever stops a run finds what it has trained. After an error, what was pruned would lack the plan
                 # that belongs to it, and after a loss that is not a number the weights are worth nothing.
-                stopped = not isinstance(error, Exception)
-                if stopped or (self.target is None and not isinstance(error, TrainingError)):
+                if not isinstance(error, Exception if self.target is not None else TrainingError):
                     self._write()
                 raise
             self._write()
@@ -240,11 +216,12 @@ class Run:
         if masks is not None:
             masks.set_plan(self.plan)
 
-    def use(self, small: PreTrainedModel, plan: Plan) -> None:
-        """Go on with a compacted copy of the model.
+    def use(self, plan: Plan, small: PreTrainedModel | None = None) -> None:
+        """Go on with what a plan leaves of the model, its scales in the weights.
 
-        :param plan: what it is of the model; scales are in its weights.
+        :param small: that, where it is made already.
         """
+        small = compacted(self.model, self.structure, plan) if small is None else small
         small.to(self.accelerator.device)
         if not self.settings.train_embeddings:
             for name, parameter in small.named_parameters():
@@ -252,10 +229,6 @@ class Run:
                     parameter.requires_grad_(False)
         self.small, self.plan, self._small_structure = small, plan.hard, None
         self.state.extra["plan"] = self.plan.to_dict()
-
-    def use_plan(self, plan: Plan) -> None:
-        """Go on with what a plan leaves of the model."""
-        self.use(compacted(self.model, self.structure, plan), plan)
 
     @property
     def small_structure(self) -> Structure:
@@ -269,11 +242,10 @@ class Run:
 
         :param small: that, where it is made already.
         """
-        if small is None:
-            small = compacted(self.small, self.small_structure, plan)
+        small = compacted(self.small, self.small_structure, plan) if small is None else small
         if "hidden" in plan.keep and hasattr(self, "objective"):
             self.objective.cut(plan.keep["hidden"])
-        self.use(small, self.plan.then(plan))
+        self.use(self.plan.then(plan), small)
 
     @property
     def layers_left(self) -> float:
@@ -293,18 +265,6 @@ class Run:
                 assert isinstance(batches, RowBatches)
                 batches.with_rows = memory > 0
         self.objective = Objective(self.small, self.teacher, self.batches, self.settings, fitted=fitted, memory=memory)
-
-    def weight_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
-        trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.settings.weight_decay},
-            {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
-        ]
-        projection = self.objective.projection
-        return (
-            groups if projection is None else [*groups, {"params": list(projection.parameters()), "weight_decay": 0.0}]
-        )
 
     def learn(self, optimizer: Optimizer, **more: nn.Module) -> None:
         """Let an optimiser step what learns from now on.
@@ -361,27 +321,24 @@ class Run:
 
     def result(self) -> PruneResult:
         """Return what came of the run, and save its plan."""
-        state, masks = self.state, masks_of(self.model)
-        evaluated = [entry for entry in state.history if any(name.startswith("eval_") for name in entry)]
-        if state.best is not None:
-            evaluated = [entry for entry in evaluated if entry["step"] == state.best["step"]]
-        last = evaluated[-1] if evaluated else {}
+        state, masks, target = self.state, masks_of(self.model), self.target
         if self.folder is not None and self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
             self.plan.save(self.folder / "plan.json")
+        best = None if state.best is None else state.best["step"]
         return PruneResult(
             self.model,
             self.plan,
-            masks.sparsity() if masks is not None else 0.0,
-            masks.model_sparsity() if masks is not None else 0.0,
-            {name: value for name, value in last.items() if name.startswith("eval_")},
+            0.0 if masks is None else masks.sparsity(),
+            0.0 if masks is None else masks.model_sparsity(),
+            metrics_of(state.history, best),
             state.history,
             state.seconds,
-            state.best["step"] if state.best is not None else None,
-            "" if self.target is None else self.settings.method,
+            best,
+            "" if target is None else self.settings.method,
             self.reason,
-            None if self.target is None else reached(self.target, self.model, self.structure, self.plan),
-            self.target is not None and self.settings.uniform,
+            None if target is None else reached(target, self.model, self.structure, self.plan),
+            target is not None and self.settings.uniform,
             settings=self.settings,
         )
 
@@ -389,17 +346,5 @@ class Run:
 def _first(batches: Batches, count: int) -> Iterator[Batch]:
     """Give the batches that were taken first, over all epochs."""
     for epoch in range(-(-count // len(batches))):
-        batches.set_epoch(epoch)
-        batches.skip(0)
+        batches.from_start().set_epoch(epoch)
         yield from itertools.islice(batches, count - epoch * len(batches))
-
-
-def _accelerator(config: PruneConfig) -> Accelerator:
-    """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
-    # Which parts of a model a batch uses depends on its head (an unused pooler, say).
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])

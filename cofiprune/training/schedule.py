@@ -1,4 +1,4 @@
-"""How long a run is, and how its rates change: pure functions of the step."""
+"""How long the parts of a run are, in optimiser steps, and how learning rates change: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from cofiprune.errors import SettingsError
 from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.settings import Scheduler
 
+Rates = Callable[[int], list[float]]
+"""Learning rates of an optimiser's parameter groups at a step."""
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimiser steps of one phase of a run."""
+    """The optimiser steps of a pruning phase."""
 
     steps_per_epoch: int
     before: int
@@ -31,46 +34,33 @@ class Schedule:
         return self.before + self.gated + self.after
 
     @classmethod
-    def for_pruning(cls, settings: ResolvedSettings, batches: int) -> Schedule:
-        """Lay out the pruning phase over an epoch of `batches` batches per process; one shot has no steps in it."""
-        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    def for_pruning(cls, settings: ResolvedSettings, steps_per_epoch: int, *, in_trainer: bool = False) -> Schedule:
+        """Lay out the pruning phase; one shot has no steps in it.
+
+        :param in_trainer: a Trainer decides on the number of steps, which may leave none for the gates.
+        :raises SettingsError: when it does.
+        """
         if settings.method == "one-shot":
-            return cls(per_epoch, 0, 0, 0, 0)
-        total = max(round(settings.epochs * per_epoch), 1)
-        gated = max(round((settings.epochs - settings.freeze_epochs) * per_epoch), 1)
-        ramp = min(round(settings.sparsity_warmup_epochs * per_epoch), gated)
-        return cls(per_epoch, round(settings.pre_finetune_epochs * per_epoch), ramp, gated, total - gated)
-
-    @classmethod
-    def for_steps(cls, settings: ResolvedSettings, total: int, per_epoch: int) -> Schedule:
-        """Lay out pruning inside a run of `total` optimiser steps that somebody else has laid out.
-
-        :raises SettingsError: when no step is left for the gates.
-        """
-        before, after = (round(n * per_epoch) for n in (settings.pre_finetune_epochs, settings.freeze_epochs))
-        gated = total - before - after
-        if gated < 1:
+            return cls(steps_per_epoch, 0, 0, 0, 0)
+        before = round(settings.pre_finetune_epochs * steps_per_epoch)
+        total = max(round(settings.epochs * steps_per_epoch), 1)
+        gated = round((settings.epochs - settings.freeze_epochs) * steps_per_epoch)
+        if gated < 1 and in_trainer:
             raise SettingsError(
-                f"of {total} training steps, pre_finetune_epochs takes {before}, freeze_epochs {after}: none is left "
-                "in which gates could learn"
+                f"of {before + total} training steps, pre_finetune_epochs takes {before}, freeze_epochs "
+                f"{total - gated}: none is left in which gates could learn"
             )
-        return cls(per_epoch, before, min(round(settings.sparsity_warmup_epochs * per_epoch), gated), gated, after)
+        gated = max(gated, 1)
+        ramp = min(round(settings.sparsity_warmup_epochs * steps_per_epoch), gated)
+        return cls(steps_per_epoch, before, ramp, gated, total - gated)
 
-    @staticmethod
-    def for_recovery(settings: ResolvedSettings, pruning: Schedule, batches: int) -> int:
-        """The steps after the structure is decided: the rest of the pruning phase, and the recovery.
+    def recovery(self, settings: ResolvedSettings, steps_per_epoch: int) -> int:
+        """Steps after the structure is decided: the rest of the pruning phase, and the recovery.
 
-        :param batches: of an epoch per process, in the recovery.
+        :param steps_per_epoch: in the recovery, whose batches may have another size.
         """
-        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
-        rest = math.ceil(pruning.after * per_epoch / pruning.steps_per_epoch)
-        return rest + round(settings.finetune_epochs * per_epoch)
-
-    @classmethod
-    def for_training(cls, epochs: float, settings: ResolvedSettings, batches: int) -> Schedule:
-        """Lay out plain training."""
-        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
-        return cls(per_epoch, round(epochs * per_epoch), 0, 0, 0)
+        rest = math.ceil(self.after * steps_per_epoch / self.steps_per_epoch)
+        return rest + round(settings.finetune_epochs * steps_per_epoch)
 
 
 def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
@@ -87,8 +77,8 @@ def rate(kind: Scheduler, step: int, total: int, warmup: int = 0) -> float:
     return left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
-def gated_rates(settings: ResolvedSettings, schedule: Schedule, trained: int) -> Callable[[int], list[float]]:
-    """Return the rates of a pruning phase by step: of the groups of weights, of the gates and of the multipliers.
+def pruning_rates(settings: ResolvedSettings, schedule: Schedule, trained: int) -> Rates:
+    """Return the rates of a pruning phase: of the groups of weights, then of the gates and of the multipliers.
 
     :param trained: number of groups of weights.
     """
@@ -99,5 +89,16 @@ def gated_rates(settings: ResolvedSettings, schedule: Schedule, trained: int) ->
         warmup = round(settings.warmup_ratio * (end - begin))
         factor = rate(settings.lr_scheduler_type, step - begin, end - begin, warmup)
         return [settings.learning_rate * factor] * trained + [settings.gate_learning_rate] * 2
+
+    return rates
+
+
+def recovery_rates(settings: ResolvedSettings, steps: int, trained: int) -> Rates:
+    """Return the rates of a recovery of some steps, for a number of groups of weights."""
+    warmup = round(settings.warmup_ratio * steps)
+
+    def rates(step: int) -> list[float]:
+        factor = rate(settings.finetune_lr_scheduler_type, step, steps, warmup)
+        return [settings.finetune_learning_rate * factor] * trained
 
     return rates

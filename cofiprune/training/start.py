@@ -9,11 +9,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact
+from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
 from cofiprune.hooks import evaluating
-from cofiprune.oneshot.with_data import SequentialPruning, calibration, can_start
+from cofiprune.oneshot.with_data import RoundPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
@@ -23,6 +23,7 @@ from cofiprune.training.resolved import ResolvedSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Progress = Callable[[float], None]
 Left = tuple["PreTrainedModel", Plan]
 """A smaller model, and what of the dense one it keeps."""
 _ESTIMATE = 0.15
@@ -32,10 +33,11 @@ may be off by as much, and gates cannot give back what is gone."""
 
 def one_shot_start(
     model: PreTrainedModel,
+    structure: Structure,
     batches: Batches,
     settings: ResolvedSettings,
     target: Target,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Left | None:
     """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
 
@@ -43,10 +45,9 @@ def one_shot_start(
     is hard to decide, on a smaller model, whose steps are cheaper.
 
     :param target: what the gates are to reach in the end; one shot stops a unit short of it at least.
-    :return: what is left of the model and of its units; None where there is nothing to do: no unit kind that this
-        works on, no way to the target from there, or a configuration that leaves it out.
+    :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
+        settings that leave it out.
     """
-    structure = structure_of(model)
     if not settings.starts_from_one_shot or not can_start(structure, settings.one_shot_units) or target.uniform:
         return None
     here = target.kept_share(structure)  # less than 1 where the model is what an earlier run has left
@@ -57,58 +58,55 @@ def one_shot_start(
     if left >= here:
         return None
     try:
-        found = _one_shot(model, batches, settings, target.at(1 - left), on_progress)
+        found = _prune(model, structure, batches, settings, target.at(1 - left), on_progress)
     except (DataError, TargetError):
         return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
     return found if can_go_on(structure_of(found[0]), target, settings) else None
 
 
-def prune_once(
+def one_shot(
     model: PreTrainedModel,
+    structure: Structure,
     batches: Batches,
     settings: ResolvedSettings,
     target: Target,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Left:
     """Prune all of the way to a target in one shot.
 
-    :raises TargetError: when no sizes meet the target.
+    :raises DataError: when there are too few rows for the statistics.
+    :raises TargetError: when no sizes meet the target without cutting hidden dimensions.
     """
-    small, plan = _one_shot(model, batches, settings, target, on_progress)
-    left = target.kept_share(structure_of(small))
-    if target.measure is None and abs(1 - left - target.share) > target.tolerance:
-        raise TargetError(f"in one shot, the nearest to {target} is {target.text(left * target.total)}")
+    small, plan = _prune(model, structure, batches, settings, target, on_progress)
+    left: float = target.cost(structure).exact(plan.kept)
+    if target.measure is None and abs(1 - left / target.total - target.share) > target.tolerance:
+        raise TargetError(f"in one shot, the nearest to {target} is {target.text(left)}")
     return small, plan
 
 
-def _one_shot(
+def _prune(
     model: PreTrainedModel,
+    structure: Structure,
     batches: Batches,
     settings: ResolvedSettings,
     target: Target,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Progress | None,
 ) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
     :param batches: of the whole data set, the same for every process.
-    :raises DataError: when there are too few rows for the statistics.
-    :raises TargetError: when no sizes meet the target without cutting hidden dimensions.
     """
     processes = PartialState()
-    rows = calibration(model, batches.from_start())
+    rows = calibration(model, structure, batches.from_start())
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if processes.is_main_process:
         try:
             with evaluating(model):
-                pruning = SequentialPruning(
-                    model,
-                    rows,
-                    target,
-                    units=settings.one_shot_units,
-                    seed=settings.seed,
-                    repair=settings.repair is not False,
-                )
+                pruning = RoundPruning(
+                    model, structure, rows, target,
+                    units=settings.one_shot_units, seed=settings.seed, reconstruct=settings.repair is not False,
+                )  # fmt: skip
                 plan, small = pruning.run(on_progress)
             outcome = [plan.to_dict()]
         except (DataError, TargetError) as error:
@@ -119,7 +117,7 @@ def _one_shot(
         raise outcome[0]
     plan = Plan.from_dict(outcome[0])
     if small is None:
-        small = compact(model, plan)
+        small = compacted(model, structure, plan)
     if processes.num_processes > 1:
         for parameter in small.parameters():
             broadcast(parameter.data)
@@ -130,7 +128,8 @@ def _short_of(structure: Structure, target: Target, settings: ResolvedSettings) 
     """How far from a target one shot stops at least, as a share of the dense model's cost."""
     cost, sizes = target.cost(structure), structure.sizes
     whole = cost.exact(sizes)
-    inner = [group for group in structure.present(settings.units) if group.kind in ("heads", "intermediate")]
+    cut = structure.present(settings.one_shot_units)
+    inner = [group for group in cut if group.kind in ("heads", "intermediate")]
     unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
     return max(
         unit,

@@ -21,7 +21,7 @@ from cofiprune.masking import attach
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
-from cofiprune.training.checkpoint import has_checkpoints
+from cofiprune.training.checkpoint import check_same, has_checkpoints
 from cofiprune.training.result import PruneResult
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ def check_folder(folder: Path | None, identity: dict[str, Any], *, resume: bool)
                 f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder"
             )
         found = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in json.loads(json.dumps(identity)).items():
-            if found.get(name) != value:
-                raise CheckpointError(f"{folder} holds another sweep: {name} is {found.get(name)}, asked for {value}")
+        check_same(
+            json.loads(json.dumps(identity)), found, f"{folder} holds another sweep", ", or choose another folder"
+        )
         return
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(identity, indent=1), encoding="utf-8")

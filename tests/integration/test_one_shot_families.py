@@ -11,8 +11,8 @@ from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen, tiny_config
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.oneshot.divergence import answers, divergence
-from cofiprune.oneshot.with_data import SequentialPruning
+from cofiprune.oneshot.data_free import divergence, outputs_of
+from cofiprune.oneshot.with_data import RoundPruning
 from cofiprune.selection.target import Target
 
 MODELS = [
@@ -40,10 +40,10 @@ def test_one_shot_is_exact_and_repair_comes_nearer(model_type, name):
     seen, unseen = made[:10], made[10:]
     structure = structure_of(model)
     cost = accounting.layer_parameters(structure)
-    whole = answers(model, unseen)
+    whole = outputs_of(model, unseen)
     found = []
     for repair in (False, True):
-        plan, small = SequentialPruning(model, seen, Target.of(structure, 0.5), repair=repair).run()
+        plan, small = RoundPruning(model, structure, seen, Target.of(structure, 0.5), reconstruct=repair).run()
         assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(0.5, abs=0.05)
         assert cofiprune.summary(small).layer_parameters == cost.exact(plan.kept)
         found.append(divergence(small, whole, unseen))

@@ -85,12 +85,12 @@ def logits(model):
         return model(**INPUTS).logits
 
 
-def check_outcome(toy, callback, model, dense, target):
+def check_outcome(toy, callback, model, dense):
     """What must hold after every run."""
     structure = cofiprune.structure(model)
     small = cofiprune.compact(model)
     whole, left = (toy.parameters_of_layers(one, structure) for one in (dense, small))
-    assert abs(1 - left / whole - target) <= 0.005
+    assert abs(1 - left / whole - callback.target) <= 0.005
     assert callback.result.sparsity == pytest.approx(1 - left / whole, abs=1e-12)
     masks = masks_of(model)
     assert all(bool(((value == 0) | (value == 1)).all()) for value in masks.values())
@@ -102,19 +102,35 @@ def check_outcome(toy, callback, model, dense, target):
     return small
 
 
+def train(toy, folder, callback, model=None, rows=None, **changes):
+    """Train the toy's student, or another model, under the callback; return both after a look at the outcome."""
+    model = toy.student() if model is None else model
+    dense = copy.deepcopy(model)
+    trainer = trainer_for(model, toy.rows() if rows is None else rows, folder, callback, **changes)
+    trainer.train()
+    return trainer, check_outcome(toy, callback, model, dense)
+
+
 @pytest.mark.parametrize(
     ("target", "settings"),
     [(0.3, {}), (0.6, {"units": ("head", "intermediate")}), (0.9, {"warm_start": False, "freeze_epochs": 0})],
 )
 def test_the_model_ends_with_hard_masks_of_exactly_the_target(toy, tmp_path, target, settings):
-    model = toy.student()
-    callback = PruningCallback(target, **settings)
-    trainer = trainer_for(model, toy.rows(), tmp_path, callback)
-    trainer.train()
-    small = check_outcome(toy, callback, model, toy.teacher, target)
+    callback = PruningCallback(target, toy.teacher, **settings)
+    _, small = train(toy, tmp_path, callback, save_strategy="steps", save_steps=2)
     small.save_pretrained(tmp_path / "small")
     again = BertForSequenceClassification.from_pretrained(tmp_path / "small")
     assert torch.equal(logits(again), logits(small))
+    # Checkpoints of the Trainer load as the stock model.
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(folders) == 3
+    for folder in folders:
+        loaded, report = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        shapes = {name: value.shape for name, value in loaded.state_dict().items()}
+        assert shapes == {name: value.shape for name, value in toy.teacher.state_dict().items()}
+        assert masks_of(loaded) is None
+        assert (folder / "cofiprune.pt").exists()
 
 
 class Begin(TrainerCallback):
@@ -138,7 +154,7 @@ def test_gates_start_on_what_one_shot_leaves(toy, watch, tmp_path, target):
     begin, callback = Begin(), PruningCallback(target)
     trainer_for(model, rows, tmp_path, callback, more=[begin]).train()
     handle.remove()
-    check_outcome(toy, callback, model, toy.teacher, target)
+    check_outcome(toy, callback, model, toy.teacher)
     kept = callback.plan.keep
     assert all(set(kept[name]) <= set(begin.plan.keep[name]) for name in kept)  # what is gone stays gone
 
@@ -155,25 +171,13 @@ def test_gates_start_on_what_one_shot_leaves(toy, watch, tmp_path, target):
 def test_the_outcome_is_that_of_prune(toy, tmp_path, share):
     """The same start, and the same epochs before and after the structure is decided."""
     rows, held_out, target = toy.rows(96, seed=1), toy.rows(96, seed=2), 0.6
-    student = toy.student()
+    layout = {"epochs": 6, "freeze_epochs": 0, "finetune_epochs": 3, "batch_size": 16, "one_shot_share": share}
+    rates = {"learning_rate": 1e-3, "finetune_learning_rate": 1e-3}
     other = cofiprune.prune(
-        student,
-        rows,
-        target_sparsity=target,
-        teacher=toy.teacher,
-        epochs=6,
-        freeze_epochs=0,
-        finetune_epochs=3,
-        batch_size=16,
-        learning_rate=1e-3,
-        finetune_learning_rate=1e-3,
-        one_shot_share=share,
-        progress=False,
+        toy.student(), rows, target_sparsity=target, teacher=toy.teacher, progress=False, **layout, **rates
     )
-    model = toy.student()
     callback = PruningCallback(target, toy.teacher, freeze_epochs=3, one_shot_share=share)
-    trainer_for(model, rows, tmp_path, callback, num_train_epochs=9).train()
-    small = check_outcome(toy, callback, model, toy.teacher, target)
+    _, small = train(toy, tmp_path, callback, rows=rows, num_train_epochs=9)
     ours, theirs = (evaluate(one, held_out)["accuracy"] for one in (small, other.compact()))
     assert min(ours, theirs) > 0.9
     assert abs(ours - theirs) < 0.05
@@ -198,18 +202,10 @@ def test_evaluation_within_training_is_of_the_plain_loss_under_deterministic_gat
     held_out = toy.rows(48, seed=2)
     watch = Watch(held_out)
     callback = PruningCallback(0.7, toy.teacher, gate_learning_rate=0.3, one_shot_share=0)
-    trainer = trainer_for(
-        toy.student(),
-        toy.rows(96, seed=1),
-        tmp_path,
-        callback,
-        more=[watch],
-        eval_rows=held_out,
-        num_train_epochs=6,
-        eval_strategy="steps",
-        eval_steps=4,
+    evaluated = {"eval_rows": held_out, "eval_strategy": "steps", "eval_steps": 4}
+    trainer, _ = train(
+        toy, tmp_path, callback, rows=toy.rows(96, seed=1), more=[watch], num_train_epochs=6, **evaluated
     )
-    trainer.train()
     for _, found, plain, _ in watch.seen:
         assert found == pytest.approx(plain, abs=1e-5)
     sparsities = [sparsity for *_, sparsity in watch.seen]
@@ -229,8 +225,7 @@ def test_evaluation_within_training_is_of_the_plain_loss_under_deterministic_gat
 def test_the_log_says_how_far_pruning_is(toy, tmp_path, share, begin, rising, gated):
     laid_out = {"sparsity_warmup_epochs": 4 * rising, "freeze_epochs": 4 * (1 - gated)}
     callback = PruningCallback(0.5, one_shot_share=share, **laid_out)
-    trainer = trainer_for(toy.student(), toy.rows(96, seed=1), tmp_path, callback, num_train_epochs=4)
-    trainer.train()
+    trainer, _ = train(toy, tmp_path, callback, rows=toy.rows(96, seed=1), num_train_epochs=4)
     steps = trainer.state.max_steps
     logged = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     targets = [logged[step]["target_sparsity"] for step in range(1, round(gated * steps))]
@@ -255,18 +250,10 @@ def test_with_a_teacher_accumulated_batches_are_one_batch(toy, tmp_path):
     """Before the gates start and without dropout, losses that are means over rows are the same to rounding."""
     found = {}
     for size, accumulated in ((16, 1), (8, 2)):
-        model = without_dropout(toy)
         callback = PruningCallback(0.5, toy.teacher, label_weight=1, distill_layers_weight=0, pre_finetune_epochs=1)
-        trainer = trainer_for(
-            model,
-            toy.rows(40, seed=1),  # the last step of an epoch has half a batch
-            tmp_path,
-            callback,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulated,
-        )
-        trainer.train()
-        check_outcome(toy, callback, model, toy.teacher, 0.5)
+        rows = toy.rows(40, seed=1)  # the last step of an epoch has half a batch
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        train(toy, tmp_path, callback, without_dropout(toy), rows, **sizes)
         found[size] = [entry["loss"] for entry in callback.history if "loss" in entry]
     assert len(found[8]) == len(found[16]) == 6
     assert found[8][:3] == pytest.approx(found[16][:3], rel=1e-4)
@@ -290,15 +277,9 @@ def samples_of(model):
 def test_accumulated_batches_are_one_step_of_the_gates(toy, tmp_path):
     model = toy.student()
     samples, callback = samples_of(model), PruningCallback(0.5, one_shot_share=0, warm_start=False)
-    trainer_for(
-        model,
-        toy.rows(56, seed=1),  # 7 batches: steps of 3, 3 and 1
-        tmp_path,
-        callback,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=3,
-        num_train_epochs=4,
-    ).train()
+    rows = toy.rows(56, seed=1)  # 7 batches: steps of 3, 3 and 1
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "num_train_epochs": 4}
+    trainer_for(model, rows, tmp_path, callback, **sizes).train()
     assert len(samples) == 28
     assert None not in samples[:21]
     assert len(set(samples[:21])) == 21  # one for each batch, as long as gates learn
@@ -310,19 +291,9 @@ def test_accumulated_batches_are_one_step_of_the_gates(toy, tmp_path):
 @pytest.mark.parametrize(("stopped_at", "teacher"), [(6, None), (12, "self"), (22, "self")])
 def test_a_resumed_run_is_the_uninterrupted_one(toy, tmp_path, stopped_at, teacher):
     def start():
-        model = toy.student()
-        callback = PruningCallback(0.6, teacher)
-        trainer = trainer_for(
-            model,
-            toy.rows(96, seed=1),
-            tmp_path,
-            callback,
-            num_train_epochs=4,
-            logging_steps=5,
-            save_strategy="steps",
-            save_steps=2,
-        )
-        return model, callback, trainer
+        model, callback = toy.student(), PruningCallback(0.6, teacher)
+        settings = {"num_train_epochs": 4, "logging_steps": 5, "save_strategy": "steps", "save_steps": 2}
+        return model, callback, trainer_for(model, toy.rows(96, seed=1), tmp_path, callback, **settings)
 
     model, callback, trainer = start()
     trainer.train()
@@ -340,21 +311,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy, tmp_path, stopped_at, teach
     assert again.result.seconds > 0
 
 
-def test_checkpoints_of_the_trainer_load_as_the_stock_model(toy, tmp_path):
-    model = toy.student()
-    callback = PruningCallback(0.6, toy.teacher)
-    trainer_for(model, toy.rows(), tmp_path, callback, save_strategy="steps", save_steps=2).train()
-    folders = sorted(tmp_path.glob("checkpoint-*"))
-    assert len(folders) == 3
-    for folder in folders:
-        loaded, report = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-        assert not any(report.values()), report
-        shapes = {name: value.shape for name, value in loaded.state_dict().items()}
-        assert shapes == {name: value.shape for name, value in toy.teacher.state_dict().items()}
-        assert masks_of(loaded) is None
-        assert (folder / "cofiprune.pt").exists()
-
-
 def test_a_teacher_is_followed_where_labels_are_noise(toy, tmp_path):
     rows = toy.rows(96, seed=1)
     noise = torch.randint(2, (96,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -366,8 +322,7 @@ def test_a_teacher_is_followed_where_labels_are_noise(toy, tmp_path):
     for name, teacher, settings in (("alone", None, {}), ("taught", toy.teacher, {"label_weight": 0})):
         model = toy.student()
         callback = PruningCallback(0.5, teacher, **settings)
-        trainer_for(model, rows, tmp_path, callback, num_train_epochs=6).train()
-        model.eval()
+        train(toy, tmp_path, callback, model, rows, num_train_epochs=6)
         with torch.no_grad():
             ours = model(**batch).logits.log_softmax(-1)
         divergence[name] = float(torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean"))
@@ -375,10 +330,7 @@ def test_a_teacher_is_followed_where_labels_are_noise(toy, tmp_path):
 
 
 def test_a_teacher_of_another_size_can_teach(toy, tmp_path):
-    model = toy.bert(num_hidden_layers=1, hidden_size=24)
-    callback = PruningCallback(0.5, toy.teacher)
-    trainer_for(model, toy.rows(), tmp_path, callback).train()
-    check_outcome(toy, callback, model, toy.bert(num_hidden_layers=1, hidden_size=24), 0.5)
+    train(toy, tmp_path, PruningCallback(0.5, toy.teacher), toy.bert(num_hidden_layers=1, hidden_size=24))
 
 
 def spans(ids):
@@ -436,7 +388,7 @@ def test_the_scaling_of_a_float16_loss_changes_nothing(toy, tmp_path, scale):
         trainer = trainer_for(model, rows, tmp_path, callback, num_train_epochs=4, max_grad_norm=0.0)
         trainer.accelerator.scaler = scaler
         trainer.train()
-        check_outcome(toy, callback, model, toy.teacher, 0.6)
+        check_outcome(toy, callback, model, toy.teacher)
         plans.append(callback.plan)
         models.append(model)
         logged.append([entry for entry in callback.history if "expected_sparsity" in entry])
@@ -452,10 +404,8 @@ def test_the_scaling_of_a_float16_loss_changes_nothing(toy, tmp_path, scale):
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-4])
 def test_the_trainers_clipping_does_not_stop_the_gates(toy, tmp_path, max_grad_norm):
     callback = PruningCallback(0.5, one_shot_share=0)
-    rows = toy.rows(96, seed=1)
-    trainer_for(
-        toy.student(), rows, tmp_path, callback, num_train_epochs=6, learning_rate=1e-4, max_grad_norm=max_grad_norm
-    ).train()
+    settings = {"num_train_epochs": 6, "learning_rate": 1e-4, "max_grad_norm": max_grad_norm}
+    train(toy, tmp_path, callback, rows=toy.rows(96, seed=1), **settings)
     expected = [entry["expected_sparsity"] for entry in callback.history if "expected_sparsity" in entry]
     assert expected[-1] > expected[0] + 0.1
 
@@ -466,10 +416,7 @@ def smoothed(outputs, labels, num_items_in_batch=None):
 
 @pytest.mark.parametrize("how", [{"loss": smoothed}, {"label_smoothing_factor": 0.1}])
 def test_without_a_teacher_any_loss_will_do(toy, tmp_path, how):
-    model = toy.student()
-    callback = PruningCallback(0.5)
-    trainer_for(model, toy.rows(), tmp_path, callback, **how).train()
-    check_outcome(toy, callback, model, toy.teacher, 0.5)
+    train(toy, tmp_path, PruningCallback(0.5), **how)
 
 
 def test_the_best_model_is_one_with_the_final_structure(toy, tmp_path):
@@ -482,29 +429,17 @@ def test_the_best_model_is_one_with_the_final_structure(toy, tmp_path):
             self.calls += 1
             return {"score": -self.calls}
 
-    model = toy.student()
-    callback = PruningCallback(0.6, freeze_epochs=2.4)
-    trainer = trainer_for(
-        model,
-        toy.rows(96, seed=1),
-        tmp_path,
-        callback,
-        eval_rows=toy.rows(16, seed=2),
-        num_train_epochs=4,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
+    model, callback = toy.student(), PruningCallback(0.6, freeze_epochs=2.4)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    evaluated = {"eval_rows": toy.rows(16, seed=2), "num_train_epochs": 4}
+    trainer = trainer_for(model, toy.rows(96, seed=1), tmp_path, callback, **best, **steps, **evaluated)
     trainer.compute_metrics = Score()
     trainer.train()
     assert trainer.state.best_global_step == 10  # the first one with the structure of the end
     assert callback.result.best_step == 10
     assert callback.result.metrics["eval_score"] == -5
-    check_outcome(toy, callback, model, toy.teacher, 0.6)
+    check_outcome(toy, callback, model, toy.teacher)
 
 
 class Stop(TrainerCallback):
@@ -513,18 +448,15 @@ class Stop(TrainerCallback):
 
 
 def test_a_run_that_stops_early_is_cut_to_the_target_with_a_warning(toy, tmp_path):
-    model = toy.student()
-    callback = PruningCallback(0.5, one_shot_share=0)
     with pytest.warns(UserWarning, match="stopped after 2 of 6 steps, before the structure was decided"):
-        trainer_for(model, toy.rows(), tmp_path, callback, more=[Stop()]).train()
-    check_outcome(toy, callback, model, toy.teacher, 0.5)
+        train(toy, tmp_path, PruningCallback(0.5, one_shot_share=0), more=[Stop()])
 
 
 def test_masks_of_an_earlier_run_are_taken_off_with_a_warning(toy, tmp_path):
     model = toy.student()
     cofiprune.attach(model)["layers.0.ffn"] = [0]
     with pytest.warns(UserWarning, match="masks that were attached"):
-        trainer_for(model, toy.rows(), tmp_path, PruningCallback(0.5)).train()
+        train(toy, tmp_path, PruningCallback(0.5), model)
 
 
 class Break(TrainerCallback):
@@ -538,8 +470,7 @@ def test_after_an_interruption_the_model_can_be_used_and_trained_again(toy, tmp_
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, toy.rows(), tmp_path, callback, more=[Break()]).train()
     assert torch.isfinite(logits(model)).all()
-    trainer_for(model, toy.rows(), tmp_path, callback).train()
-    check_outcome(toy, callback, model, toy.teacher, 0.5)
+    train(toy, tmp_path, callback, model)
 
 
 def test_a_copy_made_in_training_is_a_model_of_its_own(toy, tmp_path):
@@ -640,30 +571,26 @@ def test_what_cannot_work_is_refused_and_nothing_is_changed(toy, tmp_path, argum
 
 
 def test_wrong_models_and_data_are_refused(toy, tmp_path):
-    with pytest.raises(TrainingError, match="classifier.weight"):
-        trainer_for(broken(toy), toy.rows(), tmp_path, PruningCallback(0.5)).train()
+    def refused(error, says, model=None, rows=None, teacher=None, **changes):
+        rows = toy.rows() if rows is None else rows
+        with pytest.raises(error, match=says):
+            trainer_for(model or toy.student(), rows, tmp_path, PruningCallback(0.5, teacher), **changes).train()
+
+    refused(TrainingError, "classifier.weight", broken(toy))
     model = toy.student()
-    with pytest.raises(TeacherError, match="the student itself"):
-        trainer_for(model, toy.rows(), tmp_path, PruningCallback(0.5, model)).train()
-    rows = [{"input_ids": [2, 99], "labels": 1}] * 4
-    with pytest.raises(DataError, match="vocabulary of 40"):
-        trainer_for(toy.student(), rows, tmp_path, PruningCallback(0.5)).train()
-    with pytest.raises(SettingsError, match="warm_start"):
-        trainer_for(toy.student(), Endless(), tmp_path, PruningCallback(0.5), max_steps=2).train()
+    refused(TeacherError, "the student itself", model, teacher=model)
+    refused(DataError, "vocabulary of 40", rows=[{"input_ids": [2, 99], "labels": 1}] * 4)
+    refused(SettingsError, "warm_start", rows=Endless(), max_steps=2)
 
     class NotAModel(torch.nn.Linear):
         def forward(self, input_ids=None, attention_mask=None, labels=None):
             return {"loss": super().forward(input_ids.float()[:, :4]).mean()}
 
-    with pytest.raises(AdapterError):
-        trainer_for(NotAModel(4, 2), toy.rows(), tmp_path, PruningCallback(0.5)).train()
+    refused(AdapterError, "transformers model", NotAModel(4, 2))
 
 
 def test_an_endless_data_set_works_without_a_look_at_it(toy, tmp_path):
-    model = toy.student()
-    callback = PruningCallback(0.5, warm_start=False, one_shot_share=0)
-    trainer_for(model, Endless(), tmp_path, callback, max_steps=8).train()
-    check_outcome(toy, callback, model, toy.teacher, 0.5)
+    train(toy, tmp_path, PruningCallback(0.5, warm_start=False, one_shot_share=0), rows=Endless(), max_steps=8)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(toy, tmp_path):
@@ -676,14 +603,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(toy, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     def trainer(target=0.6, **settings):
-        return trainer_for(
-            toy.student(),
-            toy.rows(),
-            tmp_path,
-            PruningCallback(target, **settings),
-            save_strategy="steps",
-            save_steps=2,
-        )
+        callback = PruningCallback(target, **settings)
+        return trainer_for(toy.student(), toy.rows(), tmp_path, callback, save_strategy="steps", save_steps=2)
 
     def refused(says, run):
         with pytest.raises(CheckpointError, match=says):

@@ -1,7 +1,5 @@
 """The course of a run: what learns when, at which rate, on which model and from what."""
 
-import math
-
 import pytest
 import torch
 
@@ -115,35 +113,6 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(toy, settings, taught, weight
     for entry in result.history:
         assert {name for name in entry if name.endswith("_loss")} == weights.keys()
         assert entry["loss"] == pytest.approx(sum(weight * entry[name] for name, weight in weights.items()), rel=1e-5)
-
-
-@pytest.mark.parametrize("match", ["nearest", "ordered", "same-index"])
-def test_a_teacher_with_fewer_layers(toy, match):
-    result = cofiprune.prune(
-        toy.student(),
-        toy.rows(32),
-        target_sparsity=0.5,
-        teacher=toy.bert(seed=3, num_hidden_layers=1),
-        distill_layers=4,
-        distill_layer_match=match,
-        epochs=1,
-        finetune_epochs=1,
-        **BRIEF,
-    )
-    assert abs(result.sparsity - 0.5) <= 0.005
-    losses = [entry["layers_loss"] for phase in ("prune", "recover") for entry in of_phase(result, phase)]
-    assert len(losses) == 4
-    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_embeddings_learn_while_pruning_only_when_asked(toy, train):
-    student = toy.student()
-    settings = {**BRIEF, "units": "intermediate", "one_shot_share": 0, "learning_rate": 1e-3}
-    cofiprune.prune(student, toy.rows(32), target_sparsity=0.2, train_embeddings=train, **settings)
-    table = "bert.embeddings.word_embeddings.weight"
-    same = torch.equal(student.state_dict()[table], toy.teacher.state_dict()[table])
-    assert same != train
 
 
 def test_the_last_weights_are_kept_unless_a_metric_is_to_choose(toy):

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 import cofiprune
 from cofiprune import PruneConfig, PruningCallback
+from cofiprune.errors import TargetError
 from cofiprune.training.config import CALLBACK, FINETUNE, RECOVERY, names_of
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "progress": False}
@@ -70,3 +71,13 @@ def test_a_run_with_the_settings_of_another_is_the_same_run(toy: Any, method: st
     assert again.plan == first.plan
     losses = [[entry.get("loss") for entry in result.history] for result in (first, again)]
     assert losses[0] == losses[1]
+
+
+def test_one_shot_units_are_all_that_goes_in_one_shot(toy: Any) -> None:
+    asked = {"method": "one-shot", "target_sparsity": 0.1, "one_shot_units": "head"}
+    result = cofiprune.prune(toy.student(), toy.rows(48), **asked)
+    cut = {name for name, size in result.plan.sizes.items() if result.plan.kept[name] < size}
+    assert cut
+    assert all(name.endswith(".heads") for name in cut)
+    with pytest.raises(TargetError):
+        cofiprune.prune(toy.student(), toy.rows(48), **{**asked, "target_sparsity": 0.9})

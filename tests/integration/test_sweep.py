@@ -66,8 +66,17 @@ def test_a_sweep_goes_on_with_what_is_not_done(tmp_path: Path, monkeypatch: pyte
     assert again[1].sparsity == pytest.approx(0.6, abs=0.005)
     with pytest.raises(CheckpointError, match="resume=True"):
         cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.6], **settings)
-    with pytest.raises(CheckpointError, match=r"another sweep: targets is \[0.3, 0.6\], asked for \[0.3, 0.7\]"):
+    with pytest.raises(CheckpointError, match=r"another sweep: its targets is \[0.3, 0.6\], asked for \[0.3, 0.7\]"):
         cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.7], resume=True, **settings)
+
+
+def test_a_sweep_with_other_settings_is_another_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "one-shot", "target_seq_len": 16, "progress": False, "output_dir": tmp_path}
+    cofiprune.prune(bert(), rows(80), target_sparsity=[0.3], **settings)
+    with pytest.raises(CheckpointError, match="another sweep: its finetune_epochs is None, asked for 2"):
+        cofiprune.prune(bert(), rows(80), target_sparsity=[0.3], finetune_epochs=2, resume=True, **settings)
+    again = cofiprune.prune(bert(), rows(80), target_sparsity=[0.3], logging_steps=7, resume=True, **settings)
+    assert again[0].sparsity == pytest.approx(0.3, abs=0.005)
 
 
 @pytest.mark.parametrize(

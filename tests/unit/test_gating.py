@@ -32,14 +32,8 @@ def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -
     masks = attach(model)
     total = round(accounting.layer_parameters(masks.structure).exact(masks.structure.sizes) / share)
     goal = Target.create("target_sparsity", target, accounting.layer_parameters, total)
-    return GateLearner(
-        masks,
-        list(masks.structure),
-        goal,
-        resolve(PruneConfig(), Facts(100, target=goal.share)),
-        SCHEDULE,
-        layers_left=share,
-    )
+    settings = resolve(PruneConfig(), Facts(100, target=goal.share))
+    return GateLearner(masks, goal, settings, SCHEDULE, layers_left=share)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])

@@ -265,9 +265,8 @@ def test_a_schedule_adds_up():
     for epochs in (0, 0.1, 1, 3.3, 20):
         for freeze in (None, 0, 0.5, 50):
             for batches in (1, 2, 7, 250):
-                config = PruneConfig(epochs=epochs, freeze_epochs=freeze, gradient_accumulation_steps=3)
-                schedule = Schedule.for_pruning(resolve(config, Facts(-(-batches // 3), target=0.9)), batches)
-                assert schedule.steps_per_epoch == -(-batches // 3)
+                settings = resolve(PruneConfig(epochs=epochs, freeze_epochs=freeze), Facts(batches, target=0.9))
+                schedule = Schedule.for_pruning(settings, batches)
                 assert schedule.gated >= 1
                 assert 0 <= schedule.ramp <= schedule.gated
                 assert schedule.after >= 0
@@ -282,7 +281,7 @@ def test_a_trainers_steps_are_shared_out_whole():
                 settings = resolve(PruneConfig(), facts)
                 after = round(frozen * steps)
                 if after < steps:
-                    schedule = Schedule.for_steps(settings, steps, per_epoch)
+                    schedule = Schedule.for_pruning(settings, per_epoch, in_trainer=True)
                     gated = steps - after
                     assert (schedule.gated, schedule.after) == (gated, after)
                     assert schedule.ramp == min(round(rising * steps), gated)

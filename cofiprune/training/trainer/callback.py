@@ -12,21 +12,21 @@ from transformers import TrainerCallback
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError, TrainingError
-from cofiprune.masking import attach
+from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
 from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
+from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
-from cofiprune.training.start import Left, one_shot_start
+from cofiprune.training.start import one_shot_start
 from cofiprune.training.targets import target_for
-from cofiprune.training.trainer.checks import callback_config, check_arguments, used_settings
-from cofiprune.training.trainer.run import CallbackRun, begun, gate_learner, load_beside, rows_again, save_beside
+from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
+from cofiprune.training.trainer.run import CallbackRun, bring_in, gate_learner, load_beside, put_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +82,7 @@ class PruningCallback(TrainerCallback):
     def history(self) -> list[dict[str, Any]]:
         """One entry per log of the Trainer, as far as the run has come."""
         if self._run is not None:
-            return self._run.history
+            return self._run.state.history
         return [] if self.result is None else self.result.history
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -94,8 +94,7 @@ class PruningCallback(TrainerCallback):
             self._run.finish()
             self._run.masks.detach()
         self._run, self.result = None, None
-        model: PreTrainedModel = kwargs["model"]
-        loader = kwargs.get("train_dataloader")
+        model, loader = kwargs["model"], kwargs.get("train_dataloader")
         structure = structure_of(model)
         target = target_for(model, structure, self.config, {"target_sparsity": self.target})
         check_target(structure, target, self.config.units)
@@ -105,60 +104,70 @@ class PruningCallback(TrainerCallback):
         teacher = resolve_teacher(self.teacher, model, of_dense=True)
         rows = rows_again(loader, model, structure, self.config, args, taught=teacher is not None)
         self._batches = _length(loader)
-        facts = self._facts(structure, target, args, state, taught=teacher is not None)
-        if rows is not None:
-            facts = replace(facts, labelled=rows.labelled)
+        facts = self._facts(args, state, structure, labelled=rows is None or rows.labelled)
         settings = resolve(self.config, facts)
         if teacher is not None and rows is not None:
             check_learnable(model, teacher, rows, settings, cuts_hidden="hidden" in settings.units)
-        Schedule.for_steps(settings, state.max_steps, facts.steps_per_epoch)  # whether there are enough of them
+        Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)  # whether there are enough of them
+        saved = self._saved(args, state, model, structure)
+        take_masks_off(model, quietly=saved is not None)
+        start = None
+        if saved is None and rows is not None:
+            start = one_shot_start(model, structure, rows, settings, target)
+        plan = Plan.from_values(structure, {}) if start is None else start[1]
+        if saved is not None:
+            plan = Plan.from_dict(saved.extra["start"])
+        settings = resolve(self.config, replace(facts, from_one_shot=plan.kept != structure.sizes))
+        schedule = Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)
+        masks, replaced = attach_to(model, structure), {} if start is None else bring_in(model, structure, *start)
+        try:
+            learner = gate_learner(model, masks, plan, target, settings, schedule)
+            if settings.warm_start and saved is None and rows is not None:
+                learner.order(model, learner.masks, rows)
+            run = CallbackRun(model, learner, teacher, rows, args, replaced=replaced)
+            if self.teacher == "self" and teacher is not None:
+                run.state.modules["teacher"] = teacher
+            if saved is not None:
+                run.restore(saved)
+        except BaseException:
+            put_back(model, replaced)
+            masks.detach()
+            raise
+        self._run = run
+
+    def _facts(self, args: Any, state: Any, structure: Structure, *, labelled: bool) -> Facts:
+        """Gather what settings depend on.
+
+        :raises SettingsError: for epochs where the data set has no length.
+        """
+        per_epoch: int = state.max_steps
+        if self._batches is not None:
+            per_epoch = math.ceil(self._batches / args.gradient_accumulation_steps)
+        for name in ("pre_finetune_epochs", "freeze_epochs", "sparsity_warmup_epochs"):
+            epochs = getattr(self.config, name)
+            if self._batches is None and epochs:
+                raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
+        return Facts(
+            per_epoch,
+            self.target,
+            units=unit_kinds(structure),
+            taught=self.teacher is not None,
+            labelled=labelled,
+            trainer_steps=state.max_steps,
+        )
+
+    def _saved(self, args: Any, state: Any, model: PreTrainedModel, structure: Structure) -> SavedRun | None:
+        """Note what a resumed run must have in common with this one; return what it goes on from, if it does."""
+        kind = None if self.teacher is None else "self" if self.teacher == "self" else type(self.teacher).__name__
         self._fingerprint = {
             "target_sparsity": self.target,
             "family": structure.family,
             "sizes": sum(structure.sizes.values()),
             "max_steps": state.max_steps,
-            "teacher": None if teacher is None else "self" if self.teacher == "self" else type(teacher).__name__,
+            "teacher": kind,
             "config": used_settings(self.config),
         }
-        saved = load_beside(args, state.global_step, self._fingerprint, model) if state.global_step else None
-        take_masks_off(model, quietly=saved is not None)
-        start: Left | None = None
-        if saved is not None:
-            start = begun(saved, model)
-        elif rows is not None:
-            # The model stays as wide as it is while the Trainer has it.
-            start = one_shot_start(model, rows, settings, target)
-        settings = resolve(self.config, replace(facts, from_one_shot=start is not None))
-        schedule = Schedule.for_steps(settings, state.max_steps, facts.steps_per_epoch)
-        masks = attach(model)
-        try:
-            learner = gate_learner(model, masks, target, settings, schedule, start=start, rows=None if saved else rows)
-            self._run = CallbackRun(model, masks, learner, teacher, rows, args, start=start)
-            if saved is not None:
-                self._run.restore(saved)
-        except BaseException:
-            masks.detach()
-            raise
-
-    def _facts(self, structure: Structure, target: Target, args: Any, state: Any, *, taught: bool) -> Facts:
-        """Gather what settings depend on.
-
-        :raises SettingsError: for epochs where the data set has no length.
-        """
-        if self._batches is None:
-            for name in ("pre_finetune_epochs", "freeze_epochs", "sparsity_warmup_epochs"):
-                epochs = getattr(self.config, name)
-                if epochs:
-                    raise SettingsError(f"{name}={epochs:g} needs a data set with a length: this one has no epochs")
-        length = self._batches
-        return Facts(
-            steps_per_epoch=state.max_steps if length is None else math.ceil(length / args.gradient_accumulation_steps),
-            target=target.share,
-            round_to=target.round_to,
-            units=unit_kinds(structure),
-            taught=taught,
-            trainer_steps=state.max_steps,
-        )
+        return load_beside(args, state.global_step, self._fingerprint, model) if state.global_step else None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the next forwards run under samples of the gates."""
@@ -187,14 +196,12 @@ class PruningCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(more)
         phase = "prune" if run.plan is None else "recover"
-        run.history.append({"phase": phase, "step": state.global_step, "seconds": round(run.seconds, 3), **logs})
+        run.state.history.append({"phase": phase, "step": state.global_step, "seconds": round(run.seconds, 3), **logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the gates beside the weights of a checkpoint."""
         if self._run is not None and args.should_save:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            captured = self._run.capture(with_teacher=self.teacher == "self")
-            save_beside(folder, captured, self._fingerprint, self._run.model)
+            self._run.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._fingerprint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model with masks of zeros and ones of exactly the target sparsity."""
@@ -211,15 +218,15 @@ class PruningCallback(TrainerCallback):
         assert run.plan is not None
         run.finish()
         best = state.best_global_step if args.load_best_model_at_end else None
-        evaluated = [entry for entry in run.history if entry["phase"] == "recover" and _is_evaluation(entry)]
+        evaluated = [entry for entry in run.state.history if entry["phase"] == "recover" and _is_evaluation(entry)]
         last: dict[str, Any] = next((entry for entry in reversed(evaluated) if best in (None, entry["step"])), {})
         self.result = PruneResult(
             run.model,
             run.plan,
-            run.masks.sparsity(),
-            run.masks.model_sparsity(),
+            run.masks.whole.sparsity(),
+            run.masks.whole.model_sparsity(),
             {name: value for name, value in last.items() if name.startswith("eval_") and not name.endswith(_SPEED)},
-            run.history,
+            run.state.history,
             run.seconds,
             best,
             settings=run.learner.settings,

@@ -7,8 +7,7 @@ not. `RemainingMasks` lets gates over what one shot has left act on the model th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,10 @@ from cofiprune.errors import TrainingError
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
 from cofiprune.structure import Structure
-from cofiprune.training.checkpoint import Sums
-from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from cofiprune.training.trainer.run import CallbackRun
 
 _DRAWS = 1 << 16
 """More forwards than any step has: the noise of step s is drawn by the numbers from s * _DRAWS on."""
@@ -40,25 +37,15 @@ class ForwardHooks:
     the model's own.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        learner: GateLearner,
-        objective: Objective | None,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        on_refusal: Callable[[], None],
-    ) -> None:
+    def __init__(self, run: CallbackRun, objective: Objective | None) -> None:
         """Install the hooks; they go with the masks that the gates set.
 
         :param objective: the loss with a teacher; None to leave the model's loss alone.
-        :param autocast: gives the context, of mixed precision or none, in which the objective is computed.
-        :param on_refusal: called before a training forward raises.
         """
-        self.model = model
-        self.learner = learner
+        self.run = run
+        self.model = model = run.model
+        self.learner = run.learner
         self.objective = objective
-        self.autocast = autocast
-        self.on_refusal = on_refusal
         self.gated = False
         """Whether the gates are learning now."""
         self.step = 0
@@ -66,8 +53,6 @@ class ForwardHooks:
         """What a micro-batch counts in the loss of its step, where the Trainer does not divide by itself."""
         self.teacher_used = False
         """Whether a backward has gone through the objective since `begin`."""
-        self.sums = Sums()
-        """Parts of the objective since the last log."""
         self.draws = 0
         """Samples that were drawn in this step."""
         self._settled = False
@@ -81,7 +66,7 @@ class ForwardHooks:
             lambda module, args, kwargs, output: self._answered(module, kwargs, output), with_kwargs=True
         )
         self._handles = [before, after]
-        learner.masks.on_detach.append(self.remove)
+        self.learner.masks.on_detach.append(self.remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHooks:
         """What a copy of the model needs: the handles, by which the hooks go with its masks; not the run."""
@@ -133,7 +118,7 @@ class ForwardHooks:
         try:
             return self._after(module, kwargs, output)
         except TrainingError:
-            self.on_refusal()
+            self.run.put_back()
             raise
 
     def _after(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -146,9 +131,11 @@ class ForwardHooks:
                 "label_smoothing_factor, or the teacher, or pass label_weight=0"
             )
         batch = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        with self.autocast():
+        args = self.run.args  # the Trainer's autocast ends with the model's forward
+        kind = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(self.model.device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16)):
             parts = self.objective.of(output, batch, self.learner.alive_layers())
-        self.sums.add({name: value.detach() for name, value in parts.items() if name != "loss"})
+        self.run.state.sums.add({name: value.detach() for name, value in parts.items() if name != "loss"})
         loss = parts["loss"] * (self.share if self._counted else 1.0)
         if loss.requires_grad:
             loss.register_hook(lambda gradient: self._note_use())  # type: ignore[no-untyped-call]
@@ -175,6 +162,7 @@ class RemainingMasks(MaskRegistry):
         values = next(iter(whole.values()))
         super().__init__(left, list(left), device=values.device, dtype=values.dtype)
         self.whole = whole
+        self.start = plan
         self.kept = {name: torch.tensor(plan.keep[name], device=values.device) for name in left}
         self.on_detach = whole.on_detach
         whole.set_plan(plan.hard)
@@ -192,6 +180,11 @@ class RemainingMasks(MaskRegistry):
     def alive(self, gate: str) -> bool | Tensor:
         return self.whole.alive(gate)
 
+    def detach(self) -> None:
+        self.whole.detach()
+
     def _placed(self, name: str, value: Tensor) -> Tensor:
         """[units] of the whole model, from [kept units]; differentiable."""
+        if len(value) == self.whole.structure[name].size:
+            return value
         return value.new_zeros(self.whole.structure[name].size).index_copy(0, self.kept[name], value)

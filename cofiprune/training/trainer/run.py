@@ -10,36 +10,29 @@ import hashlib
 import json
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import compact, restore
+from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import Batches
-from cofiprune.data.prepare import prepare
-from cofiprune.errors import CheckpointError, SettingsError, TrainingError
+from cofiprune.errors import CheckpointError, TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
-from cofiprune.oneshot.fisher import measured_importance
-from cofiprune.oneshot.with_data import can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.checkpoint import FORMAT_VERSION, check_same, check_version, write
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.checkpoint import FORMAT_VERSION, RunState, SavedRun, check_same, check_version, write
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.schedule import Schedule
-from cofiprune.training.start import Left
 from cofiprune.training.trainer.forward import ForwardHooks, RemainingMasks
 
 if TYPE_CHECKING:
@@ -55,62 +48,50 @@ class CallbackRun:
     def __init__(
         self,
         model: PreTrainedModel,
-        masks: MaskRegistry,
         learner: GateLearner,
         teacher: PreTrainedModel | None,
         batches: Batches | None,
         args: Any,
         *,
-        start: Left | None,
+        replaced: dict[str, Tensor],
     ) -> None:
-        """Set up what learns, the same on every process, and bring what one shot repaired into the model.
+        """Set up what learns, the same on every process.
 
-        :param masks: of the model; the learner's own where it learns on all of it.
+        :param learner: on the masks of what one shot has left of the model.
         :param teacher: put into eval mode until `finish`.
         :param batches: of the Trainer's rows, where there is a teacher.
         :param args: the Trainer's arguments.
-        :param start: what one shot has left for the gates to choose of.
+        :param replaced: weights as they came, to be put back if the first step goes wrong.
         """
-        device = next(model.parameters()).device
         self.model = model
-        self.masks = masks
+        assert isinstance(learner.masks, RemainingMasks)
+        self.masks = learner.masks
         self.learner = learner
-        self.teacher = teacher
         self.args = args
-        self.started = None if start is None else start[1]
         self.plan: Plan | None = None
         self.sparsity: Tensor | None = None
         """Expected, at the last step."""
-        self.history: list[dict[str, Any]] = []
         self.begun = time.monotonic()
         """Less the seconds of the parts before it was resumed."""
+        self.replaced = replaced
         self._modes = ExitStack()
         objective = None
         if teacher is not None and batches is not None:
-            self._modes.enter_context(evaluating(teacher.to(device)))  # type: ignore[arg-type]
-            objective = Objective(model if start is None else start[0], teacher, batches, learner.settings)
-        self.projection = None if objective is None else objective.projection
+            self._modes.enter_context(evaluating(teacher.to(model.device)))  # type: ignore[arg-type]
+            objective = Objective(model, teacher, batches, learner.settings)
         groups = learner.groups()
-        if self.projection is not None:
-            groups.append({"params": list(self.projection.parameters())})
+        modules: dict[str, nn.Module] = {"gates": learner}
+        if objective is not None and objective.projection is not None:
+            modules["projection"] = objective.projection
+            groups.append({"params": list(objective.projection.parameters())})
         self.beside = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=0.0)
+        self.optimizer = optimizer
+        self.state = RunState("prune", modules, optimizer, extra={"start": self.masks.start.to_dict(), "plan": None})
         if _processes() > 1:
             for parameter in self.beside:
                 dist.broadcast(parameter.data, src=0)
-        kind = torch.bfloat16 if args.bf16 else torch.float16
-
-        def autocast() -> AbstractContextManager[Any]:
-            return torch.autocast(device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16))
-
-        self.hooks = ForwardHooks(model, learner, objective, autocast, self._put_back)
-        self._replaced: dict[str, Tensor] = {}
-        """Weights as they came, of those that one shot repaired, until the first step has gone well."""
-        if start is not None:
-            before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            restore(model, *start)
-            now = dict(model.named_parameters())
-            self._replaced = {name: value for name, value in before.items() if not torch.equal(value, now[name])}
+        self.hooks = ForwardHooks(self, objective)
 
     @property
     def seconds(self) -> float:
@@ -136,16 +117,14 @@ class CallbackRun:
         try:
             self._step(step, optimizer)
         except TrainingError:
-            self._put_back()
+            self.put_back()
             raise
-        self._replaced = {}
+        self.replaced = {}
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
         """Undo what one shot repaired, unless the first step has been done."""
-        with torch.no_grad():
-            for name, value in self._replaced.items():
-                self.model.get_parameter(name).copy_(value)
-        self._replaced = {}
+        put_back(self.model, self.replaced)
+        self.replaced = {}
 
     def _step(self, step: int, optimizer: Any) -> None:
         gated, learner = self.hooks.gated, self.learner
@@ -166,7 +145,7 @@ class CallbackRun:
             nn.utils.clip_grad_norm_(learner.gates.parameters(), self.args.max_grad_norm or math.inf)
         gradients = [parameter.grad.norm() for parameter in self.beside if parameter.grad is not None]
         if not gradients or bool(torch.isfinite(torch.stack(gradients)).all()):
-            if self.projection is not None:
+            if "projection" in self.state.modules:
                 self.optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             if gated:
@@ -185,17 +164,17 @@ class CallbackRun:
 
     def decide(self) -> None:
         """Choose what stays, bring the factors of its gates into the weights, and run under that from now on."""
-        self.masks.unbind()
-        started = self.started
+        masks = self.masks.whole
 
-        def whole(plan: Plan) -> Plan:
-            return plan if started is None else started.then(plan)
+        def small(decided: Plan) -> PreTrainedModel:
+            return compacted(self.model, masks.structure, self.masks.start.then(decided))
 
-        plan = whole(self.learner.decide(lambda found: compact(self.model, whole(found))))
-        restore(self.model, compact(self.model, plan), plan)
-        self.plan = plan.hard
-        self.masks.set_plan(self.plan)
-        self.hooks.gated = False
+        decided = self.learner.decide(small)
+        plan = self.masks.start.then(decided)
+        write_back(self.model, masks.structure, small(decided), plan)
+        masks.set_plan(plan.hard)
+        self.plan, self.hooks.gated = plan.hard, False
+        self.state.extra["plan"] = self.plan.to_dict()
 
     def finish(self) -> None:
         """Leave the model under its masks alone, and the teacher as it came."""
@@ -210,109 +189,67 @@ class CallbackRun:
         """
         found: dict[str, float] = {}
         if trained:
-            found.update(self.hooks.sums.take())
+            found.update(self.state.sums.take())
         if trained and self.plan is None and self.sparsity is not None:
             found["expected_sparsity"] = float(self.sparsity)
             found["target_sparsity"] = self.learner.target_at(step)
         if self.plan is not None or not trained:
-            found["sparsity"] = self.masks.sparsity()
+            found["sparsity"] = self.masks.whole.sparsity()
         return found
 
-    def capture(self, *, with_teacher: bool) -> dict[str, Any]:
-        """Return everything that a checkpoint needs, as tensors and plain values."""
-        return {
-            "gates": self.learner.state_dict(),
-            "projection": None if self.projection is None else self.projection.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "teacher": self.teacher.state_dict() if self.teacher is not None and with_teacher else None,
-            "start": None if self.started is None else json.dumps(self.started.to_dict()),
-            "plan": None if self.plan is None else json.dumps(self.plan.to_dict()),
-            "history": json.dumps(self.history),
-            "sums": self.hooks.sums.state_dict(),
-            "seconds": self.seconds,
+    def save(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        """Add what learns beside the model to a checkpoint that the Trainer wrote."""
+        self.state.seconds = self.seconds
+        payload = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "weights": digest(self.model),
+            "extra": json.dumps(self.state.extra),
+            "captured": self.state.capture(),
         }
+        write(folder / FILE, lambda path: torch.save(payload, path))
 
-    def restore(self, captured: dict[str, Any]) -> None:
-        """Take up what `capture` returned."""
-        self.learner.load_state_dict(captured["gates"])
-        if self.projection is not None:
-            self.projection.load_state_dict(captured["projection"])
-        if self.teacher is not None and captured["teacher"] is not None:
-            self.teacher.load_state_dict(captured["teacher"])
-        self.optimizer.load_state_dict(captured["optimizer"])
-        self.history = json.loads(captured["history"])
-        self.hooks.sums.load_state_dict(captured["sums"], self.learner.gates.log_alpha.device)
-        self.begun -= captured["seconds"]
-        if captured["plan"] is not None:
-            self.plan = Plan.from_dict(json.loads(captured["plan"]))
-            self.masks.set_plan(self.plan)
+    def restore(self, saved: SavedRun) -> None:
+        """Take up what `load_beside` read."""
+        self.state.restore(saved.captured)
+        self.state.extra = saved.extra
+        self.begun -= self.state.seconds
+        if saved.extra["plan"] is not None:
+            self.plan = Plan.from_dict(saved.extra["plan"])
+            self.masks.whole.set_plan(self.plan)
 
 
 def gate_learner(
     model: PreTrainedModel,
     masks: MaskRegistry,
+    plan: Plan,
     target: Target,
     settings: ResolvedSettings,
     schedule: Schedule,
-    *,
-    start: Left | None,
-    rows: Batches | None,
 ) -> GateLearner:
-    """Set up gates on a model, or on what one shot has left of it.
+    """Set up gates over what a plan keeps of a model.
 
-    :param masks: of the model.
-    :param rows: what the gates' start is measured on; None where they are restored.
+    :param masks: of the model, all groups.
     """
     structure = masks.structure
-    left, layers_left = masks, 1.0
-    if start is not None:
-        left = RemainingMasks(masks, start[1], structure_of(start[0]))
-        layers_left -= sparsity(layer_parameters(structure), structure, start[1].kept)
-    names = [group.name for group in left.structure.present(settings.units)]
-    learner = GateLearner(left, names, target, settings, schedule, layers_left=layers_left)
-    if settings.warm_start and rows is not None:
-        small = model if start is None else start[0]
-        with nullcontext(masks) if start is None else attach(small) as inner:
-            importance = measured_importance(small, inner, names, rows, seed=settings.seed)
-        learner.gates.initialise_from(importance, spread=settings.warm_start_spread)
-    return learner
+    left = structure if plan.kept == structure.sizes else structure_of(compacted(model, structure, plan))
+    share = 1 - sparsity(layer_parameters(structure), structure, plan.kept)
+    return GateLearner(RemainingMasks(masks, plan, left), target, settings, schedule, layers_left=share)
 
 
-def begun(captured: dict[str, Any], model: PreTrainedModel) -> Left | None:
-    """Return what one shot had left at the beginning of a run, from what `capture` returned."""
-    if captured["start"] is None:
-        return None
-    plan = Plan.from_dict(json.loads(captured["start"]))
-    return compact(model, plan), plan
+def bring_in(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    """Write the weights that one shot repaired into a model; return those that changed, as they were."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    write_back(model, structure, small, plan)
+    now = dict(model.named_parameters())
+    return {name: value for name, value in before.items() if not torch.equal(value, now[name])}
 
 
-def rows_again(
-    loader: Any, model: PreTrainedModel, structure: Structure, config: PruneConfig, args: Any, *, taught: bool
-) -> Batches | None:
-    """Batches of the Trainer's rows, made anew so that its own loader is not touched; None where not needed.
-
-    :raises SettingsError: when they are needed and the data set has no length.
-    :raises DataError: when the first batch is out of the model's range.
-    """
-    looks = {
-        "a teacher": taught,
-        "warm_start, which can be False,": config.warm_start,
-        "one_shot_share, which can be 0,": config.starts_from_one_shot and can_start(structure, config.units),
-    }
-    if not any(looks.values()):
-        return None
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset):
-        needs = " and ".join(name for name, asked in looks.items() if asked)
-        raise SettingsError(f"rows are looked at beforehand, for {needs} and this train_dataset has no length")
-    again: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=args.per_device_train_batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(config.seed),
-        collate_fn=loader.collate_fn,
-    )
-    return prepare(again, model, batch_size=1, seed=config.seed, need_labels=False, name="train_dataset")
+@torch.no_grad()
+def put_back(model: PreTrainedModel, replaced: dict[str, Tensor]) -> None:
+    """Undo `bring_in`."""
+    for name, value in replaced.items():
+        model.get_parameter(name).copy_(value)
 
 
 def micro_batches(step: int, accumulation: int, length: int | None) -> int:
@@ -343,21 +280,7 @@ def _unscale_and_average(parameters: list[nn.Parameter], scale: float) -> None:
             parameter.grad /= scale * processes
 
 
-def save_beside(folder: Path, captured: dict[str, Any], fingerprint: dict[str, Any], model: nn.Module) -> None:
-    """Add what a pruning callback knows to a checkpoint that a Trainer wrote.
-
-    :param captured: tensors and plain values.
-    """
-    payload = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint,
-        "weights": digest(model),
-        "captured": captured,
-    }
-    write(folder / FILE, lambda path: torch.save(payload, path))
-
-
-def load_beside(args: Any, step: int, fingerprint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def load_beside(args: Any, step: int, fingerprint: dict[str, Any], model: nn.Module) -> SavedRun:
     """Read what a pruning callback saved with the weights that a model holds now.
 
     :param args: the Trainer's arguments; they say where its checkpoints are.
@@ -380,13 +303,12 @@ def load_beside(args: Any, step: int, fingerprint: dict[str, Any], model: nn.Mod
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: it cannot be read ({error!r})") from error
     check_version(version, path, ", or train anew")
-    check_same(fingerprint, saved, path, "")
+    check_same(fingerprint, saved, f"{path} is of another run", "")
     if weights != digest(model):
         raise CheckpointError(
             f"{path} is of another run: its gates were saved with other weights than those the Trainer resumes from"
         )
-    captured: dict[str, Any] = payload["captured"]
-    return captured
+    return SavedRun(path.parent, "prune", json.loads(payload["extra"]), payload["captured"])
 
 
 def digest(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Pruning without data: an exact size, removed weights as they were, and a repair that never makes answers worse."""
+"""Pruning without data: an exact size, removed weights as they were, and outputs that come nearer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen, tiny_config, unit_choices
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import DataError, MaskError, SettingsError, TargetError, TeacherError
-from cofiprune.oneshot import prune_without_data
-from cofiprune.oneshot.allocation import scores
-from cofiprune.oneshot.divergence import answers, divergence
-from cofiprune.oneshot.importance import activation_importance, weight_importance
-from cofiprune.oneshot.layerwise import LayerWalk, counted, projections, valid_rows
-from cofiprune.oneshot.reconstruction import Repair
+from cofiprune.oneshot import prune_data_free
+from cofiprune.oneshot.data_free import divergence, outputs_of
+from cofiprune.oneshot.importance import activation_importance, scores, weight_importance
+from cofiprune.oneshot.layerwise import Layerwise, counted, projections, valid_rows
+from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
@@ -54,6 +53,12 @@ def batches_of(model, count=3, seed=9):
     return [synthetic_inputs(model, batch_size=8, seq_len=20, generator=generator, padding=True) for _ in range(count)]
 
 
+def pruned(model, share, teacher="self", *, samples=SAMPLES, **settings):
+    structure = structure_of(model)
+    target = Target.of(structure, share)
+    return prune_data_free(model, structure, target, teacher=teacher, samples=samples, **settings)
+
+
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -68,7 +73,7 @@ def test_the_sparsity_is_exact_for_every_choice_of_units(units):
             check_target(structure, Target.of(structure, target), units)
         except TargetError:
             continue
-        plan = prune_without_data(model, target_sparsity=target, units=units).plan
+        plan = pruned(model, target, None, units=units).plan
         assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(target, abs=0.005)
         chosen = {group.name for group in structure.select(units)}
         cut = {name for name, size in structure.sizes.items() if len(plan.keep[name]) < size}
@@ -82,14 +87,14 @@ def test_the_sparsity_is_exact_for_every_choice_of_units(units):
 def test_the_sparsity_is_exact_with_a_teacher(target):
     model = bert()
     structure, cost = cost_of(model)
-    report = prune_without_data(model, target_sparsity=target, teacher="self", samples=SAMPLES)
+    report = pruned(model, target)
     assert accounting.sparsity(cost, structure, report.plan.kept) == pytest.approx(target, abs=0.005)
     assert not report.plan.scale
 
 
 def test_no_block_goes_while_others_have_units_to_spare():
     model = bert(num_hidden_layers=3)
-    plan = prune_without_data(model, target_sparsity=0.6).plan
+    plan = pruned(model, 0.6, None).plan
     assert all(plan.kept[block.gate] == 1 for block in structure_of(model).blocks)
     shares = [plan.kept[name] / size for name, size in plan.sizes.items() if name.endswith("intermediate")]
     assert max(shares) - min(shares) < 0.25
@@ -97,30 +102,30 @@ def test_no_block_goes_while_others_have_units_to_spare():
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "deberta-v2"])
-def test_repair_brings_answers_nearer_on_inputs_that_it_has_not_seen(family):
+def test_reconstruction_brings_outputs_nearer_on_inputs_that_it_has_not_seen(family):
     from transformers import AutoModel
 
     config = tiny_config(family)
     config.intermediate_size = 64
     dense = specimen(AutoModel.from_config(config), rng())
     model = copy.deepcopy(dense)
-    report = prune_without_data(model, target_sparsity=0.4, teacher=dense, samples=SAMPLES)
-    assert report.repaired
+    report = pruned(model, 0.4, dense)
+    assert report.reconstructed
     assert report.divergence_after < report.divergence_before
     unseen = batches_of(dense, seed=77)
-    theirs = answers(dense, unseen)
+    theirs = outputs_of(dense, unseen)
     hidden = report.plan.keep["hidden"]
-    unrepaired = divergence(compact(dense, report.plan), theirs, unseen, hidden=hidden)
-    assert divergence(compact(model, report.plan), theirs, unseen, hidden=hidden) < unrepaired
+    cut = divergence(compact(dense, report.plan), theirs, unseen, hidden=hidden)
+    assert divergence(compact(model, report.plan), theirs, unseen, hidden=hidden) < cut
 
 
 def test_only_kept_weights_of_the_last_projections_change():
     model = bert()
     before = state(model)
-    report = prune_without_data(model, target_sparsity=0.6, teacher="self", samples=SAMPLES)
-    assert report.repaired
+    report = pruned(model, 0.6)
+    assert report.reconstructed
     structure = structure_of(model)
-    paths = {projection.module for projection in projections(model, structure).values()}
+    paths = set(projections(model, structure).values())
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert {name.rpartition(".")[0] for name in changed} <= paths
@@ -138,21 +143,21 @@ def test_only_kept_weights_of_the_last_projections_change():
 
 def test_the_masked_model_and_the_compacted_one_agree_afterwards():
     model = bert()
-    report = prune_without_data(model, target_sparsity=0.6, teacher="self", samples=SAMPLES)
+    report = pruned(model, 0.6)
     unseen = batches_of(model)
-    small = answers(compact(model, report.plan), unseen)
+    small = outputs_of(compact(model, report.plan), unseen)
     with attach(model) as masks:
         masks.set_plan(report.plan)
-        for (ours,), (theirs,) in zip(answers(model, unseen), small, strict=True):
+        for (ours,), (theirs,) in zip(outputs_of(model, unseen), small, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 def test_without_a_teacher_no_weight_changes():
     model = bert()
     before = state(model)
-    report = prune_without_data(model, target_sparsity=0.6)
+    report = pruned(model, 0.6, None)
     assert report.divergence_before is report.divergence_after is None
-    assert not report.repaired
+    assert not report.reconstructed
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -161,7 +166,7 @@ def test_the_seed_decides():
     for seed in (1, 1, 2):
         model = bert()
         torch.manual_seed(len(runs))
-        report = prune_without_data(model, target_sparsity=0.5, teacher="self", seed=seed, samples=SAMPLES)
+        report = pruned(model, 0.5, seed=seed)
         runs.append((report, state(model)))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
@@ -174,25 +179,25 @@ def test_the_mode_of_every_module_and_the_global_generator_stay():
     modes = [module.training for module in model.modules()]
     torch.manual_seed(3)
     noise = torch.get_rng_state()
-    prune_without_data(model, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    pruned(model, 0.5)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), noise)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_repair_that_does_harm_is_rolled_back(monkeypatch):
+def test_a_reconstruction_that_does_harm_is_rolled_back(monkeypatch):
     def harm(self, on_progress=None):
         with torch.no_grad():
             self.small.bert.encoder.layer[0].output.dense.weight.add_(1.0)
             self.small.classifier.weight.mul_(-100.0)
 
-    monkeypatch.setattr(Repair, "run", harm)
+    monkeypatch.setattr(Reconstruction, "run", harm)
     model = bert()
     before = state(model)
-    report = prune_without_data(model, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    report = pruned(model, 0.5)
     assert report.divergence_after == report.divergence_before
-    assert not report.repaired
+    assert not report.reconstructed
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -207,9 +212,9 @@ def test_removed_blocks_are_passed_by():
     plan = Plan.from_values(structure, values)
     small = compact(model, plan)
     seen: list[float] = []
-    theirs = answers(model, batches_of(model, seed=5))
+    theirs = outputs_of(model, batches_of(model, seed=5))
     before = divergence(small, theirs, batches_of(model, seed=5))
-    Repair(model, structure, small, structure_of(small), plan, batches_of(model, count=6)).run(seen.append)
+    Reconstruction(model, structure, small, structure_of(small), plan, batches_of(model, count=6)).run(seen.append)
     assert seen == pytest.approx([1 / 3, 2 / 3, 1])
     assert divergence(small, theirs, batches_of(model, seed=5)) < before
 
@@ -220,7 +225,7 @@ def test_heads_alone_up_to_the_last_one():
     target = 1 - cost.exact({**structure.sizes, "layers.0.attention": 0, "layers.1.attention": 0}) / cost.exact(
         structure.sizes
     )
-    plan = prune_without_data(model, target_sparsity=target, units="head", teacher="self", samples=SAMPLES).plan
+    plan = pruned(model, target, units="head").plan
     assert plan.keep["layers.0.heads"] == plan.keep["layers.1.heads"] == ()
     assert plan.kept["layers.0.intermediate"] == 48
 
@@ -236,7 +241,7 @@ def padded(batch, width, fill):
 def test_padding_does_not_enter_the_statistics():
     model = bert()
     structure = structure_of(model)
-    plan = prune_without_data(model, target_sparsity=0.5).plan
+    plan = pruned(model, 0.5, None).plan
     batches = batches_of(model)
     longer = [padded(batch, 30, fill=7) for batch in batches]
     assert [counted(model, structure, batch) for batch in batches] == [
@@ -246,7 +251,7 @@ def test_padding_does_not_enter_the_statistics():
     for given in (batches, longer):
         small = compact(model, plan)
         found.append(activation_importance(model, structure, given))
-        Repair(model, structure, small, structure_of(small), plan, given).run()
+        Reconstruction(model, structure, small, structure_of(small), plan, given).run()
         weights.append(state(small))
     for name, importance in found[0].items():
         torch.testing.assert_close(importance, found[1][name])
@@ -273,26 +278,26 @@ def test_positions_are_counted_without_a_mask():
     assert counted(model, structure_of(model), batch) == 10
 
 
-def test_a_walk_sees_what_a_forward_pass_computes():
+def test_layer_by_layer_sees_what_a_forward_pass_computes():
     model = bert()
     structure = structure_of(model)
     batches = batches_of(model)
     inputs = {}
     wanted = projections(model, structure)
     handles = [
-        model.get_submodule(found.module).register_forward_hook(
+        model.get_submodule(path).register_forward_hook(
             lambda module, args, output, gate=gate: inputs.setdefault(gate, []).append(args[0])
         )
-        for gate, found in wanted.items()
+        for gate, path in wanted.items()
     ]
     with torch.no_grad():
         for batch in batches:
             model(**batch)
     for handle in handles:
         handle.remove()
-    walk = LayerWalk(model, structure, batches)
+    walk = Layerwise(model, structure, batches)
     for layer in range(2):
-        here = {found.module: gate for gate, found in wanted.items() if structure[gate].layer == layer}
+        here = {path: gate for gate, path in wanted.items() if structure[gate].layer == layer}
         for index in range(len(batches)):
             for path, passage in walk.look(index, list(here), settle=True).items():
                 torch.testing.assert_close(passage.inputs, inputs[here[path]][index], rtol=0, atol=0)
@@ -330,55 +335,42 @@ def test_scores_compare_across_groups():
     assert len({float(alone[f"layers.{layer}.ffn"]) for layer in range(3)}) == 3
 
 
-def test_a_teacher_of_another_structure_is_asked_for_its_answers_only():
+def test_a_teacher_of_another_structure_is_asked_for_its_outputs_only():
     teacher = bert(hidden_size=32, num_attention_heads=2, seed=4)
     model = bert()
-    report = prune_without_data(model, target_sparsity=0.4, teacher=teacher, samples=SAMPLES)
+    report = pruned(model, 0.4, teacher)
     assert report.divergence_after <= report.divergence_before
     encoder = bert(BertModel)
-    report = prune_without_data(encoder, target_sparsity=0.4, teacher=bert(BertModel, hidden_size=32), samples=SAMPLES)
+    report = pruned(encoder, 0.4, bert(BertModel, hidden_size=32))
     assert report.divergence_after < report.divergence_before
 
 
 def test_a_compacted_model_is_pruned_again():
     model = bert()
-    first = prune_without_data(model, target_sparsity=0.3, teacher="self", samples=SAMPLES)
+    first = pruned(model, 0.3)
     small = compact(model, first.plan)
     structure, cost = cost_of(small)
-    second = prune_without_data(small, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    second = pruned(small, 0.5)
     assert accounting.sparsity(cost, structure, second.plan.kept) == pytest.approx(0.5, abs=0.005)
 
 
 def test_a_model_in_half_precision():
     model = bert(BertForMaskedLM).bfloat16()
-    report = prune_without_data(model, target_sparsity=0.5, teacher="self", samples=SAMPLES)
+    report = pruned(model, 0.5)
     assert report.divergence_after <= report.divergence_before
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-
-
-def test_progress_is_told():
-    told: list[tuple[str, float]] = []
-    prune_without_data(
-        bert(), target_sparsity=0.5, teacher="self", samples=SAMPLES, on_progress=lambda *news: told.append(news)
-    )
-    assert told[0] == ("importance", 0.0)
-    assert told[-1] == ("repair", 1.0)
 
 
 def test_wrong_use_is_refused_before_anything_changes():
     model = bert()
     before = state(model)
-    with pytest.raises(TargetError, match=r"target_sparsity=0\.9"):
-        prune_without_data(model, target_sparsity=90)
-    with pytest.raises(TargetError, match="cannot be reached"):
-        prune_without_data(model, target_sparsity=0.9, units=("head",))
     with pytest.raises(SettingsError, match="samples is 0"):
-        prune_without_data(model, target_sparsity=0.5, samples=0)
+        pruned(model, 0.5, None, samples=0)
     with pytest.raises(TeacherError, match="'selve'"):
-        prune_without_data(model, target_sparsity=0.5, teacher="selve")
+        pruned(model, 0.5, "selve")
     with attach(model), pytest.raises(MaskError, match="attached"):
-        prune_without_data(model, target_sparsity=0.5)
+        pruned(model, 0.5, None)
     model.main_input_name = "bytes"
     with pytest.raises(DataError, match="'bytes'"):
-        prune_without_data(model, target_sparsity=0.5, teacher="self")
+        pruned(model, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

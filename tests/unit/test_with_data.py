@@ -20,9 +20,9 @@ from cofiprune.conformance.specimens import specimen
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import DataError
 from cofiprune.masking import masks_of
-from cofiprune.oneshot import with_data as sequential
+from cofiprune.oneshot import with_data
 from cofiprune.oneshot.layerwise import valid_rows
-from cofiprune.oneshot.with_data import SequentialPruning, calibration, can_start
+from cofiprune.oneshot.with_data import RoundPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 
@@ -64,8 +64,8 @@ def cost_of(model):
 
 
 def pruned(model, target=0.5, *, units=None, batches=None, seed=0):
-    batches = batches_of(model) if batches is None else batches
-    return SequentialPruning(model, batches, Target.of(structure_of(model), target), units=units, seed=seed).run()
+    structure, batches = structure_of(model), batches_of(model) if batches is None else batches
+    return RoundPruning(model, structure, batches, Target.of(structure, target), units=units, seed=seed).run()
 
 
 def largest_unit(structure, cost):
@@ -191,7 +191,7 @@ def test_linear_maps_learn_and_norms_and_embeddings_stay():
 def test_without_repair_nothing_learns():
     model = bert()
     target = Target.of(structure_of(model), 0.5)
-    plan, small = SequentialPruning(model, batches_of(model), target, repair=False).run()
+    plan, small = RoundPruning(model, structure_of(model), batches_of(model), target, reconstruct=False).run()
     assert not changed_modules(model, plan, small)
 
 
@@ -297,11 +297,11 @@ def test_attention_goes_as_a_whole_where_layers_may_and_heads_may_not():
     assert set(kept) == {0, structure["layers.0.heads"].size}
 
 
-def test_round_sizes_are_met_in_sweeps():
+def test_round_sizes_are_met_in_rounds():
     model = bert(num_hidden_layers=3, intermediate_size=160)
     structure, cost = cost_of(model)
     target = Target.of(structure, 0.8, round_to=2)
-    plan, small = SequentialPruning(model, batches_of(model), target).run()
+    plan, small = RoundPruning(model, structure, batches_of(model), target).run()
     assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(0.8, abs=target.tolerance)
     for layer in range(3):
         assert plan.kept[f"layers.{layer}.intermediate"] % 2 == 0
@@ -309,8 +309,8 @@ def test_round_sizes_are_met_in_sweeps():
     assert target.kept_share(found) == pytest.approx(0.2, abs=target.tolerance)
 
 
-def test_costs_that_are_not_linear_are_met_in_sweeps():
-    """Each block costs by itself and units less than in proportion; every sweep decides by the same cost."""
+def test_costs_that_are_not_linear_are_met_in_rounds():
+    """Each block costs by itself and units less than in proportion; every round decides by the same cost."""
 
     class Rooted:
         linear = False
@@ -329,7 +329,7 @@ def test_costs_that_are_not_linear_are_met_in_sweeps():
     structure = structure_of(model)
     SIZE = structure.sizes
     target = Target.of(structure, 0.6, cost=Rooted)
-    plan, small = SequentialPruning(model, batches_of(model), target).run()
+    plan, small = RoundPruning(model, structure, batches_of(model), target).run()
     assert target.kept_share(structure_of(small)) == pytest.approx(0.4, abs=target.tolerance)
     assert Rooted(structure).exact(plan.kept) / target.total == pytest.approx(0.4, abs=target.tolerance)
 
@@ -375,7 +375,8 @@ def test_dead_units_and_constant_inputs_do_no_harm():
 def test_progress_rises_to_one():
     model = bert(num_hidden_layers=3)
     told = []
-    SequentialPruning(model, batches_of(model), Target.of(structure_of(model), 0.8)).run(told.append)
+    structure = structure_of(model)
+    RoundPruning(model, structure, batches_of(model), Target.of(structure, 0.8)).run(told.append)
     assert told == sorted(set(told))
     assert len(told) == 2 * 3  # sweeps and layers
     assert told[-1] == 1
@@ -384,12 +385,12 @@ def test_progress_rises_to_one():
 def test_calibration_takes_as_much_as_is_needed_and_no_labels(monkeypatch):
     model = bert()
     rows = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches_of(model, 6)]
-    taken = calibration(model, rows)
+    taken = calibration(model, structure_of(model), rows)
     assert len(taken) == 6
     for batch, row in zip(taken, rows, strict=True):
         assert batch.keys() == row.keys() - {"labels"}
         assert all(torch.equal(value, row[name]) for name, value in batch.items())
     positions = [int(row["attention_mask"].sum()) for row in rows]
-    monkeypatch.setattr(sequential, "FIT_PER_INPUT", 1)
-    monkeypatch.setattr(sequential, "FIT_POSITIONS", sum(positions[:2]) + 1)
-    assert len(calibration(model, iter(rows))) == 3
+    monkeypatch.setattr(with_data, "FIT_PER_INPUT", 1)
+    monkeypatch.setattr(with_data, "FIT_POSITIONS", sum(positions[:2]) + 1)
+    assert len(calibration(model, structure_of(model), iter(rows))) == 3
