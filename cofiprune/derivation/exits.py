@@ -50,7 +50,7 @@ class _Span:
     """True if it is the input of that module, False if it is its output."""
 
     def is_unchanged(self, model: PreTrainedModel, batch: Batch, bypass: Bypass | None = None) -> bool:
-        """Tell whether the stream comes out as it came in, without the block or as the model is; False if it cannot run."""
+        """Tell whether the stream leaves as it came, without the block or as the model is; False if it cannot run."""
         without = nullcontext() if bypass is None else bypassing(model, (bypass.exit, *bypass.bypassed))
         try:
             with without:
