@@ -30,7 +30,7 @@ class Cost(Protocol):
 
     @property
     def linear(self) -> bool:
-        """Whether each unit of a group costs the same, whatever their number."""
+        """True if each unit of a group costs the same, whatever their number."""
 
     def exact(self, kept: Mapping[str, int]) -> int:
         """Evaluate at whole numbers of kept units."""

@@ -82,7 +82,7 @@ class Adapter:
     model_types: tuple[str, ...] = ()
     """Supported values of `config.model_type`."""
     stored: bool = False
-    """Whether a compacted model carries the table with it, because no installed package has it."""
+    """True if a compacted model carries the table with it, because no installed package has it."""
     test_settings: Mapping[str, Any] = MappingProxyType({})
     """Settings of the small configurations that `check_adapter` tries, where a model does not run with the defaults."""
 

@@ -162,7 +162,7 @@ class ExtraTable:
     rows: tuple[Weights, ...] = ()
     """Relative to a layer."""
     exits: tuple[str | BlockExit, ...] = ()
-    """Where they join the residual stream, so that the laws can test a layer without them: a path for a module that
+    """Exits into the residual stream, so that the laws can test a layer without them: a path for a module that
     the stream passes through; a `BlockExit` with `residual=False` for one whose output is added to it."""
 
 
@@ -183,13 +183,13 @@ class Family:
     encoder: str = ""
     """Path of the encoder in models with a head, where their class does not name it as the base model."""
     applications: tuple[int, ...] | None = None
-    """How often each layer runs in a forward pass, where layers share their weights; None for once each."""
+    """Times that each layer runs in a forward pass, if layers share their weights; None for once each."""
     config: ConfigSizes = ConfigSizes()
     """The settings that state the units of `hidden`, and of `heads` and `intermediate` per layer."""
     sizes: Mapping[Kind, int] = field(default_factory=dict)
     """Units of a kind whose number no setting states as it is."""
     uniform: bool = False
-    """Whether smaller values of these settings build the smaller model that compaction leaves; not where layers differ
+    """True if smaller values of these settings build the smaller model that compaction leaves; not where layers differ
     by their position, for instance."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,

@@ -171,7 +171,7 @@ def _inside(model: object) -> str:
 
 
 def _encoder_of(model: nn.Module) -> str:
-    """How to get the encoder of a model that also has a decoder."""
+    """A sentence that says how to get the encoder of a model with a decoder."""
     parts = encoders_inside(model)
     if parts:
         return _pass(parts[:1])
@@ -183,7 +183,7 @@ def _encoder_of(model: nn.Module) -> str:
 
 
 def _is_causal(model: nn.Module) -> bool:
-    """Whether tokens attend to earlier ones only.
+    """Return whether tokens attend to earlier ones only.
 
     Attention modules of transformers state it. Where they do not, a decoder is a model that can generate, and neither
     fill masks nor choose among answers.
@@ -199,7 +199,7 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is an attention layer: by its name, and a projection that is no convolution over an image.
+    """Return whether a module is an attention layer, by its name and a projection that is no image convolution.
 
     Some convolutional networks call the weighting of their channels attention.
     """

@@ -53,7 +53,7 @@ class _Scope:
     """Of the names of the layer's groups."""
     gate: str | None = None
     times: int = 1
-    """How often a forward pass applies it."""
+    """Times that a forward pass applies it."""
 
 
 class Resolver:

@@ -127,7 +127,7 @@ class BlockExit:
     """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so that a removed
     block returns zeros."""
     wrapped: bool = False
-    """Whether its single output comes in a tuple of one."""
+    """True if its single output comes in a tuple of one."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Shared:
     table: str | None = None
     """The submodule that `method` reads. The layer that has it makes the tensor, and keeps it without its block."""
     repeated: bool = False
-    """Whether the result of `method` is repeated for every example of a batch, along its first dimension."""
+    """True if the result of `method` is repeated for every example of a batch, along its first dimension."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Structure(Mapping[str, Group]):
     layers: tuple[str, ...]
     """Module paths of the encoder's layers, which `sparsity` counts."""
     applications: tuple[int, ...] = ()
-    """How often a forward pass applies each layer, one after the other; empty for once each."""
+    """Times that a forward pass applies each layer in a row; empty for once each."""
     embeddings: tuple[str, ...] = ()
     """Names of the parameters of the embedding tables."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -286,7 +286,7 @@ class Structure(Mapping[str, Group]):
         )
 
     def in_layers(self, parameter: Parameter) -> bool:
-        """Whether a parameter belongs to the encoder's layers, the denominator of `sparsity`."""
+        """Return whether a parameter belongs to the encoder's layers, the denominator of `sparsity`."""
         return parameter.name.startswith(self._layer_prefixes)
 
     @cached_property

@@ -75,7 +75,7 @@ def uniform_units(
 
 
 def _builds(model: PreTrainedModel, names: ConfigSizes, structure: Structure, kept: Mapping[str, int]) -> bool:
-    """Whether the configuration for some sizes builds the model that compaction would leave."""
+    """Return whether the configuration for some sizes builds the model that compaction would leave."""
     masks = {name: (torch.arange(structure[name].size) < count).double() for name, count in kept.items()}
     plan = Plan.from_values(structure, masks)
     with torch.device("meta"):

@@ -1,1 +1,1 @@
-"""Faster products in a model that only answers."""
+"""Faster matrix products for inference."""

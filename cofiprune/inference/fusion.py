@@ -50,7 +50,7 @@ def fuse(model: PreTrainedModel, layers: Sequence[str]) -> None:
     except Exception as error:
         _separate(model)
         warnings.warn(
-            f"linear layers of {type(model).__name__} that read the same tensor stay separate: running it on made-up "
+            f"linear layers of {type(model).__name__} that read the same tensor stay separate: running it on synthetic "
             f"inputs gave {type(error).__name__}: {error}",
             stacklevel=3,
         )
@@ -111,6 +111,6 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a forward of its own."""
+    """Return whether a module has hooks, or a forward of its own."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "forward" in module.__dict__ or any(hooks)

@@ -118,7 +118,7 @@ class _Pending:
         self.pieces = pieces
 
     def of(self, states: Tensor) -> bool:
-        """Whether they were computed from this very tensor, and it is unchanged."""
+        """Return whether they were computed from this very tensor, and it is unchanged."""
         return self.states() is states and self.version == _version(states)
 
 
@@ -137,7 +137,7 @@ class _Tied:
         self.places = [_addresses(member) for member in members]
 
     def holds(self, place: int, member: nn.Linear) -> bool:
-        """Whether the joint product is computed with this layer's weight and bias."""
+        """Return whether the joint product is computed with this layer's weight and bias."""
         return _addresses(member) == self.places[place]
 
 
@@ -179,5 +179,5 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _ordinary(states: Tensor) -> bool:
-    """Whether a tensor is no subclass, and not traced."""
+    """Return whether a tensor is no subclass, and not traced."""
     return type(states) is Tensor and torch._C._get_tracing_state() is None

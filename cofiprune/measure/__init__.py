@@ -1,1 +1,1 @@
-"""What a model scores, weighs and takes."""
+"""Measurements of a model: metrics, size and latency."""

@@ -92,7 +92,7 @@ def _spans(outputs: Any, batch: Mapping[str, Tensor]) -> Counts:
     for end in ("start", "end"):
         logits: Tensor = outputs[f"{end}_logits"]
         if mask is not None:
-            logits = logits.masked_fill(mask == 0, -torch.inf)  # no answer lies in the padding
+            logits = logits.masked_fill(mask == 0, -torch.inf)  # the padding holds no span
         position = batch[f"{end}_positions"].view(-1)
         asked.append(position < logits.shape[1])
         right.append((logits.argmax(-1) == position) & asked[-1])

@@ -82,9 +82,9 @@ class LayerSummary:
     index: int
     """From 0, over the layers of the dense model."""
     attention: bool
-    """Whether the attention block is there."""
+    """False if the attention block was removed."""
     ffn: bool
-    """Whether the feed-forward block is there."""
+    """False if the feed-forward block was removed."""
     heads: Kept | None
     """None where the family cannot prune heads one by one."""
     intermediate: Kept | None
