@@ -64,12 +64,11 @@ class Plan:
             factors = tuple(row[index] for index in keep[name])
             if any(factor != 1 for factor in factors):
                 scale[name] = factors
-        for block in structure.blocks:
-            if not keep[block.gate] or (block.inner is not None and not keep[block.inner]):
-                for member in (block.gate, block.inner):
-                    if member is not None:
-                        keep[member] = ()
-                        scale.pop(member, None)
+        for block in structure.without_units({name: len(indices) for name, indices in keep.items()}):
+            for member in (block.gate, block.inner):
+                if member is not None:
+                    keep[member] = ()
+                    scale.pop(member, None)
         if "hidden" in keep and not keep["hidden"]:
             raise PlanError("every hidden dimension is masked; at least one must stay")
         return cls(structure.family, dict(structure.sizes), keep, scale)

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import check
+from cofiprune.data.prepare import prepare
 from cofiprune.data.tasks import label_names, supported_kwargs, task_of
 from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError, suggest
 from cofiprune.masking import masks_of
+from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.training.checkpoint import has_checkpoints
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.objective import hidden_width
@@ -23,6 +27,8 @@ from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 def take_masks_off(model: nn.Module, *, quietly: bool = False, stacklevel: int = 4) -> None:
@@ -184,18 +190,47 @@ def check_states(model: PreTrainedModel) -> None:
         )
 
 
-def check_measurable(batches: Batches, model: PreTrainedModel, *, computed: bool) -> None:
-    """Make sure that an evaluation measures something.
+def held_out(
+    model: PreTrainedModel,
+    dataset: Any,
+    config: PruneConfig,
+    collator: Callable[[list[Any]], Any] | None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None,
+) -> Evaluate | None:
+    """Return what evaluates a model on the checked evaluation set; None without one.
 
-    :param computed: there is a `compute_metrics`.
-    :raises DataError: when the rows have no labels and nothing is computed.
+    :raises DataError: when it does not fit the model, or there is nothing to measure.
     """
-    if not batches.labelled and not computed:
+    if dataset is None:
+        return None
+    size, name = config.eval_batch_size, "eval_dataset"
+    batches = prepare(dataset, model, batch_size=size, collator=collator, need_labels=False, name=name)
+    if not batches.labelled and compute_metrics is None:
         expected = " and ".join(map(repr, label_names(model))) or "labels (it has no head)"
         raise DataError(
             f"eval_dataset: there is nothing to measure: {type(model).__name__} takes {expected}, which the rows lack. "
             "Pass a compute_metrics, or leave the set out"
         )
+
+    def evaluate(trained: nn.Module) -> dict[str, float]:
+        found = evaluate_batches(trained, batches, compute_metrics=compute_metrics)  # type: ignore[arg-type]
+        return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
+
+    return evaluate
+
+
+def accelerator_for(config: PruneConfig) -> Accelerator:
+    """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one.
+
+    :raises SettingsError: for a precision that this machine does not have.
+    """
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
+    # Which parts of a model a batch uses depends on its head (an unused pooler, say).
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
 
 
 def check_compile(config: PruneConfig, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -273,3 +273,15 @@ class Loop:
         if self.learner is not None:
             self.learner.masks.unbind()
         accelerator.free_memory()
+
+
+def weight_groups(model: nn.Module, projection: nn.Module | None, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in trained if each.dim() > 1], "weight_decay": weight_decay},
+        {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if projection is not None:
+        groups.append({"params": list(projection.parameters()), "weight_decay": 0.0})
+    return groups

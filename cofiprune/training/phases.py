@@ -27,7 +27,7 @@ from cofiprune.selection.target import Target
 from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
 from cofiprune.training.checks import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
-from cofiprune.training.loop import Loop
+from cofiprune.training.loop import Loop, weight_groups
 from cofiprune.training.run import Run
 from cofiprune.training.schedule import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.start import Left, can_go_on, one_shot, one_shot_start
@@ -192,8 +192,9 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
 
 def _optimise(run: Run, learner: GateLearner) -> None:
     """Set up the optimiser of a learner and of what it learns along with."""
-    weights = run.weight_groups() if run.settings.trains_weights else []
-    optimizer = torch.optim.AdamW([*weights, *learner.groups()], lr=run.settings.learning_rate)
+    settings, projection = run.settings, run.objective.projection
+    weights = weight_groups(run.small, projection, settings.weight_decay) if settings.trains_weights else []
+    optimizer = torch.optim.AdamW([*weights, *learner.groups()], lr=settings.learning_rate)
     run.learn(optimizer, gates=learner)
 
 
@@ -265,7 +266,7 @@ def recover(run: Run, steps: int) -> None:
     run.settle(kept_share=_kept_share(run))
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
-    groups = run.weight_groups()
+    groups = weight_groups(run.small, run.objective.projection, run.settings.weight_decay)
     state.begin("recover")
     run.learn(torch.optim.AdamW(groups, lr=run.settings.finetune_learning_rate))
     state.extra["steps"] = steps

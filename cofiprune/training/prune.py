@@ -25,7 +25,14 @@ from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.budget import check_method
 from cofiprune.training.checkpoint import identifying
-from cofiprune.training.checks import check_output_dir, check_trainable, check_weights, resolve_teacher, take_masks_off
+from cofiprune.training.checks import (
+    check_output_dir,
+    check_trainable,
+    check_weights,
+    held_out,
+    resolve_teacher,
+    take_masks_off,
+)
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
@@ -175,7 +182,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     if run.resume:
         raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
     folder = check_output_dir(run.output_dir, resume=False)
-    evaluate = run.held_out()
+    evaluate = held_out(model, run.eval_dataset, config, run.collator, run.compute_metrics)
     take_masks_off(model, stacklevel=5)
     source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
     kept = "0.82, 0.73 and 0.54" if teacher is None else "0.85, 0.80 and 0.73"

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.optim import Optimizer
@@ -30,16 +28,17 @@ from cofiprune.data.prepare import prepare
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to, masks_of
-from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import RunState, SavedRun, identifying, load_checkpoint
 from cofiprune.training.checks import (
+    Evaluate,
+    accelerator_for,
     check_callbacks,
     check_compile,
-    check_measurable,
     check_output_dir,
+    held_out,
     metric_name,
     take_masks_off,
 )
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Callback = Callable[[dict[str, Any]], None]
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
@@ -119,12 +117,12 @@ class Run:
             need_labels=self.teacher is None and config.trains_weights,
             name="train_dataset",
         )
-        self.evaluate = self.held_out()
+        self.evaluate = held_out(self.model, self.eval_dataset, config, self.collator, self.compute_metrics)
         if self.evaluate is None and config.metric_for_best_model is not None:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
         self.callbacks = check_callbacks(self.callbacks)
         self.folder = check_output_dir(self.output_dir, resume=self.resume)
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator_for(config)
         check_compile(config, self.accelerator.device)
         set_seed(config.seed, device_specific=True)
         self.calibration = batches.shard(0, 1)
@@ -133,7 +131,7 @@ class Run:
         self.interrupt = Interrupt()
         self.small, self.plan = self.model, Plan.from_values(self.structure, {})
         checkpointing = any(getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules())
-        half = config.mixed_precision != "no" or self.model.dtype in (torch.float16, torch.bfloat16)
+        half = config.mixed_precision != "no" or self.model.dtype.itemsize == 2
         self.facts = Facts(
             self.steps_in(self.batches),
             None if self.target is None else self.target.share,
@@ -157,27 +155,6 @@ class Run:
             if isinstance(batches, RowBatches):
                 batches.pad_to(self.settings.pad_to_multiple_of, longest_sequence(self.model))
 
-    def held_out(self) -> Evaluate | None:
-        """Return what evaluates a model on the checked evaluation set; None without one."""
-        if self.eval_dataset is None:
-            return None
-        computed = self.compute_metrics
-        batches = prepare(
-            self.eval_dataset,
-            self.model,
-            batch_size=self.config.eval_batch_size,
-            collator=self.collator,
-            need_labels=False,
-            name="eval_dataset",
-        )
-        check_measurable(batches, self.model, computed=computed is not None)
-
-        def evaluate(model: nn.Module) -> dict[str, float]:
-            found = evaluate_batches(model, batches, compute_metrics=computed)  # type: ignore[arg-type]
-            return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
-
-        return evaluate
-
     def steps_in(self, batches: Batches) -> int:
         """Optimiser steps of an epoch."""
         return math.ceil(len(batches) / self.config.gradient_accumulation_steps)
@@ -190,14 +167,14 @@ class Run:
 
     def identify(self, **identity: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
-        named = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
+        teacher = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
         self.fingerprint = {
             **identity,
             "family": self.structure.family,
             "sizes": sum(self.structure.sizes.values()),
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
-            "teacher": named,
+            "teacher": teacher,
             "config": identifying(self.settings),
         }
         if self.resume and self.folder is not None:
@@ -220,8 +197,7 @@ class Run:
             except BaseException as error:
                 # Whoever stops a run finds what it has trained. After an error, what was pruned would lack the plan
                 # that belongs to it, and after a loss that is not a number the weights are worth nothing.
-                stopped = not isinstance(error, Exception)
-                if stopped or (self.target is None and not isinstance(error, TrainingError)):
+                if not isinstance(error, Exception if self.target is not None else TrainingError):
                     self._write()
                 raise
             self._write()
@@ -245,8 +221,7 @@ class Run:
 
         :param small: that, where it is made already.
         """
-        if small is None:
-            small = compacted(self.model, self.structure, plan)
+        small = compacted(self.model, self.structure, plan) if small is None else small
         small.to(self.accelerator.device)
         if not self.settings.train_embeddings:
             for name, parameter in small.named_parameters():
@@ -267,8 +242,7 @@ class Run:
 
         :param small: that, where it is made already.
         """
-        if small is None:
-            small = compacted(self.small, self.small_structure, plan)
+        small = compacted(self.small, self.small_structure, plan) if small is None else small
         if "hidden" in plan.keep and hasattr(self, "objective"):
             self.objective.cut(plan.keep["hidden"])
         self.use(self.plan.then(plan), small)
@@ -291,17 +265,6 @@ class Run:
                 assert isinstance(batches, RowBatches)
                 batches.with_rows = memory > 0
         self.objective = Objective(self.small, self.teacher, self.batches, self.settings, fitted=fitted, memory=memory)
-
-    def weight_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
-        trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.settings.weight_decay},
-            {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
-        ]
-        if self.objective.projection is not None:
-            groups.append({"params": list(self.objective.projection.parameters()), "weight_decay": 0.0})
-        return groups
 
     def learn(self, optimizer: Optimizer, **more: nn.Module) -> None:
         """Let an optimiser step what learns from now on.
@@ -383,17 +346,5 @@ class Run:
 def _first(batches: Batches, count: int) -> Iterator[Batch]:
     """Give the batches that were taken first, over all epochs."""
     for epoch in range(-(-count // len(batches))):
-        batches.set_epoch(epoch)
-        batches.skip(0)
+        batches.from_start().set_epoch(epoch)
         yield from itertools.islice(batches, count - epoch * len(batches))
-
-
-def _accelerator(config: PruneConfig) -> Accelerator:
-    """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
-    # Which parts of a model a batch uses depends on its head (an unused pooler, say).
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
-from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
@@ -22,15 +20,13 @@ from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult
 from cofiprune.training.schedule import Schedule
-from cofiprune.training.start import Left, one_shot_start
+from cofiprune.training.start import one_shot_start
 from cofiprune.training.targets import target_for
-from cofiprune.training.trainer.checks import callback_config, check_arguments, used_settings
-from cofiprune.training.trainer.forward import RemainingMasks
-from cofiprune.training.trainer.run import CallbackRun, bring_in, load_beside, put_back, rows_again
+from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
+from cofiprune.training.trainer.run import CallbackRun, bring_in, gate_learner, load_beside, put_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,24 +111,20 @@ class PruningCallback(TrainerCallback):
         Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)  # whether there are enough of them
         saved = self._saved(args, state, model, structure)
         take_masks_off(model, quietly=saved is not None)
-        start: Left | None = None
+        start = None
         if saved is None and rows is not None:
             start = one_shot_start(model, structure, rows, settings, target)
         plan = Plan.from_values(structure, {}) if start is None else start[1]
         if saved is not None:
             plan = Plan.from_dict(saved.extra["start"])
-        begun = plan.kept != structure.sizes
-        settings = resolve(self.config, replace(facts, from_one_shot=begun))
+        settings = resolve(self.config, replace(facts, from_one_shot=plan.kept != structure.sizes))
         schedule = Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)
         masks, replaced = attach_to(model, structure), {} if start is None else bring_in(model, structure, *start)
         try:
-            small = model if not begun else compacted(model, structure, plan) if start is None else start[0]
-            left = RemainingMasks(masks, plan, structure_of(small) if begun else structure)
-            share = 1 - sparsity(layer_parameters(structure), structure, plan.kept)
-            learner = GateLearner(left, target, settings, schedule, layers_left=share)
+            learner = gate_learner(model, masks, plan, target, settings, schedule)
             if settings.warm_start and saved is None and rows is not None:
-                learner.order(model, left, rows)
-            run = CallbackRun(model, left, learner, teacher, rows, args, replaced=replaced)
+                learner.order(model, learner.masks, rows)
+            run = CallbackRun(model, learner, teacher, rows, args, replaced=replaced)
             if self.teacher == "self" and teacher is not None:
                 run.state.modules["teacher"] = teacher
             if saved is not None:

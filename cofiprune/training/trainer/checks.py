@@ -5,15 +5,22 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
+from cofiprune.data.batches import Batches
+from cofiprune.data.prepare import prepare
 from cofiprune.errors import SettingsError
+from cofiprune.oneshot.with_data import can_start
+from cofiprune.structure import Structure
 from cofiprune.training.config import CALLBACK, PruneConfig, check_taken, names_of
 from cofiprune.training.settings import TRAINER_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
@@ -86,3 +93,33 @@ def check_arguments(args: Any, state: Any, model: nn.Module, *, taught: bool) ->
             "with label_smoothing_factor the loss is computed outside of the model, where the teacher's part cannot be "
             "added; leave it out, the teacher's answers are smooth labels already"
         )
+
+
+def rows_again(
+    loader: Any, model: PreTrainedModel, structure: Structure, config: PruneConfig, args: Any, *, taught: bool
+) -> Batches | None:
+    """Batches of the Trainer's rows, made anew so that its own loader is not touched; None where not needed.
+
+    :raises SettingsError: when they are needed and the data set has no length.
+    :raises DataError: when the first batch is out of the model's range.
+    """
+    units = config.one_shot_units or config.units
+    looks = {
+        "a teacher": taught,
+        "warm_start, which can be False,": config.warm_start,
+        "one_shot_share, which can be 0,": config.starts_from_one_shot and can_start(structure, units),
+    }
+    if not any(looks.values()):
+        return None
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        needs = " and ".join(name for name, asked in looks.items() if asked)
+        raise SettingsError(f"rows are looked at beforehand, for {needs} and this train_dataset has no length")
+    again: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=args.per_device_train_batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(config.seed),
+        collate_fn=loader.collate_fn,
+    )
+    return prepare(again, model, batch_size=1, seed=config.seed, need_labels=False, name="train_dataset")

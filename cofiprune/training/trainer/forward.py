@@ -7,8 +7,7 @@ not. `RemainingMasks` lets gates over what one shot has left act on the model th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -38,19 +37,15 @@ class ForwardHooks:
     the model's own.
     """
 
-    def __init__(
-        self, run: CallbackRun, objective: Objective | None, autocast: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
+    def __init__(self, run: CallbackRun, objective: Objective | None) -> None:
         """Install the hooks; they go with the masks that the gates set.
 
         :param objective: the loss with a teacher; None to leave the model's loss alone.
-        :param autocast: gives the context, of mixed precision or none, in which the objective is computed.
         """
         self.run = run
         self.model = model = run.model
         self.learner = run.learner
         self.objective = objective
-        self.autocast = autocast
         self.gated = False
         """Whether the gates are learning now."""
         self.step = 0
@@ -136,7 +131,9 @@ class ForwardHooks:
                 "label_smoothing_factor, or the teacher, or pass label_weight=0"
             )
         batch = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        with self.autocast():
+        args = self.run.args  # the Trainer's autocast ends with the model's forward
+        kind = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(self.model.device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16)):
             parts = self.objective.of(output, batch, self.learner.alive_layers())
         self.run.state.sums.add({name: value.detach() for name, value in parts.items() if name != "loss"})
         loss = parts["loss"] * (self.share if self._counted else 1.0)

@@ -10,27 +10,29 @@ import hashlib
 import json
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
+from cofiprune.accounting import layer_parameters, sparsity
+from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import Batches
-from cofiprune.data.prepare import prepare
-from cofiprune.errors import CheckpointError, SettingsError, TrainingError
+from cofiprune.errors import CheckpointError, TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.oneshot.with_data import can_start
+from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
+from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import FORMAT_VERSION, RunState, SavedRun, check_same, check_version, write
-from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
+from cofiprune.training.resolved import ResolvedSettings
+from cofiprune.training.schedule import Schedule
 from cofiprune.training.trainer.forward import ForwardHooks, RemainingMasks
 
 if TYPE_CHECKING:
@@ -46,7 +48,6 @@ class CallbackRun:
     def __init__(
         self,
         model: PreTrainedModel,
-        masks: RemainingMasks,
         learner: GateLearner,
         teacher: PreTrainedModel | None,
         batches: Batches | None,
@@ -56,15 +57,15 @@ class CallbackRun:
     ) -> None:
         """Set up what learns, the same on every process.
 
-        :param masks: of the model, for what the gates choose of.
+        :param learner: on the masks of what one shot has left of the model.
         :param teacher: put into eval mode until `finish`.
         :param batches: of the Trainer's rows, where there is a teacher.
         :param args: the Trainer's arguments.
         :param replaced: weights as they came, to be put back if the first step goes wrong.
         """
-        device = next(model.parameters()).device
         self.model = model
-        self.masks = masks
+        assert isinstance(learner.masks, RemainingMasks)
+        self.masks = learner.masks
         self.learner = learner
         self.args = args
         self.plan: Plan | None = None
@@ -76,7 +77,7 @@ class CallbackRun:
         self._modes = ExitStack()
         objective = None
         if teacher is not None and batches is not None:
-            self._modes.enter_context(evaluating(teacher.to(device)))  # type: ignore[arg-type]
+            self._modes.enter_context(evaluating(teacher.to(model.device)))  # type: ignore[arg-type]
             objective = Objective(model, teacher, batches, learner.settings)
         groups = learner.groups()
         modules: dict[str, nn.Module] = {"gates": learner}
@@ -86,16 +87,11 @@ class CallbackRun:
         self.beside = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=0.0)
         self.optimizer = optimizer
-        self.state = RunState("prune", modules, optimizer, extra={"start": masks.start.to_dict(), "plan": None})
+        self.state = RunState("prune", modules, optimizer, extra={"start": self.masks.start.to_dict(), "plan": None})
         if _processes() > 1:
             for parameter in self.beside:
                 dist.broadcast(parameter.data, src=0)
-        kind = torch.bfloat16 if args.bf16 else torch.float16
-
-        def autocast() -> AbstractContextManager[Any]:
-            return torch.autocast(device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16))
-
-        self.hooks = ForwardHooks(self, objective, autocast)
+        self.hooks = ForwardHooks(self, objective)
 
     @property
     def seconds(self) -> float:
@@ -223,6 +219,24 @@ class CallbackRun:
             self.masks.whole.set_plan(self.plan)
 
 
+def gate_learner(
+    model: PreTrainedModel,
+    masks: MaskRegistry,
+    plan: Plan,
+    target: Target,
+    settings: ResolvedSettings,
+    schedule: Schedule,
+) -> GateLearner:
+    """Set up gates over what a plan keeps of a model.
+
+    :param masks: of the model, all groups.
+    """
+    structure = masks.structure
+    left = structure if plan.kept == structure.sizes else structure_of(compacted(model, structure, plan))
+    share = 1 - sparsity(layer_parameters(structure), structure, plan.kept)
+    return GateLearner(RemainingMasks(masks, plan, left), target, settings, schedule, layers_left=share)
+
+
 def bring_in(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     """Write the weights that one shot repaired into a model; return those that changed, as they were."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -236,36 +250,6 @@ def put_back(model: PreTrainedModel, replaced: dict[str, Tensor]) -> None:
     """Undo `bring_in`."""
     for name, value in replaced.items():
         model.get_parameter(name).copy_(value)
-
-
-def rows_again(
-    loader: Any, model: PreTrainedModel, structure: Structure, config: PruneConfig, args: Any, *, taught: bool
-) -> Batches | None:
-    """Batches of the Trainer's rows, made anew so that its own loader is not touched; None where not needed.
-
-    :raises SettingsError: when they are needed and the data set has no length.
-    :raises DataError: when the first batch is out of the model's range.
-    """
-    units = config.one_shot_units or config.units
-    looks = {
-        "a teacher": taught,
-        "warm_start, which can be False,": config.warm_start,
-        "one_shot_share, which can be 0,": config.starts_from_one_shot and can_start(structure, units),
-    }
-    if not any(looks.values()):
-        return None
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset):
-        needs = " and ".join(name for name, asked in looks.items() if asked)
-        raise SettingsError(f"rows are looked at beforehand, for {needs} and this train_dataset has no length")
-    again: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=args.per_device_train_batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(config.seed),
-        collate_fn=loader.collate_fn,
-    )
-    return prepare(again, model, batch_size=1, seed=config.seed, need_labels=False, name="train_dataset")
 
 
 def micro_batches(step: int, accumulation: int, length: int | None) -> int:
