@@ -99,8 +99,7 @@ def load_cofi_checkpoint(path: str | Path, *, task_head: str | None = None) -> P
         with explained(CheckpointError, f"{folder / _MASKS}", PlanError):
             plan = Plan.from_values(structure, values)
         model = compacted(model, structure, plan)
-    model.train(False)
-    return model
+    return model.eval()
 
 
 def convert(path: str | Path, out: str | Path, *, task_head: str | None = None) -> PreTrainedModel:
@@ -123,10 +122,7 @@ def convert(path: str | Path, out: str | Path, *, task_head: str | None = None) 
 
 
 def _check_form(folder: Path, *, cut: bool, masked: bool) -> None:
-    """Make sure that a directory has one of the two forms.
-
-    :param cut: the weights have their final sizes.
-    """
+    """Make sure that a directory has one of the two forms: weights of final sizes, or masks for them."""
     if cut and masked:
         raise CheckpointError(
             f"{folder}: the weights are cut already, and there are masks in {_MASKS} as well; if the weights are the "
