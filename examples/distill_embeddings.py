@@ -241,9 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     teacher = copy.deepcopy(model)
     rows = tokenise([{"text": text} for text in texts], tokenizer, model, max_length=options.max_length)
-    resume = options.resume and any(folder.glob("checkpoint-*"))
-    goal = {"target_sparsity": options.target_sparsity, "teacher": "self", "config": config}
-    result = cofiprune.prune(model, rows, **goal, output_dir=folder, resume=resume)
+    goal = {"target_sparsity": options.target_sparsity, "teacher": "self", "config": config, "output_dir": folder}
+    result = cofiprune.prune(model, rows, **goal, resume=options.resume and any(folder.glob("checkpoint-*")))
     result.compact().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     student = AutoModel.from_pretrained(folder).to(model.device)

@@ -89,7 +89,7 @@ def scores(model: PreTrainedModel, tokenizer: Any, task: str, words: Sequence[st
         found = {name: values[name] for name in ("precision", "recall", "f1")}
     else:
         options, _ = run_squad.parse([*(["--version-2-with-negative"] if task == "squad_v2" else []), *words])
-        questions = run_squad.load_questions(options, "validation", "dev")[: options.eval_rows]
+        questions = run_squad.load_questions(options, "validation", "dev")
         rows = tokenise(questions, tokenizer, model, max_length=options.max_length, stride=options.doc_stride)
 
         def of_answers(seen: Any) -> dict[str, float]:

@@ -164,6 +164,24 @@ def entity_scores(sentences: Rows, rows: Rows, predictions: Any, labels: Labels)
     return {name: float(score(expected, found, zero_division=0)) for name, score in scores.items()}
 
 
+def load_models(
+    options: argparse.Namespace, labels: Labels, seed: int
+) -> tuple[PreTrainedModel, PreTrainedModel | None, Any]:
+    """Return the model to prune, the teacher where one is named, and the tokenizer."""
+    transformers.set_seed(seed)  # of a new head
+    if options.model is None:
+        with PartialState().main_process_first():
+            options.model = tiny_bert(options.output_dir / "tiny-model", seed) if options.tiny else minilm()
+    teacher = None
+    if options.teacher not in ("train", "self", "none"):
+        teacher = load_model(options.teacher, labels)
+        labels = Labels.of_model(teacher.config)  # a new head takes the order of the teacher's tags
+    model = load_model(options.model, labels)
+    if teacher is not None and labels != Labels.of_model(model.config):
+        sys.exit(f"the tags differ: {model.config.id2label} in the model, {teacher.config.id2label} in the teacher")
+    return model, teacher, load_tokenizer(options.model)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Teach, prune, save, reload, measure."""
     options, config = parse(argv)
@@ -172,22 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, say = options.output_dir, PartialState().print
     train, measured, labels = load_data(options)
     say(f"{options.task}: {len(train):,} sentences for training, {sum(map(len, measured.values())):,} to measure on")
-    if options.model is None:
-        with PartialState().main_process_first():
-            options.model = tiny_bert(folder / "tiny-model", config.seed) if options.tiny else minilm()
-    transformers.set_seed(config.seed)  # of a new head
-    teacher = None if options.teacher in ("train", "self", "none") else load_model(options.teacher, labels)
-    # A new head takes the order of the teacher's tags.
-    model = load_model(options.model, labels if teacher is None else Labels.of_model(teacher.config))
-    tokenizer, labels = load_tokenizer(options.model), Labels.of_model(model.config)
-    if teacher is not None and labels != Labels.of_model(teacher.config):
-        sys.exit(f"the tags differ: {model.config.id2label} in the model, {teacher.config.id2label} in the teacher")
+    model, teacher, tokenizer = load_models(options, labels, config.seed)
+    labels = Labels.of_model(model.config)
     where = f"the data of {options.task}"
     train = tokenise(train, tokenizer, model, max_length=options.max_length, where=where)
-    rows = {
-        name: tokenise(sentences, tokenizer, model, max_length=options.max_length, where=where)
-        for name, sentences in measured.items()
-    }
+    rows = {name: tokenise(part, tokenizer, model, max_length=options.max_length) for name, part in measured.items()}
 
     def scores(seen: Any, name: str = "") -> dict[str, float]:
         return entity_scores(measured[name], rows[name], seen.predictions.argmax(-1), labels)
@@ -222,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = result.compact()
     save(model, tokenizer, folder)
     if PartialState().is_main_process:
-        report(dense, load_model(folder), evaluate, result, options, config)
+        report(dense, load_model(folder), evaluate, result, options)
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -238,23 +245,20 @@ def report(
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     result: cofiprune.PruneResult,
     options: argparse.Namespace,
-    config: cofiprune.PruneConfig,
 ) -> None:
     """Print and write metrics, size and speed of the saved model next to those of the dense one."""
-    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
-    found["sparsity"] = cofiprune.summary(pruned).sparsity
+    size = cofiprune.summary(pruned)
+    found = {"sparsity": size.sparsity, "seconds": result.seconds, "best_step": result.best_step}
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
     if options.benchmark:
-        settings = {"batch_size": (1, 32), "seq_len": options.max_length, "seconds": 0.2 if options.tiny else 5.0}
-        speed = cofiprune.benchmark(pruned, dense, **settings)
+        speed = cofiprune.benchmark(pruned, dense, seq_len=options.max_length, seconds=0.2 if options.tiny else 5.0)
         found["speed"] = speed.to_dict()
         print(speed)
-    print(cofiprune.summary(pruned))
+    print(size)
     for name, value in found["dense"].items():
-        form = ".4f" if isinstance(value, float) else ","
-        print(f"{name:24}{value:>14{form}}{found['pruned'][name]:>14{form}}")
-    found |= {"options": vars(options), "settings": config.model_dump(mode="json")}
+        print(f"{name:24}{round(value, 4):>14,}{round(found['pruned'][name], 4):>14,}")
+    found |= {"options": vars(options), "settings": result.settings.model_dump(mode="json")}
     (options.output_dir / "result.json").write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
     print(f"Saved in {options.output_dir}")
 

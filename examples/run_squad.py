@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
 
 
 def load_questions(options: argparse.Namespace, *splits: str) -> Rows:
-    """Return the questions of a split on their passages, from the hub where there is no folder."""
+    """Return the questions to use of a split, from the hub where there is no folder."""
     version_2, folder = options.version_2_with_negative, options.data_dir
     if folder is not None:
         original = f"{splits[-1]}-{'v2.0' if version_2 else 'v1.1'}"  # as the published files are called
@@ -91,7 +91,10 @@ def load_questions(options: argparse.Namespace, *splits: str) -> Rows:
         rows = list(datasets.load_dataset(HUB_NAMES[version_2], split=splits[0]))
     if not version_2 and not all(row["answers"]["text"] for row in rows):
         sys.exit("there are questions without an answer; --version-2-with-negative allows that, as in SQuAD 2.0")
-    return rows
+    if "train" not in splits:
+        return rows[: options.eval_rows]
+    order = np.random.RandomState(1234).permutation(len(rows)) if options.train_rows else range(len(rows))
+    return [rows[index] for index in order[: options.train_rows]]
 
 
 def made_up(seed: int, *, version_2: bool) -> Rows:
@@ -209,11 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder, say = options.output_dir, PartialState().print
-    train = load_questions(options, "train")
-    validation = load_questions(options, "validation", "dev")[: options.eval_rows]
-    if options.train_rows is not None:
-        order = np.random.RandomState(1234).permutation(len(train))[: options.train_rows]
-        train = [train[index] for index in order]
+    train, validation = load_questions(options, "train"), load_questions(options, "validation", "dev")
     say(f"{len(train):,} questions for training, {len(validation):,} for validation")
     if options.model is None:
         with PartialState().main_process_first():
@@ -256,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = result.compact()
     save(model, tokenizer, folder)
     if PartialState().is_main_process:
-        report(dense, load_model(folder), evaluate, result, options, config)
+        report(dense, load_model(folder), evaluate, result, options)
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -272,23 +271,20 @@ def report(
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     result: cofiprune.PruneResult,
     options: argparse.Namespace,
-    config: cofiprune.PruneConfig,
 ) -> None:
     """Print and write metrics, size and speed of the saved model next to those of the dense one."""
-    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
-    found["sparsity"] = cofiprune.summary(pruned).sparsity
+    size = cofiprune.summary(pruned)
+    found = {"sparsity": size.sparsity, "seconds": result.seconds, "best_step": result.best_step}
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
     if options.benchmark:
-        settings = {"batch_size": (1, 32), "seq_len": options.max_length, "seconds": 0.2 if options.tiny else 5.0}
-        speed = cofiprune.benchmark(pruned, dense, **settings)
+        speed = cofiprune.benchmark(pruned, dense, seq_len=options.max_length, seconds=0.2 if options.tiny else 5.0)
         found["speed"] = speed.to_dict()
         print(speed)
-    print(cofiprune.summary(pruned))
+    print(size)
     for name, value in found["dense"].items():
-        form = ".4f" if isinstance(value, float) else ","
-        print(f"{name:24}{value:>14{form}}{found['pruned'][name]:>14{form}}")
-    found |= {"options": vars(options), "settings": config.model_dump(mode="json")}
+        print(f"{name:24}{round(value, 4):>14,}{round(found['pruned'][name], 4):>14,}")
+    found |= {"options": vars(options), "settings": result.settings.model_dump(mode="json")}
     (options.output_dir / "result.json").write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
     print(f"Saved in {options.output_dir}")
 

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = result.compact()
     save(model, folder)
     if PartialState().is_main_process:
-        report(dense, load_model(folder, options), evaluate, result, options, config)
+        report(dense, load_model(folder, options), evaluate, result, options)
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -157,23 +157,20 @@ def report(
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     result: cofiprune.PruneResult,
     options: argparse.Namespace,
-    config: cofiprune.PruneConfig,
 ) -> None:
     """Print and write metrics, size and speed of the saved model next to those of the dense one."""
-    found: dict[str, Any] = {"seconds": result.seconds, "best_step": result.best_step}
-    found["sparsity"] = cofiprune.summary(pruned).sparsity
+    size = cofiprune.summary(pruned)
+    found = {"sparsity": size.sparsity, "seconds": result.seconds, "best_step": result.best_step}
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = {"layer_parameters": cofiprune.summary(model).layer_parameters, **evaluate(model)}
     if options.benchmark:
-        settings = {"batch_size": (1, 32), "seconds": 0.2 if options.tiny else 5.0}
-        speed = cofiprune.benchmark(pruned, dense, **settings)
+        speed = cofiprune.benchmark(pruned, dense, seconds=0.2 if options.tiny else 5.0)
         found["speed"] = speed.to_dict()
         print(speed)
-    print(cofiprune.summary(pruned))
+    print(size)
     for name, value in found["dense"].items():
-        form = ".4f" if isinstance(value, float) else ","
-        print(f"{name:24}{value:>14{form}}{found['pruned'][name]:>14{form}}")
-    found |= {"options": vars(options), "settings": config.model_dump(mode="json")}
+        print(f"{name:24}{round(value, 4):>14,}{round(found['pruned'][name], 4):>14,}")
+    found |= {"options": vars(options), "settings": result.settings.model_dump(mode="json")}
     (options.output_dir / "result.json").write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
     print(f"Saved in {options.output_dir}")
 

@@ -1,8 +1,8 @@
-"""From scores to a plan of exactly the size asked for.
+"""Choose a plan of exactly the target by scores: CoFi's own rule.
 
-Learned gates end near the target, not on it. A plan is read off their scores in two moves: one
-threshold for all units puts the sparsity just below the target, then single units of the blocks that
-are left are given up, lowest score first, until nothing smaller would come nearer.
+Learned gates end near the target, not on it. A plan is read off their scores in two moves: one threshold for all units
+puts the sparsity just below the target, then single units of the blocks that are left are given up, lowest score first,
+until nothing smaller would come nearer.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ def select(
     :param structure: of the dense model, or of a smaller one that is to go on from where it is.
     :param scores: by group name, [units]; groups that are not named stay whole.
     :param values: by group name, [units] in [0, 1]: factors of the kept units, folded in by `compact`.
-    :param worth: by group name, [units], at least 0: what is lost with a unit, for targets that are met by sizes of
-        whole groups; by default what its score is above the lowest one.
+    :param worth: by group name, [units], at least 0: what is lost with a unit, where sizes of whole groups are chosen;
+        by default what its score is above the lowest one.
     :raises TargetError: when the plan's cost ends further than 0.005 of the whole from the target.
     """
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
     cost = target.cost(structure)
-    sizes, kept = None, {}
+    sizes, kept = structure.sizes, {}
     if not target.needs_levels(structure):
         wanted = round(target.budget)
         kept = _threshold(structure, flat, cost, wanted)
         _trim(structure, flat, cost, wanted, kept)
         sizes = _counts(structure, kept)
-    if sizes is None or not target.is_met(structure, sizes):
-        lost = worth or _above_lowest(flat)
+    if not kept or not target.is_met(structure, sizes):
+        lowest = min(float(score.min()) for score in flat.values())
+        lost = worth or {name: score - lowest for name, score in flat.items()}
         curves = {name: LossCurve.of(lost[name], score) for name, score in flat.items()}
         sizes = best_sizes(structure, curves, target)
         kept = units_kept(structure, curves, sizes)
@@ -61,17 +62,9 @@ def select(
     return Plan.from_values(structure, factors)
 
 
-def _above_lowest(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    lowest = min(float(score.min()) for score in scores.values())
-    return {name: score - lowest for name, score in scores.items()}
-
-
 def _counts(structure: Structure, kept: Mapping[str, Tensor]) -> dict[str, int]:
     counts = {name: int(kept[name].sum()) if name in kept else size for name, size in structure.sizes.items()}
-    for block in structure.blocks:
-        if not counts[block.gate] or (block.inner is not None and not counts[block.inner]):
-            counts[block.gate] = 0
-    return counts
+    return counts | {block.gate: 0 for block in structure.without_units(counts)}
 
 
 def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: int) -> dict[str, Tensor]:
@@ -99,13 +92,14 @@ def _trim(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted
 
     A first pass takes what fits into the surplus, a second one may end below the target, if that is nearer.
     """
+    counts = _counts(structure, kept)
+    living = {"hidden", *(block.inner for block in structure.blocks if counts[block.gate])}
     candidates = sorted(
         (float(scores[group.name][unit]), group.name, unit)
         for group in structure.groups
         if group.kind in ("intermediate", "heads", "hidden") and group.name in kept
         for unit in kept[group.name].nonzero().flatten().tolist()
     )
-    counts = _counts(structure, kept)
     surplus = cost.exact(counts) - wanted
     known: dict[str, int] = {}
     for slack in (1, 2):
@@ -113,7 +107,7 @@ def _trim(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted
         for _, name, unit in candidates:
             if slack * surplus < smallest:
                 break
-            if counts[name] <= 1 or not kept[name][unit] or not _is_alive(structure, counts, name):
+            if counts[name] <= 1 or not kept[name][unit] or name not in living:
                 continue
             if name not in known:
                 known[name] = _saving(cost, counts, name)
@@ -121,20 +115,12 @@ def _trim(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted
                 kept[name][unit] = False
                 counts[name] -= 1
                 surplus -= known[name]
-                # What a unit saves depends on the sizes of other groups, of its own only where the cost is not linear.
-                if name == "hidden":
-                    known = {}
-                else:
-                    known.pop("hidden", None)
-                    if not cost.linear:
-                        known.pop(name, None)
+                # What a hidden dimension saves depends on all other sizes, and what other units save on those.
+                known = {} if name == "hidden" else known
+                known.pop("hidden", None)
 
 
 def _saving(cost: Cost, counts: Mapping[str, int], name: str) -> int:
     if counts[name] < 1:
         return 0
     return cost.exact(counts) - cost.exact({**counts, name: counts[name] - 1})
-
-
-def _is_alive(structure: Structure, counts: Mapping[str, int], name: str) -> bool:
-    return all(counts[block.gate] > 0 for block in structure.blocks if block.inner == name)

@@ -1,7 +1,7 @@
-"""What a model is pruned to: a cost, and how much of it may be left.
+"""Pruning targets: a cost, and how much of it may be left.
 
 Parameters of the layers, parameters of the model, multiply-accumulates and measured time differ in the cost and in how
-people ask for them (`Scale`); everything that decides what stays knows only this one type.
+people ask for them; everything that decides what stays knows only this one type.
 """
 
 from __future__ import annotations
@@ -31,15 +31,13 @@ _ROUNDS, _LAST = 8, 6
 of one model were seen to differ by 3 % (standard deviation), and some by much more."""
 
 CostOf = Callable[[Structure], Cost]
-
-
 _SHARES = {"target_sparsity": "sparsity", "target_model_sparsity": "model sparsity"}
 """Arguments that take a removed share, and what messages call it."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A cost and a budget of it; the argument that asked for it only matters for messages."""
+    """A cost and a budget of it. The argument that asked for it only matters for messages."""
 
     name: str
     """The argument: `target_` followed by `sparsity`, `model_sparsity`, `macs`, `speedup` or `latency_ms`."""
@@ -86,11 +84,11 @@ class Target:
 
     @property
     def tolerance(self) -> float:
-        """How far the cost may end from what may be left, as a share of the dense model's."""
+        """Greatest distance of the final cost from the budget, as a share of the dense model's cost."""
         return max(TOLERANCE, self.slack * self.budget / self.total)
 
     def tie_width(self, here: float) -> float:
-        """How near to the budget choices are compared by what they lose, in units of the cost.
+        """Distance from the budget, in units of the cost, within which the choice that loses the least is taken.
 
         :param here: the cost of the model that is cut.
         """
@@ -102,15 +100,15 @@ class Target:
 
     @property
     def share(self) -> float:
-        """The share of the cost that is to go, in (0, 1)."""
+        """Share of the cost to remove, in (0, 1)."""
         return 1 - self.budget / self.total
 
     def at(self, share: float) -> Target:
-        """The same cost with another share to go; what comes of it is not measured."""
+        """Return the same target with another share to remove, without measuring."""
         return replace(self, budget=(1 - share) * self.total, measure=None)
 
     def removed(self, structure: Structure) -> float:
-        """The share that is to go of what a smaller model costs; 0 or less where there is nothing more to do."""
+        """Share to remove of what a smaller model costs; 0 or less where it meets the target already."""
         here = self.cost(structure).exact(structure.sizes)
         return 1 - self.budget / here if here else 0.0
 
@@ -131,7 +129,7 @@ class Target:
             raise TargetError(f"the nearest plan to {self} has {self.text(self.cost(structure).exact(sizes))}")
 
     def settle(self, decide: Callable[[Target], Plan], compacted: Callable[[Plan], PreTrainedModel]) -> Plan:
-        """Decide; where the cost is an estimate, measure what was decided, and decide again by what it was off.
+        """Decide; where the cost is an estimate, measure the outcome, correct the budget by it, and decide again.
 
         :param decide: returns the plan for a target of this cost.
         :param compacted: returns the model that a plan leaves.
@@ -139,8 +137,7 @@ class Target:
         plan = decide(self)
         if self.measure is None:
             return plan
-        off: list[float] = []
-        """What was measured by what had been estimated, round by round."""
+        off: list[float] = []  # measured by estimated cost, round by round
         tried: list[tuple[float, Plan]] = []
         for _ in range(_ROUNDS):
             small = compacted(plan)
@@ -148,7 +145,7 @@ class Target:
             off.append(real / self.cost(structure).exact(structure.sizes))
             tried.append((abs(real / self.budget - 1), plan))
             if len(tried) > 1 and max(distance for distance, _ in tried[-2:]) <= _CLOSE:
-                break  # once is luck
+                break  # two measurements in a row: one alone may be luck
             try:
                 plan = decide(replace(self, budget=min(self.budget / median(off[-_LAST:]), self.total)))
             except TargetError:  # beyond what the structure allows; what was found is as near as it gets
@@ -156,13 +153,13 @@ class Target:
         return plan
 
     def value_of(self, cost: float) -> float:
-        """The value of the argument that asks for a cost: the inverse of how the budget is made."""
+        """Return the value of the argument that asks for a cost: the inverse of how the budget is made."""
         if self.name in _SHARES:
             return 1 - cost / self.total
         return {"target_speedup": self.total / cost, "target_latency_ms": cost / 1e6}.get(self.name, cost)
 
     def text(self, cost: float) -> str:
-        """A cost in the words of the argument."""
+        """Write a cost in the words of the argument."""
         return self._text(self.value_of(cost))
 
     def _text(self, value: float) -> str:

@@ -100,13 +100,18 @@ def test_auto_classes_read_it_and_write_it_again(
     settings: dict[str, Any],
     tmp_path: Path,
 ) -> None:
+    def tied(model: PreTrainedModel) -> bool:
+        head = model.get_output_embeddings()
+        return head is not None and head.weight is model.get_input_embeddings().weight
+
     small = pruned(name, **settings)
     batch = batch_of(small)
-    expected = outputs(small, batch)
+    expected, was_tied = outputs(small, batch), tied(small)
     for place in ("one", "two"):
         small.save_pretrained(tmp_path / place)
         small = getattr(transformers, auto).from_pretrained(tmp_path / place)
         assert type(small).__name__ == name
+        assert tied(small) == was_tied
         found = outputs(small, batch)
         assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in expected.items())
         assert not getattr(small, "is_quantized", False)
@@ -173,6 +178,8 @@ def test_without_cofiprune_loading_fails(pruned: Callable[..., PreTrainedModel],
         "roberta-attention": ("RobertaForSequenceClassification", {"layers.0.attention": [0.0]}, {}),
         "deberta-attention": ("DebertaForSequenceClassification", {"layers.1.attention": [0.0]}, RELATIVE),
         "deberta-v2-ffn": ("DebertaV2ForSequenceClassification", {"layers.2.ffn": [0.0]}, RELATIVE),
+        "bert-attention": ("BertForSequenceClassification", {"layers.1.attention": [0.0]}, {}),
+        "bert-ffn": ("BertForSequenceClassification", {"layers.2.ffn": [0.0]}, {}),
         "bert-units": ("BertForSequenceClassification", {"layers.2.intermediate": [0.0] * 34}, {}),
         "distilbert-attention": ("DistilBertForSequenceClassification", {"layers.0.attention": [0.0]}, {}),
         "distilbert-ffn": ("DistilBertForSequenceClassification", {"layers.1.ffn": [0.0]}, {}),
