@@ -99,7 +99,8 @@ def load_cofi_checkpoint(path: str | Path, *, task_head: str | None = None) -> P
         with explained(CheckpointError, f"{folder / _MASKS}", PlanError):
             plan = Plan.from_values(structure, values)
         model = compacted(model, structure, plan)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def convert(path: str | Path, out: str | Path, *, task_head: str | None = None) -> PreTrainedModel:
@@ -130,9 +131,8 @@ def _check_form(folder: Path, *, cut: bool, masked: bool) -> None:
         )
     if not cut and not masked:
         raise CheckpointError(
-            f"{folder} is in neither form of the original CoFi: the weights have their full size and there is no "
-            f"{_MASKS} with masks for them (a pickled l0_module.pt is never read); add {_MASKS}, or load an unpruned "
-            "model by from_pretrained"
+            f"{folder} is in neither form of the original CoFi: the weights have their full size, and {_MASKS} is "
+            f"missing (a pickled l0_module.pt is never read); add it, or load an unpruned model by from_pretrained"
         )
 
 
