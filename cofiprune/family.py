@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cofiprune.errors import CheckpointError
+from cofiprune.errors import CheckpointError, explained
 from cofiprune.structure import BlockExit, Kind, Role, Shared
 
 
@@ -218,10 +218,8 @@ def family_from(entries: Mapping[str, Any]) -> Family:
 
     :raises CheckpointError: for entries that make no table.
     """
-    try:
+    with explained(CheckpointError, "the table that this model carries cannot be read", ValueError):
         family: Family = _family_schema().validate_python(entries)
-    except ValueError as error:
-        raise CheckpointError(f"the table that this model carries cannot be read: {error}") from None
     if family_entries(family) != entries:
         raise CheckpointError("the table that this model carries has entries of another version; compact it again")
     return family

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from cofiprune.errors import PlanError
+from cofiprune.errors import PlanError, explained
 from cofiprune.structure import Structure
 
 _FORMAT_VERSION = 1
@@ -142,10 +142,8 @@ class Plan:
 
         :raises PlanError: when the file is missing, is not a plan, or comes from a newer version.
         """
-        try:
+        with explained(PlanError, f"{path} is not a readable plan", OSError, ValueError):
             payload: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{path} is not a readable plan: {error!r}") from error
         return cls.from_dict(payload, str(path))
 
     @classmethod
@@ -160,15 +158,10 @@ class Plan:
             raise PlanError(f"{path} is not a plan: it states no format_version")
         if version > _FORMAT_VERSION:
             raise PlanError(f"{path} is a plan in format {version}; this version reads formats up to {_FORMAT_VERSION}")
-        try:
-            return cls(
-                payload["family"],
-                payload["sizes"],
-                {name: tuple(indices) for name, indices in payload["keep"].items()},
-                {name: tuple(factors) for name, factors in payload["scale"].items()},
-            )
-        except (KeyError, AttributeError, TypeError) as error:
-            raise PlanError(f"{path} lacks a part of a plan: {error!r}") from error
+        with explained(PlanError, f"{path} lacks a part of a plan", KeyError, AttributeError, TypeError):
+            keep = {name: tuple(indices) for name, indices in payload["keep"].items()}
+            scale = {name: tuple(factors) for name, factors in payload["scale"].items()}
+            return cls(payload["family"], payload["sizes"], keep, scale)
 
     def __str__(self) -> str:
         lines = [f"Plan for a {self.family} model"]

@@ -65,7 +65,7 @@ def adapter(config: PretrainedConfig) -> Family:
 
 
 def applications(config: PretrainedConfig) -> tuple[int, ...]:
-    """How often each layer that has weights of its own is applied, group by group."""
+    """The number of applications of each layer that has weights of its own, group by group."""
     per_group = config.num_hidden_layers / config.num_hidden_groups
     counts = Counter(int(layer / per_group) for layer in range(config.num_hidden_layers))
     return tuple(counts[group] for group in range(config.num_hidden_groups) for _ in range(config.inner_group_num))

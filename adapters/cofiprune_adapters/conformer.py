@@ -109,7 +109,7 @@ def unused(sound: bool) -> Iterator[Weights]:
 
 
 def behind(config: PretrainedConfig) -> Iterator[Weights]:
-    """What may stand behind the layers: half a feed-forward block, and convolutions that make the sequence shorter.
+    """The modules that may follow the layers: half a feed-forward block, and convolutions that shorten the sequence.
 
     Their first layer alone reads hidden dimensions, after a projection to another width if there is one.
     """

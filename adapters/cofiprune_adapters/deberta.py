@@ -105,6 +105,6 @@ def width(config: PretrainedConfig) -> int:
 
 
 def position_terms(config: PretrainedConfig) -> tuple[str, ...]:
-    """Which of "c2p" (content to position) and "p2c" (position to content) the attention adds to its scores."""
+    """The terms, of "c2p" (content to position) and "p2c" (position to content), that attention adds to its scores."""
     terms = config.pos_att_type or ()
     return tuple(term for term in ("c2p", "p2c") if config.relative_attention and term in terms)

@@ -4,7 +4,7 @@ Beyond DeBERTa: relative positions fall into buckets, their table may be normali
 projected by the query and key projections of the tokens themselves (`share_att_key`), which then leave out what is
 removed of the table.
 
-The convolution beside the first layer reads and writes the hidden dimensions. An activation follows it, so that
+The convolution parallel to the first layer reads and writes the hidden dimensions. An activation follows it, so that
 a fractional mask cannot scale what it writes: it is sliced only, and the norm behind it scales. With `conv_groups`
 above 1 a hidden dimension belongs to a group of channels, so that the hidden size is refused.
 """

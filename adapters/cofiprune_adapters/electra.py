@@ -42,7 +42,7 @@ def narrow_stem(tables: str, *, wide: bool) -> tuple[Weights, Weights]:
 
 
 def summary(config: PretrainedConfig) -> Weights:
-    """What reads the hidden dimensions of the summary token: its projection, or the classifier without one."""
+    """The reader of the summary token: its projection, or the classifier where there is none."""
     projected = getattr(config, "summary_use_proj", False)
     return linear("sequence_summary.summary" if projected else "classifier", reads=HIDDEN, rows=(0, 1))
 

@@ -43,7 +43,7 @@ PREDICTIONS = {
     "gte": ("lm_head", "lm_head.decoder"),
     "jina_embeddings_v3": ("lm_head", "lm_head.decoder"),
 }
-"""Where the masked language modelling head has its transform and its decoder."""
+"""Paths of the transform and the decoder of the masked language modelling head."""
 
 
 @family("nomic_bert", "gte", "jina_embeddings_v3")

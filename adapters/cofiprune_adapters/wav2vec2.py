@@ -6,7 +6,7 @@ whose layers run on a shortened sequence.
 The relative positions come from a convolution over the hidden dimensions whose channels are grouped: a hidden dimension
 belongs to a group and cannot leave it alone, so that the hidden size is refused.
 
-The base models have post-norm layers, in which the norms stand beside attention and feed-forward; the large ones
+The base models have post-norm layers, in which the norms follow attention and feed-forward; the large ones
 (`do_stable_layer_norm`) have pre-norm layers. A language adapter of an MMS model (`adapter_attn_dim`) stays as it is.
 Multiply-accumulates of SEW are exact where its `squeeze_factor` divides the rows that its convolutions make.
 """

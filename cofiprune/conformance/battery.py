@@ -43,7 +43,7 @@ EXACT = 1e-10
 
 @dataclass(frozen=True)
 class Report:
-    """What a passed battery has covered."""
+    """Coverage of a battery that has passed."""
 
     families: tuple[str, ...]
     """The model types."""
@@ -58,7 +58,7 @@ class Report:
     refused: Mapping[str, str] = field(default_factory=dict)
     """Units that cannot be pruned and the reason, by `HeadClass: unit`."""
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """What transformers itself could not build, run, or save and load for a configuration, and its error."""
+    """Models that transformers itself could not build, run, or save and load, with its error."""
 
     def __str__(self) -> str:
         lines = [

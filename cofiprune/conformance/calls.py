@@ -36,7 +36,7 @@ class Call:
     outputs: int = 1
     """1 for a tensor, n for a tuple of n."""
     wrapped: bool = False
-    """Whether it returns a tuple of one."""
+    """True if it returns a tuple of one."""
 
     @property
     def entry(self) -> Tensor | None:
@@ -158,7 +158,7 @@ def compared(full: Mapping[str, Tensor], small: Mapping[str, Tensor], plan: Plan
 
 
 def same(left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether two tensors hold the same numbers in the same order, or with the first two dimensions exchanged.
+    """Tell whether two tensors hold the same numbers in the same order, or with the first two dimensions exchanged.
 
     In a model of random weights that is so only where one was handed on.
     """
@@ -171,12 +171,12 @@ def same(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 def near(left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether two tensors agree as far as a model that rounds to float32 inside can tell."""
+    """Tell whether two tensors agree as far as a model that rounds to float32 inside can tell."""
     if left is None or right is None or left.shape != right.shape:
         return False
     return bool(torch.allclose(left.double(), right.double(), rtol=1e-5, atol=1e-5))
 
 
 def inside(path: str, root: str) -> bool:
-    """Whether a module is another one or in it."""
+    """Tell whether a module is another one or in it."""
     return not root or path == root or path.startswith(f"{root}.")

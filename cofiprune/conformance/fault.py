@@ -102,7 +102,7 @@ def _differs(subject: Subject, values: Values, choice: Choice, limit: float) -> 
 
 
 def _about_module(structure: Structure, small: nn.Module, crash: Crash, values: Values) -> str:
-    """What the adapter says about the module in which the compacted model fails."""
+    """Quote the adapter on the module in which the compacted model fails."""
     own = [spec for spec in structure.parameters if module_of(spec) == crash.module]
     below = [spec for spec in structure.parameters if inside(module_of(spec), crash.module) and spec not in own]
     if any(inside(path, crash.module) for path in structure.layers):
@@ -257,7 +257,7 @@ def _first_difference(subject: Subject, small: PreTrainedModel, plan: Plan, limi
 
 
 def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter], limit: float) -> bool:
-    """Whether a tensor of the masked model differs from the compacted model's on the kept units.
+    """Tell whether a tensor of the masked model differs from the compacted model's on the kept units.
 
     :param specs: with the layouts that a dimension may have, likeliest first; where none fits, nothing is said.
     """

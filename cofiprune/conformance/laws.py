@@ -37,7 +37,7 @@ class Case:
     values: Values
     """Groups that are not named keep ones."""
     reload: bool = False
-    """Whether to save and load the compacted model too."""
+    """True to save and load the compacted model too."""
 
     def __str__(self) -> str:
         return f"{self.label} over units {', '.join(self.choice)}"

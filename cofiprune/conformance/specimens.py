@@ -171,17 +171,17 @@ def unit_choices() -> tuple[tuple[UnitKind, ...], ...]:
 
 def specimen(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedModel:
     """Return a copy of a model in float64 and evaluation mode with random parameters, biases and norms included."""
-    twin: PreTrainedModel = copy.deepcopy(model).double()
-    twin.train(False)
+    sample: PreTrainedModel = copy.deepcopy(model).double()
+    sample.train(False)
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
+        for name, parameter in sample.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.dim() > 1:
                 noise = noise * (2 / parameter[0].numel() ** 0.5)
             else:
                 noise = noise * 0.3 + (1 if name.endswith("weight") else 0)
             parameter.copy_(noise)
-    return twin
+    return sample
 
 
 def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def find_layers(model: nn.Module, count: int | None) -> str:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a projection: a linear layer, possibly written as a convolution."""
+    """Tell whether a module is a projection: a linear layer, possibly written as a convolution."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding | nn.LayerNorm)
 
@@ -82,12 +82,12 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a matrix is stored [in, out]."""
+    """Tell whether a matrix is stored [in, out]."""
     return type(module).__name__ == "Conv1D"
 
 
 def is_norm(call: Call) -> bool:
-    """Whether a module normalises the last dimension of its input."""
+    """Tell whether a module normalises the last dimension of its input."""
     module, entry, output = call.module, call.entry, call.output
     if entry is None or output is None or entry.shape != output.shape or is_matrix(module):
         return False
@@ -177,7 +177,7 @@ def _shown(block: Draft, layer: str) -> str:
 
 
 def mixes(model: PreTrainedModel, batch: Batch, layer: str, path: str, *, token: int = 0) -> bool:
-    """Whether the input of a module for one token changes with another token at the entry of its layer.
+    """Tell whether the input of a module for one token changes with another token at the entry of its layer.
 
     :param token: the one that is changed, of the first example. With the first token, those that follow it are
         compared; with any other, those before it.

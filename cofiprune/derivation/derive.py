@@ -286,7 +286,7 @@ class _Derivation:
 
 
 def _generates(model: PreTrainedModel) -> bool:
-    """Whether the modelling file has a class that generates: some encoders of text look back only, too."""
+    """Tell whether the modelling file has a class that generates: some encoders of text look back only, too."""
     names = vars(sys.modules[type(model).__module__])
     return any(word in name for name in names for word in ("ForCausal", "LMHead"))
 

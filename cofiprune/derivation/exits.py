@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bypass:
-    """Where a block leaves, and which modules do not run without it; paths from the model."""
+    """The exit of a block, and the modules that do not run without it; paths from the model."""
 
     exit: BlockExit
     bypassed: tuple[BlockExit, ...]
@@ -47,10 +47,10 @@ class _Span:
     seen_at: str
     """A module at which the stream behind the block can be seen."""
     given: bool
-    """Whether it is the input of that module, rather than its output."""
+    """True if it is the input of that module, False if it is its output."""
 
     def is_unchanged(self, model: PreTrainedModel, batch: Batch, bypass: Bypass | None = None) -> bool:
-        """Whether the stream comes out as it came in, without the block or as the model is; False if it cannot run."""
+        """Tell whether the stream leaves as it came, without the block or as the model is; False if it cannot run."""
         without = nullcontext() if bypass is None else bypassing(model, (bypass.exit, *bypass.bypassed))
         try:
             with without:
@@ -106,7 +106,7 @@ def _with_boundary(first: Draft, second: Draft, norm: Call, *, in_front: bool) -
 
 
 def _silences(model: PreTrainedModel, batch: Batch, span: _Span, value: nn.Parameter) -> bool:
-    """Whether a block writes nothing when one parameter is zero: a scale of all that it writes."""
+    """Tell whether a block writes nothing when one parameter is zero: a scale of all that it writes."""
     kept = value.detach().clone()
     with torch.no_grad():
         value.zero_()

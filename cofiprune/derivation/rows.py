@@ -24,7 +24,7 @@ class Inner:
     shared: int | None = None
     """Query heads, where `units` counts the keys and values that groups of them share."""
     interleaved: bool = False
-    """Where one matrix makes several things: unit by unit, instead of thing by thing."""
+    """The order in a fused matrix: unit by unit, instead of queries, keys and values after one another."""
 
     def axis(self, length: int) -> Axis | None:
         """The axis of a dimension of some length; None for one that has nothing to do with the units."""

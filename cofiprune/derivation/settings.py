@@ -24,7 +24,7 @@ class Settings:
     expressions: Mapping[Kind, str]
     """Python expressions in `config`."""
     query_heads: int | None = None
-    """Where groups of heads share keys and values; `units["heads"]` then counts the groups."""
+    """The number of query heads, if groups of them share keys and values; `units["heads"]` counts the groups then."""
     query_expression: str | None = None
 
     def of(self, config: PretrainedConfig) -> Settings:

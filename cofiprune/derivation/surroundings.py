@@ -165,7 +165,7 @@ class _Outside:
         return self.zeroed.get((call.path, call.start))
 
     def _reads(self, call: Call) -> bool:
-        """Whether the input of a module has zeros in the zeroed dimensions."""
+        """Tell whether the input of a module has zeros in the zeroed dimensions."""
         zeroed = self._zeroed_call(call)
         return zeroed is not None and _has_zeros(zeroed.entry, self.width)
 
@@ -217,7 +217,7 @@ class _Outside:
 
 
 def _is_part(part: Tensor | None, whole: Tensor | None) -> bool:
-    """Whether a tensor [..., n] is joined with others into one [..., m > n]."""
+    """Tell whether a tensor [..., n] is joined with others into one [..., m > n]."""
     if part is None or whole is None or part.dim() != whole.dim() or part.shape[-1] >= whole.shape[-1]:
         return False
     offsets = range(whole.shape[-1] - part.shape[-1] + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,15 +127,15 @@ def _version(states: Tensor) -> int:
     return 0 if states.is_inference() else states._version  # tensors of inference mode do not count changes
 
 
+@dataclass(frozen=True)
 class _Tied:
     """The storage of some layers' weights [m, n] and biases [m], and their places in it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, members: Sequence[nn.Linear]) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.sizes = [member.weight.shape[0] for member in members]
-        # An address tells whether a weight is still the view: the storage is held here, so that it is not reused.
-        self.places = [_addresses(member) for member in members]
+    weight: Tensor
+    bias: Tensor | None
+    sizes: list[int]
+    places: list[tuple[int, int]]
+    """Addresses, which tell whether a weight is still the view: the storage is held here, so that it is not reused."""
 
     def holds(self, place: int, member: nn.Linear) -> bool:
         """Return whether the joint product is computed with this layer's weight and bias."""
@@ -170,7 +171,7 @@ def _tied(members: Sequence[nn.Linear]) -> _Tied | None:
             member.weight.data = rows
             if member.bias is not None and bias is not None:
                 member.bias.data = torch.split(bias, sizes)[index]
-    return _Tied(joint, bias, members)
+    return _Tied(joint, bias, sizes, [_addresses(member) for member in members])
 
 
 def is_linear(module: nn.Module) -> bool:

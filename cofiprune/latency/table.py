@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from cofiprune.errors import TargetError
+from cofiprune.errors import TargetError, explained
 
 FORMAT_VERSION = 1
 
@@ -83,12 +83,11 @@ class LatencyTable:
         """
         from pydantic import TypeAdapter  # imported late: only targets in time need it
 
-        try:
+        problem = f"{path} is no latency table that can be read; delete it"
+        with explained(TargetError, problem, OSError, ValueError, KeyError, TypeError, AttributeError):
             entries = json.loads(path.read_text(encoding="utf-8"))
             version = entries.pop("format_version")
             table: Self = TypeAdapter(cls).validate_python(entries)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TargetError(f"{path} is no latency table that can be read ({error!r}); delete it") from error
         if version != FORMAT_VERSION:
             raise TargetError(f"{path} is a latency table in format {version}; this version reads {FORMAT_VERSION}")
         return table

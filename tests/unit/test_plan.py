@@ -82,7 +82,7 @@ def test_fractions_survive_a_file_exactly(model: PreTrainedModel, tmp_path: Path
         ("[]", "is not a plan: it states no format_version"),
         ("{}", "is not a plan: it states no format_version"),
         ('{"format_version": 2}', "is a plan in format 2; this version reads formats up to 1"),
-        ('{"format_version": 1, "family": "bert"}', "lacks a part of a plan: KeyError"),
+        ('{"format_version": 1, "family": "bert"}', "lacks a part of a plan: 'keep'"),
         ('{"format_version": 1, "family": "bert", "sizes": {}, "keep": 3, "scale": {}}', "lacks a part of a plan"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="FileNotFoundError"):
+    with pytest.raises(PlanError, match="No such file"):
         Plan.load(tmp_path / "none.json")
 
 
