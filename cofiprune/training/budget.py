@@ -1,4 +1,4 @@
-"""What a budget buys: `method="auto"` picks the rung of the ladder, and how many epochs of it, that a time allows.
+"""The choice of `method="auto"`: one shot, and the epochs of recovery that a time budget allows.
 
 One shot takes a time that is known up to a factor from one step; whatever is left after it goes into epochs of
 recovery. Gates are not picked: in the one comparison made, after one shot they brought nothing that recovery did not,
@@ -30,8 +30,8 @@ from cofiprune.training.config import PruneConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SWEEP = (2.0, 4.0)
-"""What a sweep of one shot takes, in training steps of the dense model over the same number of rows: a + b s where a
+ROUND = (2.0, 4.0)
+"""Cost of a round of one shot, in training steps of the dense model over the same number of rows: a + b s where a
 share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0008-one-shot-in-sweeps.md)."""
 MARGIN = 1.2
 """On what one shot is expected to take."""
@@ -43,7 +43,7 @@ shot leaves. A choice on the safe side, not a measured bound."""
 _STEPS = 4
 """Steps that are timed; the first, which pays for what is set up once, does not count."""
 MOST_EPOCHS = 30.0
-"""Where a time budget stops being spent: more epochs are worth asking for by name."""
+"""Most epochs that a time budget is spent on: more epochs are worth asking for by name."""
 
 
 def readable(seconds: float) -> str:
@@ -60,7 +60,7 @@ def readable(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured: how fast this machine is with this model and these rows."""
+    """Measured speed of this machine with this model and these rows."""
 
     step: float
     """Seconds of a training step of the dense model."""
@@ -75,7 +75,7 @@ class Pace:
         return self.steps_per_epoch * self.step * (FLOOR + (1 - FLOOR) * share)
 
     def taught(self, epochs: float) -> float:
-        """Seconds of the teacher, which answers each row once."""
+        """Seconds of the teacher, which runs on each row once."""
         return self.steps_per_epoch * self.teacher * min(epochs, 1.0)
 
 
@@ -90,12 +90,12 @@ class Choice:
 
 
 def one_shot_steps(shares: Sequence[float]) -> float:
-    """What one shot takes, in training steps of the dense model over the rows that it uses, on the safe side.
+    """Estimate the cost of one shot, in training steps of the dense model over the rows that it uses, on the safe side.
 
     :param shares: of the layers left after each of its rounds.
     """
     before = (1.0, *shares[:-1])
-    return MARGIN * (1 + sum(SWEEP[0] + SWEEP[1] * share for share in before))
+    return MARGIN * (1 + sum(ROUND[0] + ROUND[1] * share for share in before))
 
 
 def choose(pace: Pace, budget: float, *, share: float) -> Choice:
@@ -155,11 +155,11 @@ def check_method(config: PruneConfig, *, has_data: bool) -> None:
 
 
 def _affordable(pace: Pace, seconds: float, share: float) -> float:
-    """Epochs that fit into a time, the teacher's answers to them included."""
+    """Epochs that fit into a time, the teacher's passes included."""
     per_epoch = pace.epoch(share)
-    whole = (seconds - pace.taught(1.0)) / per_epoch
-    if whole >= 1:
-        return whole
+    more = (seconds - pace.taught(1.0)) / per_epoch
+    if more >= 1:
+        return more
     return max(seconds / (per_epoch + pace.taught(1.0)), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, saved at any step and taken up again exactly.
+"""Checkpoints: the full state of a run, saved at any step and taken up again exactly.
 
 A checkpoint is a folder: `state.pt` (tensors and plain values, read with `weights_only=True`), `rng-{rank}.pt` for each
 process, and `meta.json`, written last, which makes the folder complete.
@@ -64,11 +64,11 @@ class Sums:
 
 @dataclass
 class RunState:
-    """Where a run stands: the modules and the optimiser that learn in the present phase, and plain counts."""
+    """The state of a run: the modules and the optimiser that learn in the present phase, and plain counts."""
 
     phase: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    """What a checkpoint holds the tensors of: the trained model under `model`, and others."""
+    """Modules whose tensors a checkpoint holds: the trained model under `model`, and others."""
     optimizer: Optimizer | None = None
     step: int = 0
     """Optimiser steps done in this phase."""
@@ -88,7 +88,7 @@ class RunState:
     """Plain values from which a phase is set up again, such as its plan; they go into `meta.json`."""
 
     def begin(self, phase: str) -> None:
-        """Start a phase; what counts over the whole run goes on."""
+        """Start a phase; what counts over the run goes on."""
         self.phase, self.step, self.best, self.sums = phase, 0, None, Sums()
 
     def capture(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a folder holds checkpoints of some run, complete or not."""
+    """Return whether a folder holds checkpoints of some run, complete or not."""
     return folder.is_dir() and any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
 
 

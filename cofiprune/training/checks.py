@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a run starts, said before anything is changed."""
+"""Checks of arguments, before anything is changed."""
 
 from __future__ import annotations
 

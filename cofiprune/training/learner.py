@@ -106,7 +106,7 @@ class GateLearner(nn.Module):
         return [gates, self.constraint.ascent_group(rate)]
 
     def is_active(self, step: int) -> bool:
-        """Whether the gates learn at a step of the phase."""
+        """Return whether the gates learn at a step of the phase."""
         return self.schedule.before <= step < self.schedule.before + self.schedule.gated
 
     def bind(self, draw: int) -> None:
@@ -174,14 +174,14 @@ class GateLearner(nn.Module):
         return self.target.settle(plan_for, compacted)
 
     def _worth(self) -> dict[str, Tensor]:
-        """What the gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
+        """Return what gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
         structure, found = self.masks.structure, {}
         parts = self._parts(self.gates.open_probability().detach())
         chances = {group.name: chance.double().cpu() for group, chance in parts}
         sizes = structure.sizes
-        whole = self.cost.exact(sizes)
+        dense = self.cost.exact(sizes)
         for block in structure.blocks:
-            costs = (whole - self.cost.exact({**sizes, block.gate: 0})) / whole
+            costs = (dense - self.cost.exact({**sizes, block.gate: 0})) / dense
             there = float(chances[block.gate]) if block.gate in chances else 1.0
             if block.gate in chances:
                 found[block.gate] = chances[block.gate] * costs
@@ -189,7 +189,7 @@ class GateLearner(nn.Module):
                 assert block.inner is not None
                 found[block.inner] = there * chances[block.inner] * costs / sizes[block.inner]
         if "hidden" in chances:
-            costs = (whole - self.cost.exact({**sizes, "hidden": 1})) / whole
+            costs = (dense - self.cost.exact({**sizes, "hidden": 1})) / dense
             found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
         return found
 
@@ -200,7 +200,7 @@ class GateLearner(nn.Module):
     # Closed gates.
 
     def shrinks(self) -> bool:
-        """Whether units may go while the gates learn. Sizes of whole groups are decided together, at the end."""
+        """Return whether units may go while the gates learn. Targets with levels are decided on at the end."""
         config = self.settings
         return (
             config.compact_in_training and config.trains_weights and not self.target.needs_levels(self.masks.structure)

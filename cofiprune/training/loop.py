@@ -54,14 +54,14 @@ class Loop:
         self.optimizer = accelerator.prepare_optimizer(self.state.optimizer)
         self.last_saved = self.state.total_steps
         others = [module for module in (learner, run.objective.projection) if module is not None]
-        self.beside = [parameter for module in others for parameter in module.parameters()]
+        self.others = [parameter for module in others for parameter in module.parameters()]
         if several:
             # What was fitted or measured on a process's own rows must start out the same everywhere.
-            for parameter in self.beside:
+            for parameter in self.others:
                 broadcast(parameter.data)
 
     def train(self, until: int | None = None) -> None:
-        """Train to the end of the phase, or until so many of its steps are done, to go on later.
+        """Train to the end of the phase, or to a step of it, to go on later.
 
         :raises TrainingError: when the loss is not a number.
         :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written.
@@ -149,7 +149,7 @@ class Loop:
     def _update(self, learner: GateLearner | None) -> None:
         accelerator, limit = self.run.accelerator, self.run.settings.max_grad_norm
         if accelerator.num_processes > 1:
-            for parameter in self.beside:
+            for parameter in self.others:
                 if parameter.grad is not None:
                     parameter.grad = accelerator.reduce(parameter.grad, "mean")
         if limit:
@@ -180,7 +180,7 @@ class Loop:
         self.run.log(means)
 
     def _due(self, every: int | Literal["epoch"]) -> bool:
-        """Whether something that happens every so many steps, or once an epoch, happens now."""
+        """Return whether something that happens at an interval of steps, or once an epoch, is due now."""
         if self.state.step == self.total:
             return True
         if every == "epoch":
@@ -225,7 +225,7 @@ class Loop:
         save_checkpoint(run.folder, state, run.fingerprint, rank=rank, wait=wait)
 
     def _interrupted(self) -> bool:
-        """Whether this process, or any other of the run, was asked to stop."""
+        """Return whether this process, or any other of the run, was asked to stop."""
         accelerator, interrupt = self.run.accelerator, self.run.interrupt
         if accelerator.num_processes == 1:
             return interrupt.requested is not None

@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def distils_layers(self) -> bool:
-        """Whether the student's hidden states are compared."""
+        """The student's hidden states are compared."""
         return self.projection is not None
 
     def cut(self, keep: Sequence[int]) -> None:
@@ -130,10 +130,10 @@ class Objective:
         self, teacher: Teacher, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None
     ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
-        answers = teacher.answer(inputs, batch.get(ROWS))
+        known = teacher.outputs(inputs, batch.get(ROWS))
         mask = batch.get("attention_mask")
         parts: dict[str, Tensor] = {}
-        ours, theirs = predictions(output), answers.predictions
+        ours, theirs = predictions(output), known.predictions
         # An encoder without a head predicts its states; when hidden dimensions or widths differ, only the
         # layer loss, which maps one to the other, can compare them.
         if [part.shape for part in ours] == [part.shape for part in theirs] and self.settings.distill_logits_weight:
@@ -148,7 +148,7 @@ class Objective:
             states = output.hidden_states[1:]
             parts["layers_loss"] = layerwise_loss(
                 states,
-                dict(zip(teacher.layers, answers.states, strict=True)),
+                dict(zip(teacher.layers, known.states, strict=True)),
                 self.projection,
                 how=self.settings.distill_layer_match,
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
@@ -158,14 +158,14 @@ class Objective:
             )
         if not parts:
             raise TrainingError(
-                "the teacher's answers cannot be compared with the student's, and the layers are not distilled: "
+                "the teacher's outputs cannot be compared with the student's, and the layers are not distilled: "
                 "set distill_logits_weight or distill_layers_weight above 0"
             )
         return parts
 
 
 def _counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
+    """Return whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
     if task == "question-answering" and "input_ids" in batch:
         length = batch["input_ids"].shape[1]
         return (batch["start_positions"] < length).any() & (batch["end_positions"] < length).any()
@@ -204,7 +204,7 @@ class Teacher:
         self.used = 0
         self._known: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def answer(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
+    def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
         """Return the teacher's outputs for a batch.
 
         :param inputs: what the model reads, without labels.
@@ -222,7 +222,7 @@ class Teacher:
         return outputs
 
     def knows(self, rows: Tensor) -> bool:
-        """Whether the outputs for all these rows are remembered."""
+        """Return whether the outputs for all these rows are remembered."""
         return all(number in self._known for number in rows.tolist())
 
     @torch.no_grad()

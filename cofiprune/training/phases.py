@@ -229,7 +229,7 @@ def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
 
 
 def _decided(run: Run, learner: GateLearner) -> Plan:
-    """What stays; where that is measured, the first process does."""
+    """Return what stays; where that is measured, the first process does."""
 
     def decide() -> Plan:
         return learner.decide(lambda plan: compacted(run.small, run.small_structure, plan))

@@ -79,7 +79,7 @@ def prune(
     With data this is CoFi (Xia et al., 2022, arXiv:2204.00408): hard-concrete gates over heads, feed-forward
     dimensions, hidden dimensions and whole blocks learn under a sparsity constraint, with distillation from the
     teacher; the structure is then fixed at exactly the target, and the weights that are left recover. Without data
-    it is a one-shot prune from the weights, repaired against the teacher's answers on synthetic inputs.
+    it is a one-shot prune from the weights, reconstructed against the teacher's outputs on synthetic inputs.
 
     Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
     an earlier run left, prune `cofiprune.compact(model)`.
@@ -91,7 +91,7 @@ def prune(
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
     :param target_model_sparsity: the same of every parameter of the model, embedding tables included.
-    :param target_macs: multiply-accumulates of the whole model that may be left, for one example of
+    :param target_macs: multiply-accumulates of the model that may be left, for one example of
         `target_seq_len` tokens, as `summary` counts them; met within 0.005 of the dense model's.
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
@@ -184,7 +184,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     folder = check_output_dir(run.output_dir, resume=False)
     evaluate = held_out(model, run.eval_dataset, config, run.collator, run.compute_metrics)
     take_masks_off(model, stacklevel=5)
-    source = "the weights alone" if teacher is None else "the weights and the teacher's answers on synthetic inputs"
+    source = "the weights alone" if teacher is None else "the weights and the teacher's outputs on synthetic inputs"
     kept = "0.82, 0.73 and 0.54" if teacher is None else "0.85, 0.80 and 0.73"
     warnings.warn(
         f"pruning without data, from {source}. What to expect: a MiniLM-L6 with 0.862 on SST-2 keeps {kept} at "

@@ -1,4 +1,4 @@
-"""What `prune` and `finetune` return."""
+"""Results of `prune` and `finetune`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TargetReport:
 
 
 def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: Plan) -> TargetReport:
-    """What a plan comes to; where the cost is an estimate, it is measured.
+    """Report the cost that a plan leaves; where it is an estimate, it is measured.
 
     :param model: that the plan is for.
     """
@@ -72,7 +72,7 @@ class PruneResult(Report):
     model: PreTrainedModel
     """The model that was passed in, with its final masks attached."""
     plan: Plan
-    """What is kept."""
+    """The kept units."""
     sparsity: float
     """Removed share of the parameters of the encoder's layers."""
     model_sparsity: float
@@ -86,17 +86,17 @@ class PruneResult(Report):
     best_step: int | None = None
     """The step whose weights were kept when `metric_for_best_model` chose them."""
     method: str = ""
-    """How it was done: a value of `PruneConfig.method`, never "auto"; "no data" for `prune` without any, "" for
+    """A value of `PruneConfig.method`, never "auto"; "no data" for `prune` without any, "" for
     `finetune`."""
     reason: str = ""
-    """Where `method="auto"` picked: what and why, in one sentence."""
+    """With `method="auto"`: the choice and its reason, in one sentence."""
 
     target: TargetReport | None = None
-    """What was asked for and reached; None for `finetune`."""
+    """The target and its outcome; None for `finetune`."""
     uniform: bool = False
-    """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
+    """Every layer has the same shape, so that the smaller model loads without cofiprune."""
     settings: ResolvedSettings = field(kw_only=True)
-    """What was used in the end, with a value for every setting that was left open."""
+    """The settings that were used, with a value for every setting that was left open."""
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
         """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.

@@ -95,9 +95,9 @@ class Run:
 
     # Where it stands.
     small: PreTrainedModel = field(init=False)
-    """What is trained; the model itself only before there is a copy."""
+    """The model that is trained; the one that was handed in only before there is a copy."""
     plan: Plan = field(init=False)
-    """What `small` is of the model, hard; at the end, what is kept, with the scales of the masks."""
+    """What `small` keeps of the model, hard; at the end with the scales of the masks."""
     objective: Objective = field(init=False)
     state: RunState = field(init=False, default_factory=RunState)
     taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
@@ -303,7 +303,7 @@ class Run:
                     inputs = model_inputs(batch, self.model)
                     on_device = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
                     with self.accelerator.autocast():
-                        teacher.answer(on_device, batch[ROWS])
+                        teacher.outputs(on_device, batch[ROWS])
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Add an entry to the history, show it and hand it to the callbacks."""

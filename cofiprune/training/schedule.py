@@ -1,4 +1,4 @@
-"""How long the parts of a run are, in optimiser steps, and how learning rates change: pure functions of the step."""
+"""Lengths of the parts of a run, in optimiser steps, and learning rates: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Steps of the whole phase."""
+        """Steps of the phase."""
         return self.before + self.gated + self.after
 
     @classmethod

@@ -27,8 +27,8 @@ Progress = Callable[[float], None]
 Left = tuple["PreTrainedModel", Plan]
 """A smaller model, and what of the dense one it keeps."""
 _ESTIMATE = 0.15
-"""How much more than what is asked for one shot leaves where that is measured in the end, as a share of it: estimates
-may be off by as much, and gates cannot give back what is gone."""
+"""Margin, as a share of the budget, that one shot leaves where the result is measured in the end: estimates may be off
+by as much, and gates cannot give back what is gone."""
 
 
 def one_shot_start(
@@ -94,7 +94,7 @@ def _prune(
 ) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome.
 
-    :param batches: of the whole data set, the same for every process.
+    :param batches: of the full data set, the same for every process.
     """
     processes = PartialState()
     rows = calibration(model, structure, batches.from_start())
@@ -125,12 +125,12 @@ def _prune(
 
 
 def _short_of(structure: Structure, target: Target, settings: ResolvedSettings) -> float:
-    """How far from a target one shot stops at least, as a share of the dense model's cost."""
+    """Return the least distance from a target at which one shot stops, as a share of the dense model's cost."""
     cost, sizes = target.cost(structure), structure.sizes
-    whole = cost.exact(sizes)
+    dense = cost.exact(sizes)
     cut = structure.present(settings.one_shot_units)
     inner = [group for group in cut if group.kind in ("heads", "intermediate")]
-    unit = max(whole - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
+    unit = max(dense - cost.exact({**sizes, group.name: group.size - 1}) for group in inner) / target.total
     return max(
         unit,
         target.tolerance if target.needs_levels(structure) else 0.0,
@@ -139,7 +139,7 @@ def _short_of(structure: Structure, target: Target, settings: ResolvedSettings) 
 
 
 def can_go_on(structure: Structure, target: Target, settings: ResolvedSettings) -> bool:
-    """Whether the target can be reached from what is left; where units go in large steps it need not be."""
+    """Return whether a target can be reached from a smaller model; where units go in large steps it need not be."""
     units = tuple({group.unit for group in structure.present(settings.units)})
     if not units or target.removed(structure) <= 0:
         return False

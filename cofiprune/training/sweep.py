@@ -41,13 +41,13 @@ class SweepPoint:
     sparsity: float
     """Removed share of the parameters of the encoder's layers, of the model that the sweep began with."""
     parameters: int
-    """Of the whole model."""
+    """Of the model, embeddings included."""
     metrics: dict[str, float]
     latency_ms: float | None
     """Median of a forward pass at `target_batch_size` and `target_seq_len`; None where it was not measured."""
     seconds: float
     plan: Plan = field(repr=False)
-    """What is kept, in terms of the model that the sweep began with."""
+    """The kept units, in terms of the model that the sweep began with."""
     model: PreTrainedModel = field(repr=False)
     """The compacted model."""
     folder: Path | None = None
@@ -59,7 +59,7 @@ class SweepResult(Report, Sequence[SweepPoint]):
 
     points: tuple[SweepPoint, ...]
     setting: str = ""
-    """Where latencies were measured."""
+    """Conditions under which latencies were measured."""
 
     def __len__(self) -> int:
         return len(self.points)
@@ -168,7 +168,7 @@ def _next(
     runs = None if folder is None else folder / "run"
     goes_on = resume and runs is not None and has_checkpoints(runs)
     result = run(copy.deepcopy(current), target, runs, goes_on)
-    small, whole = result.compact(), plan.then(result.plan.hard)
+    small, kept_of_all = result.compact(), plan.then(result.plan.hard)
     point = SweepPoint(
         target=target.requested,
         sparsity=1 - target.kept_share(structure_of(small)),
@@ -176,13 +176,13 @@ def _next(
         metrics=dict(result.metrics),
         latency_ms=time_of(small),
         seconds=result.seconds,
-        plan=whole,
+        plan=kept_of_all,
         model=small,
         folder=folder,
     )
     if folder is not None:
         small.save_pretrained(folder)
-        whole.save(folder / _PLAN)
+        kept_of_all.save(folder / _PLAN)
         kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
         entries = {name: getattr(point, name) for name in kept}
         (folder / _POINT).write_text(json.dumps(entries, indent=1), encoding="utf-8")
@@ -190,7 +190,7 @@ def _next(
 
 
 def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoint | None:
-    """A point that is on disk; None for one that is not, or not whole."""
+    """A point that is on disk; None for one that is not, or not complete."""
     file = folder / _POINT
     if not file.exists():
         return None

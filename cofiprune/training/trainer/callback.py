@@ -73,7 +73,7 @@ class PruningCallback(TrainerCallback):
 
     @property
     def plan(self) -> Plan | None:
-        """What is kept, from the step on at which it is decided; None before."""
+        """The plan, from the step on at which it is decided; None before."""
         if self._run is not None:
             return self._run.plan
         return None if self.result is None else self.result.plan
@@ -199,7 +199,7 @@ class PruningCallback(TrainerCallback):
         run.state.history.append({"phase": phase, "step": state.global_step, "seconds": round(run.seconds, 3), **logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the gates beside the weights of a checkpoint."""
+        """Add the gates to a checkpoint."""
         if self._run is not None and args.should_save:
             self._run.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._fingerprint)
 
@@ -223,8 +223,8 @@ class PruningCallback(TrainerCallback):
         self.result = PruneResult(
             run.model,
             run.plan,
-            run.masks.whole.sparsity(),
-            run.masks.whole.model_sparsity(),
+            run.masks.dense.sparsity(),
+            run.masks.dense.model_sparsity(),
             {name: value for name, value in last.items() if name.startswith("eval_") and not name.endswith(_SPEED)},
             run.state.history,
             run.seconds,

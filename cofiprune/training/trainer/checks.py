@@ -1,4 +1,4 @@
-"""What a pruning callback cannot work with, said before anything is changed."""
+"""Checks of a pruning callback's settings and of the Trainer's arguments, before anything is changed."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def check_arguments(args: Any, state: Any, model: nn.Module, *, taught: bool) ->
             f"the Trainer would run on {args.n_gpu} GPUs from one process (DataParallel), whose copies of the model "
             "have no gates; start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES"
         )
-    whole = kind == "NO" or kind.startswith("MULTI_")
-    if not whole or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    undivided = kind == "NO" or kind.startswith("MULTI_")
+    if not undivided or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise SettingsError(
             f"gates cannot be learned where the model is cut into shards ({kind}); use one process, or several that "
             "each hold all of it (DistributedDataParallel)"
@@ -91,7 +91,7 @@ def check_arguments(args: Any, state: Any, model: nn.Module, *, taught: bool) ->
     if taught and args.label_smoothing_factor:
         raise SettingsError(
             "with label_smoothing_factor the loss is computed outside of the model, where the teacher's part cannot be "
-            "added; leave it out, the teacher's answers are smooth labels already"
+            "added; leave it out, the teacher's outputs are smooth labels already"
         )
 
 

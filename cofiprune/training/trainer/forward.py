@@ -1,7 +1,7 @@
 """A model's forward pass while somebody else's loop trains it: under samples of the gates, with the teacher's loss.
 
 These are hooks of the model, so that any loop and any wrapper around the model meets them, and copies of the model do
-not. `RemainingMasks` lets gates over what one shot has left act on the model that is still whole.
+not. `RemainingMasks` lets gates over what one shot has left act on the dense model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DRAWS = 1 << 16
 """More forwards than any step has: the noise of step s is drawn by the numbers from s * _DRAWS on."""
 _COUNT = "num_items_in_batch"
-"""What the Trainer passes to a model that is to scale its loss for gradient accumulation by itself."""
+"""The argument by which the Trainer asks a model to scale its loss for gradient accumulation by itself."""
 
 
 class ForwardHooks:
@@ -47,12 +47,12 @@ class ForwardHooks:
         self.learner = run.learner
         self.objective = objective
         self.gated = False
-        """Whether the gates are learning now."""
+        """The gates are learning now."""
         self.step = 0
         self.share = 1.0
-        """What a micro-batch counts in the loss of its step, where the Trainer does not divide by itself."""
+        """Weight of a micro-batch in the loss of its step, where the Trainer does not divide by itself."""
         self.teacher_used = False
-        """Whether a backward has gone through the objective since `begin`."""
+        """A backward pass has gone through the objective since `begin`."""
         self.draws = 0
         """Samples that were drawn in this step."""
         self._settled = False
@@ -69,7 +69,7 @@ class ForwardHooks:
         self.learner.masks.on_detach.append(self.remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHooks:
-        """What a copy of the model needs: the handles, by which the hooks go with its masks; not the run."""
+        """Copy the handles alone, by which a copy of the model takes the hooks off with its masks; not the run."""
         copied = ForwardHooks.__new__(ForwardHooks)
         copied._handles = copy.deepcopy(self._handles, memo)
         return copied
@@ -150,41 +150,41 @@ class ForwardHooks:
 
 
 class RemainingMasks(MaskRegistry):
-    """The masks of a smaller model, [kept units] by group name, that act on the whole one."""
+    """The masks of a smaller model, [kept units] by group name, that act on the dense one."""
 
-    def __init__(self, whole: MaskRegistry, plan: Plan, left: Structure) -> None:
-        """Take out of the whole model what a plan removes; the rest is all ones.
+    def __init__(self, dense: MaskRegistry, plan: Plan, left: Structure) -> None:
+        """Take out of the dense model what a plan removes; the rest is all ones.
 
-        :param whole: attached to the model, all groups.
+        :param dense: attached to the model, all groups.
         :param plan: what is kept of it.
         :param left: the structure of the model that the plan leaves.
         """
-        values = next(iter(whole.values()))
+        values = next(iter(dense.values()))
         super().__init__(left, list(left), device=values.device, dtype=values.dtype)
-        self.whole = whole
+        self.dense = dense
         self.start = plan
         self.kept = {name: torch.tensor(plan.keep[name], device=values.device) for name in left}
-        self.on_detach = whole.on_detach
-        whole.set_plan(plan.hard)
+        self.on_detach = dense.on_detach
+        dense.set_plan(plan.hard)
 
     def __setitem__(self, name: str, value: Tensor | Sequence[float]) -> None:
         super().__setitem__(name, value)
-        self.whole[name] = self._placed(name, self[name])
+        self.dense[name] = self._placed(name, self[name])
 
     def bind(self, values: Mapping[str, Tensor]) -> None:
-        self.whole.bind({name: self._placed(name, value) for name, value in values.items()})
+        self.dense.bind({name: self._placed(name, value) for name, value in values.items()})
 
     def unbind(self) -> None:
-        self.whole.unbind()
+        self.dense.unbind()
 
     def alive(self, gate: str) -> bool | Tensor:
-        return self.whole.alive(gate)
+        return self.dense.alive(gate)
 
     def detach(self) -> None:
-        self.whole.detach()
+        self.dense.detach()
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
-        """[units] of the whole model, from [kept units]; differentiable."""
-        if len(value) == self.whole.structure[name].size:
+        """[units] of the dense model, from [kept units]; differentiable."""
+        if len(value) == self.dense.structure[name].size:
             return value
-        return value.new_zeros(self.whole.structure[name].size).index_copy(0, self.kept[name], value)
+        return value.new_zeros(self.dense.structure[name].size).index_copy(0, self.kept[name], value)

@@ -1,4 +1,4 @@
-"""The state of one `Trainer.train()` under a pruning callback: what learns beside the model, and how it takes a step.
+"""One `Trainer.train()` under a pruning callback: gates, multipliers and projection, and their optimiser's steps.
 
 The gates get their gradient of the task from the Trainer's own backward, through the masks that the model runs
 under. What does not depend on the batch, the constraint, is added to that gradient before each step.
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "cofiprune.pt"
-"""What is added to a checkpoint of the Trainer; read with `weights_only=True`."""
+"""The file added to a checkpoint of the Trainer; read with `weights_only=True`."""
 
 
 class CallbackRun:
-    """What learns beside the model of a Trainer, and its optimiser."""
+    """Gates, multipliers and projection for the model of a Trainer, and their optimiser."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class CallbackRun:
         *,
         replaced: dict[str, Tensor],
     ) -> None:
-        """Set up what learns, the same on every process.
+        """Set up the optimiser, the same on every process, and the hooks.
 
         :param learner: on the masks of what one shot has left of the model.
         :param teacher: put into eval mode until `finish`.
@@ -84,12 +84,12 @@ class CallbackRun:
         if objective is not None and objective.projection is not None:
             modules["projection"] = objective.projection
             groups.append({"params": list(objective.projection.parameters())})
-        self.beside = [parameter for group in groups for parameter in group["params"]]
+        self.learned = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=0.0)
         self.optimizer = optimizer
         self.state = RunState("prune", modules, optimizer, extra={"start": self.masks.start.to_dict(), "plan": None})
         if _processes() > 1:
-            for parameter in self.beside:
+            for parameter in self.learned:
                 dist.broadcast(parameter.data, src=0)
         self.hooks = ForwardHooks(self, objective)
 
@@ -108,7 +108,7 @@ class CallbackRun:
         self.hooks.begin(step, gated=self.plan is None and self.learner.is_active(step), share=share)
 
     def step(self, step: int, optimizer: Any) -> None:
-        """Step what learns beside the model.
+        """Step gates, multipliers and projection.
 
         :param optimizer: the Trainer's, with the gradients of the same step.
         :raises TrainingError: when the Trainer's loss did not reach the gates or the teacher, or was not a number. In
@@ -138,12 +138,12 @@ class CallbackRun:
                 "no gradient reached the gates: the Trainer's loss does not come from a call of the model itself"
             )
         scaler = getattr(optimizer, "scaler", None)
-        _unscale_and_average(self.beside, 1.0 if scaler is None else float(scaler.get_scale()))
+        _unscale_and_average(self.learned, 1.0 if scaler is None else float(scaler.get_scale()))
         if gated:
             penalty, self.sparsity = learner.penalty(step)
             penalty.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(learner.gates.parameters(), self.args.max_grad_norm or math.inf)
-        gradients = [parameter.grad.norm() for parameter in self.beside if parameter.grad is not None]
+        gradients = [parameter.grad.norm() for parameter in self.learned if parameter.grad is not None]
         if not gradients or bool(torch.isfinite(torch.stack(gradients)).all()):
             if "projection" in self.state.modules:
                 self.optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"]
@@ -164,7 +164,7 @@ class CallbackRun:
 
     def decide(self) -> None:
         """Choose what stays, bring the factors of its gates into the weights, and run under that from now on."""
-        masks = self.masks.whole
+        masks = self.masks.dense
 
         def small(decided: Plan) -> PreTrainedModel:
             return compacted(self.model, masks.structure, self.masks.start.then(decided))
@@ -182,7 +182,7 @@ class CallbackRun:
         self._modes.close()
 
     def progress(self, step: int, *, trained: bool) -> dict[str, float]:
-        """What a log says about pruning.
+        """Return what a log says about pruning.
 
         :param step: the last one.
         :param trained: it is a log of training, not of an evaluation.
@@ -194,11 +194,11 @@ class CallbackRun:
             found["expected_sparsity"] = float(self.sparsity)
             found["target_sparsity"] = self.learner.target_at(step)
         if self.plan is not None or not trained:
-            found["sparsity"] = self.masks.whole.sparsity()
+            found["sparsity"] = self.masks.dense.sparsity()
         return found
 
     def save(self, folder: Path, fingerprint: dict[str, Any]) -> None:
-        """Add what learns beside the model to a checkpoint that the Trainer wrote."""
+        """Add gates, multipliers and projection to a checkpoint that the Trainer wrote."""
         self.state.seconds = self.seconds
         payload = {
             "format_version": FORMAT_VERSION,
@@ -216,7 +216,7 @@ class CallbackRun:
         self.begun -= self.state.seconds
         if saved.extra["plan"] is not None:
             self.plan = Plan.from_dict(saved.extra["plan"])
-            self.masks.whole.set_plan(self.plan)
+            self.masks.dense.set_plan(self.plan)
 
 
 def gate_learner(
