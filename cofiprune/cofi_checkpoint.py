@@ -131,8 +131,8 @@ def _check_form(folder: Path, *, cut: bool, masked: bool) -> None:
         )
     if not cut and not masked:
         raise CheckpointError(
-            f"{folder} is in neither form of the original CoFi: the weights have their full size, and {_MASKS} is "
-            f"missing (a pickled l0_module.pt is never read); add it, or load an unpruned model by from_pretrained"
+            f"{folder} is in neither form of the original CoFi: the weights have their full size and there is no "
+            f"{_MASKS} (a pickled l0_module.pt is never read); add it, or load an unpruned model by from_pretrained"
         )
 
 
