@@ -165,7 +165,7 @@ class Reconstruction:
         for path in norms:
             fit = AffineFit(len(self._hidden))
             for batch in batches:
-                small, dense = (activations(model, [path], batch)[path] for model in (self.small, self.reference))
+                small, dense = (activations(model, [path], batch)[0][path] for model in (self.small, self.reference))
                 wanted = valid_rows(dense.outputs, batch)
                 fit.add(valid_rows(small.outputs, batch), wanted[:, self._hidden.to(wanted.device)])
             fit.correct(self.small.get_submodule(path))
@@ -173,14 +173,14 @@ class Reconstruction:
     def _refit_head(self, batches: Sequence[Batch]) -> None:
         """Refit the linear layers after the last layer, each on what the ones before it give now."""
         paths = head_linears(self.small, self.small_structure, batches[0])
-        targets = [activations(self.reference, paths, batch) for batch in batches]
+        targets = [activations(self.reference, paths, batch)[0] for batch in batches]
         for path in paths:
             module = self.small.get_submodule(path)
             if targets[0][path].outputs.shape[-1] != module.out_features:
                 continue  # it writes hidden dimensions, of which some are gone
             fit = LeastSquares.of(module)
             for batch, wanted in zip(batches, targets, strict=True):
-                seen = activations(self.small, [path], batch)[path]
+                seen = activations(self.small, [path], batch)[0][path]
                 missing = wanted[path].outputs.to(seen.outputs) - seen.outputs
                 fit.add(valid_rows(seen.inputs, batch), valid_rows(missing, batch))
             fit.correct(module)
