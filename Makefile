@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
 	@echo "make test    the default test run"
-	@echo "make check   ruff, mypy and import-linter"
+	@echo "make check   ruff, mypy, vulture and import-linter"
 	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
 	@echo "make clean   remove the environment, caches and build output"
 
@@ -47,6 +47,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 	$(BIN)/lint-imports --no-cache
 
 # The profile is made whatever failed before it; make fails in the end all the same.

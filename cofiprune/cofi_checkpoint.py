@@ -87,17 +87,7 @@ def load_cofi_checkpoint(path: str | Path, *, task_head: str | None = None) -> P
     kept = _kept(folder, structure, weights, gone)
     masks = _tensors(folder / _MASKS) if (folder / _MASKS).is_file() else None
     cut = any(kept[name] < size for name, size in structure.sizes.items())
-    if cut and masks is not None:
-        raise CheckpointError(
-            f"{folder}: the weights are cut already, and there are masks in {_MASKS} as well; if the weights are the "
-            f"final ones, take {_MASKS} out of the directory"
-        )
-    if not cut and masks is None:
-        raise CheckpointError(
-            f"{folder} is in neither form of the original CoFi: the weights have their full size and there is no "
-            f"{_MASKS} with masks for them (a pickled l0_module.pt is never read); add {_MASKS}, or load an unpruned "
-            "model by from_pretrained"
-        )
+    _check_form(folder, cut=cut, masked=masks is not None)
     if cut:
         reshape_skeleton(model, structure, kept)
     with explained(CheckpointError, f"{folder / _WEIGHTS} does not fit {_CONFIG}", RuntimeError):
@@ -130,6 +120,20 @@ def convert(path: str | Path, out: str | Path, *, task_head: str | None = None) 
     for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)):
         shutil.copyfile(file, target / file.name)
     return model
+
+
+def _check_form(folder: Path, *, cut: bool, masked: bool) -> None:
+    """Make sure that a directory has one of the two forms: weights of final sizes, or masks for them."""
+    if cut and masked:
+        raise CheckpointError(
+            f"{folder}: the weights are cut already, and there are masks in {_MASKS} as well; if the weights are the "
+            f"final ones, take {_MASKS} out of the directory"
+        )
+    if not cut and not masked:
+        raise CheckpointError(
+            f"{folder} is in neither form of the original CoFi: the weights have their full size, and {_MASKS} is "
+            f"missing (a pickled l0_module.pt is never read); add it, or load an unpruned model by from_pretrained"
+        )
 
 
 def _directory(path: str | Path) -> Path:

@@ -279,11 +279,7 @@ class Structure(Mapping[str, Group]):
 
     def without_units(self, sizes: Mapping[str, int]) -> tuple[Block, ...]:
         """Return the blocks that are gone at some sizes of the groups: their gate is closed, or they have no units."""
-        return tuple(
-            block
-            for block in self.blocks
-            if not sizes[block.gate] or (block.inner is not None and not sizes[block.inner])
-        )
+        return tuple(block for block in self.blocks if not (sizes[block.gate] and sizes.get(block.inner or "", 1)))
 
     def in_layers(self, parameter: Parameter) -> bool:
         """Return whether a parameter belongs to the encoder's layers, the denominator of `sparsity`."""

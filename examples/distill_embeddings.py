@@ -253,11 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dense, pruned = embed(held_out, teacher.to(model.device)), embed(held_out)
     copy_modules(source, folder, modules, pruned.shape[1])
     kept = result.plan.keep.get("hidden", range(dense.shape[1]))
-    found: dict[str, Any] = {
-        "sparsity": cofiprune.summary(student).sparsity,
-        "dimensions": pruned.shape[1],
-        "pooling": pooling,
-    }
+    found = {"sparsity": cofiprune.summary(student).sparsity, "dimensions": pruned.shape[1], "pooling": pooling}
     found |= agreement(dense, pruned, kept)
     if options.sts_file:
         found["STS of the teacher"] = similarity_score(options.sts_file, lambda texts: embed(texts, teacher))

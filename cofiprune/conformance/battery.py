@@ -139,9 +139,9 @@ class _Battery:
     seed: int
     choices: list[Choice]
     batch: Batch | None
-    structures: dict[str, Structure] = field(default_factory=dict)
+    structures: list[tuple[str, Structure]] = field(default_factory=list)
+    """By name of the head class, once for each configuration."""
     differences: list[tuple[Case, float]] = field(default_factory=list)
-    heads: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def build_and_check(self, cls: type[PreTrainedModel], config: PretrainedConfig, adapter: Adapter) -> None:
@@ -175,8 +175,7 @@ class _Battery:
         found = check_laws(Subject(sample, double(self._inputs(sample)), structure), generator, self.choices)
         if found.unsaved:
             self.skipped[f"{name} from a file"] = found.unsaved
-        self.heads.append(name)
-        self.structures[name] = structure
+        self.structures.append((name, structure))
         self.differences.extend(found.differences)
 
     def report(self) -> Report:
@@ -184,14 +183,13 @@ class _Battery:
 
         :raises AdapterError: when that is nothing.
         """
-        structures = self.structures.items()
-        refused = {f"{name}: {unit}": why for name, each in structures for unit, why in each.refused.items()}
+        refused = {f"{name}: {unit}": why for name, each in self.structures for unit, why in each.refused.items()}
         if not self.differences:
             why = "; ".join(f"{name}: {reason}" for name, reason in {**self.skipped, **refused}.items())
             raise AdapterError(f"nothing could be checked. {why}")
         return Report(
-            families=tuple(dict.fromkeys(each.family for _, each in structures)),
-            heads=tuple(self.heads),
+            families=tuple(dict.fromkeys(each.family for _, each in self.structures)),
+            heads=tuple(name for name, _ in self.structures),
             choices=tuple(dict.fromkeys(case.choice for case, _ in self.differences)),
             cases=len(self.differences),
             largest_difference=max(difference for _, difference in self.differences),

@@ -22,7 +22,7 @@ from torch import Tensor
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import TargetError
 from cofiprune.latency.cost import LatencyCost
-from cofiprune.latency.measuring import Progress, conditions_of, measure, timed
+from cofiprune.latency.measuring import Progress, measure, timed
 from cofiprune.latency.table import Conditions, LatencyTable
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
@@ -52,10 +52,8 @@ def latency_target(
     structure: Structure,
     name: str,
     value: float,
+    conditions: Conditions,
     *,
-    batch_size: int,
-    seq_len: int,
-    cut_hidden: bool,
     cache: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Target:
@@ -63,17 +61,16 @@ def latency_target(
 
     :param name: `target_speedup` or `target_latency_ms`.
     :param value: above 1 for a speed-up; milliseconds per batch above 0.
-    :param cut_hidden: hidden dimensions may be removed.
+    :param conditions: of the measurement; see `conditions_of`.
     :param cache: see `table_for`.
     :raises TargetError: when the dense model reaches the target already, or the cache is of another device.
     """
     if name == "target_speedup" and value <= 1:
         raise TargetError(f"target_speedup={value:g}: it is the dense model's time over the pruned one's, above 1")
-    conditions = conditions_of(model, structure, batch_size=batch_size, seq_len=seq_len, cut_hidden=cut_hidden)
     table = table_for(model, structure, conditions, cache, on_progress)
     dense = compacted(model, structure, Plan.from_values(structure, {}))
     total = round(table.dense)
-    setting = f"at batch {batch_size} and length {seq_len} on {conditions.device}"
+    setting = f"at batch {conditions.batch_size} and length {conditions.seq_len} on {conditions.device}"
     measured = partial(_measured, dense=dense, conditions=conditions, relative=name == "target_speedup", total=total)
     cost = partial(LatencyCost, table)
     target = Target.create(name, value, cost, total, setting=setting, slack=_SLACK, measure=measured)

@@ -91,7 +91,7 @@ def _cells(row: BenchmarkRow) -> list[str]:
     return cells
 
 
-def benchmark(
+def benchmark(  # noqa: PLR0913  # keyword options of a public function
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,
     *,

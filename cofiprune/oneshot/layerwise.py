@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cofiprune.hooks import StopForward, replaced_forward, watching
+from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.siblings import is_linear
 from cofiprune.masking import entry_of
-from cofiprune.structure import Block, Structure
+from cofiprune.structure import Block, BlockExit, Structure
 
 Batch = Mapping[str, Tensor]
 
@@ -116,73 +117,52 @@ class Activations:
         return self.outputs if self.entry is None else self.outputs + self.entry
 
 
-class _Recorder:
-    """Records what passes some modules, and ends the forward pass when all of them have been called."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, dict[str, Tensor]] = {}
-        self.end: Any = None
-        self._before: dict[str, Any] = {}
-        self._after: dict[str, Any] = {}
-        self._pending: set[tuple[str, str]] = set()
-
-    def record(self, path: str, block: Block | None = None) -> None:
-        """Record a module, and what the exit of a block adds its output to."""
-        parts = self.parts.setdefault(path, {})
-
-        def called(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            # Copies: what is run afterwards may add the residual in place.
-            parts.update(inputs=args[0].clone(), outputs=output.clone())
-            self._arrived("after", path)
-
-        self._after[path] = called
-        self._pending.add(("after", path))
-        if block is None or not block.exit.residual:
-            return
-        exit = block.exit
-
-        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            parts["entry"] = entry_of(exit, args, kwargs).clone()
-            self._arrived("before", exit.module)
-
-        self._before[exit.module] = enter
-        self._pending.add(("before", exit.module))
-
-    def record_end(self, path: str) -> None:
-        """Record the output of a layer, whatever it is."""
-
-        def ended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.end = output
-            self._arrived("after", path)
-
-        self._after[path] = ended
-        self._pending.add(("after", path))
-
-    def _arrived(self, *what: str) -> None:
-        self._pending.discard((what[0], what[1]))
-        if not self._pending:
-            raise StopForward
-
-    @torch.no_grad()
-    def run(self, model: nn.Module, batch: Batch) -> dict[str, Activations]:
-        """Run a model on a batch, no further than is needed.
-
-        :return: by path; nothing of modules that are not called.
-        """
-        with suppress(StopForward), watching(model, before=self._before, after=self._after):
-            model(**batch)
-        return {path: Activations(**parts) for path, parts in self.parts.items() if "inputs" in parts}
-
-
-def activations(model: nn.Module, paths: Sequence[str], batch: Batch) -> dict[str, Activations]:
-    """Run a model on a batch and return what passes some modules.
+@torch.no_grad()
+def activations(
+    model: nn.Module,
+    paths: Sequence[str],
+    batch: Batch,
+    *,
+    exits: Mapping[str, BlockExit] = MappingProxyType({}),
+    ends: Sequence[str] = (),
+) -> tuple[dict[str, Activations], list[Any]]:
+    """Run a model on a batch, no further than is needed to see what passes some modules.
 
     :param batch: on the model's device.
+    :param exits: by path, the exit of the block whose last projection it is, where that adds the residual.
+    :param ends: modules whose whole output is returned too.
+    :return: by path, nothing of modules that are not called; and the outputs of `ends`.
     """
-    recorder = _Recorder()
-    for path in paths:
-        recorder.record(path)
-    return recorder.run(model, batch)
+    parts: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    outputs: list[Any] = []
+    pending = {*paths, *ends, *(exit for exit in exits.values())}
+
+    def arrived(what: str | BlockExit) -> None:
+        pending.discard(what)
+        if not pending:
+            raise StopForward
+
+    def called(path: str) -> After:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if path in ends:
+                outputs.append(output)
+            else:  # copies: what is run afterwards may add the residual in place
+                parts[path].update(inputs=args[0].clone(), outputs=output.clone())
+            arrived(path)
+
+        return note
+
+    def entered(path: str, exit: BlockExit) -> Before:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            parts[path]["entry"] = entry_of(exit, args, kwargs).clone()
+            arrived(exit)
+
+        return note
+
+    before = {exit.module: entered(path, exit) for path, exit in exits.items()}
+    with suppress(StopForward), watching(model, before=before, after={path: called(path) for path in (*paths, *ends)}):
+        model(**batch)
+    return {path: Activations(**seen) for path, seen in parts.items() if "inputs" in seen}, outputs
 
 
 @torch.no_grad()
@@ -206,8 +186,8 @@ class Layerwise:
         self.batches = [placed(batch, model) for batch in batches]
         self.model = model
         self.layers = structure.layers
-        blocks = {block.gate: block for block in structure.blocks}
-        self._last = {path: blocks[gate] for gate, path in projections(model, structure).items()}
+        exits = {block.gate: block.exit for block in structure.blocks if block.exit.residual}
+        self._exits = {path: exits[gate] for gate, path in projections(model, structure).items() if gate in exits}
         self.depth = 0
         """Index of the current layer; the ones below are not run any more."""
         self._below: list[Any] = [None] * len(batches)
@@ -220,18 +200,15 @@ class Layerwise:
         :param settle: run the layer to its end and keep its output, for when the walk goes up.
         :return: by path; nothing of modules that are not called.
         """
-        recorder = _Recorder()
-        for path in wanted:
-            recorder.record(path, self._last.get(path))
-        if settle:
-            recorder.record_end(self.layers[self.depth])
+        exits = {path: self._exits[path] for path in wanted if path in self._exits}
+        ends = [self.layers[self.depth]] if settle else []
         with ExitStack() as replaced:
             for path in self.layers[: self.depth]:
                 layer, output = self.model.get_submodule(path), self._below[index]
                 replaced.enter_context(replaced_forward(layer, lambda *args, output=output, **kwargs: output))
-            found = recorder.run(self.model, self.batches[index])
+            found, outputs = activations(self.model, wanted, self.batches[index], exits=exits, ends=ends)
         if settle:
-            self._above[index] = recorder.end
+            self._above[index] = outputs[0]
         return found
 
     def advance(self) -> None:

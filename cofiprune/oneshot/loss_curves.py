@@ -1,14 +1,14 @@
-"""In which order a block's units go, and what each costs when the units that stay make up for it.
+"""Loss curves of blocks: the order in which their units go, and the loss when the units that stay make up for them.
 
 Structured optimal brain surgery (ZipLM, Kurtic et al., 2023, arXiv:2302.04089) under a Kronecker-factored loss (K-FAC,
 Martens and Grosse, 2015, arXiv:1503.05671): a change D of the weights W of a block's last projection raises the loss by
-tr(G D A D^T) / 2, A being the second moments of its inputs, weighted by how much the answers depend on the position,
-and G those of the answers' derivatives with respect to its outputs. Removing the columns M costs least with
+tr(G D A D^T) / 2, A being the second moments of its inputs, weighted by how much the outputs depend on the position,
+and G those of the outputs' derivatives with respect to its outputs. Removing the columns M costs least with
 D = -W_M ((A^-1)_MM)^-1 (A^-1)_M, whatever G is, and then
 
     tr(G W_M ((A^-1)_MM)^-1 W_M^T) / 2.
 
-The cheapest unit goes, the others take over, A^-1 is downdated, and so on: of two units that say the same, only one
+The cheapest unit goes, the others take over, A^-1 is downdated, and so on: of two redundant units, only one
 goes cheaply. Because all blocks count in the same loss, their curves compare. The bias is an input that is always 1 and
 stays.
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 RIDGE = 1e-3
 """Added to the second moments, relative to their mean: dead units and constant inputs have none of their own."""
 UNWEIGHTED = 0.01
-"""Part of the second moments in which all positions count alike, for directions that the answers see nothing of yet."""
+"""Part of the second moments in which all positions count alike, for directions that the outputs see nothing of yet."""
 AT_ONCE = 0.1
 """Share of the units left that may go before the rest is looked at again, where a unit is a single input."""
 
@@ -67,12 +67,12 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether all of it is numbers."""
+        """True if all statistics are finite."""
         return all(bool(torch.isfinite(part).all()) for part in (self.weighted, self.plain, self.outputs))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [n + 1, n + 1] and G [H, H], in float64; G has trace 1."""
-        # Where the answers see nothing of the block, its inputs say in which order its units go, at no cost.
+        # Where the outputs see nothing of the block, its inputs say in which order its units go, at no cost.
         floor = UNWEIGHTED * self.weight / max(self.rows, 1) if self.weight else 1.0
         inputs = (self.weighted + floor * self.plain).double() / max(self.batches, 1)
         size = len(inputs) - 1

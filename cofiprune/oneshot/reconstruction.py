@@ -51,10 +51,10 @@ class Reconstruction:
     small: nn.Module
     small_structure: Structure
     plan: Plan
-    """What was cut, in terms of the reference."""
+    """The cut, in terms of the reference."""
     batches: Sequence[Batch]
     weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    """How much the positions count, [N] for each batch, by gate; of blocks that are missing all count alike."""
+    """Weights of the positions, [N] for each batch, by gate; without an entry all count alike."""
     everything: bool = False
     """Real data: the linear layers that read the stream, and those of the head, are refitted too, each with the ridge
     that held-out rows choose."""
@@ -126,7 +126,7 @@ class Reconstruction:
         return {path: spec for path, spec in found.items() if path != spec.name}
 
     def _targets(self, walk: Layerwise, paths: Sequence[str]) -> dict[str, list[Tensor]]:
-        """What the reference gives at each module of a layer, by path: a tensor [N, K] for each batch."""
+        """Return the outputs of the reference at each module of a layer, by path: a tensor [N, K] for each batch."""
         targets: dict[str, list[Tensor]] = {path: [] for path in paths}
         for index, batch in enumerate(walk.batches):
             for path, seen in walk.look(index, paths, settle=True).items():
@@ -147,7 +147,7 @@ class Reconstruction:
             fit.correct(self.small.get_submodule(path), None if self.everything else RIDGE)
 
     def _weights(self, path: str, index: int) -> Tensor | None:
-        """How much the positions count for a block's last projection; all alike for the layers that read."""
+        """Return the weights of the positions for a block's last projection; None for the layers that read."""
         spec = self._weights_of[path]
         weights = self.weights.get(spec.gate) if spec.gated and spec.gate is not None else None
         return None if weights is None else weights[index]
@@ -165,7 +165,7 @@ class Reconstruction:
         for path in norms:
             fit = AffineFit(len(self._hidden))
             for batch in batches:
-                small, dense = (activations(model, [path], batch)[path] for model in (self.small, self.reference))
+                small, dense = (activations(model, [path], batch)[0][path] for model in (self.small, self.reference))
                 wanted = valid_rows(dense.outputs, batch)
                 fit.add(valid_rows(small.outputs, batch), wanted[:, self._hidden.to(wanted.device)])
             fit.correct(self.small.get_submodule(path))
@@ -173,14 +173,14 @@ class Reconstruction:
     def _refit_head(self, batches: Sequence[Batch]) -> None:
         """Refit the linear layers after the last layer, each on what the ones before it give now."""
         paths = head_linears(self.small, self.small_structure, batches[0])
-        targets = [activations(self.reference, paths, batch) for batch in batches]
+        targets = [activations(self.reference, paths, batch)[0] for batch in batches]
         for path in paths:
             module = self.small.get_submodule(path)
             if targets[0][path].outputs.shape[-1] != module.out_features:
                 continue  # it writes hidden dimensions, of which some are gone
             fit = LeastSquares.of(module)
             for batch, wanted in zip(batches, targets, strict=True):
-                seen = activations(self.small, [path], batch)[path]
+                seen = activations(self.small, [path], batch)[0][path]
                 missing = wanted[path].outputs.to(seen.outputs) - seen.outputs
                 fit.add(valid_rows(seen.inputs, batch), valid_rows(missing, batch))
             fit.correct(module)

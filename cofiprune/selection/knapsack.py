@@ -1,4 +1,4 @@
-"""How many units each block keeps: the sizes that lose the least for a budget, by dynamic programming over its cost.
+"""The sizes of blocks that lose the least for a budget, by dynamic programming over the cost.
 
 A block may take any of several sizes, or go. The combination that meets the target and loses the least is found
 exactly, up to the steps that the cost is cut into (Frantar and Alistarh, 2023, arXiv:2302.04089, choose this way for
@@ -54,7 +54,7 @@ class _Choice:
     """A choice of sizes; the less off, and then the less lost, the better."""
 
     off: float
-    """How far the cost is from about as much as the target says; 0 within the target's `tie_width`."""
+    """Distance of the cost from the budget, beyond the target's `tie_width`."""
     loss: float
     hidden: int
     units: tuple[int, ...]
@@ -63,7 +63,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Search:
-    """The problem of choosing sizes for a target."""
+    """A search for the sizes that meet a target."""
 
     structure: Structure
     curves: Curves
@@ -71,7 +71,7 @@ class _Search:
     cost: Cost
 
     def best(self, widths: Iterable[int]) -> _Choice:
-        """The best choice with one of several numbers of hidden dimensions."""
+        """Return the best choice among some numbers of hidden dimensions."""
         choices = (self._choose(int(width), self._tables(int(width))) for width in widths)
         return min(choices, default=_Choice(np.inf, np.inf, 0, ()))
 
@@ -86,7 +86,7 @@ class _Search:
         return block_tables(self.structure, self.curves, self.cost, hidden, self.target.round_to)
 
     def _wanted(self, hidden: int) -> float:
-        """The cost that blocks have to save with so many hidden dimensions."""
+        """Return the cost that blocks have to save with so many hidden dimensions."""
         return self.cost.exact(sizes_of(self.structure, hidden)) - self.target.budget
 
     def _choose(self, hidden: int, tables: Sequence[BlockTable], near: Sequence[int] = ()) -> _Choice:

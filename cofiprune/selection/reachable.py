@@ -1,4 +1,4 @@
-"""Which amounts of a cost can be reached by removing units of some kinds, known before anything is trained.
+"""Reachable targets: the amounts of a cost that can be removed with some unit kinds, known before training.
 
 Units of large groups go in small steps, and everything up to the most can be reached; blocks and heads of small models
 do not, and then combinations are searched over the discretised cost.
@@ -27,12 +27,12 @@ class Reachable:
 
     highest: float
     fine: bool
-    """Whether steps are small enough that everything between 0 and `highest` is within the tolerance."""
+    """True if steps are so small that everything between 0 and `highest` is within the tolerance."""
     levels: tuple[float, ...]
     """The sparsities that can be had, ascending, where steps are large; empty when `fine`."""
 
     def nearest(self, target: float) -> tuple[float, ...]:
-        """The reachable sparsities around a target."""
+        """Return the reachable sparsities around a target."""
         if self.fine:
             return (self.highest,)
         below = [level for level in self.levels if level <= target]
@@ -100,7 +100,7 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
 
 
 def _saved(structure: Structure, curves: Curves, cost: Cost, hidden: int) -> NDArray[np.bool_]:
-    """Whether each step of the cost can be saved with so many hidden dimensions: [1 + RESOLUTION]."""
+    """Return whether each step of the cost can be saved with so many hidden dimensions: [1 + RESOLUTION]."""
     step = cost.exact(structure.sizes) / RESOLUTION
     tables = block_tables(structure, curves, cost, hidden)
     rows = [(table, spread(table.allowed, FINE_LEVELS)) for table in tables]
@@ -113,7 +113,7 @@ def _saved(structure: Structure, curves: Curves, cost: Cost, hidden: int) -> NDA
 
 
 def _order(sizes: list[int]) -> list[int]:
-    """Both ends, then the middle between any two, and so on."""
+    """Reorder sizes: both ends, then the middle between any two, and so on."""
     places, stride = [len(sizes) - 1, 0], 2 ** len(sizes).bit_length()
     while stride > 1:
         places += range(stride // 2, len(sizes), stride)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROUND = (2.0, 4.0)
 """Cost of a round of one shot, in training steps of the dense model over the same number of rows: a + b s where a
-share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0008-one-shot-in-sweeps.md)."""
+share s of the layers was left before. Measured on MiniLM-L6 (docs/decisions/0008-one-shot-in-rounds.md)."""
 MARGIN = 1.2
 """On what one shot is expected to take."""
 FLOOR = 0.1

@@ -311,13 +311,6 @@ def fitted_projection(student: PreTrainedModel, teacher: PreTrainedModel, batche
     return projection
 
 
-def _last_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    read = {name: value for name, value in inputs.items() if name in forward_names(model)}
-    states = model(**read, **supported_kwargs(model, output_hidden_states=True, return_dict=True)).hidden_states
-    last: Tensor = states[-1]
-    return last
-
-
 def cut_projection(projection: nn.Linear, keep: Sequence[int]) -> nn.Linear:
     """Return a learned map for a student that was compacted to some hidden dimensions."""
     small = hidden_projection(len(keep), projection.out_features, keep=None)

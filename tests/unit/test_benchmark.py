@@ -39,7 +39,6 @@ def test_side_by_side_with_the_ideal():
         masks["layers.0.ffn"] = [0]
         masks["layers.1.heads"] = [0, 1]
         small = cofiprune.compact(model)
-    model.train()
     report = benchmark(small, model, batch_size=(1, 2), seq_len=(8, 16), seconds=0, warmup=1, threads=1)
     assert [(row.batch_size, row.seq_len) for row in report.rows] == [(1, 8), (2, 8), (1, 16), (2, 16)]
     for row in report.rows:
@@ -49,7 +48,6 @@ def test_side_by_side_with_the_ideal():
         assert row.speedup == row.baseline.median_ms / row.model.median_ms
         cost = [summary(one, seq_len=row.seq_len).macs for one in (model, small)]
         assert row.ideal_speedup == cost[0] / cost[1]
-    assert model.training
     text = str(report)
     assert ", against BertForSequenceClassification (1.82 k parameters)" in text.splitlines()[0]
     assert text.splitlines()[1] == "milliseconds per batch on cpu, 1 thread, float32"

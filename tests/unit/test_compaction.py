@@ -115,13 +115,16 @@ def test_mode_dtype_and_trainability_carry_over(
     model: PreTrainedModel, randomise: Callable[..., None], dtype: torch.dtype, training: bool
 ) -> None:
     model.to(dtype).train(training)
+    model.cls.train(not training)
     frozen = {"bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.attention.self.query.bias"}
     for name, value in model.named_parameters():
         value.requires_grad_(name not in frozen)
     with cofiprune.attach(model) as masks:
         randomise(masks, fractional=True)
         small = cofiprune.compact(model)
-    assert all(module.training == training for module in small.modules())
+    modes = [module.training for module in model.modules()]
+    for each in (small, cofiprune.compact(model, fuse=True)):
+        assert [module.training for module in each.modules()] == modes
     assert {value.dtype for value in small.parameters()} == {dtype}
     assert {name for name, value in small.named_parameters() if not value.requires_grad} == frozen
     assert all(value.is_contiguous() for value in small.parameters())

@@ -54,6 +54,9 @@ def test_refused_units_and_skipped_heads_are_told() -> None:
     assert list(report.refused) == ["DebertaForTokenClassification: head"]
     assert len(report.choices) == 7
     assert "refused             DebertaForTokenClassification: head: talking_head mixes" in str(report)
+    plain = transformers.DebertaConfig(**sizes, intermediate_size=34, relative_attention=True)
+    both = check_adapter(deberta, heads="ForTokenClassification", units="layer", configs=[talking, plain])
+    assert both.refused == report.refused
     # transformers multiplies the states with the narrower table in this combination, and fails.
     narrow = transformers.DebertaConfig(**sizes, intermediate_size=34, embedding_size=10, legacy=False)
     with pytest.raises(AdapterError, match=r"nothing could be checked\. DebertaForMaskedLM: RuntimeError"):

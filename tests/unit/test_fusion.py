@@ -147,19 +147,6 @@ def test_whole_models_can_be_stored_by_torch(model: PreTrainedModel, batch: Batc
     assert largest(outputs(model, batch), outputs(loaded, batch)) <= EXACT
 
 
-def test_mode_and_random_state_are_left_as_they_were(model: PreTrainedModel) -> None:
-    model.train()
-    model.classifier.eval()
-    state = torch.random.get_rng_state()
-    fused = cofiprune.compact(model, fuse=True)
-    assert torch.equal(state, torch.random.get_rng_state())
-    modes = [module.training for module in fused.modules()]
-    assert modes == [module.training for module in model.modules()]
-    assert False in modes
-    assert True in modes
-    assert all(value.grad is None for value in fused.parameters())
-
-
 def _halve(model: PreTrainedModel) -> None:
     model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,28 @@ from cofiprune.structure import Structure
 from cofiprune.training.objective import Objective
 
 if TYPE_CHECKING:
-    from cofiprune.training.trainer.run import CallbackRun
+    from transformers import PreTrainedModel
+
+    from cofiprune.training.checkpoint import RunState
+    from cofiprune.training.learner import GateLearner
 
 _DRAWS = 1 << 16
 """More forwards than any step has: the noise of step s is drawn by the numbers from s * _DRAWS on."""
 _COUNT = "num_items_in_batch"
 """The argument by which the Trainer asks a model to scale its loss for gradient accumulation by itself."""
+
+
+class HookedRun(Protocol):
+    """The state of a run that its hooks read and change."""
+
+    model: PreTrainedModel
+    learner: GateLearner
+    args: Any
+    """The Trainer's."""
+    state: RunState
+
+    def put_back(self) -> None:
+        """Give the model the weights that it came with."""
 
 
 class ForwardHooks:
@@ -37,7 +53,7 @@ class ForwardHooks:
     the model's own.
     """
 
-    def __init__(self, run: CallbackRun, objective: Objective | None) -> None:
+    def __init__(self, run: HookedRun, objective: Objective | None) -> None:
         """Install the hooks; they go with the masks that the gates set.
 
         :param objective: the loss with a teacher; None to leave the model's loss alone.
