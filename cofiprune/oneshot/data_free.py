@@ -52,10 +52,10 @@ _HELD_OUT = 4
 
 @dataclass(frozen=True)
 class OneShotReport:
-    """What came of a one-shot prune."""
+    """Outcome of pruning without data."""
 
     plan: Plan
-    """What stays: hard, and of exactly the sparsity asked for, within 0.005."""
+    """Units that stay; without scales, and within 0.005 of the target."""
     divergence_before: float | None = None
     """Distance of the pruned model's outputs from the teacher's on held-out synthetic inputs, before the
     reconstruction: a KL in nats for classes, a mean squared error for scores and states. None without a teacher."""
@@ -64,7 +64,7 @@ class OneShotReport:
 
     @property
     def reconstructed(self) -> bool:
-        """Whether weights were changed."""
+        """True if weights were changed."""
         return self.divergence_after != self.divergence_before
 
 

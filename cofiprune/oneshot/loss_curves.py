@@ -67,7 +67,7 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether all statistics are finite."""
+        """True if all statistics are finite."""
         return all(bool(torch.isfinite(part).all()) for part in (self.weighted, self.plain, self.outputs))
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -51,10 +51,10 @@ class Reconstruction:
     small: nn.Module
     small_structure: Structure
     plan: Plan
-    """What was cut, in terms of the reference."""
+    """The cut, in terms of the reference."""
     batches: Sequence[Batch]
     weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    """How much the positions count, [N] for each batch, by gate; of blocks that are missing all count alike."""
+    """Weights of the positions, [N] for each batch, by gate; without an entry all count alike."""
     everything: bool = False
     """Real data: the linear layers that read the stream, and those of the head, are refitted too, each with the ridge
     that held-out rows choose."""
@@ -126,7 +126,7 @@ class Reconstruction:
         return {path: spec for path, spec in found.items() if path != spec.name}
 
     def _targets(self, walk: Layerwise, paths: Sequence[str]) -> dict[str, list[Tensor]]:
-        """What the reference gives at each module of a layer, by path: a tensor [N, K] for each batch."""
+        """Return the outputs of the reference at each module of a layer, by path: a tensor [N, K] for each batch."""
         targets: dict[str, list[Tensor]] = {path: [] for path in paths}
         for index, batch in enumerate(walk.batches):
             for path, seen in walk.look(index, paths, settle=True).items():
@@ -147,7 +147,7 @@ class Reconstruction:
             fit.correct(self.small.get_submodule(path), None if self.everything else RIDGE)
 
     def _weights(self, path: str, index: int) -> Tensor | None:
-        """How much the positions count for a block's last projection; all alike for the layers that read."""
+        """Return the weights of the positions for a block's last projection; None for the layers that read."""
         spec = self._weights_of[path]
         weights = self.weights.get(spec.gate) if spec.gated and spec.gate is not None else None
         return None if weights is None else weights[index]

@@ -59,7 +59,7 @@ def check_one_shot(structure: Structure, target: Target, units: str | Sequence[U
 
 
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
-    """Whether there is anything among the unit kinds that this method cuts: heads or feed-forward dimensions."""
+    """Return whether the unit kinds include what this method cuts: heads or feed-forward dimensions."""
     return bool(_inner(structure, units))
 
 

@@ -1,1 +1,1 @@
-"""Which units go for a budget."""
+"""Targets, and the choice of units for a budget."""

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LossCurve:
-    """What is lost by removing the units of a group one after the other."""
+    """Loss of a model as the units of a group are removed one after the other."""
 
     order: tuple[int, ...]
     """The units, the first to go first."""
@@ -68,7 +68,7 @@ def units_kept(structure: Structure, curves: Curves, sizes: Mapping[str, int]) -
 
 @dataclass(frozen=True)
 class BlockTable:
-    """What a block saves and loses by its number of inner units, at some number of hidden dimensions."""
+    """Cost saved and loss of a block by its number of inner units, at some number of hidden dimensions."""
 
     block: Block
     saved: Array
@@ -119,7 +119,7 @@ def block_tables(structure: Structure, curves: Curves, cost: Cost, hidden: int, 
 
 
 def _lost_with(block: Block, curves: Curves) -> float:
-    """What is lost with a whole block; infinite where it may not go."""
+    """Return the loss of removing a whole block; infinite where it may not go."""
     losses = [curves[name].loss[-1] for name in (block.gate, block.inner) if name is not None and name in curves]
     return max(losses, default=np.inf)
 

@@ -54,7 +54,7 @@ class _Choice:
     """A choice of sizes; the less off, and then the less lost, the better."""
 
     off: float
-    """How far the cost is from about as much as the target says; 0 within the target's `tie_width`."""
+    """Distance of the cost from the budget, beyond the target's `tie_width`."""
     loss: float
     hidden: int
     units: tuple[int, ...]

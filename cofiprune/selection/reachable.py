@@ -27,7 +27,7 @@ class Reachable:
 
     highest: float
     fine: bool
-    """Whether steps are small enough that everything between 0 and `highest` is within the tolerance."""
+    """True if steps are so small that everything between 0 and `highest` is within the tolerance."""
     levels: tuple[float, ...]
     """The sparsities that can be had, ascending, where steps are large; empty when `fine`."""
 

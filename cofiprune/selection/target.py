@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.005
 _NEAR, _NEAR_IN_TIME = 0.6 * TOLERANCE, 0.01
-"""How near to the budget choices are compared by what they lose: as a share of what the model costs that is cut; where
-the cost is measured, of the budget, so that a correction has something to go by."""
+"""Distance from the budget within which the choice that loses the least is taken: as a share of the cost of the model
+that is cut; where the cost is measured, of the budget, so that a correction has something to go by."""
 _CLOSE = 0.015
 """Measurements of one model differ by about as much on a quiet machine."""
 _ROUNDS, _LAST = 8, 6
@@ -52,7 +52,7 @@ class Target:
     setting: str = ""
     """Under which conditions it is counted, for messages; empty where there are none."""
     slack: float = 0.0
-    """How far what is left may be off, as a share of itself, where that is more than `TOLERANCE` of the whole."""
+    """Tolerance as a share of the budget, where that is more than `TOLERANCE` of the dense model's cost."""
     round_to: int = 1
     """Kept feed-forward and hidden dimensions are multiples of it."""
     uniform: bool = False
@@ -95,7 +95,7 @@ class Target:
         return _NEAR_IN_TIME * self.budget if self.slack else _NEAR * here
 
     def needs_levels(self, structure: Structure) -> bool:
-        """Whether sizes of whole groups have to be decided together, not unit by unit."""
+        """Return whether sizes of whole groups have to be decided together, not unit by unit."""
         return self.uniform or self.round_to > 1 or not self.cost(structure).linear
 
     @property
@@ -117,7 +117,7 @@ class Target:
         return self.cost(structure).exact(structure.sizes) / self.total
 
     def is_met(self, structure: Structure, sizes: Mapping[str, int]) -> bool:
-        """Whether a model with some sizes of its groups costs what the target says, within the tolerance."""
+        """Return whether some sizes of the groups meet the budget within the tolerance."""
         return abs(self.cost(structure).exact(sizes) - self.budget) <= self.tolerance * self.total
 
     def check(self, structure: Structure, sizes: Mapping[str, int]) -> None:

@@ -32,7 +32,7 @@ class _Shape:
     heads: int
     intermediate: int
     off: float
-    """How far the cost is from the target's."""
+    """Distance of the cost from the budget."""
 
 
 def uniform_sizes(structure: Structure, curves: Curves, target: Target) -> dict[str, int]:
