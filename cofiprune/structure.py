@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -94,6 +94,12 @@ class Parameter:
     """Its name in the module that the adapter describes, where masks act on it; differs from `name` when it is tied."""
     read_in: str | None = None
     """The module that reads it, if the module that holds it is not called; masks act on it there."""
+
+    def cut(self, sizes: Mapping[str, int]) -> Parameter:
+        """Return the parameter with other numbers of units along its sides."""
+        sides = tuple(None if side is None else replace(side, units=sizes[side.group]) for side in self.sides)
+        lengths = zip(self.shape, sides, strict=True)
+        return replace(self, shape=tuple(old if side is None else side.length for old, side in lengths), sides=sides)
 
     @property
     def fixed(self) -> int:
@@ -280,6 +286,25 @@ class Structure(Mapping[str, Group]):
     def without_units(self, sizes: Mapping[str, int]) -> tuple[Block, ...]:
         """Return the blocks that are gone at some sizes of the groups: their gate is closed, or they have no units."""
         return tuple(block for block in self.blocks if not (sizes[block.gate] and sizes.get(block.inner or "", 1)))
+
+    def cut(self, sizes: Mapping[str, int]) -> Structure:
+        """Return the structure of the model that is compacted to some sizes.
+
+        :param sizes: units that are kept, by group.
+        """
+        blocks = self.without_units(sizes)
+        gone = {name for block in blocks for name in (block.gate, block.inner) if name is not None}
+        kept = tuple(each.cut(sizes) for each in self.parameters if each.gate not in gone)
+        names = {each.name for each in kept}
+        lost = {each.described_as or each.name for each in self.parameters if each.name not in names}
+        return replace(
+            self,
+            groups=tuple(replace(each, size=sizes[each.name]) for each in self.groups if each.name not in gone),
+            parameters=kept,
+            norms=tuple(each for each in self.norms if f"{each.module}.weight" not in lost),
+            blocks=tuple(each for each in self.blocks if each not in blocks),
+            attributes=tuple(each for each in self.attributes if each.group not in gone),
+        )
 
     def in_layers(self, parameter: Parameter) -> bool:
         """Return whether a parameter belongs to the encoder's layers, the denominator of `sparsity`."""

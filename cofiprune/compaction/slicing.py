@@ -87,12 +87,6 @@ def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
     return layout[:, list(keep)].flatten()
 
 
-def sliced_shape(spec: Parameter, kept: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the shape of a parameter with `kept` units of each group."""
-    sides = zip(spec.sides, spec.shape, strict=True)
-    return tuple(length if side is None else side.copies * kept[side.group] * side.block for side, length in sides)
-
-
 def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
     """Cut a model on the meta device to the shapes of a compacted one, in place.
 
@@ -103,7 +97,7 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
             raise PlanError(f"recorded size {size} for group {name!r} does not fit this {structure.family} model")
     new: dict[int, nn.Parameter] = {}
     for spec, parameter in _parameters(model, structure):
-        shape = sliced_shape(spec, kept)
+        shape = spec.cut(kept).shape
         if shape != spec.shape and not _is_gone(spec, kept):
             empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
             new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cofiprune.adapter import ConfigSizes, adapter_for
-from cofiprune.compaction.slicing import compacted, sliced_shape
+from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import PlanError
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
@@ -81,7 +81,7 @@ def _builds(model: PreTrainedModel, names: ConfigSizes, structure: Structure, ke
     with torch.device("meta"):
         built = type(model)(_configured(model.config, names, structure, plan, _layers(structure, plan)))
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
-    return all(shapes.get(spec.name) == sliced_shape(spec, plan.kept) for spec in structure.parameters)
+    return all(shapes.get(spec.name) == spec.cut(plan.kept).shape for spec in structure.parameters)
 
 
 def uniform_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:

@@ -310,10 +310,7 @@ def wrong_shapes(structure: Structure, small: PreTrainedModel, kept: Mapping[str
     """Name a parameter of a compacted model whose size is not the one that its sides say; "" when there is none."""
     found = {name: tuple(value.shape) for name, value in small.named_parameters()}
     for spec in structure.parameters:
-        shape = tuple(
-            length if side is None else side.copies * kept[side.group] * side.block
-            for length, side in zip(spec.shape, spec.sides, strict=True)
-        )
+        shape = spec.cut(kept).shape
         if spec.gate is not None and not kept[spec.gate]:
             if spec.name in found:
                 return f"{spec.name!r} is there though {spec.gate!r} is removed."

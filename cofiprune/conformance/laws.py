@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from cofiprune import accounting
+from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance import exits, fault
 from cofiprune.conformance.calls import calls_of, compared, crash_site, largest
 from cofiprune.conformance.specimens import Choice, Subject, Values, outputs, tensors
@@ -178,6 +179,21 @@ def check_case(subject: Subject, case: Case, tolerance: float) -> float:
     if case.reload:
         _check_reload(subject, small, cut, case, limit)
     return difference
+
+
+def check_cut(subject: Subject, case: Case) -> None:
+    """The structure of a compacted model is the one that is cut from the structure of the model.
+
+    :raises LawError: naming what differs.
+    """
+    with subject.masked(case.choice, case.values) as masks:
+        plan = masks.plan()
+    resolved, cut = structure_of(subject.compacted(plan)), subject.structure.cut(plan.kept)
+    for name in ("groups", "parameters", "norms", "blocks", "attributes"):
+        differs = {str(each) for each in getattr(resolved, name)} ^ {str(each) for each in getattr(cut, name)}
+        if differs:
+            found = f"the compacted model has other {name} than its structure says ({case})"
+            raise LawError(f"{subject.who}: {found}: {min(differs)}")
 
 
 def _wrong_counts(subject: Subject, masks: MaskRegistry, small: PreTrainedModel) -> str:

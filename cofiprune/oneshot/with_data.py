@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import model_inputs
 from cofiprune.errors import DataError, TargetError
@@ -146,7 +145,7 @@ class RoundPruning:
                     raise
                 continue  # sizes that go in large steps need not meet what lies on the way
             small, plan = compacted(small, structure, cut), plan.then(cut)
-            structure = structure_of(small)
+            structure = structure.cut(cut.kept)
             if self.reconstruct:
                 Reconstruction(
                     self.model, self.structure, small, structure, plan, self.batches, weights=weights, everything=True

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from cofiprune.accounting import layer_parameters
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
@@ -256,7 +255,8 @@ def reconstruct(run: Run, decided: Plan) -> None:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
         weights = position_weights(dense, structure, rows, seed=run.settings.seed)
-        Reconstruction(dense, structure, small, structure_of(small), plan, rows, weights=weights, everything=True).run()
+        left = run.small_structure.cut(decided.kept)
+        Reconstruction(dense, structure, small, left, plan, rows, weights=weights, everything=True).run()
     run.cut(decided, small)
 
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cofiprune.accounting import layer_parameters, sparsity
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches, model_inputs
 from cofiprune.data.checks import longest_sequence
@@ -102,7 +101,7 @@ class Run:
     state: RunState = field(init=False, default_factory=RunState)
     taken: list[tuple[Batches, int]] = field(init=False, default_factory=list)
     """Batches of a phase that is over, and how many of them were taken."""
-    _small_structure: Structure | None = field(init=False, default=None)
+    small_structure: Structure = field(init=False)
 
     def prepare(self) -> None:
         """Check the data and the settings, and set everything up; nothing of the models is changed."""
@@ -129,7 +128,8 @@ class Run:
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
-        self.small, self.plan = self.model, Plan.from_values(self.structure, {})
+        self.small, self.small_structure = self.model, self.structure
+        self.plan = Plan.from_values(self.structure, {})
         checkpointing = any(getattr(each, "gradient_checkpointing", False) is True for each in self.model.modules())
         half = config.mixed_precision != "no" or self.model.dtype.itemsize == 2
         self.facts = Facts(
@@ -227,15 +227,8 @@ class Run:
             for name, parameter in small.named_parameters():
                 if name in self.structure.embeddings:
                     parameter.requires_grad_(False)
-        self.small, self.plan, self._small_structure = small, plan.hard, None
+        self.small, self.plan, self.small_structure = small, plan.hard, self.structure.cut(plan.kept)
         self.state.extra["plan"] = self.plan.to_dict()
-
-    @property
-    def small_structure(self) -> Structure:
-        """The structure of the small model, resolved once."""
-        if self._small_structure is None:
-            self._small_structure = structure_of(self.small)
-        return self._small_structure
 
     def cut(self, plan: Plan, small: PreTrainedModel | None = None) -> None:
         """Go on with what a plan for the present small model leaves of it.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import DataError, TargetError
@@ -61,7 +60,7 @@ def one_shot_start(
         found = _prune(model, structure, batches, settings, target.at(1 - left), on_progress)
     except (DataError, TargetError):
         return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
-    return found if can_go_on(structure_of(found[0]), target, settings) else None
+    return found if can_go_on(structure.cut(found[1].kept), target, settings) else None
 
 
 def one_shot(

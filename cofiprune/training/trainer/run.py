@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cofiprune.accounting import layer_parameters, sparsity
-from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import Batches
 from cofiprune.errors import CheckpointError, TrainingError
@@ -232,7 +231,7 @@ def gate_learner(
     :param masks: of the model, all groups.
     """
     structure = masks.structure
-    left = structure if plan.kept == structure.sizes else structure_of(compacted(model, structure, plan))
+    left = structure.cut(plan.kept)
     share = 1 - sparsity(layer_parameters(structure), structure, plan.kept)
     return GateLearner(RemainingMasks(masks, plan, left), target, settings, schedule, layers_left=share)
 
