@@ -15,7 +15,7 @@ from cofiprune.accounting import layer_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.hooks import evaluating, frozen
-from cofiprune.masking import attach, attach_to, masks_of
+from cofiprune.masking import attach_to, masks_of
 from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
@@ -209,7 +209,7 @@ def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
     :return: the learner itself where the target could not be met from there.
     """
     small = compacted(run.small, run.small_structure, plan)
-    masks = attach(small)
+    masks = attach_to(small, run.small_structure.cut(plan.kept))
     if not can_go_on(masks.structure, learner.target, run.settings):
         return learner
     model, projection, optimizer = run.small, run.objective.projection, run.state.optimizer
