@@ -44,6 +44,8 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 LARGE = ("mnli", "qnli", "qqp", "sst2")
 TINY = "--epochs 1 --finetune-epochs 1 --batch-size 16 --learning-rate 1e-3 --finetune-learning-rate 3e-3"
 Rows = list[dict[str, Any]]
+# Settings that say how a student learns; the teacher leaves them to their defaults.
+STUDENT_ONLY = ("label_weight", "train_embeddings", "finetune_batch_size")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.PruneConfig]:
@@ -228,9 +230,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     watched = {"eval_dataset": validation[""], "compute_metrics": compute_metrics}
     if options.teacher == "train":
         say("Fine-tuning the teacher ...")
-        shared = {name: getattr(config, name) for name in ("batch_size", "mixed_precision", "seed", "progress")}
-        length = {"epochs": options.teacher_epochs, "learning_rate": options.teacher_learning_rate}
-        cofiprune.finetune(model, train, **length, **shared, **watched, **place(folder / "teacher"))
+        rate = {"learning_rate": options.teacher_learning_rate, "lr_scheduler_type": "linear"}
+        own = {"epochs": options.teacher_epochs, **dict.fromkeys(STUDENT_ONLY)}
+        cofiprune.finetune(model, train, config=config, **rate, **own, **watched, **place(folder / "teacher"))
         save(model, tokenizer, folder / "teacher")
     dense = copy.deepcopy(model) if teacher is None else teacher
     if options.teacher in ("train", "self"):

@@ -36,6 +36,8 @@ TINY = "--epochs 1 --finetune-epochs 1 --batch-size 16 --learning-rate 1e-3 --fi
 Rows = list[dict[str, Any]]
 Answer = tuple[float, str]
 """Score, the sum of the logits of its first and its last token, and text; an empty one is "there is no answer"."""
+# Settings that say how a student learns; the teacher leaves them to their defaults.
+STUDENT_ONLY = ("label_weight", "train_embeddings", "finetune_batch_size")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.PruneConfig]:
@@ -238,9 +240,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     watched = {"eval_dataset": rows, "compute_metrics": scores}
     if options.teacher == "train":
         say("Fine-tuning the teacher ...")
-        shared = {name: getattr(config, name) for name in ("batch_size", "mixed_precision", "seed", "progress")}
-        length = {"epochs": options.teacher_epochs, "learning_rate": options.teacher_learning_rate}
-        cofiprune.finetune(model, train, **length, **shared, **watched, **place(folder / "teacher"))
+        rate = {"learning_rate": options.teacher_learning_rate, "lr_scheduler_type": "linear"}
+        own = {"epochs": options.teacher_epochs, **dict.fromkeys(STUDENT_ONLY)}
+        cofiprune.finetune(model, train, config=config, **rate, **own, **watched, **place(folder / "teacher"))
         save(model, tokenizer, folder / "teacher")
     dense = copy.deepcopy(model) if teacher is None else teacher
     if options.teacher in ("train", "self"):
