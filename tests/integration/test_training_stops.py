@@ -294,13 +294,7 @@ torch.save({"weights": student.state_dict(), "plan": result.plan.to_dict(), "spa
 
 
 def start(
-    out: Path,
-    *,
-    processes: int = 2,
-    kill: int = 0,
-    resume: bool = False,
-    number: int = signal.SIGKILL,
-    ranks: str = "01",
+    out: Path, *, count: int = 2, kill: int = 0, resume: bool = False, number: int = signal.SIGKILL, ranks: str = "01"
 ) -> list[subprocess.Popen[str]]:
     """A run that sends itself a signal after a step, in the processes named."""
     out.mkdir(exist_ok=True)
