@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
-from cofiprune.data.checks import Column, check, check_tokens
+from cofiprune.data.checks import check
 from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, located, read
 from cofiprune.data.tasks import Task, label_names, task_of
 from cofiprune.errors import DataError
@@ -110,19 +110,19 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     def collate(raw: list[Any]) -> Batch:
         return accepted(collator([{name: row[name] for name in kept if name in row} for row in raw]), model)
 
-    lengths, rows = None, []
+    lengths, rows, chosen = None, [], {}
     if "input_ids" in columns:
         # Labels per token may be the collator's to make or to align; one number per row is what it seems.
         numbers = isinstance(first.get(columns.get("labels", "")), int | float)
         chosen = {name: columns[name] for name in ("input_ids", "labels") if name == "input_ids" or numbers}
         rows = read(source.rows(chosen.values()), chosen, {})
-        check_tokens(Column.of("input_ids", rows), model)
-        lengths = [row.pop("input_ids").shape[-1] for row in rows]
+        check(rows, model, "other")
+        lengths = [row["input_ids"].shape[-1] for row in rows]
     # A collator that draws masks must not shift the training's draws.
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
-    if rows and rows[0] and task == "classification":
+    if "labels" in chosen and task == "classification":
         check(rows, model, task)
     return cut(source, collate, task, labelled=_is_labelled(sample, model), lengths=lengths)
 
