@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cofiprune.data.rows import Batch as Batch
-from cofiprune.data.rows import Padding, located
+from cofiprune.data.rows import Padding
 from cofiprune.data.tasks import LABELS, Task, label_names
+from cofiprune.errors import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
 from cofiprune.data.checks import check
-from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, located, read
+from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
 from cofiprune.data.tasks import Task, label_names, task_of
-from cofiprune.errors import DataError
+from cofiprune.errors import DataError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,6 @@ Rows of tokens are held as one int32 array per cell and padded when a batch is m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -249,12 +248,3 @@ def _other_columns(row: Mapping[str, Any], first: Mapping[str, Any], index: int)
     added = next((name for name in row if name not in first), None)
     differs = f"lacks {missing!r}, which row 0 has" if missing else f"has {added!r}, which row 0 lacks"
     return f"row {index} {differs}; every row needs the same columns"
-
-
-@contextmanager
-def located(where: str) -> Iterator[None]:
-    """Begin the message of a data error with where it was found."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{where}{error}") from None
