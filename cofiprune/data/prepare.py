@@ -92,7 +92,7 @@ def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatche
         lengths = [row["input_ids"].shape[-1] for row in rows]
         return cut(rows, padding, task, labelled=labelled, lengths=lengths)
     chosen = {new: old for new, old in columns.items() if new in label_names(model)}
-    if chosen and source.has_columns:  # all labels can be had without reading the inputs
+    if chosen and source.columnar:  # all labels can be had without reading the inputs
         check(read(source.rows(chosen.values()), chosen, {}), model, task)
     ahead = len(source) if source.in_memory else min(_PEEK, len(source))
     for start in range(0, ahead, _PEEK):
@@ -156,9 +156,8 @@ def accepted(batch: Mapping[str, Any], model: PreTrainedModel) -> Batch:
         raise DataError(f"a batch must be a dict of tensors for the model: {error}") from error
     task = task_of(model, _first_row(tensors))
     per_row = {name: value.detach().cpu() for name, value in tensors.items() if value.dim()}
-    height = min(map(len, per_row.values()), default=0)
-    rows = ({name: value[n] for name, value in per_row.items()} for n in range(height))
-    if height:
+    rows = [dict(zip(per_row, cells, strict=True)) for cells in zip(*per_row.values(), strict=False)]
+    if rows:
         check(read(rows, {name: name for name in per_row}, {}), model, task)
     labels = tensors.get("labels")
     if labels is not None and task != "other":

@@ -54,8 +54,7 @@ class Source:
         """True where reading every row costs next to nothing."""
         # A transform that runs when a row is read may need columns that it does not return.
         stock = (getattr(dataset, "format", None) or {}).get("type") != "custom"
-        self._columnar = hasattr(dataset, "select_columns") and stock
-        self.has_columns = self.in_memory or self._columnar
+        self.columnar = hasattr(dataset, "select_columns") and stock
         """True where a column can be read without the others."""
 
     def __len__(self) -> int:
@@ -72,7 +71,7 @@ class Source:
 
     def rows(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:
         """Give the named columns of all rows, in order; other columns may be among them."""
-        if self._columnar:
+        if self.columnar:
             yield from self._rows.select_columns(list(dict.fromkeys(names)))
         else:
             yield from (self[index] for index in range(len(self)))

@@ -63,9 +63,9 @@ def task_of(model: PreTrainedModel, row: Mapping[str, Any] | None = None) -> Tas
     """
     if model.base_model is model:
         return "embedding"
-    names = [cls.__name__ for cls in type(model).__mro__]
+    names = _class_names(model)
     found = next((task for name in names if (task := task_by_name(name)) is not None), None)
-    if found == "classification" and not _ends(names, "ForNextSentencePrediction"):
+    if found == "classification" and not any(name.endswith("ForNextSentencePrediction") for name in names):
         return _by_labels(model, row)
     if found is None:
         return _BY_PROBLEM_TYPE.get(str(getattr(model.config, "problem_type", None)), "other")
@@ -79,15 +79,14 @@ def task_by_name(name: str) -> Task | None:
 
 def classes_of(model: PreTrainedModel) -> int:
     """Number of classes that a model's head tells apart, for the tasks that have classes."""
-    if _ends([cls.__name__ for cls in type(model).__mro__], "ForNextSentencePrediction"):
+    if any(name.endswith("ForNextSentencePrediction") for name in _class_names(model)):
         return 2
     return outputs_of(model)
 
 
 def outputs_of(model: PreTrainedModel) -> int:
     """Number of outputs of a model's head: classes, or numbers predicted."""
-    labels: Any = model.config.num_labels
-    return int(labels)
+    return model.config.num_labels or 0
 
 
 def label_names(model: PreTrainedModel) -> tuple[str, ...]:
@@ -115,8 +114,8 @@ def _forward(model: PreTrainedModel) -> Callable[..., Any]:
     return forward
 
 
-def _ends(names: list[str], ending: str) -> bool:
-    return any(name.endswith(ending) for name in names)
+def _class_names(model: PreTrainedModel) -> list[str]:
+    return [cls.__name__ for cls in type(model).__mro__]
 
 
 def _by_labels(model: PreTrainedModel, row: Mapping[str, Any] | None) -> Task:
