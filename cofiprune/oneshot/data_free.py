@@ -136,7 +136,7 @@ def _reconstructed(
     source = model
     if teacher is not model and _same_structure(teacher, structure):
         source = teacher
-    Reconstruction(source, structure, small, structure.cut(plan.kept), plan, batches).run()
+    Reconstruction(source, structure, small, plan, batches).run()
     after = divergence(small, wanted, held_out, hidden=hidden)
     if not after < before:
         return OneShotReport(plan, before, before)

@@ -147,9 +147,8 @@ class RoundPruning:
             small, plan = compacted(small, structure, cut), plan.then(cut)
             structure = structure.cut(cut.kept)
             if self.reconstruct:
-                Reconstruction(
-                    self.model, self.structure, small, structure, plan, self.batches, weights=weights, everything=True
-                ).run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
+                reconstruction = Reconstruction(self.model, self.structure, small, plan, self.batches, weights)
+                reconstruction.run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
             else:
                 report((number + 1) / len(goals))
         return plan, small
