@@ -19,9 +19,8 @@ from cofiprune.latency.measuring import conditions_of, timed
 from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
-from cofiprune.selection.arguments import parse_sparsities, parse_target
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import Target
+from cofiprune.selection.target import Target, parse_sparsities, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.budget import check_method
 from cofiprune.training.checkpoint import identifying
