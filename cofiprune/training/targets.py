@@ -57,7 +57,7 @@ def target_for(
     target = replace(target, round_to=multiple)
     if not config.uniform:
         return target
-    return replace(target, uniform=True, tied_heads=config_names(model).head_dim is None)
+    return replace(target, uniform=True, tied_heads=config_names(model, structure).head_dim is None)
 
 
 def counted_length(model: PreTrainedModel, config: PruneConfig) -> int:
