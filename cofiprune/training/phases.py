@@ -27,8 +27,8 @@ from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure
 from cofiprune.training.checks import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
 from cofiprune.training.loop import Loop, weight_groups
+from cofiprune.training.resolved import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.run import Run
-from cofiprune.training.schedule import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.start import Left, can_go_on, one_shot, one_shot_start
 
 if TYPE_CHECKING:

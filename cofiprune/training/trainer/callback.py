@@ -20,9 +20,8 @@ from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.resolved import Facts, resolve, unit_kinds
+from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
 from cofiprune.training.result import PruneResult
-from cofiprune.training.schedule import Schedule
 from cofiprune.training.start import one_shot_start
 from cofiprune.training.targets import target_for
 from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
