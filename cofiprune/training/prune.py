@@ -15,7 +15,7 @@ from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
-from cofiprune.selection.arguments import parse_sparsities, parse_target
+from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     TeacherArgument = PreTrainedModel | Literal["self"] | None
-
-
-_TARGETS = ("target_sparsity", "target_model_sparsity", "target_macs", "target_speedup", "target_latency_ms")
 
 
 @overload
@@ -106,35 +103,31 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     config = PruneConfig.create(config, **settings)
-    given = (target_sparsity, target_model_sparsity, target_macs, target_speedup, target_latency_ms)
-    levels = parse_sparsities(target_sparsity)
-    requests = [dict(zip(_TARGETS, (level, *given[1:]), strict=True)) for level in levels or (target_sparsity,)]
-    parse_target(requests[0])
-    if levels is not None and config.uniform:
+    name, asked = parse_target(
+        {
+            "target_sparsity": target_sparsity,
+            "target_model_sparsity": target_model_sparsity,
+            "target_macs": target_macs,
+            "target_speedup": target_speedup,
+            "target_latency_ms": target_latency_ms,
+        }
+    )
+    if isinstance(asked, list) and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
     structure = structure_of(model)
     check_weights(model)
     config = _for_model(config, model, structure, has_data=train_dataset is not None)
     if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
-    targets = [target_for(model, structure, config, request) for request in requests]
+    values = asked if isinstance(asked, list) else [asked]
+    targets = [target_for(model, structure, config, name, value) for value in values]
     _check_reachable(structure, targets, config, on_data=train_dataset is not None)
+    taught = resolve_teacher(teacher, model, of_dense=True)
     run = Run(
-        model,
-        structure,
-        config,
-        targets[0],
-        resolve_teacher(teacher, model, of_dense=True),
-        teacher == "self",
-        train_dataset,
-        eval_dataset,
-        data_collator,
-        compute_metrics,
-        output_dir,
-        callbacks,
-        resume,
-    )
-    return _prune(run) if levels is None else sweep(run, targets, _prune)
+        model, structure, config, targets[0], taught, teacher == "self",
+        train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+    )  # fmt: skip
+    return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -251,20 +244,9 @@ def finetune(  # noqa: PLR0913  # like prune
     if train_dataset is None:
         raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
     run = Run(
-        model,
-        structure,
-        config,
-        None,
-        taught,
-        teacher == "self",
-        train_dataset,
-        eval_dataset,
-        data_collator,
-        compute_metrics,
-        output_dir,
-        callbacks,
-        resume,
-    )
+        model, structure, config, None, taught, teacher == "self",
+        train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+    )  # fmt: skip
     run.prepare()
     train(run)
     return run.result()
