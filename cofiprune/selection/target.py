@@ -187,17 +187,23 @@ class Target:
         return {self.name: self.requested, **({"target_setting": self.setting} if self.setting else {})}
 
 
-def parse_target(arguments: Mapping[str, Any]) -> tuple[str, float]:
+def parse_target(arguments: Mapping[str, Any]) -> tuple[str, float | list[float]]:
     """Return the name and the value of the one argument that is given, checked as far as that goes without a model.
 
     :param arguments: by the name of the argument; None for those not given.
-    :raises TargetError: for more than one, or a value out of range.
+    :return: the value is a list, in ascending order, where `target_sparsity` is one.
+    :raises TargetError: for more than one, a value out of range, and a list that is empty or has a sparsity twice.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     if len(given) > 1:
         listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
         raise TargetError(f"{listed} are given; a run has one target, so leave all but one out")
     name, value = next(iter(given.items()), ("target_sparsity", DEFAULT_SPARSITY))
+    if name == "target_sparsity" and isinstance(value, list | tuple):
+        several = sorted(check_fraction(each) for each in value)
+        if not several or len(set(several)) < len(several):
+            raise TargetError(f"target_sparsity={list(value)}: a list takes different sparsities, at least one")
+        return name, several
     if name in _SHARES:
         return name, check_fraction(value, name)
     found = _number(value, name)
@@ -209,19 +215,6 @@ def parse_target(arguments: Mapping[str, Any]) -> tuple[str, float]:
             f"For that share of a model pass {found:g} * cofiprune.summary(model).macs"
         )
     return name, found
-
-
-def parse_sparsities(target_sparsity: Any) -> list[float] | None:
-    """Return a list of sparsities in ascending order; None where there is no list.
-
-    :raises TargetError: for an empty list, one with a sparsity twice, or a value out of range.
-    """
-    if not isinstance(target_sparsity, list | tuple):
-        return None
-    found = sorted(check_fraction(value) for value in target_sparsity)
-    if not found or len(set(found)) < len(found):
-        raise TargetError(f"target_sparsity={list(target_sparsity)}: a list takes different sparsities, at least one")
-    return found
 
 
 def check_fraction(target: Any, name: str = "target_sparsity") -> float:

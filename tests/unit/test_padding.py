@@ -5,6 +5,7 @@ import torch
 
 import cofiprune
 from cofiprune.data.rows import Padding
+from small import build
 
 
 def rows(length):
@@ -40,7 +41,7 @@ def test_what_fits_or_cannot_be_padded_stays(batch, multiple, longest):
     assert Padding({}, multiple, longest).widened(batch) is batch
 
 
-def test_padding_further_changes_no_answer(build):
+def test_padding_further_changes_no_answer():
     model = build("BertForSequenceClassification").eval()
     batch = {name: value for name, value in rows(5).items() if name != "labels"}
     with torch.no_grad():

@@ -69,11 +69,11 @@ def test_what_is_reachable_is_said_in_the_words_of_the_target() -> None:
     model = bert()
     structure = structure_of(model)
     macs = cofiprune.summary(model, seq_len=128).macs
-    target = target_for(model, structure, PruneConfig(), {"target_macs": 0.01 * macs})
+    target = target_for(model, structure, PruneConfig(), "target_macs", 0.01 * macs)
     with pytest.raises(TargetError, match=r"MACs at 128 tokens cannot be reached with units head .* gives .* MACs"):
         check_target(structure, target, ("head",))
     with pytest.raises(TargetError, match="a target lies below that"):
-        target_for(model, structure, PruneConfig(), {"target_macs": 2 * macs})
+        target_for(model, structure, PruneConfig(), "target_macs", 2 * macs)
 
 
 def test_a_smaller_model_goes_on_to_the_same_amount() -> None:
