@@ -333,11 +333,7 @@ def test_evaluate_reads_the_data_of_other_tasks(
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: str,
-    message: str,
-    place: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: str, message: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(place)

@@ -6,6 +6,7 @@ import torch
 
 import cofiprune
 from cofiprune.data.rows import Padding
+from small import build
 
 
 def rows(*lengths):
@@ -44,7 +45,7 @@ def test_what_fits_or_cannot_be_padded_stays(batch, multiple, longest):
     assert all(torch.equal(found[name], value) for name, value in plain.items())
 
 
-def test_padding_further_changes_no_answer(build):
+def test_padding_further_changes_no_answer():
     model = build("BertForSequenceClassification").eval()
     batch = [{name: cell for name, cell in row.items() if name != "labels"} for row in rows(5, 3)]
     with torch.no_grad():

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, SplinterConfig, SplinterModel
 import cofiprune
 from cofiprune import MaskRegistry, Plan
 from cofiprune.conformance.specimens import inputs
+from small import build
 
-Build = Callable[..., PreTrainedModel]
 ROWS = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": 1}]
 
 
@@ -44,7 +44,7 @@ READS_OF_MASKS: dict[str, Callable[[MaskRegistry], object]] = {
 
 
 @pytest.fixture(params=["declared", "derived"])
-def model(request: pytest.FixtureRequest, build: Build) -> PreTrainedModel:
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A model in the middle of somebody's training: dropout, gradients, hooks, a frozen part, parts in eval mode."""
     if request.param == "declared":
         model = build("BertForSequenceClassification", dtype=torch.float32, problem_type="single_label_classification")

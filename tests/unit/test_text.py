@@ -210,10 +210,7 @@ def test_the_first_token_of_a_word_has_its_label_and_the_others_none(tokenizer):
     assert "labels" not in row
     for wrong, message in (
         ({"tokens": ["a"], "ner_tags": [0, 1]}, r"row 0 \(from 0\) has 1 words and 2 labels"),
-        (
-            {"tokens": ["a"], "ner_tags": ["B-y"]},
-            r"row 0 .*, word 0 \(from 0\): label 'B-y' is not among O, B-x",
-        ),
+        ({"tokens": ["a"], "ner_tags": ["B-y"]}, r"row 0 .*, word 0 \(from 0\): label 'B-y' is not among O, B-x"),
         ({"tokens": "a b", "ner_tags": [0]}, "has no list of words in 'tokens'"),
     ):
         with pytest.raises(DataError, match=message):
@@ -297,10 +294,7 @@ def test_a_long_question_is_cut_and_a_stride_leaves_room(tokenizer, answering):
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        (
-            {"text": ["film"], "answer_start": [1]},
-            "row 0 .* 'film' does not stand at character 1, but ' fil'",
-        ),
+        ({"text": ["film"], "answer_start": [1]}, "row 0 .* 'film' does not stand at character 1, but ' fil'"),
         ({"text": ["film"], "answer_start": [-1]}, "does not stand at character -1"),
         ({"text": [""], "answer_start": [0]}, "does not stand at character 0"),
         ({"text": ["film"], "answer_start": []}, "an answer is {'text'"),

@@ -14,16 +14,15 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
-from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import check_fraction
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.resolved import Facts, resolve, unit_kinds
+from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
 from cofiprune.training.result import PruneResult
-from cofiprune.training.schedule import Schedule
-from cofiprune.training.start import one_shot_start
+from cofiprune.training.start import one_shot
 from cofiprune.training.targets import target_for
 from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
 from cofiprune.training.trainer.run import CallbackRun, bring_in, gate_learner, load_beside, put_back
@@ -96,7 +95,7 @@ class PruningCallback(TrainerCallback):
         self._run, self.result = None, None
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         structure = structure_of(model)
-        target = target_for(model, structure, self.config, {"target_sparsity": self.target})
+        target = target_for(model, structure, self.config, "target_sparsity", self.target)
         check_target(structure, target, self.config.units)
         check_arguments(args, state, model, taught=self.teacher is not None)
         check_weights(model)
@@ -113,7 +112,7 @@ class PruningCallback(TrainerCallback):
         take_masks_off(model, quietly=saved is not None)
         start = None
         if saved is None and rows is not None:
-            start = one_shot_start(model, structure, rows, settings, target)
+            start = one_shot(model, structure, rows, settings, target)
         plan = Plan.from_values(structure, {}) if start is None else start[1]
         if saved is not None:
             plan = Plan.from_dict(saved.extra["start"])

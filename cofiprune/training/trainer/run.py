@@ -30,8 +30,7 @@ from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import FORMAT_VERSION, RunState, SavedRun, check_same, check_version, write
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
-from cofiprune.training.resolved import ResolvedSettings
-from cofiprune.training.schedule import Schedule
+from cofiprune.training.resolved import ResolvedSettings, Schedule
 from cofiprune.training.trainer.forward import ForwardHooks, RemainingMasks
 
 if TYPE_CHECKING:
