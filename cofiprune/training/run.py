@@ -30,7 +30,7 @@ from cofiprune.masking import attach_to, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.checkpoint import RunState, SavedRun, identifying, load_checkpoint
+from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
 from cofiprune.training.checks import (
     Evaluate,
     accelerator_for,
@@ -46,6 +46,7 @@ from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of, reached
+from cofiprune.training.state import RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
