@@ -30,8 +30,7 @@ from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.resolved import ResolvedSettings
-from cofiprune.training.schedule import Schedule
+from cofiprune.training.resolved import ResolvedSettings, Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

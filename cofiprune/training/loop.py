@@ -16,7 +16,7 @@ from cofiprune.errors import TrainingError
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.checks import check_weights, metric_name
 from cofiprune.training.learner import GateLearner, average_gradients, start_alike
-from cofiprune.training.schedule import Rates
+from cofiprune.training.resolved import Rates
 
 if TYPE_CHECKING:
     from cofiprune.training.run import Run

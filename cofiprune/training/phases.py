@@ -27,9 +27,9 @@ from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure
 from cofiprune.training.checks import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
 from cofiprune.training.loop import Loop, weight_groups
+from cofiprune.training.resolved import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.run import Run
-from cofiprune.training.schedule import Schedule, pruning_rates, recovery_rates
-from cofiprune.training.start import Left, can_go_on, one_shot, one_shot_start
+from cofiprune.training.start import can_go_on, one_shot
 
 if TYPE_CHECKING:
     pass
@@ -130,8 +130,7 @@ def pick_method(run: Run, target: Target) -> None:
 def start(run: Run, target: Target) -> None:
     """Prune in one shot: all of the way, or as far as gates are to start from; else start with a copy of the model."""
     began = time.perf_counter()
-    prune_once = one_shot if run.settings.method == "one-shot" else one_shot_start
-    found: Left | None = prune_once(run.model, run.structure, run.calibration, run.settings, target, _progress(run))
+    found = one_shot(run.model, run.structure, run.calibration, run.settings, target, _progress(run))
     run.state.extra["from_one_shot"] = found is not None
     if found is None:
         run.use(Plan.from_values(run.structure, {}))
@@ -255,8 +254,7 @@ def reconstruct(run: Run, decided: Plan) -> None:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
         weights = position_weights(dense, structure, rows, seed=run.settings.seed)
-        left = run.small_structure.cut(decided.kept)
-        Reconstruction(dense, structure, small, left, plan, rows, weights=weights, everything=True).run()
+        Reconstruction(dense, structure, small, plan, rows, weights).run()
     run.cut(decided, small)
 
 

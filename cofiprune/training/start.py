@@ -30,39 +30,6 @@ _ESTIMATE = 0.15
 by as much, and gates cannot give back what is gone."""
 
 
-def one_shot_start(
-    model: PreTrainedModel,
-    structure: Structure,
-    batches: Batches,
-    settings: ResolvedSettings,
-    target: Target,
-    on_progress: Progress | None = None,
-) -> Left | None:
-    """Prune part of the way to a target in one shot: `one_shot_share` of it, on a logarithmic scale.
-
-    Up to some sparsity, pruning block by block with reconstruction costs next to nothing. Gates then decide only what
-    is hard to decide, on a smaller model, whose steps are cheaper.
-
-    :param target: what the gates are to reach in the end; one shot stops a unit short of it at least.
-    :return: None where there is nothing to do: no unit kind that this works on, no way to the target from there, or
-        settings that leave it out.
-    """
-    if not settings.starts_from_one_shot or not can_start(structure, settings.one_shot_units) or target.uniform:
-        return None
-    here = target.kept_share(structure)  # less than 1 where the model is what an earlier run has left
-    left = max(
-        here * ((1 - target.share) / here) ** settings.one_shot_share,
-        1 - target.share + _short_of(structure, target, settings),
-    )
-    if left >= here:
-        return None
-    try:
-        found = _prune(model, structure, batches, settings, target.at(1 - left), on_progress)
-    except (DataError, TargetError):
-        return None  # too few rows for statistics, or no sizes on the way that do without cutting hidden dimensions
-    return found if can_go_on(structure.cut(found[1].kept), target, settings) else None
-
-
 def one_shot(
     model: PreTrainedModel,
     structure: Structure,
@@ -70,17 +37,36 @@ def one_shot(
     settings: ResolvedSettings,
     target: Target,
     on_progress: Progress | None = None,
-) -> Left:
-    """Prune all of the way to a target in one shot.
+) -> Left | None:
+    """Prune in one shot: all of the way with method="one-shot", else as far as gates are to start from.
 
-    :raises DataError: when there are too few rows for the statistics.
-    :raises TargetError: when no sizes meet the target without cutting hidden dimensions.
+    Up to some sparsity, pruning block by block with reconstruction costs next to nothing. Gates then decide only what
+    is hard to decide, on a smaller model, whose steps are cheaper.
+
+    :param batches: of the full data set, the same for every process.
+    :param target: of the run; gates start a unit short of it at least.
+    :return: None where gates start on all of the model: by the settings, without a unit kind that this works on, with
+        too few rows for the statistics, or where the target is out of reach from there.
+    :raises DataError: with method="one-shot", when there are too few rows for the statistics.
+    :raises TargetError: with it, when no sizes meet the target without cutting hidden dimensions.
     """
-    small, plan = _prune(model, structure, batches, settings, target, on_progress)
-    left: float = target.cost(structure).exact(plan.kept)
-    if target.measure is None and abs(1 - left / target.total - target.share) > target.tolerance:
-        raise TargetError(f"in one shot, the nearest to {target} is {target.text(left)}")
-    return small, plan
+    if settings.method == "one-shot":
+        small, plan = _prune(model, structure, batches, settings, target, on_progress)
+        if target.measure is None:
+            target.check(structure, plan.kept)
+        return small, plan
+    if not settings.starts_from_one_shot or not can_start(structure, settings.one_shot_units) or target.uniform:
+        return None
+    here = target.kept_share(structure)  # less than 1 where the model is what an earlier run has left
+    aim = 1 - target.share
+    left = max(here * (aim / here) ** settings.one_shot_share, aim + _short_of(structure, target, settings))
+    if left >= here:
+        return None
+    try:
+        small, plan = _prune(model, structure, batches, settings, target.at(1 - left), on_progress)
+    except (DataError, TargetError):
+        return None
+    return (small, plan) if can_go_on(structure.cut(plan.kept), target, settings) else None
 
 
 def _prune(
@@ -91,10 +77,7 @@ def _prune(
     target: Target,
     on_progress: Progress | None,
 ) -> Left:
-    """Prune in one shot, labels unseen; the first process does, the others get the outcome.
-
-    :param batches: of the full data set, the same for every process.
-    """
+    """Prune in one shot, labels unseen; the first process does, the others get the outcome."""
     processes = PartialState()
     rows = calibration(model, structure, batches.from_start())
     outcome: list[Any] = [None]

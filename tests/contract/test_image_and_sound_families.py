@@ -24,12 +24,7 @@ from cofiprune.conformance.calls import compared, largest
 from cofiprune.errors import StructureError
 
 # Their eager attention rounds to float32; the default does not.
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 34,
-}
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 34}
 IMAGE = {**SIZES, "image_size": 8, "patch_size": 4}
 SOUND = {
     **SIZES,
@@ -157,24 +152,14 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = {
     "unispeech": ("UniSpeechConfig", SOUND, "UniSpeech{Model,ForCTC}", ("hidden",)),
     "unispeech-sat": ("UniSpeechSatConfig", SOUND, "UniSpeechSat{Model,ForXVector}", ("hidden",)),
     "sew": ("SEWConfig", SOUND, "SEW{Model,ForCTC}", ("hidden",)),
-    "wavlm": (
-        "WavLMConfig",
-        SOUND,
-        "WavLM{Model,ForCTC}",
-        ("hidden", "head"),
-    ),
+    "wavlm": ("WavLMConfig", SOUND, "WavLM{Model,ForCTC}", ("hidden", "head")),
     "wavlm-stable": (
         "WavLMConfig",
         {**SOUND, "do_stable_layer_norm": True, "feat_extract_norm": "layer", "num_hidden_layers": 3},
         "WavLMModel",
         ("hidden", "head"),
     ),
-    "wav2vec2-conformer": (
-        "Wav2Vec2ConformerConfig",
-        SOUND,
-        "Wav2Vec2Conformer{Model,ForXVector}",
-        (),
-    ),
+    "wav2vec2-conformer": ("Wav2Vec2ConformerConfig", SOUND, "Wav2Vec2Conformer{Model,ForXVector}", ()),
     "wav2vec2-conformer-adapter": (
         "Wav2Vec2ConformerConfig",
         {**SOUND, "position_embeddings_type": None, "add_adapter": True, "num_adapter_layers": 1},

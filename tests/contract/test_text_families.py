@@ -29,22 +29,14 @@ THREE = (*SOME, "ForSequenceClassification")
 # Name of the case: model type, settings in addition to the sizes, endings of the head classes (None for all).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...] | None]] = {
     "bert": ("bert", {}, ALL),
-    "bert-eager-untied": (
-        "bert",
-        {"attn_implementation": "eager", "tie_word_embeddings": False},
-        ("ForMaskedLM",),
-    ),
+    "bert-eager-untied": ("bert", {"attn_implementation": "eager", "tie_word_embeddings": False}, ("ForMaskedLM",)),
     "roberta": ("roberta", {}, ALL),
     "xlm-roberta": ("xlm-roberta", {}, ALL),
     "camembert": ("camembert", {}, ALL),
     "deberta": ("deberta", RELATIVE, ALL),
     "deberta-absolute": ("deberta", {"type_vocab_size": 2}, THREE),
     "deberta-narrow": ("deberta", {**NARROW, "pos_att_type": ["p2c"]}, THREE),
-    "deberta-enhanced": (
-        "deberta",
-        {**RELATIVE, "legacy": False, "max_relative_positions": 4},
-        ("ForMaskedLM",),
-    ),
+    "deberta-enhanced": ("deberta", {**RELATIVE, "legacy": False, "max_relative_positions": 4}, ("ForMaskedLM",)),
     "deberta-talking": ("deberta", {**RELATIVE, "talking_head": True}, ("ForTokenClassification",)),
     # As microsoft/deberta-v3-base.
     "deberta-v3": ("deberta-v2", {**SHARED_KEYS, "legacy": False}, ALL),

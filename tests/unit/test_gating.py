@@ -16,8 +16,7 @@ from cofiprune.gates import COFI_INITIAL, COFI_LIMIT, Gates
 from cofiprune.selection.target import Target
 from cofiprune.structure import Group
 from cofiprune.training.learner import GateLearner
-from cofiprune.training.resolved import Facts, resolve
-from cofiprune.training.schedule import Schedule
+from cofiprune.training.resolved import Facts, Schedule, resolve
 
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
 

@@ -17,18 +17,16 @@ from cofiprune.data.batches import Batches
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
-from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import Target
+from cofiprune.selection.target import Target, check_fraction
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner
-from cofiprune.training.resolved import Facts, resolve, unit_kinds
+from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of
-from cofiprune.training.schedule import Schedule
-from cofiprune.training.start import one_shot_start
+from cofiprune.training.start import one_shot
 from cofiprune.training.targets import target_for
 from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
 from cofiprune.training.trainer.forward import RemainingMasks
@@ -102,7 +100,7 @@ class PruningCallback(TrainerCallback):
         self._run, self.result = None, None
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         structure = structure_of(model)
-        target = target_for(model, structure, self.config, {"target_sparsity": self.target})
+        target = target_for(model, structure, self.config, "target_sparsity", self.target)
         check_target(structure, target, self.config.units)
         check_arguments(args, state, model, taught=self.teacher is not None)
         check_weights(model)
@@ -143,7 +141,7 @@ class PruningCallback(TrainerCallback):
         """
         start = None
         if saved is None and rows is not None:
-            start = one_shot_start(model, structure, rows, resolve(self.config, facts), target)
+            start = one_shot(model, structure, rows, resolve(self.config, facts), target)
         plan = Plan.from_values(structure, {}) if start is None else start[1]
         if saved is not None:
             plan = Plan.from_dict(saved.extra["start"])
