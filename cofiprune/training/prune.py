@@ -19,7 +19,6 @@ from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.budget import check_method
 from cofiprune.training.checks import (
     check_output_dir,
     check_trainable,
@@ -33,6 +32,7 @@ from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.targets import target_for
 
