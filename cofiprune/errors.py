@@ -71,6 +71,15 @@ def explained(error: type[CofipruneError], problem: str, *kinds: type[Exception]
         raise error(f"{problem}: {one_line(found)}") from found
 
 
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the message of a data error with where it was found."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}{error}") from None
+
+
 def one_line(error: Exception) -> str:
     """Return the beginning of an error's message on one line; the name of its class where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -99,7 +99,7 @@ def finetune(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
     """Return the target that was given, checked as far as that goes without the model."""
-    from cofiprune.selection.arguments import parse_target
+    from cofiprune.selection.target import parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
     if asked["target_sparsity"] is not None and len(asked["target_sparsity"]) == 1:

@@ -253,8 +253,7 @@ def reconstruct(run: Run, decided: Plan) -> None:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
         weights = position_weights(dense, structure, rows, seed=run.settings.seed)
-        left = run.small_structure.cut(decided.kept)
-        Reconstruction(dense, structure, small, left, plan, rows, weights=weights, everything=True).run()
+        Reconstruction(dense, structure, small, plan, rows, weights).run()
     run.cut(decided, small)
 
 

@@ -15,9 +15,8 @@ from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
-from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import Target
+from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.checks import check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig

@@ -14,8 +14,8 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
-from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.reachable import check_target
+from cofiprune.selection.target import check_fraction
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
