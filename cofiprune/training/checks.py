@@ -100,14 +100,13 @@ def check_learnable(
     :raises DataError: when labels are asked for and not there.
     :raises TeacherError: when the teacher has nothing to say to the student's head or cannot read the data.
     """
-    if settings.label_weight and not batches.labelled:
-        raise DataError(f"label_weight={settings.label_weight:g} asks for labels, and train_dataset has none")
-    labels = settings.label_weight
+    labels, logits, layers = settings.label_weight, settings.distill_logits_weight, settings.distill_layers_weight
+    if labels and not batches.labelled:
+        raise DataError(f"label_weight={labels:g} asks for labels, and train_dataset has none")
     if teacher is None:
         if not labels:
             raise SettingsError("label_weight=0 without a teacher leaves nothing to learn from; pass a teacher")
         return
-    logits, layers = settings.distill_logits_weight, settings.distill_layers_weight
     mute = [each for each in (student, teacher) if not supported_kwargs(each, output_hidden_states=True)]
     if layers and mute:
         raise SettingsError(
