@@ -9,28 +9,32 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from cofiprune.accounting import amount
-from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import restore
+from cofiprune.compaction.slicing import write_back
 from cofiprune.errors import CheckpointError, SettingsError, suggest
-from cofiprune.masking import attach
+from cofiprune.latency.measuring import conditions_of, timed
+from cofiprune.latency.table import Conditions
+from cofiprune.masking import attach_to
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
-from cofiprune.training.checkpoint import check_same, has_checkpoints
+from cofiprune.training.checkpoint import check_same, has_checkpoints, identifying
+from cofiprune.training.checks import take_masks_off
 from cofiprune.training.result import PruneResult
+from cofiprune.training.run import Run
+from cofiprune.training.targets import counted_length
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from transformers import PreTrainedModel
 
 _POINT, _PLAN = "point.json", "plan.json"
-RunOne = Callable[["PreTrainedModel", Target, Path | None, bool], PruneResult]
-"""Prunes a model to a target of the dense one: model, target, folder for checkpoints, whether to resume."""
 
 
 @dataclass(frozen=True)
@@ -99,82 +103,80 @@ class SweepResult(Report, Sequence[SweepPoint]):
         _draw(self, Path(path), metric)
 
 
-def sweep(
-    model: PreTrainedModel,
-    targets: Sequence[Target],
-    run: RunOne,
-    time_of: Callable[[PreTrainedModel], float],
-    *,
-    output_dir: Path | None,
-    resume: bool,
-    identity: dict[str, Any],
-    setting: str,
-) -> SweepResult:
-    """Prune to each target in turn; `model` ends with the last one's weights and masks.
+def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult]) -> SweepResult:
+    """Prune to each target in turn; the model ends with the last one's weights and masks.
 
-    :param targets: of the model as it is, ascending in what goes.
-    :param time_of: milliseconds of a forward pass.
-    :param identity: plain values that a resumed sweep must have in common with this one.
+    :param targets: of the run's model as it is, ascending in what goes.
+    :param prune_one: carries out a run of one target.
     :raises CheckpointError: when the folder holds another sweep.
     """
-    check_folder(output_dir, identity, resume=resume)
+    config, model, structure = run.config, run.model, run.structure
+    folder = None if run.output_dir is None else Path(run.output_dir)
+    if run.resume and folder is None:
+        raise SettingsError("resume=True needs the output_dir that holds the models that are done")
+    take_masks_off(model)
+    if folder is not None:
+        identity = {"targets": [target.requested for target in targets], "settings": identifying(config)}
+        _check_folder(folder, identity, resume=run.resume)
+    if config.time_budget is not None:
+        run = replace(run, config=config.model_copy(update={"time_budget": config.time_budget / len(targets)}))
+    batch_size, seq_len = config.target_batch_size, counted_length(model, config)
+    conditions = conditions_of(model, structure, batch_size=batch_size, seq_len=seq_len, cut_hidden=False)
     points: list[SweepPoint] = []
-    current, plan = model, Plan.from_values(structure_of(model), {})
+    current, plan = model, Plan.from_values(structure, {})
     for target in targets:
-        folder = None if output_dir is None else output_dir / f"sparsity-{target.requested:g}"
-        done = None if folder is None or not resume else _read(folder, target, type(model))
-        if done is None:
-            done = _next(current, plan, target, run, time_of, folder, resume=resume)
-        points.append(done)
-        current, plan = done.model, done.plan
-    restore(model, current, plan)
-    attach(model).set_plan(plan)
-    return SweepResult(tuple(points), setting)
+        place = None if folder is None else folder / f"sparsity-{target.requested:g}"
+        point = None if place is None or not run.resume else _read(place, target, type(model))
+        if point is None:
+            point = _next(run, current, plan, target, place, conditions, prune_one)
+        points.append(point)
+        current, plan = point.model, point.plan
+    write_back(model, structure, current, plan)
+    attach_to(model, structure).set_plan(plan)
+    return SweepResult(tuple(points), f"batch {batch_size}, length {seq_len}, {conditions.device}")
 
 
-def check_folder(folder: Path | None, identity: dict[str, Any], *, resume: bool) -> None:
+def _check_folder(folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
     """Make sure that a folder is this sweep's, and write down whose it is.
 
     :raises CheckpointError: when it holds another one, or this one and it was not asked to go on.
     """
-    if folder is None:
-        return
     file = folder / "sweep.json"
-    if file.exists():
-        if not resume:
-            raise CheckpointError(
-                f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder"
-            )
-        found = json.loads(file.read_text(encoding="utf-8"))
-        check_same(
-            json.loads(json.dumps(identity)), found, f"{folder} holds another sweep", ", or choose another folder"
-        )
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    if not resume:
+        raise CheckpointError(f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    check_same(json.loads(json.dumps(identity)), found, f"{folder} holds another sweep", ", or choose another folder")
 
 
 def _next(
+    run: Run,
     current: PreTrainedModel,
     plan: Plan,
     target: Target,
-    run: RunOne,
-    time_of: Callable[[PreTrainedModel], float],
     folder: Path | None,
-    *,
-    resume: bool,
+    conditions: Conditions,
+    prune_one: Callable[[Run], PruneResult],
 ) -> SweepPoint:
     """Go on from the model of the point before, which stays as it is."""
     runs = None if folder is None else folder / "run"
-    goes_on = resume and runs is not None and has_checkpoints(runs)
-    result = run(copy.deepcopy(current), target, runs, goes_on)
+    goes_on = run.resume and runs is not None and has_checkpoints(runs)
+    structure = run.structure.cut(plan.kept)
+    result = prune_one(
+        replace(run, model=copy.deepcopy(current), structure=structure, target=target, output_dir=runs, resume=goes_on)
+    )
     small, kept_of_all = result.compact(), plan.then(result.plan.hard)
+    with timed(small, conditions) as stopwatch:
+        latency = float(np.median(stopwatch([small]))) / 1e6
     point = SweepPoint(
         target=target.requested,
-        sparsity=1 - target.kept_share(structure_of(small)),
+        sparsity=1 - target.kept_share(run.structure.cut(kept_of_all.kept)),
         parameters=sum(parameter.numel() for parameter in small.parameters()),
         metrics=dict(result.metrics),
-        latency_ms=time_of(small),
+        latency_ms=latency,
         seconds=result.seconds,
         plan=kept_of_all,
         model=small,
@@ -190,7 +192,7 @@ def _next(
 
 
 def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoint | None:
-    """A point that is on disk; None for one that is not, or not complete."""
+    """Return a point that is on disk; None for one that is not, or not complete."""
     file = folder / _POINT
     if not file.exists():
         return None

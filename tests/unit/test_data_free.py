@@ -185,7 +185,7 @@ def test_removed_blocks_are_passed_by():
     seen: list[float] = []
     theirs = outputs_of(model, padded_batches(model, seed=5))
     before = divergence(small, theirs, padded_batches(model, seed=5))
-    Reconstruction(model, structure, small, structure_of(small), plan, padded_batches(model, count=6)).run(seen.append)
+    Reconstruction(model, structure, small, plan, padded_batches(model, count=6)).run(seen.append)
     assert seen == pytest.approx([1 / 3, 2 / 3, 1])
     assert divergence(small, theirs, padded_batches(model, seed=5)) < before
 
@@ -214,7 +214,7 @@ def test_padding_does_not_enter_the_statistics():
     for given in (batches, longer):
         small = compact(model, plan)
         found.append(activation_importance(model, structure, given))
-        Reconstruction(model, structure, small, structure_of(small), plan, given).run()
+        Reconstruction(model, structure, small, plan, given).run()
         weights.append(snapshot(small))
     for name, importance in found[0].items():
         torch.testing.assert_close(importance, found[1][name])

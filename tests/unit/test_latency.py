@@ -20,8 +20,7 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import TargetError
 from cofiprune.latency import measuring
-from cofiprune.latency.cost import LatencyCost
-from cofiprune.latency.table import Conditions, LatencyTable, Surface
+from cofiprune.latency.table import Conditions, LatencyCost, LatencyTable, Surface
 from cofiprune.latency.target import CANDIDATES, _timed_multiple, best_multiple, cheapest, sizes_of, table_for
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select

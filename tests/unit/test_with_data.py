@@ -263,7 +263,7 @@ def test_costs_that_are_not_linear_are_met_in_rounds():
     model = bert(num_hidden_layers=3)
     structure = structure_of(model)
     SIZE = structure.sizes
-    target = Target.of(structure, 0.6, cost=Rooted)
+    target = Target.create("target_sparsity", 0.6, Rooted, Rooted(structure).exact(structure.sizes))
     plan, small = RoundPruning(model, structure, padded_batches(model), target).run()
     assert target.kept_share(structure_of(small)) == pytest.approx(0.4, abs=target.tolerance)
     assert Rooted(structure).exact(plan.kept) / target.total == pytest.approx(0.4, abs=target.tolerance)
