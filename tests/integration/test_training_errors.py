@@ -69,11 +69,8 @@ PRUNE = {
     "an unknown unit": ({"units": ("heads",)}, SettingsError, ["'heads'", "'head'", "intermediate"]),
     "out of reach": ({"target_sparsity": 0.9, "units": "head"}, TargetError, ["0.9", "head", "removing all"]),
     "between two steps": (
-        {"target_sparsity": 0.25, "units": "layer"},
-        TargetError,
-        ["0.25", "reachable next to it", "0.2035", "0.2965"],
-    ),
-}
+        {"target_sparsity": 0.25, "units": "layer"}, TargetError, ["0.25", "reachable next to it", "0.2035", "0.2965"]),
+}  # fmt: skip
 COMMON = {
     "an unknown setting": ({"epoch": 3}, SettingsError, ["'epoch'", "'epochs'"]),
     "a value out of range": ({"epochs": -1}, SettingsError, ["epochs=-1", "greater than or equal to 0"]),
@@ -83,48 +80,31 @@ COMMON = {
     "no labels and no teacher": ({"train_dataset": without("labels")}, DataError, ["labels", "teacher", "'input_ids'"]),
     "labels of weight 0 and no teacher": ({"label_weight": 0}, SettingsError, ["label_weight=0", "teacher"]),
     "nothing to learn from": (
-        {"teacher": "self", "label_weight": 0, "distill_logits_weight": 0, "distill_layers_weight": 0},
-        SettingsError,
-        ["nothing to learn from", "distill_logits_weight"],
-    ),
+        {"teacher": "self", "label_weight": 0, "distill_logits_weight": 0, "distill_layers_weight": 0}, SettingsError,
+        ["nothing to learn from", "distill_logits_weight"]),
     "labels asked for": (
-        {"teacher": "self", "label_weight": 1, "train_dataset": without("labels")},
-        DataError,
-        ["label_weight=1", "none"],
-    ),
+        {"teacher": "self", "label_weight": 1, "train_dataset": without("labels")}, DataError,
+        ["label_weight=1", "none"]),
     "no rows": ({"train_dataset": []}, DataError, ["train_dataset", "no rows"]),
     "a dict of columns": ({"train_dataset": {"input_ids": [[1]]}}, DataError, ["train_dataset", "dict", "rows"]),
     "a stream": ({"train_dataset": Stream()}, DataError, ["train_dataset", "length"]),
     "a loader of a stream": ({"train_dataset": DataLoader(Stream())}, DataError, ["train_dataset", "length"]),
     "a token out of range": (
-        {"train_dataset": change(input_ids=[2, 99])},
-        DataError,
-        ["row 47", "99", "vocabulary of 40"],
-    ),
+        {"train_dataset": change(input_ids=[2, 99])}, DataError, ["row 47", "99", "vocabulary of 40"]),
     "a label out of range": ({"train_dataset": change(labels=2)}, DataError, ["row 47", "label 2", "0 to 1"]),
     "an evaluation label out of range": (
-        {"eval_dataset": change(labels=5)},
-        DataError,
-        ["eval_dataset", "row 47", "label 5"],
-    ),
+        {"eval_dataset": change(labels=5)}, DataError, ["eval_dataset", "row 47", "label 5"]),
     "an evaluation of nothing": (
-        {"eval_dataset": without("labels"), "teacher": "self"},
-        DataError,
-        ["eval_dataset", "nothing to measure", "compute_metrics"],
-    ),
+        {"eval_dataset": without("labels"), "teacher": "self"}, DataError,
+        ["eval_dataset", "nothing to measure", "compute_metrics"]),
     "a metric without a set": (
-        {"metric_for_best_model": "accuracy"},
-        SettingsError,
-        ["metric_for_best_model", "eval_dataset"],
-    ),
+        {"metric_for_best_model": "accuracy"}, SettingsError, ["metric_for_best_model", "eval_dataset"]),
     "an unknown metric": (
-        {"metric_for_best_model": "acuracy", "eval_dataset": lambda rows: rows},
-        SettingsError,
-        ["'acuracy'", "'accuracy'", "loss"],
-    ),
+        {"metric_for_best_model": "acuracy", "eval_dataset": lambda rows: rows}, SettingsError,
+        ["'acuracy'", "'accuracy'", "loss"]),
     "resume from nowhere": ({"resume": True}, SettingsError, ["resume=True", "output_dir"]),
     "callbacks that cannot be called": ({"callbacks": ["print"]}, SettingsError, ["callbacks", "'print'"]),
-}
+}  # fmt: skip
 CASES = [("prune", name) for name in (*PRUNE, *COMMON)] + [("finetune", name) for name in COMMON]
 
 
