@@ -9,7 +9,7 @@ import copy
 import importlib
 import inspect
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from transformers import AutoConfig
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from cofiprune.compaction.slicing import compacted
-from cofiprune.errors import AdapterError
+from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.errors import AdapterError, DataError
 from cofiprune.masking import attach_to
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
@@ -70,9 +71,6 @@ WIDE: Mapping[str, Any] = {"hidden_size": 192, "intermediate_size": 136, "embedd
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
 _TOKENS = 9
-_SAMPLES = 160
-_FRAMES = 20
-_CHOICES = 2
 
 
 @dataclass(frozen=True)
@@ -185,67 +183,39 @@ def specimen(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedMo
 
 
 def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a batch of three examples for a model, of different lengths where they have one.
+    """Return a batch of three examples for a model, padded to different lengths where it reads text or sound.
 
     :raises AdapterError: when the model's main input is of a kind that this function does not know.
     """
     config, name = model.config, model.main_input_name
     reads = inspect.signature(model.forward).parameters
-    if name == "input_ids":
-        return _token_ids(model, reads, generator)
-    shape: tuple[int, ...]
-    more: dict[str, Tensor] = {}
     if name == "pixel_values" and "spatial_shapes" in reads:
         # Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high.
-        shape = (4, config.num_channels * config.patch_size**2)
-        more["pixel_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
-        more["spatial_shapes"] = torch.tensor([[2, 2], [1, 2], [2, 2]])
-    elif name == "pixel_values":
-        size = config.image_size
-        frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
-        shape = (*frames, config.num_channels, *((size, size) if isinstance(size, int) else size))
-    elif name == "input_values" and hasattr(config, "conv_stride"):
-        shape = (_SAMPLES,)
-        more["attention_mask"] = _without_half(_SAMPLES)
-    elif name == "input_features" and hasattr(config, "feature_projection_input_dim"):
-        shape = (_FRAMES, config.feature_projection_input_dim)
-        more["attention_mask"] = _without_half(_FRAMES)
-    elif name == "input_features" and hasattr(config, "max_source_positions"):
-        shape = (config.num_mel_bins, 2 * config.max_source_positions)  # a convolution of stride 2 makes the positions
-    elif name in ("input_values", "input_features") and hasattr(config, "num_mel_bins"):
-        shape = (config.max_length, config.num_mel_bins)
-    else:
-        raise AdapterError(f"{type(model).__name__} reads {name!r}; pass a batch for it: batch={{{name!r}: ...}}")
-    dtype = next(model.parameters()).dtype
-    return {name: torch.randn((3, *shape), generator=generator, dtype=dtype), **more}
-
-
-def _without_half(length: int) -> Tensor:
-    """A mask of three examples, the second of which is half as long as the others."""
-    mask = torch.ones(3, length, dtype=torch.long)
-    mask[1, length // 2 :] = 0
-    return mask
-
-
-def _token_ids(model: PreTrainedModel, reads: Collection[str], generator: torch.Generator) -> dict[str, Tensor]:
-    config = model.config
-    padding = getattr(config, "pad_token_id", None) or 0
-    shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
-    ids = torch.randint(padding + 1, getattr(config, "vocab_size", 64), shape, generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, ..., 6:] = 0
-    mask[2, ..., 2:] = 0
-    batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+        shape = (3, 4, config.num_channels * config.patch_size**2)
+        return {
+            name: torch.randn(shape, generator=generator).to(model.dtype),
+            "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
+            "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
+        }
+    try:
+        batch = synthetic_inputs(model, batch_size=3, seq_len=_TOKENS, generator=generator, padding=True)
+    except DataError as error:
+        raise AdapterError(f"{error}. Pass a batch for it: batch={{{name!r}: ...}}") from error
+    if hasattr(config, "conv_stride") or hasattr(config, "feature_projection_input_dim"):
+        length = batch[name].shape[1]
+        batch["attention_mask"] = torch.ones(3, length, dtype=torch.long)
+        batch["attention_mask"][1, length // 2 :] = 0
     if "bbox" in reads:  # where the tokens lie on a page
-        boxes = torch.randint(1, 9, (*shape, getattr(config, "dim_bbox", 4)), generator=generator).sort(dim=-1).values
+        shape = (*batch[name].shape, getattr(config, "dim_bbox", 4))
+        boxes = torch.randint(1, 9, shape, generator=generator).sort(dim=-1).values
         # Left, top, right and bottom, as entries of a table or as shares of the page.
         counted = hasattr(config, "max_2d_position_embeddings")
-        batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes / 10
-    if {"entity_ids", "entity_position_ids"} <= set(reads) and len(shape) == 2:  # entities that the text names
+        batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes.to(model.dtype) / 10
+    if {"entity_ids", "entity_position_ids"} <= set(reads) and batch[name].dim() == 2:  # entities that the text names
         batch["entity_ids"] = torch.randint(1, 9, (3, 2), generator=generator)
         batch["entity_attention_mask"] = torch.ones(3, 2, dtype=torch.long)
         batch["entity_position_ids"] = torch.tensor([[[0, 1, -1], [1, -1, -1]]]).repeat(3, 1, 1)
-    return batch
+    return {name: value.to(model.device) for name, value in batch.items()}
 
 
 def double(batch: Batch) -> dict[str, Tensor]:
