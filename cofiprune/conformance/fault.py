@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cofiprune.compaction.slicing import positions, sliced
 from cofiprune.conformance.calls import Crash, compared, crash_site, gap, inside, record
-from cofiprune.conformance.specimens import Choice, Subject, Values, outputs
+from cofiprune.conformance.specimens import Batch, Choice, Subject, Values, outputs
 from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
 from cofiprune.structure import Parameter, Side, Structure
@@ -97,8 +97,10 @@ def _differs(subject: Subject, values: Values, choice: Choice, limit: float) -> 
         plan = masks.plan()
         masked = subject.outputs()
         small = subject.compacted(plan)
-    crashes = crash_site(small, subject.batch) is not None
-    return crashes or compared(masked, outputs(small, subject.batch), plan) > limit
+    try:
+        return compared(masked, outputs(small, subject.batch), plan) > limit
+    except Exception:  # the caller looks where it fails
+        return True
 
 
 def _about_module(structure: Structure, small: nn.Module, crash: Crash, values: Values) -> str:
@@ -236,24 +238,37 @@ def _laid_out(spec: Parameter, like: Side) -> Parameter | None:
 def _first_difference(subject: Subject, small: PreTrainedModel, plan: Plan, limit: float) -> str:
     """Name the first module, in the order in which they return, whose output differs; masks are set."""
     structure = subject.structure
-    norms = {norm.module for norm in structure.norms}
-    cut = record(small, subject.batch)
-    for call, value in record(subject.model, subject.batch).items():
-        path = call[0]
-        own = [spec for spec in structure.parameters if module_of(spec) == path]
-        if call not in cut or not _differ(value, cut[call], plan, [*own, *structure.parameters], limit):
-            continue
-        module = subject.model.get_submodule(path)
-        if own:
-            is_norm = "norm" in type(module).__name__.lower() and path not in norms
-            hint = ": declare it by norm(...)." if is_norm else "."
-            return f"The first module that differs is {path!r} with {described(own)}{hint}"
-        return (
-            f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
-            f"missing from the attributes of its block ({_integers(module) or 'it has none'}), or an axis in it has "
-            "the wrong copies or block."
-        )
-    return "No single module differs before the output does."
+
+    def differs(path: str, full: Tensor, cut: Tensor) -> bool:
+        own = (spec for spec in structure.parameters if module_of(spec) == path)
+        return _differ(full, cut, plan, [*own, *structure.parameters], limit)
+
+    path = _first_module(subject.model, small, subject.batch, differs)
+    if path is None:
+        return _NOWHERE
+    module = subject.model.get_submodule(path)
+    own = [spec for spec in structure.parameters if module_of(spec) == path]
+    if own:
+        is_norm = "norm" in type(module).__name__.lower() and path not in {norm.module for norm in structure.norms}
+        hint = ": declare it by norm(...)." if is_norm else "."
+        return f"The first module that differs is {path!r} with {described(own)}{hint}"
+    return (
+        f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
+        f"missing from the attributes of its block ({_integers(module) or 'it has none'}), or an axis in it has "
+        "the wrong copies or block."
+    )
+
+
+def _first_module(
+    model: PreTrainedModel, other: PreTrainedModel, batch: Batch, differs: Callable[[str, Tensor, Tensor], bool]
+) -> str | None:
+    """The path of the first module, in the order in which they return, whose output differs between two models."""
+    found = record(other, batch)
+    own = record(model, batch).items()
+    return next((call[0] for call, value in own if call in found and differs(call[0], value, found[call])), None)
+
+
+_NOWHERE = "No single module differs before the output does."
 
 
 def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter], limit: float) -> bool:
@@ -278,12 +293,12 @@ def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter],
 
 def tied_alone(subject: Subject, message: str) -> str:
     """Name a second name of a tied parameter in a message, which a row must describe too; "" when there is none."""
-    names = {id(parameter): name for name, parameter in subject.model.named_parameters()}
-    sides = {spec.name: spec.sides for spec in subject.structure.parameters}
+    first = {id(parameter): name for name, parameter in subject.model.named_parameters()}
+    described = {spec.name for spec in subject.structure.parameters if any(spec.sides)}
     for name, parameter in subject.model.named_parameters(remove_duplicate=False):
-        first = names[id(parameter)]
-        if name != first and name in message and any(sides[first]):
-            return f"{name!r} is tied to {first!r}, and needs a row of its own in addition to that one's."
+        other = first[id(parameter)]
+        if name != other and name in message and other in described:
+            return f"{name!r} is tied to {other!r}, and needs a row of its own in addition to that one's."
     return ""
 
 
@@ -292,18 +307,15 @@ def first_change(subject: Subject, *, limit: float = 0.0) -> str:
 
     :param limit: the largest change that is rounding.
     """
-    kinds = {norm.module: norm.kind for norm in subject.structure.norms}
     stock = copy.deepcopy(subject.model)
-    masks = masks_of(stock)
-    if masks is not None:
+    if (masks := masks_of(stock)) is not None:
         masks.detach()
-    before = record(stock, subject.batch)
-    for call, value in record(subject.model, subject.batch).items():
-        if call in before and (value.shape != before[call].shape or gap(value, before[call]) > limit):
-            kind = kinds.get(call[0])
-            declared = "" if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
-            return f"The first module that differs is {call[0]!r}{declared or '.'}"
-    return "No single module differs before the output does."
+    path = _first_module(subject.model, stock, subject.batch, lambda _, value, before: gap(value, before) > limit)
+    if path is None:
+        return _NOWHERE
+    kind = next((norm.kind for norm in subject.structure.norms if norm.module == path), None)
+    declared = "." if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
+    return f"The first module that differs is {path!r}{declared}"
 
 
 def wrong_shapes(structure: Structure, small: PreTrainedModel, kept: Mapping[str, int]) -> str:
@@ -323,9 +335,7 @@ def wrong_shapes(structure: Structure, small: PreTrainedModel, kept: Mapping[str
 
 def scaled_by(structure: Structure, group: str) -> str:
     """Name the parameters that a group's mask multiplies."""
-    found = [
-        repr(spec.name)
-        for spec in structure.parameters
-        if (spec.gated and spec.gate == group) or role_of(spec, group) == "scale"
-    ]
+    gated = {spec.name for spec in structure.parameters if spec.gated and spec.gate == group}
+    scaled = {spec.name for spec in structure.parameters if role_of(spec, group) == "scale"}
+    found = sorted(map(repr, gated | scaled))
     return f"It scales {', '.join(found[:4])}." if found else "It scales nothing: no projection or norm has its axis."

@@ -20,13 +20,12 @@ from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, e
 from cofiprune.conformance.battery import check_laws
 from cofiprune.conformance.calls import calls_of, compared, inside
 from cofiprune.conformance.laws import size
-from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values
+from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values, tiny_copy
 from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes
 from cofiprune.derivation.exits import Bypass, find_bypasses
 from cofiprune.derivation.rows import Inner, attributes, block_rows
 from cofiprune.derivation.settings import Settings, find_settings
 from cofiprune.derivation.surroundings import find_surroundings
-from cofiprune.derivation.tiny_copy import tiny_copy
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune.hooks import reading
 from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of

@@ -25,9 +25,8 @@ from cofiprune.adapter import (
     projection,
     tensor,
 )
-from cofiprune.conformance.specimens import head_classes
+from cofiprune.conformance.specimens import head_classes, small_config
 from cofiprune.derivation.derive import Derived, derive
-from cofiprune.derivation.tiny_copy import small_config
 from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
