@@ -144,7 +144,7 @@ def amount(value: float) -> str:
 
 
 def _term(parameter: Parameter) -> Term:
-    names = [side.group for side in parameter.sides if side is not None]
+    names = [side.group for side in parameter.prunable.values()]
     return tuple(sorted([*names, *([parameter.gate] if parameter.gate else [])]))
 
 

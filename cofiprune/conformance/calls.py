@@ -115,6 +115,17 @@ def _noting(model: nn.Module, paths: Iterable[str] | None = None) -> Iterator[li
         yield calls
 
 
+@contextmanager
+def holding(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
+    """Give a parameter other numbers for the length of a `with` block."""
+    before = parameter.detach().clone()
+    parameter.data.copy_(value)
+    try:
+        yield
+    finally:
+        parameter.data.copy_(before)
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """Return the first tensor of a module's arguments or output; None when it has none."""
     if isinstance(value, tuple | list):
