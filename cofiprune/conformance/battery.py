@@ -226,42 +226,28 @@ def _checked(
     unsaved = ""
     if not quick:
         check_blocks(subject)
-        unsaved = _unsaved(subject.model)
+        unsaved = laws.unsaved(subject.model)
+    kinds = len({group.unit for group in subject.structure.groups})
     differences = []
     for case in cases(subject.structure, generator):
         if case.choice in choices and (not quick or case.label.startswith("random")):
-            tried = replace(case, reload=case.reload and not quick and not unsaved)
-            differences.append((tried, laws.check_case(subject, tried, tolerance)))
+            reload = case.reload and not quick and not unsaved
+            differences.append((case, laws.check_case(subject, case, tolerance, reload=reload)))
+            if len(case.choice) == kinds and not quick:
+                laws.check_cut(subject, case)
     if not quick:
         laws.check_gradients(subject, generator)
-        kinds = len({group.unit for group in subject.structure.groups})
-        for case, _ in differences:
-            if len(case.choice) == kinds:
-                laws.check_cut(subject, case)
     return differences, unsaved
-
-
-def _unsaved(model: PreTrainedModel) -> str:
-    """Say why transformers cannot save and load the model as it is, which is not the adapter's fault; "" if it can."""
-    try:
-        changed = laws.changed_weights(model, laws.reloaded(model))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
 
 
 def cases(structure: Structure, generator: torch.Generator) -> Iterator[Case]:
     """Yield random hard and fractional masks for every choice of unit kinds that a model has, and the extreme ones."""
     present = {group.unit for group in structure.groups}
-    for choice in unit_choices():
-        if not present.issuperset(choice):
-            continue
+    for choice in (choice for choice in unit_choices() if present.issuperset(choice)):
         everything = len(choice) == len(present)
+        groups = structure.select(choice)
         for fractional in (False, True):
-            values = {
-                group.name: random_values(group.size, generator, fractional=fractional)
-                for group in structure.select(choice)
-            }
+            values = {group.name: random_values(group.size, generator, fractional=fractional) for group in groups}
             yield Case(f"random {'fractional' if fractional else 'hard'} masks", choice, values, reload=everything)
         if everything or len(choice) == 1:
             yield from _extremes(structure, choice)

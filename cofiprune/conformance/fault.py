@@ -144,9 +144,8 @@ def _wrong_scale(subject: Subject, small: PreTrainedModel, plan: Plan, limit: fl
     for path, specs in modules.items():
         with ExitStack() as held:
             for spec in specs:
-                held.enter_context(
-                    holding(cut[spec.name], sliced(weights[spec.name].detach(), _other_role(spec), plan))
-                )
+                turned = sliced(weights[spec.name].detach(), _other_role(spec), plan)
+                held.enter_context(holding(cut[spec.name], turned))
             repaired = compared(masked, outputs(small, subject.batch), plan) <= limit
         if repaired:
             return (
@@ -268,7 +267,7 @@ def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter],
             if side is None:
                 return False
             full = full.index_select(dim, positions(side, plan.keep[side.group]))
-    return gap(full, small) > limit
+    return full.shape == small.shape and gap(full, small) > limit
 
 
 def tied_alone(subject: Subject, message: str) -> str:

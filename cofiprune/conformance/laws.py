@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ class Case:
     values: Values
     """Groups that are not named keep ones."""
     reload: bool = False
-    """True to save and load the compacted model too."""
+    """True where saving and loading the compacted model is worth its time."""
 
     def __str__(self) -> str:
         return f"{self.label} over units {', '.join(self.choice)}"
@@ -121,10 +120,11 @@ def check_ones(subject: Subject) -> float:
     return rounding
 
 
-def check_case(subject: Subject, case: Case, tolerance: float) -> float:
+def check_case(subject: Subject, case: Case, tolerance: float, *, reload: bool = False) -> float:
     """The masked model is the compacted one, counts are exact, and set, differentiable and saved forms agree.
 
     :param tolerance: relative to the size of the outputs.
+    :param reload: save and load the compacted model too.
     :return: the largest difference between the masked and the compacted model.
     :raises LawError: naming the parameter at fault.
     """
@@ -148,7 +148,7 @@ def check_case(subject: Subject, case: Case, tolerance: float) -> float:
         bound = compared(exits.run(subject, f"differentiable {case}"), cut, plan)
         if bound > limit:
             raise LawError(f"differentiable and set masks differ by {bound:.2g} ({case})")
-    if case.reload:
+    if reload:
         _check_reload(subject, small, cut, case, limit)
     return difference
 
@@ -193,7 +193,7 @@ def _check_reload(
     :raises LawError: naming a weight that differs.
     """
     try:
-        again = reloaded(small)
+        again = _reloaded(small)
     except Exception as error:  # the dense model could be loaded
         why = f"{error}. {fault.tied_alone(subject, str(error))}"
         raise LawError(f"the compacted model does not load from its file ({case}). {why}") from error
@@ -202,31 +202,46 @@ def _check_reload(
     # A buffer that is in no file, such as the frequencies of rotary positions, may come back in another dtype too.
     if any(name in loaded and value.dtype != loaded[name].dtype for name, value in stored.items()):
         limit = max(limit, ROUNDED * size(cut))
-    changed = changed_weights(small, again)
+    changed = _changed_weights(small, again)
     difference = largest(cut, outputs(again, subject.batch))
     if changed or difference > limit:
         named = ", ".join(changed[:4]) or f"the outputs by {difference:.2g}"
         raise LawError(f"saving and loading the compacted model changes {named} ({case})")
 
 
-def reloaded(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model as it comes back from a file, in float64 and evaluation mode."""
-    with tempfile.TemporaryDirectory() as folder, _without_progress_bars():
-        model.save_pretrained(folder)
-        again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
+def unsaved(model: PreTrainedModel) -> str:
+    """Say why transformers cannot save and load the model as it is, which is not the adapter's fault; "" if it can."""
+    try:
+        changed = _changed_weights(model, _reloaded(model))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
+
+
+def _reloaded(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as it comes back from a file, in float64 and evaluation mode."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     again.train(False)
     return again
 
 
-def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]:
+def _changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]:
     """Name the weights of a model that a file changed or lost.
 
     transformers loads some (DeBERTa's q_bias) in float32 whatever dtype was asked for: they are compared in that.
     """
-    stored, loaded = model.state_dict(), again.state_dict()
+    loaded = again.state_dict()
     return [
         name
-        for name, value in stored.items()
+        for name, value in model.state_dict().items()
         if name not in loaded or not torch.equal(value.to(loaded[name].dtype), loaded[name])
     ]
 
@@ -256,14 +271,3 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
 def size(found: Mapping[str, Tensor]) -> float:
     """Return the largest number among some outputs, at least 1."""
     return max(1.0, *(float(value.abs().max()) for value in found.values()))
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
