@@ -146,6 +146,11 @@ def largest(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     return max(gap(value, right[name]) for name, value in left.items())
 
 
+def size(found: Mapping[str, Tensor]) -> float:
+    """Return the largest number among some outputs, at least 1."""
+    return max(1.0, *(float(value.abs().max()) for value in found.values()))
+
+
 def compared(full: Mapping[str, Tensor], small: Mapping[str, Tensor], plan: Plan) -> float:
     """Return the largest difference between the outputs of a masked and of a compacted model.
 

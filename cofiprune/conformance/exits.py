@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.conformance.calls import Call, calls_of, crash_site, gap, inside, record
+from cofiprune.conformance.calls import Call, calls_of, crash_site, gap, inside, record, size
 from cofiprune.conformance.specimens import Subject
 from cofiprune.errors import LawError
 from cofiprune.hooks import replaced_forward
@@ -160,7 +160,7 @@ def _check_other_blocks(subject: Subject, masks: MaskRegistry, kind: str) -> Non
         own = any(inside(path, root) for block in removed for root in _roots(block))
         # No row tells which block a module without parameters, an activation say, belongs to.
         is_described = any(True for _ in model.get_submodule(path).parameters())
-        if own or not is_described or (other is not None and gap(value, other) <= _NOTHING):
+        if own or not is_described or (other is not None and gap(value, other) <= _NOTHING * size({path: value})):
             continue
         layer = next((each for each in structure.layers if inside(path, each)), "")
         for block in removed:

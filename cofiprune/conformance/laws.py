@@ -16,7 +16,7 @@ from transformers.utils import logging
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance import exits, fault
-from cofiprune.conformance.calls import calls_of, compared, largest
+from cofiprune.conformance.calls import calls_of, compared, largest, size
 from cofiprune.conformance.specimens import Choice, Subject, Values, outputs, tensors
 from cofiprune.errors import LawError
 from cofiprune.masks import MaskRegistry
@@ -64,13 +64,13 @@ def check_structure(subject: Subject) -> None:
     exits.check_covered(structure)
     for attribute in structure.attributes:
         group = structure[attribute.group]
-        size = group.size * attribute.per_unit
+        wanted = group.size * attribute.per_unit
         value = getattr(subject.model.get_submodule(attribute.module), attribute.name, None)
         counts = attribute.per_unit == 1 or value in (None, group.size)
-        if value != size and counts:  # the number of elements per unit is checked by the laws of the masks
+        if value != wanted and counts:  # the number of elements per unit is checked by the laws of the masks
             readers = [spec for spec in structure.parameters if spec.gated and fault.role_of(spec, group.name)]
             raise LawError(
-                f"{attribute.name!r} of {attribute.module!r} is {value}, and should be {size}: {group.name} has "
+                f"{attribute.name!r} of {attribute.module!r} is {value}, and should be {wanted}: {group.name} has "
                 f"{group.size} units, and {attribute.per_unit} is counted for each. Check the attribute's name and its "
                 "axis (HEADS.of(1) counts heads, HEADS their elements), sizes, and the projection that says how many "
                 f"elements a unit has: {fault.described(readers)}."
@@ -266,8 +266,3 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
             state = "missing" if gradient is None else f"{gradient.tolist()}"
             scaled = fault.scaled_by(structure, name)
             raise LawError(f"the gradient of mask {name!r} is {state}. {scaled}")
-
-
-def size(found: Mapping[str, Tensor]) -> float:
-    """Return the largest number among some outputs, at least 1."""
-    return max(1.0, *(float(value.abs().max()) for value in found.values()))

@@ -18,8 +18,7 @@ import torch
 
 from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, encoder_path, known_families
 from cofiprune.conformance.battery import check_laws
-from cofiprune.conformance.calls import calls_of, compared, inside
-from cofiprune.conformance.laws import size
+from cofiprune.conformance.calls import calls_of, compared, inside, size
 from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values, tiny_copy
 from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes
 from cofiprune.derivation.exits import Bypass, find_bypasses
