@@ -75,7 +75,7 @@ _WIDE = dict.fromkeys(("hidden_size", "embedding_size"), 192) | dict.fromkeys(
 # Classes of these tasks read the encoder through a decoder, or are one.
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
-_TOKENS = 9
+_TOKENS, _FRAMES = 9, 40
 _LARGEST = 30_000_000
 """Parameters up to which a model is tried out itself, where no tiny copy can be built."""
 
@@ -218,8 +218,9 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
             "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
             "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
         }
+    length = _TOKENS if name == "input_ids" else _FRAMES
     try:
-        batch = synthetic_inputs(model, batch_size=3, seq_len=_TOKENS, generator=generator, padding=True)
+        batch = synthetic_inputs(model, batch_size=3, seq_len=length, generator=generator, padding=True)
     except DataError as error:
         raise AdapterError(f"{error}. Pass a batch for it: batch={{{name!r}: ...}}") from error
     if hasattr(config, "conv_stride") or hasattr(config, "feature_projection_input_dim"):
