@@ -138,16 +138,17 @@ def held_out(
     return evaluate
 
 
-def metric_name(metric: str, values: Iterable[str]) -> str:
+def metric_name(metric: str, values: Iterable[str], setting: str = "metric_for_best_model") -> str:
     """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
 
+    :param setting: that asks for it.
     :raises SettingsError: when it gives no such metric.
     """
     found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
     if found is None:
         known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
         raise SettingsError(
-            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
+            f"{setting}={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
             f"{suggest(metric, known)} compute_metrics can add others"
         )
     return found
