@@ -24,12 +24,11 @@ from cofiprune.masking import attach_to
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
+from cofiprune.training.arguments import counted_length, take_masks_off
 from cofiprune.training.checkpoint import check_same, has_checkpoints, identifying
-from cofiprune.training.checks import take_masks_off
 from cofiprune.training.environment import metric_name
 from cofiprune.training.result import PruneResult
 from cofiprune.training.run import Run
-from cofiprune.training.targets import counted_length
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
