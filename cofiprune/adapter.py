@@ -21,7 +21,6 @@ from cofiprune.family import (
     INTERMEDIATE,
     Axis,
     BlockTable,
-    ConfigSizes,
     ExtraTable,
     Family,
     Weights,
@@ -37,7 +36,7 @@ from cofiprune.family import (
 from cofiprune.record import recorded_sizes, recorded_table
 from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.resolving import Resolver, encoder_path
-from cofiprune.structure import BlockExit, Shared, Structure
+from cofiprune.structure import BlockExit, ConfigSizes, Shared, Structure
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -28,6 +28,8 @@ PredictionKind = Literal[
     "multi-label",
     "embedding",
     "masked-lm",
+    "multiple-choice",
+    "other",
 ]
 LayerMatch = Literal["nearest", "ordered", "same-index"]
 
@@ -62,11 +64,11 @@ def logit_loss(
 
     | kind | prediction | loss |
     |---|---|---|
-    | classification | logits [B, C] | KL(teacher || student), mean over B |
+    | classification, multiple-choice | logits [B, C] | KL(teacher || student), mean over B |
     | token-classification, masked-lm | logits [B, T, C] | the same, mean over tokens |
     | question-answering | start and end logits [B, T] | the same over positions, mean of the two |
     | multi-label | logits [B, C] | KL of one Bernoulli per label, sum over C, mean over B |
-    | regression | scores [B, ...] | squared error, mean |
+    | regression, other | scores [B, ...] | squared error, mean |
     | embedding | states [B, T, H] or pooled [B, H] | squared error, mean over H and over tokens or B |
 
     A KL is taken at `temperature` and multiplied by its square, which keeps the size of its gradient (Section 2.1 of
@@ -89,7 +91,7 @@ def logit_loss(
     ours, theirs = [list(part.shape) for part in students], [list(part.shape) for part in teachers]
     if ours != theirs:
         raise TeacherError(f"the student predicts {ours} and the teacher {theirs}: not the same task")
-    if ours[0][-1] == 1 and kind in ("classification", "token-classification", "masked-lm"):
+    if ours[0][-1] == 1 and kind in ("classification", "multiple-choice", "token-classification", "masked-lm"):
         raise TeacherError(f"{kind} with one class: its softmax is always 1; if it is a score, it is a regression")
     losses = [
         _prediction_loss(_wide(part), _wide(target.detach()), temperature=temperature, kind=kind, mask=mask)
@@ -101,7 +103,7 @@ def logit_loss(
 def _prediction_loss(
     student: Tensor, teacher: Tensor, *, temperature: float, kind: PredictionKind, mask: Tensor | None
 ) -> Tensor:
-    if kind == "regression":
+    if kind in ("regression", "other"):
         return _mean_over(mask, (student - teacher).square().reshape(len(student), -1).mean(-1))
     if kind == "embedding":
         return _mean_over(mask, (student - teacher).square().mean(-1))

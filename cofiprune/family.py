@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cofiprune.errors import CheckpointError, explained
-from cofiprune.structure import BlockExit, Kind, Role, Shared
+from cofiprune.structure import BlockExit, ConfigSizes, Kind, Role, Shared
 
 
 @dataclass(frozen=True)
@@ -143,18 +143,6 @@ class BlockTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigSizes:
-    """The settings of a configuration that state the sizes of a model."""
-
-    layers: str = "num_hidden_layers"
-    hidden: str = "hidden_size"
-    heads: str = "num_attention_heads"
-    intermediate: str = "intermediate_size"
-    head_dim: str | None = None
-    """The setting that states the width of a head; None where it is the hidden size over the number of heads."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExtraTable:
     """Parts of a layer that belong to neither block and always stay; of the groups, only `hidden` reaches into them.
     An example are the convolution and the last norm of a conformer's layer."""
@@ -184,7 +172,7 @@ class Family:
     """Path of the encoder in models with a head, where their class does not name it as the base model."""
     applications: tuple[int, ...] | None = None
     """Times that each layer runs in a forward pass, if layers share their weights; None for once each."""
-    config: ConfigSizes = ConfigSizes()
+    config: ConfigSizes = field(default_factory=ConfigSizes)
     """The settings that state the units of `hidden`, and of `heads` and `intermediate` per layer."""
     sizes: Mapping[Kind, int] = field(default_factory=dict)
     """Units of a kind whose number no setting states as it is."""

@@ -114,6 +114,7 @@ class Resolver:
             embeddings=tuple(self.tables),
             refused=self.refused,
             extra=tuple(_placed(each, path) for path in paths for each in family.extra.exits),
+            config_sizes=family.config if family.uniform else None,
         )
 
     def _members(self, path: str) -> list[str]:

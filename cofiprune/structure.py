@@ -202,6 +202,18 @@ class SizeAttribute:
     per_unit: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfigSizes:
+    """The settings of a configuration that state the sizes of a model."""
+
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    intermediate: str = "intermediate_size"
+    head_dim: str | None = None
+    """The setting that states the width of a head; None where it is the hidden size over the number of heads."""
+
+
 @dataclass(frozen=True)
 class Structure(Mapping[str, Group]):
     """The prunable structure of one model: a mapping from group name to `Group`, in canonical order.
@@ -229,6 +241,8 @@ class Structure(Mapping[str, Group]):
     """The family's table as plain values, if a compacted model has to carry it."""
     extra: tuple[BlockExit, ...] = ()
     """Exits into the residual stream of the parts of layers that belong to no block, and always stay."""
+    config_sizes: ConfigSizes | None = None
+    """How the configuration states the sizes; None where it cannot state smaller ones, the same in every layer."""
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:

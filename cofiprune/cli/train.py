@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cofiprune.cli.loading import Loaded, add_data_options, load
-from cofiprune.cli.models import add_model_options, load_model, model_name
+from cofiprune.cli.loading import Loaded, add_data_options, add_model_options, load, load_model, model_name
 from cofiprune.cli.options import (
     add_settings,
     given_settings,
@@ -99,14 +98,12 @@ def finetune(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> dict[str, Any]:
     """Return the target that was given, checked as far as that goes without the model."""
-    from cofiprune.selection.arguments import parse_sparsities, parse_target
+    from cofiprune.selection.target import parse_target
 
     asked = {name: getattr(options, name) for name in TARGETS}
-    listed = asked["target_sparsity"]
-    if listed is not None:
-        asked["target_sparsity"] = listed[0]
-    name, value = parse_target(asked)
-    return {name: parse_sparsities(listed) if listed is not None and len(listed) > 1 else value}
+    if asked["target_sparsity"] is not None and len(asked["target_sparsity"]) == 1:
+        (asked["target_sparsity"],) = asked["target_sparsity"]
+    return dict([parse_target(asked)])
 
 
 def _prepare(

@@ -12,33 +12,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cofiprune.adapter import ConfigSizes, adapter_for
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import PlanError
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
-from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
+from cofiprune.structure import UNIT_KINDS, ConfigSizes, Structure, UnitKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def config_names(model: PreTrainedModel) -> ConfigSizes:
+def config_names(model: PreTrainedModel, structure: Structure) -> ConfigSizes:
     """Return the names of the sizes in a model's configuration.
 
     :raises PlanError: when its family's adapter does not give them, or the model has been compacted already.
     """
-    family = adapter_for(model).describe(model.config)
-    if not family.uniform:
+    if structure.config_sizes is None:
         raise PlanError(
-            f"the configuration of {model.config.model_type} cannot state smaller sizes, or its adapter does not "
+            f"the configuration of {structure.family} cannot state smaller sizes, or its adapter does not "
             "declare that it can (Family(uniform=True)); leave out uniform"
         )
     if recorded_sizes(model.config) is not None:
         raise PlanError(
             "this model has been compacted to sizes that its configuration does not state; start from the dense one"
         )
-    return family.config
+    return structure.config_sizes
 
 
 def uniform_units(
@@ -52,7 +50,7 @@ def uniform_units(
     :param asked: kinds that must be among them; None for all that can.
     :raises PlanError: when one of them is not.
     """
-    names = config_names(model)
+    names = config_names(model, structure)
     heads = structure["layers.0.heads"].size if "layers.0.heads" in structure else 1
     width = structure["hidden"].size // heads if "hidden" in structure else 0
     possible: set[UnitKind] = {"layer", "intermediate"}
@@ -89,7 +87,7 @@ def uniform_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> Pr
 
     :raises PlanError: when the layers differ in shape, or the family's configuration cannot state the sizes.
     """
-    names = config_names(model)
+    names = config_names(model, structure)
     layers = _layers(structure, plan)
     config = _configured(model.config, names, structure, plan, layers)
     small = compacted(model, structure, plan)

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import TargetError
-from cofiprune.latency.cost import LatencyCost
 from cofiprune.latency.measuring import Progress, measure, timed
-from cofiprune.latency.table import Conditions, LatencyTable
+from cofiprune.latency.table import Conditions, LatencyCost, LatencyTable
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
@@ -70,25 +69,17 @@ def latency_target(
     table = table_for(model, structure, conditions, cache, on_progress)
     dense = compacted(model, structure, Plan.from_values(structure, {}))
     total = round(table.dense)
+
+    def measured(small: PreTrainedModel) -> float:
+        """Median nanoseconds; for a speed-up in proportion to the dense model in the same round, of which a busy
+        machine slows down both."""
+        with timed(dense, conditions, seconds=_SECONDS) as stopwatch:
+            ours, theirs = stopwatch([small, dense])
+        return float(np.median(ours / theirs * total if name == "target_speedup" else ours))
+
     setting = f"at batch {conditions.batch_size} and length {conditions.seq_len} on {conditions.device}"
-    measured = partial(_measured, dense=dense, conditions=conditions, relative=name == "target_speedup", total=total)
     cost = partial(LatencyCost, table)
-    target = Target.create(name, value, cost, total, setting=setting, slack=_SLACK, measure=measured)
-    if target.budget >= total:
-        raise TargetError(f"target_latency_ms={value:g}: the dense model takes {total / 1e6:.3g} ms {setting} already")
-    return target
-
-
-def _measured(
-    small: PreTrainedModel, *, dense: PreTrainedModel, conditions: Conditions, relative: bool, total: int
-) -> float:
-    """Median nanoseconds of a smaller model.
-
-    :param relative: in proportion to the dense model in the same round, whatever else the machine does then.
-    """
-    with timed(dense, conditions, seconds=_SECONDS) as stopwatch:
-        ours, theirs = stopwatch([small, dense])
-    return float(np.median(ours / theirs * total if relative else ours))
+    return Target.create(name, value, cost, total, setting=setting, slack=_SLACK, measure=measured)
 
 
 def cache_folder() -> Path:

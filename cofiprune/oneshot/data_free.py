@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.data.tasks import supported_kwargs, task_of
-from cofiprune.distillation import PredictionKind, logit_loss, predictions
+from cofiprune.distillation import logit_loss, predictions
 from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import masks_of
@@ -136,7 +136,7 @@ def _reconstructed(
     source = model
     if teacher is not model and _same_structure(teacher, structure):
         source = teacher
-    Reconstruction(source, structure, small, structure.cut(plan.kept), plan, batches).run()
+    Reconstruction(source, structure, small, plan, batches).run()
     after = divergence(small, wanted, held_out, hidden=hidden)
     if not after < before:
         return OneShotReport(plan, before, before)
@@ -212,7 +212,7 @@ def divergence(
     :param reference: predictions to the same batches.
     :param hidden: the reference's dimension of each of the model's, for an encoder without a head that has fewer.
     """
-    kind = _kind_of(model)
+    kind = task_of(model)
     total = 0.0
     for batch, theirs in zip(batches, reference, strict=True):
         (ours,) = outputs_of(model, [batch])
@@ -224,13 +224,3 @@ def divergence(
         total += float(logit_loss(ours, theirs, temperature=1.0, kind=kind, mask=mask))
     mean = total / max(len(batches), 1)
     return max(mean, 0.0) if math.isfinite(mean) else math.inf  # a KL of next to nothing can round to less
-
-
-def _kind_of(model: PreTrainedModel) -> PredictionKind:
-    """Return how a model's predictions are compared: by the head's task, by squares where that says nothing."""
-    task = task_of(model)
-    if task == "multiple-choice":
-        return "classification"
-    if task in get_args(PredictionKind):
-        return task  # type: ignore[return-value]
-    return "regression"

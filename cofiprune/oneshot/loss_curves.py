@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from cofiprune.errors import DataError
 from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
-from cofiprune.oneshot.sensitivity import Sensitivity, input_sensitivity, output_sensitivity
+from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
 from cofiprune.structure import Block, Side, Structure
 
@@ -92,7 +92,7 @@ def block_curves(
     """
     last = {gate: path for gate, path in projections(model, structure).items() if gate in gates}
     moments = {gate: Moments(*reversed(model.get_parameter(f"{path}.weight").shape)) for gate, path in last.items()}
-    for seen in output_sensitivity(model, last, batches, seed=seed):
+    for seen in sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed=seed):
         for gate, what in seen.items():
             moments[gate].add(what)
     # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
@@ -127,40 +127,29 @@ def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
     return _removed([_State(weight[:, columns], inverse, outputs, side.copies * side.block)], side.units)
 
 
-def stream_curve(places: Sequence[Moments]) -> LossCurve:
-    """Remove dimensions of the residual stream one after the other, from all places that read it at once.
-
-    Whatever reads the stream gives up the same dimensions, and each place makes up for them by itself: W is the
-    identity, and G is that of the derivatives with respect to what is read there.
-
-    :param places: moments of what is read, with the derivatives with respect to it; finite, at least one.
-    """
-    states = []
-    for moments in places:
-        inputs, outputs = moments.factors()
-        size = len(inputs) - 1
-        states.append(_State(torch.eye(size, size + 1, dtype=torch.float64), torch.linalg.inv(inputs), outputs, 1))
-    return _removed(states, size)
-
-
 def hidden_curve(
     model: PreTrainedModel, structure: Structure, batches: Sequence[Batch], *, seed: int
 ) -> LossCurve | None:
     """Return the curve of the hidden dimensions; None where nothing that reads them can be watched.
 
     A hidden dimension is written and read in every layer. What it costs to lose it is what it costs all places that
-    read the stream, when each of them fits its other inputs to make up for it (`stream_curve`).
+    read the stream, when each of them fits its other inputs to make up for it: W is the identity there, and G is that
+    of the derivatives with respect to what is read.
 
     :param batches: on any device.
     """
     places = _places(model, structure, placed(batches[0], model))
     width = structure["hidden"].size
     moments = {place: Moments(width, width) for place in places}
-    for seen in input_sensitivity(model, places, batches, seed=seed):
+    for seen in sensitivity(model, places, batches, seed=seed, of_inputs=True):
         for place, what in seen.items():
             moments[place].add(what)
-    found = [part for part in moments.values() if part.rows and part.finite]
-    return stream_curve(found) if found else None
+    states = []
+    for found in moments.values():
+        if found.rows and found.finite:
+            inputs, outputs = found.factors()
+            states.append(_State(torch.eye(width, width + 1, dtype=torch.float64), torch.linalg.inv(inputs), outputs))
+    return _removed(states, width) if states else None
 
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:
@@ -207,7 +196,7 @@ class _State:
     """[n + 1, n + 1] of the inputs' second moments."""
     outputs: Tensor
     """[H, H]"""
-    block: int
+    block: int = 1
 
     def scores(self, units: int) -> Tensor:
         """[u]: what removing each of the units would cost."""

@@ -20,15 +20,14 @@ Shapes: n inputs of a linear layer, K outputs, H hidden, N positions of a batch 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from cofiprune.compaction.slicing import positions
-from cofiprune.inference.siblings import is_linear
-from cofiprune.oneshot.layerwise import Batch, Layerwise, activations, calls, projections, readers, valid_rows
+from cofiprune.inference.fusion import is_linear
+from cofiprune.oneshot.layerwise import Batch, Layerwise, calls, projections, readers, valid_rows
 from cofiprune.oneshot.regression import AffineFit, LeastSquares
 from cofiprune.plan import Plan
 from cofiprune.structure import Block, Parameter, Structure
@@ -47,143 +46,124 @@ class Reconstruction:
     """A model that was cut, the model whose blocks it is to reproduce, and the inputs to do it on."""
 
     reference: nn.Module
-    reference_structure: Structure
+    structure: Structure
+    """Of the reference."""
     small: nn.Module
-    small_structure: Structure
     plan: Plan
     """The cut, in terms of the reference."""
     batches: Sequence[Batch]
-    weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    """Weights of the positions, [N] for each batch, by gate; without an entry all count alike."""
-    everything: bool = False
-    """Real data: the linear layers that read the stream, and those of the head, are refitted too, each with the ridge
-    that held-out rows choose."""
+    weights: Mapping[str, Sequence[Tensor]] | None = None
+    """Weights of the positions of real data, [N] for each batch, by gate; without an entry all count alike. The linear
+    layers that read the stream, and those of the head, are then refitted too, each with the ridge that held-out rows
+    choose. None for synthetic inputs."""
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> None:
         """Refit the small model in place, from the bottom to the top.
 
         :param on_progress: called with the share done, in (0, 1].
         """
-        above = Layerwise(self.reference, self.reference_structure, self.batches)
-        walk = Layerwise(self.small, self.small_structure, self.batches)
-        below, on_top = self._norms_outside(walk.batches[0])
-        self._refit_outside(below, walk.batches)
-        layers = len(self.reference_structure.layers)
+        above, walk = self._walks()
+        first = walk.batches[0]
+        before, after = norms_outside(self.small, self._small_structure, first) if self._norms else ([], [])
+        head = [] if self.weights is None else head_linears(self.small, self._small_structure, first)
+        self._refit(above, walk, [[path] for path in before])
+        layers = len(self.structure.layers)
         for layer in range(layers):
-            stages = list(self._stages(layer))
-            targets = self._targets(above, [path for paths in stages for path in paths])
-            for paths in stages:
-                refit = self._refit_norm if paths[0] in self._norms else self._refit
-                refit(walk, paths, targets)
-            for index in range(len(walk.batches)):
-                walk.look(index, settle=True)
+            self._refit(above, walk, list(self._stages(layer)), settle=True)
             above.advance()
             walk.advance()
             if on_progress is not None:
                 on_progress((layer + 1) / layers)
-        self._refit_outside(on_top, walk.batches)
-        if self.everything:
-            self._refit_head(walk.batches)
+        # From below again: layers with shared weights leave the walk with the output of the first of them.
+        self._refit(*self._walks(), [[path] for path in (*after, *head)])
+
+    def _walks(self) -> tuple[Layerwise, Layerwise]:
+        return (
+            Layerwise(self.reference, self.structure, self.batches),
+            Layerwise(self.small, self._small_structure, self.batches),
+        )
+
+    @cached_property
+    def _small_structure(self) -> Structure:
+        return self.structure.cut(self.plan.kept)
 
     def _stages(self, layer: int) -> Iterator[list[str]]:
         """Give the paths in a layer that are refitted at the same time, one stage after the other."""
-        dense = projections(self.reference, self.reference_structure)
-        small = projections(self.small, self.small_structure)
-        for block in self.small_structure.blocks:
-            if self.small_structure[block.gate].layer != layer:
+        dense = projections(self.reference, self.structure)
+        small = projections(self.small, self._small_structure)
+        for block in self._small_structure.blocks:
+            if self._small_structure[block.gate].layer != layer:
                 continue
-            norms = [[path] for path in norms_of(self.small_structure, block) if path in self._norms]
-            stages = []
+            norms = [[path] for path in norms_of(self._small_structure, block) if path in self._norms]
             # Layers with shared weights read something else each time, and the walk sees the first of them.
-            if self.everything and not self.reference_structure.applications:
-                stages.append([path for path in readers(self.small, self.small_structure, block) if self._learns(path)])
-            if block.gate in small and block.gate in dense and self._learns(small[block.gate]):
-                stages.append([small[block.gate]])
-            stages = [*stages, *norms] if block.exit.residual else [*norms, *stages]
-            yield from (paths for paths in stages if paths)
-
-    @cached_property
-    def _hidden(self) -> Tensor:
-        """The hidden dimensions of the reference that the small model has."""
-        return torch.tensor(self.plan.keep.get("hidden", ()))
+            reads = self.weights is not None and not self.structure.applications
+            linears = [
+                readers(self.small, self._small_structure, block) if reads else [],
+                [small[block.gate]] if block.gate in small and block.gate in dense else [],
+            ]
+            learning = [[path for path in paths if self._learns(path)] for paths in linears]
+            stages = [*learning, *norms] if block.exit.residual else [*norms, *learning]
+            yield from filter(None, stages)
 
     @cached_property
     def _norms(self) -> set[str]:
         """The norms that are refitted: all of them where hidden dimensions are gone, else none."""
-        whole = self.reference_structure.sizes.get("hidden", 0)
-        return {norm.module for norm in self.small_structure.norms} if len(self._hidden) < whole else set()
-
-    def _norms_outside(self, batch: Batch) -> tuple[list[str], list[str]]:
-        return norms_outside(self.small, self.small_structure, batch) if self._norms else ([], [])
+        sizes = self._small_structure.sizes
+        if sizes.get("hidden") == self.structure.sizes.get("hidden"):
+            return set()
+        return {norm.module for norm in self._small_structure.norms if norm.module in self._weights_of}
 
     def _learns(self, path: str) -> bool:
         return self.small.get_parameter(f"{path}.weight").requires_grad  # frozen weights stay as they are
 
     @cached_property
     def _weights_of(self) -> dict[str, Parameter]:
-        """The matrices of the reference by the path of their module."""
-        found = {spec.name.removesuffix(".weight"): spec for spec in self.reference_structure.parameters}
+        """The weights of the reference by the path of their module."""
+        found = {spec.name.removesuffix(".weight"): spec for spec in self.structure.parameters}
         return {path: spec for path, spec in found.items() if path != spec.name}
 
-    def _targets(self, walk: Layerwise, paths: Sequence[str]) -> dict[str, list[Tensor]]:
-        """Return the outputs of the reference at each module of a layer, by path: a tensor [N, K] for each batch."""
-        targets: dict[str, list[Tensor]] = {path: [] for path in paths}
-        for index, batch in enumerate(walk.batches):
-            for path, seen in walk.look(index, paths, settle=True).items():
+    def _refit(self, above: Layerwise, walk: Layerwise, stages: Sequence[list[str]], *, settle: bool = False) -> None:
+        """Refit modules to what those of the reference put out, stage by stage.
+
+        :param settle: run the current layer to its end, in both models, so that the walks can go up.
+        """
+        targets: dict[str, list[Tensor]] = {path: [] for paths in stages for path in paths}
+        if not targets and not settle:
+            return
+        for index, batch in enumerate(above.batches):
+            for path, seen in above.look(index, list(targets), settle=settle).items():
                 side = self._weights_of[path].sides[0]
                 rows = valid_rows(seen.sum, batch)
                 targets[path].append(rows if side is None else rows[:, positions(side, self.plan.keep[side.group])])
-        return targets
+        for paths in stages:
+            self._fit(walk, paths, targets)
+        for index in range(len(walk.batches)) if settle else ():
+            walk.look(index, settle=True)
 
-    def _refit(self, walk: Layerwise, paths: Sequence[str], targets: Mapping[str, Sequence[Tensor]]) -> None:
-        """Fit what is missing in the outputs of some linear layers, and add it to them."""
-        fits = {path: LeastSquares.of(self.small.get_submodule(path)) for path in paths}
+    def _fit(self, walk: Layerwise, paths: Sequence[str], targets: Mapping[str, Sequence[Tensor]]) -> None:
+        """Fit linear layers to what is missing in their outputs; scale and shift norms to be right on average."""
+        modules = {path: self.small.get_submodule(path) for path in paths}
+        norms = {path: AffineFit(self._small_structure.sizes["hidden"]) for path in paths if path in self._norms}
+        linears = {path: LeastSquares.of(modules[path]) for path in paths if path not in norms}
         for index, batch in enumerate(walk.batches):
             for path, seen in walk.look(index, paths).items():
-                sums = valid_rows(seen.sum, batch)
-                missing = targets[path][index].to(sums) - sums
-                fits[path].add(valid_rows(seen.inputs, batch), missing, self._weights(path, index))
-        for path, fit in fits.items():
-            fit.correct(self.small.get_submodule(path), None if self.everything else RIDGE)
+                found = valid_rows(seen.sum, batch)
+                wanted = targets[path][index].to(found)
+                if path in norms:
+                    norms[path].add(found, wanted)
+                else:
+                    inputs = valid_rows(seen.inputs, batch)
+                    linears[path].add(inputs, wanted - found, self._position_weights(path, index))
+        for path, norm in norms.items():
+            norm.correct(modules[path])
+        for path, linear in linears.items():
+            linear.correct(modules[path], RIDGE if self.weights is None else None)
 
-    def _weights(self, path: str, index: int) -> Tensor | None:
-        """Return the weights of the positions for a block's last projection; None for the layers that read."""
+    def _position_weights(self, path: str, index: int) -> Tensor | None:
+        """Return the weights of the positions for a block's last projection; None for other layers."""
         spec = self._weights_of[path]
-        weights = self.weights.get(spec.gate) if spec.gated and spec.gate is not None else None
+        weights = self.weights.get(spec.gate or "") if self.weights and spec.gated else None
         return None if weights is None else weights[index]
-
-    def _refit_norm(self, walk: Layerwise, paths: Sequence[str], targets: Mapping[str, Sequence[Tensor]]) -> None:
-        """Let a norm put out, in the dimensions that are left, what it did in the dense model, on average."""
-        fit = AffineFit(len(self._hidden))
-        for index, batch in enumerate(walk.batches):
-            for path, seen in walk.look(index, paths).items():
-                fit.add(valid_rows(seen.outputs, batch), targets[path][index])
-        fit.correct(self.small.get_submodule(paths[0]))
-
-    def _refit_outside(self, norms: Sequence[str], batches: Sequence[Batch]) -> None:
-        """Refit norms outside of the layers, one after the other."""
-        for path in norms:
-            fit = AffineFit(len(self._hidden))
-            for batch in batches:
-                small, dense = (activations(model, [path], batch)[0][path] for model in (self.small, self.reference))
-                wanted = valid_rows(dense.outputs, batch)
-                fit.add(valid_rows(small.outputs, batch), wanted[:, self._hidden.to(wanted.device)])
-            fit.correct(self.small.get_submodule(path))
-
-    def _refit_head(self, batches: Sequence[Batch]) -> None:
-        """Refit the linear layers after the last layer, each on what the ones before it give now."""
-        paths = head_linears(self.small, self.small_structure, batches[0])
-        targets = [activations(self.reference, paths, batch)[0] for batch in batches]
-        for path in paths:
-            module = self.small.get_submodule(path)
-            if targets[0][path].outputs.shape[-1] != module.out_features:
-                continue  # it writes hidden dimensions, of which some are gone
-            fit = LeastSquares.of(module)
-            for batch, wanted in zip(batches, targets, strict=True):
-                seen = activations(self.small, [path], batch)[0][path]
-                missing = wanted[path].outputs.to(seen.outputs) - seen.outputs
-                fit.add(valid_rows(seen.inputs, batch), valid_rows(missing, batch))
-            fit.correct(module)
 
 
 def norms_of(structure: Structure, block: Block) -> list[str]:

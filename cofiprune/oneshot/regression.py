@@ -22,7 +22,11 @@ class LeastSquares:
 
     def __init__(self, inputs: int, outputs: int) -> None:
         """Start empty; memory is 2 * (inputs + 1) * (inputs + 1 + outputs) numbers, whatever the number of rows."""
-        self._parts = [_Part(inputs, outputs) for _ in range(2)]
+        self.gram = torch.zeros(2, inputs + 1, inputs + 1, dtype=torch.float64)
+        """Of what is fitted and what is held out; the bias last."""
+        self.moment = torch.zeros(2, inputs + 1, outputs, dtype=torch.float64)
+        self.held_out = 0.0
+        """Sum of the squared targets that are held out."""
 
     @classmethod
     def of(cls, module: nn.Module) -> LeastSquares:
@@ -35,16 +39,17 @@ class LeastSquares:
 
         :param inputs: [N, n].
         :param targets: [N, K].
-        :param weights: [N], how much each row counts; None for 1.
+        :param weights: [N], above 0, how much each row counts; None for 1.
         """
+        extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        weighted = extended if weights is None else extended * weights.to(extended).unsqueeze(1)
         fitted = len(inputs) - len(inputs) // HELD_OUT
-        for part, rows in zip(self._parts, (slice(fitted), slice(fitted, None)), strict=True):
-            part.add(inputs[rows], targets[rows], None if weights is None else weights[rows])
-
-    @property
-    def gram(self) -> Tensor:
-        """[n + 1, n + 1], the bias last."""
-        return self._parts[0].gram + self._parts[1].gram
+        # Products of one batch in the inputs' own precision, sums in float64: seven digits are plenty beside the ridge.
+        for part, rows in enumerate((slice(fitted), slice(fitted, None))):
+            self.gram[part] += (weighted[rows].T @ extended[rows]).cpu()
+            self.moment[part] += (weighted[rows].T @ targets[rows]).cpu()
+        squares = targets[fitted:].double().square().sum(dim=1)
+        self.held_out += float((squares if weights is None else squares * weights[fitted:].to(squares)).sum())
 
     def solve(self, ridge: float, *, bias: bool = True) -> tuple[Tensor, Tensor] | None:
         """Return weight [K, n] and bias [K] of min ||X W^T + b - Y||^2 + ridge * mean(diag(X^T X)) * ||W||^2.
@@ -54,7 +59,7 @@ class LeastSquares:
         :param bias: False fits W alone and returns a bias of zeros.
         :return: None when the statistics are not finite.
         """
-        solution = _solved(self.gram, self._parts[0].moment + self._parts[1].moment, ridge, bias=bias)
+        solution = _solved(self.gram.sum(dim=0), self.moment.sum(dim=0), ridge, bias=bias)
         return None if solution is None else (solution[:-1].T, solution[-1])
 
     def chosen_ridge(self, *, bias: bool = True) -> float:
@@ -63,12 +68,14 @@ class LeastSquares:
         Batches of fewer than five rows leave nothing to choose by.
         """
         best, chosen = float("inf"), RIDGES[-1]
-        fitted, held_out = self._parts
-        for ridge in RIDGES if fitted.rows and held_out.rows else ():
-            solution = _solved(fitted.gram, fitted.moment, ridge, bias=bias)
-            error = float("inf") if solution is None else held_out.error(solution)
-            if error < best:
-                best, chosen = error, ridge
+        both = bool((self.gram[:, -1, -1] > 0).all())  # the sum of the rows' weights
+        for ridge in RIDGES if both else ():
+            solution = _solved(self.gram[0], self.moment[0], ridge, bias=bias)
+            if solution is None:
+                continue
+            fit = float((solution * (self.gram[1] @ solution)).sum()) - 2 * float((solution * self.moment[1]).sum())
+            if self.held_out + fit < best:
+                best, chosen = self.held_out + fit, ridge
         return chosen
 
     def correct(self, module: nn.Module, ridge: float | None = None) -> None:
@@ -85,31 +92,6 @@ class LeastSquares:
             for value, change in zip((module.weight, module.bias), found, strict=True):
                 if value is not None:
                     value.copy_(value.cpu().double() + change)
-
-
-class _Part:
-    """Sums over some of the rows."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
-        self.moment = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
-        self.squares = 0.0
-        self.rows = 0
-
-    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None) -> None:
-        extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        weighted = extended if weights is None else extended * weights.to(extended).unsqueeze(1)
-        # Products of one batch in the inputs' own precision, sums in float64: seven digits are plenty beside the ridge.
-        self.gram += (weighted.T @ extended).cpu()
-        self.moment += (weighted.T @ targets).cpu()
-        squares = targets.double().square().sum(dim=1)
-        self.squares += float((squares if weights is None else squares * weights.to(squares)).sum())
-        self.rows += len(inputs)
-
-    def error(self, solution: Tensor) -> float:
-        """Summed squared error of a solution [n + 1, K]."""
-        fit = float((solution * (self.gram @ solution)).sum()) - 2 * float((solution * self.moment).sum())
-        return self.squares + fit
 
 
 def _solved(gram: Tensor, moment: Tensor, ridge: float, *, bias: bool) -> Tensor | None:

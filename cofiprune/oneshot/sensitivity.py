@@ -33,7 +33,8 @@ FLOOR = 0.02
 without any rows."""
 BATCHES = 32
 Places = Mapping[str, Sequence[str]]
-"""Paths of linear layers by the name of the place where they are; those of one place read the same."""
+"""Paths of linear layers by the name of the place where they are; those of one place read the same. A place of which
+none is called as a module is left out."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,29 @@ class Sensitivity:
     """[N]: squared norms of the gradients, divided by their mean over the example, at least `FLOOR`."""
 
 
-def output_sensitivity(
-    model: PreTrainedModel, last: Mapping[str, str], batches: Sequence[Batch], *, seed: int
+def sensitivity(
+    model: PreTrainedModel, places: Places, batches: Sequence[Batch], *, seed: int, of_inputs: bool = False
 ) -> Iterator[dict[str, Sensitivity]]:
-    """Run a model forward and backward and give the sensitivity to the outputs of blocks, by gate, for every batch.
+    """Run a model forward and backward and give the sensitivity at some places, by name, for every batch.
 
-    :param last: paths of the blocks' last projections, by gate.
     :param batches: on any device; padding is left out of everything.
+    :param of_inputs: to what the layers of a place read, summed over them; else to the output of the one layer there.
     """
-    return _sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed, of_outputs=True)
-
-
-def input_sensitivity(
-    model: PreTrainedModel, places: Places, batches: Sequence[Batch], *, seed: int
-) -> Iterator[dict[str, Sensitivity]]:
-    """The same for what linear layers read; gradients are summed over the layers of a place."""
-    return _sensitivity(model, places, batches, seed, of_outputs=False)
+    if not places:
+        return
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for batch in batches:
+        inputs, gradients = _probed(model, places, placed(batch, model), generator, of_inputs=of_inputs)
+        yield {place: _of(inputs[place], gradient, batch) for place, gradient in gradients.items()}
 
 
 def position_weights(
     model: PreTrainedModel, structure: Structure, batches: Sequence[Batch], *, seed: int
 ) -> dict[str, list[Tensor]]:
     """Return how much the outputs depend on each position: [N] for every batch, by the gate of the block."""
-    last = projections(model, structure)
+    last = {gate: (path,) for gate, path in projections(model, structure).items()}
     found: dict[str, list[Tensor]] = {gate: [] for gate in last}
-    for seen in output_sensitivity(model, last, batches, seed=seed):
+    for seen in sensitivity(model, last, batches, seed=seed):
         for gate, what in seen.items():
             found[gate].append(what.weights)
     return found
@@ -111,61 +110,40 @@ def measured_importance(
     return squares
 
 
-def _sensitivity(
-    model: PreTrainedModel, places: Places, batches: Sequence[Batch], seed: int, *, of_outputs: bool
-) -> Iterator[dict[str, Sensitivity]]:
-    if not places:
-        return
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for batch in batches:
-        probes = _Probes()
-        by_path = [(path, place) for place, paths in places.items() for path in paths]
-        after = {path: probes.on_output(place) for path, place in by_path if of_outputs}
-        before = {path: probes.on_input(place) for path, place in by_path if not of_outputs}
-        with frozen(model), torch.enable_grad(), watching(model, before=before, after=after):
-            gradients = probes.gradients(_projected(model, placed(batch, model), generator))
-        yield {place: _of(probes.inputs[place], gradient, batch) for place, gradient in gradients.items()}
+def _probed(
+    model: PreTrainedModel, places: Places, batch: Batch, generator: torch.Generator, *, of_inputs: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the inputs at some places, and the gradients of a random projection of the outputs, by place.
 
+    A gradient is that of zeros added there, the same for all layers of a place.
+    """
+    inputs: dict[str, Tensor] = {}
+    zeros: dict[str, Tensor] = {}
 
-class _Probes:
-    """Zeros that are added at some places of a model, to have derivatives with respect to what is there."""
+    def added(place: str, states: Tensor) -> Tensor:
+        if place not in zeros:
+            zeros[place] = torch.zeros_like(states, requires_grad=True)
+        return states + zeros[place]
 
-    def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self._zeros: dict[str, Tensor] = {}
+    def before(place: str) -> Before:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            inputs[place] = args[0].detach()
+            return ((added(place, args[0]), *args[1:]), kwargs) if of_inputs else None
 
-    def on_output(self, place: str) -> After:
-        """Return a hook that adds the zeros of a place to the output of a module."""
+        return note
 
-        def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            self.inputs[place] = args[0].detach()
-            return output + self._zeros_like(place, output)
+    def after(place: str) -> After:
+        return lambda module, args, kwargs, output: None if of_inputs else added(place, output)
 
-        return add
-
-    def on_input(self, place: str) -> Before:
-        """Return a hook that adds the zeros of a place, the same for all modules there, to the input of one."""
-
-        def add(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            self.inputs[place] = args[0].detach()
-            return (args[0] + self._zeros_like(place, args[0]), *args[1:]), kwargs
-
-        return add
-
-    def _zeros_like(self, place: str, like: Tensor) -> Tensor:
-        if place not in self._zeros:
-            self._zeros[place] = torch.zeros_like(like, requires_grad=True)
-        return self._zeros[place]
-
-    def gradients(self, projected: Tensor) -> dict[str, Tensor]:
-        """Return the gradients of a scalar at every place that was reached; where none is called as a module, none."""
-        if not self._zeros:
-            return {}
-        found = torch.autograd.grad(projected, list(self._zeros.values()), allow_unused=True)
-        return {
-            place: torch.zeros_like(zeros) if gradient is None else gradient
-            for (place, zeros), gradient in zip(self._zeros.items(), found, strict=True)
-        }
+    by_path = {path: place for place, paths in places.items() for path in paths}
+    entered = {path: before(place) for path, place in by_path.items()}
+    left = {path: after(place) for path, place in by_path.items()}
+    with frozen(model), torch.enable_grad(), watching(model, before=entered, after=left):
+        projected = _projected(model, batch, generator)
+        if not zeros:
+            return inputs, {}
+        found = torch.autograd.grad(projected, list(zeros.values()), allow_unused=True, materialize_grads=True)
+    return inputs, dict(zip(zeros, found, strict=True))
 
 
 def _projected(model: PreTrainedModel, inputs: Batch, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -89,40 +90,24 @@ def rounds(share: float) -> list[float]:
     return [share ** ((index + 1) / number) for index in range(number)]
 
 
+@dataclass(frozen=True)
 class RoundPruning:
     """One run of the method on a model, which it leaves as it is."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        structure: Structure,
-        batches: Sequence[Batch],
-        target: Target,
-        *,
-        units: str | Sequence[UnitKind] | None = None,
-        seed: int = 0,
-        reconstruct: bool = True,
-    ) -> None:
-        """Set up a run.
-
-        :param model: without masks, in evaluation mode; the reconstruction aims at the outputs of its blocks.
-        :param batches: see `calibration`; at least one.
-        :param target: met as nearly as whole units allow.
-        :param units: kinds that may be cut: heads and feed-forward dimensions, with "layer" also whole blocks, and
-            hidden dimensions where they are named.
-        :param reconstruct: whether what is left is reconstructed after every round.
-        """
-        self.model = model
-        self.batches = batches
-        self.structure = structure
-        self.target = target
-        self.pending = set(_inner(structure, units))
-        chosen = structure.select(units)
-        self.may_empty = any(group.unit == "layer" for group in chosen)
-        self.cuts_hidden = units is not None and any(group.kind == "hidden" for group in chosen)
-        self.seed = seed
-        self.reconstruct = reconstruct
-        self.scored = _first(model, structure, batches, SCORED_POSITIONS)[0]
+    model: PreTrainedModel
+    """Without masks, in evaluation mode; the reconstruction aims at the outputs of its blocks."""
+    structure: Structure
+    batches: Sequence[Batch]
+    """See `calibration`; at least one."""
+    target: Target
+    """Met as nearly as whole units allow."""
+    _: KW_ONLY
+    units: str | Sequence[UnitKind] | None = None
+    """Kinds that may be cut: heads and feed-forward dimensions, with "layer" also whole blocks, and hidden dimensions
+    where they are named."""
+    seed: int = 0
+    reconstruct: bool = True
+    """Whether what is left is reconstructed after every round."""
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> tuple[Plan, PreTrainedModel]:
         """Prune.
@@ -131,7 +116,7 @@ class RoundPruning:
         :return: what is kept, in terms of the model, and the smaller, reconstructed model.
         """
         report = on_progress or (lambda share: None)
-        weights = {}
+        weights = None
         if self.reconstruct:
             weights = position_weights(self.model, self.structure, self.batches, seed=self.seed)
         plan, structure = Plan.from_values(self.structure, {}), self.structure
@@ -147,9 +132,8 @@ class RoundPruning:
             small, plan = compacted(small, structure, cut), plan.then(cut)
             structure = structure.cut(cut.kept)
             if self.reconstruct:
-                Reconstruction(
-                    self.model, self.structure, small, structure, plan, self.batches, weights=weights, everything=True
-                ).run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
+                reconstruction = Reconstruction(self.model, self.structure, small, plan, self.batches, weights)
+                reconstruction.run(lambda done, before=number: report((before + done) / len(goals)))  # type: ignore[misc]
             else:
                 report((number + 1) / len(goals))
         return plan, small
@@ -174,20 +158,22 @@ class RoundPruning:
 
     def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[str, LossCurve]]:
         """Give the curves of the groups of which some units may go."""
+        scored, inner = _first(small, structure, self.batches, SCORED_POSITIONS)[0], _inner(self.structure, self.units)
+        chosen = self.structure.select(self.units)
+        may_empty = any(group.unit == "layer" for group in chosen)
         gates = [
-            block.gate
-            for block in structure.blocks
-            if block.inner in self.pending or (self.may_empty and block.inner in structure)
+            block.gate for block in structure.blocks if block.inner in inner or (may_empty and block.inner in structure)
         ]
-        for block, found in block_curves(small, structure, gates, self.scored, seed=self.seed):
+        for block, found in block_curves(small, structure, gates, scored, seed=self.seed):
             assert block.inner is not None
-            if block.inner in self.pending:
-                yield block.inner, found if self.may_empty else found.keeping(1)
-            if self.may_empty:
+            if block.inner in inner:
+                yield block.inner, found if may_empty else found.keeping(1)
+            if may_empty:
                 yield block.gate, LossCurve((0,), found.loss[-1:])
-        stream = hidden_curve(small, structure, self.scored, seed=self.seed) if self.cuts_hidden else None
-        if stream is not None:
-            yield "hidden", stream.keeping(max(self.structure["hidden"].size // NARROWEST, 2))
+        if self.units is not None and any(group.kind == "hidden" for group in chosen):
+            stream = hidden_curve(small, structure, scored, seed=self.seed)
+            if stream is not None:
+                yield "hidden", stream.keeping(max(self.structure["hidden"].size // NARROWEST, 2))
 
 
 def _first(

@@ -1,4 +1,4 @@
-"""Pruning targets: a cost, and how much of it may be left.
+"""Pruning targets: a cost, and how much of it may be left; and the arguments that ask for one.
 
 Parameters of the layers, parameters of the model, multiply-accumulates and measured time differ in the cost and in how
 people ask for them; everything that decides what stays knows only this one type.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from cofiprune.structure import Structure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DEFAULT_SPARSITY = 0.9
+"""The target where none is given."""
 TOLERANCE = 0.005
 _NEAR, _NEAR_IN_TIME = 0.6 * TOLERANCE, 0.01
 """Distance from the budget within which the choice that loses the least is taken: as a share of the cost of the model
@@ -63,24 +66,31 @@ class Target:
     """Measures what a compacted model really costs, where the cost is an estimate."""
 
     @classmethod
-    def of(cls, structure: Structure, share: float, *, cost: CostOf = layer_parameters, round_to: int = 1) -> Target:
-        """A removed share of a cost, by default of the parameters of the encoder's layers.
+    def of(cls, structure: Structure, share: float, *, round_to: int = 1) -> Target:
+        """A share of the parameters of the encoder's layers to remove.
 
         :param structure: of the model that the share is counted from.
         """
-        return cls.create("target_sparsity", share, cost, cost(structure).exact(structure.sizes), round_to=round_to)
+        total = layer_parameters(structure).exact(structure.sizes)
+        return cls.create("target_sparsity", share, layer_parameters, total, round_to=round_to)
 
     @classmethod
     def create(cls, name: str, requested: float, cost: CostOf, total: int, **settings: Any) -> Target:
         """Make the target that an argument asks for; the budget follows from its value.
 
         :param total: the cost of the dense model.
+        :raises TargetError: when that is not more than what is asked for.
         """
         if name in _SHARES:
             budget = (1 - requested) * total
         else:
             budget = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}.get(name, requested)
-        return cls(name, requested, cost, total, budget, **settings)
+        target = cls(name, requested, cost, total, budget, **settings)
+        if budget >= total:
+            raise TargetError(
+                f"{name}={requested:g}: the model takes {target.text(total)} already; a target lies below that"
+            )
+        return target
 
     @property
     def tolerance(self) -> float:
@@ -160,9 +170,7 @@ class Target:
 
     def text(self, cost: float) -> str:
         """Write a cost in the words of the argument."""
-        return self._text(self.value_of(cost))
-
-    def _text(self, value: float) -> str:
+        value = self.value_of(cost)
         if self.name in _SHARES:
             return f"{_SHARES[self.name]} {round(value, 4 if value < 0.999 else 6):g}"
         if self.name == "target_speedup":
@@ -172,8 +180,56 @@ class Target:
         return f"{amount(round(value))} MACs {self.setting}"
 
     def __str__(self) -> str:
-        return self._text(self.requested)
+        return self.text(self.budget)
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with this one, as plain values."""
         return {self.name: self.requested, **({"target_setting": self.setting} if self.setting else {})}
+
+
+def parse_target(arguments: Mapping[str, Any]) -> tuple[str, float | list[float]]:
+    """Return the name and the value of the one argument that is given, checked as far as that goes without a model.
+
+    :param arguments: by the name of the argument; None for those not given.
+    :return: the value is a list, in ascending order, where `target_sparsity` is one.
+    :raises TargetError: for more than one, a value out of range, and a list that is empty or has a sparsity twice.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if len(given) > 1:
+        listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise TargetError(f"{listed} are given; a run has one target, so leave all but one out")
+    name, value = next(iter(given.items()), ("target_sparsity", DEFAULT_SPARSITY))
+    if name == "target_sparsity" and isinstance(value, list | tuple):
+        several = sorted(check_fraction(each) for each in value)
+        if not several or len(set(several)) < len(several):
+            raise TargetError(f"target_sparsity={list(value)}: a list takes different sparsities, at least one")
+        return name, several
+    if name in _SHARES:
+        return name, check_fraction(value, name)
+    found = _number(value, name)
+    if not 0 < found < float("inf"):
+        raise TargetError(f"{name} takes a number above 0; got {found:g}")
+    if name == "target_macs" and found < 1:
+        raise TargetError(
+            f"target_macs is the number of multiply-accumulates that may be left, not a share of them: got {found:g}. "
+            f"For that share of a model pass {found:g} * cofiprune.summary(model).macs"
+        )
+    return name, found
+
+
+def check_fraction(target: Any, name: str = "target_sparsity") -> float:
+    """Return a sparsity target as a float in (0, 1).
+
+    :raises TargetError: for anything else; a percentage is recognised and the fraction suggested.
+    """
+    value = _number(target, name, " in (0, 1)")
+    if 0 < value < 1:
+        return value
+    hint = f"; {value:g} % is {name}={value / 100:g}" if 1 < value < 100 else ""
+    raise TargetError(f"{name} is the share removed and lies in (0, 1); got {value:g}{hint}")
+
+
+def _number(target: Any, name: str, within: str = "") -> float:
+    if isinstance(target, bool) or not isinstance(target, Real):
+        raise TargetError(f"{name} takes a number{within}, not {target!r}")
+    return float(target)

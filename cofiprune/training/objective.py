@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from cofiprune.data.batches import ROWS, Batches, model_inputs
 from cofiprune.data.tasks import IGNORED, Task, forward_names, label_names, supported_kwargs
 from cofiprune.distillation import (
-    PredictionKind,
     hidden_projection,
     layerwise_loss,
     logit_loss,
@@ -35,17 +34,6 @@ from cofiprune.training.resolved import ResolvedSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREDICTION_OF: Mapping[Task, PredictionKind] = {
-    "classification": "classification",
-    "multiple-choice": "classification",
-    "multi-label": "multi-label",
-    "regression": "regression",
-    "token-classification": "token-classification",
-    "masked-lm": "masked-lm",
-    "question-answering": "question-answering",
-    "embedding": "embedding",
-    "other": "regression",
-}
 _TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
 """Tasks whose predictions have a token axis."""
 _FIT_BATCHES = 8
@@ -141,7 +129,7 @@ class Objective:
                 ours,
                 theirs,
                 temperature=self.settings.distill_temperature,
-                kind=_PREDICTION_OF[self.task],
+                kind=self.task,
                 mask=mask if mask is not None and ours[0].dim() > 1 and ours[0].shape[:2] == mask.shape else None,
             )
         if self.projection is not None:

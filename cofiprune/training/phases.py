@@ -23,13 +23,12 @@ from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
-from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
-from cofiprune.training.checks import check_learnable
+from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
 from cofiprune.training.loop import Loop, weight_groups
+from cofiprune.training.resolved import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.run import Run
-from cofiprune.training.schedule import Schedule, pruning_rates, recovery_rates
-from cofiprune.training.start import Left, can_go_on, one_shot, one_shot_start
+from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
 
 if TYPE_CHECKING:
     pass
@@ -111,7 +110,7 @@ def pick_method(run: Run, target: Target) -> None:
         choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
     else:
         batches, steps = run.batches.from_start(), run.steps_in(run.batches)
-        pace = measure_pace(run.model, run.teacher, batches, steps_per_epoch=steps, target=target.share)
+        pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
         choice = choose(pace, config.time_budget, share=1 - target.share)
     if saved is not None and run.accelerator.is_main_process:
         saved.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +129,7 @@ def pick_method(run: Run, target: Target) -> None:
 def start(run: Run, target: Target) -> None:
     """Prune in one shot: all of the way, or as far as gates are to start from; else start with a copy of the model."""
     began = time.perf_counter()
-    prune_once = one_shot if run.settings.method == "one-shot" else one_shot_start
-    found: Left | None = prune_once(run.model, run.structure, run.calibration, run.settings, target, _progress(run))
+    found = one_shot(run.model, run.structure, run.calibration, run.settings, target, _progress(run))
     run.state.extra["from_one_shot"] = found is not None
     if found is None:
         run.use(Plan.from_values(run.structure, {}))
@@ -255,8 +253,7 @@ def reconstruct(run: Run, decided: Plan) -> None:
         dense, structure, plan = run.model, run.structure, run.plan.then(decided)
     with evaluating(dense, small):
         weights = position_weights(dense, structure, rows, seed=run.settings.seed)
-        left = run.small_structure.cut(decided.kept)
-        Reconstruction(dense, structure, small, left, plan, rows, weights=weights, everything=True).run()
+        Reconstruction(dense, structure, small, plan, rows, weights).run()
     run.cut(decided, small)
 
 

@@ -5,49 +5,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
-
-import numpy as np
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import evaluating
-from cofiprune.latency.measuring import conditions_of, timed
 from cofiprune.masking import attach_to
 from cofiprune.oneshot import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
-from cofiprune.selection.arguments import parse_sparsities, parse_target
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import Target
+from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
-from cofiprune.training.budget import check_method
-from cofiprune.training.checkpoint import identifying
-from cofiprune.training.checks import (
-    check_output_dir,
-    check_trainable,
-    check_weights,
-    held_out,
-    resolve_teacher,
-    take_masks_off,
-)
+from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.environment import check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.targets import counted_length, target_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     TeacherArgument = PreTrainedModel | Literal["self"] | None
-
-
-_TARGETS = ("target_sparsity", "target_model_sparsity", "target_macs", "target_speedup", "target_latency_ms")
 
 
 @overload
@@ -111,35 +95,31 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     config = PruneConfig.create(config, **settings)
-    given = (target_sparsity, target_model_sparsity, target_macs, target_speedup, target_latency_ms)
-    levels = parse_sparsities(target_sparsity)
-    requests = [dict(zip(_TARGETS, (level, *given[1:]), strict=True)) for level in levels or (target_sparsity,)]
-    parse_target(requests[0])
-    if levels is not None and config.uniform:
+    name, asked = parse_target(
+        {
+            "target_sparsity": target_sparsity,
+            "target_model_sparsity": target_model_sparsity,
+            "target_macs": target_macs,
+            "target_speedup": target_speedup,
+            "target_latency_ms": target_latency_ms,
+        }
+    )
+    if isinstance(asked, list) and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
     structure = structure_of(model)
     check_weights(model)
     config = _for_model(config, model, structure, has_data=train_dataset is not None)
     if teacher is None and train_dataset is not None and config.teaches_itself:
         teacher = "self"
-    targets = [target_for(model, structure, config, request) for request in requests]
+    values = asked if isinstance(asked, list) else [asked]
+    targets = [target_for(model, structure, config, name, value) for value in values]
     _check_reachable(structure, targets, config, on_data=train_dataset is not None)
+    taught = resolve_teacher(teacher, model, of_dense=True)
     run = Run(
-        model,
-        structure,
-        config,
-        targets[0],
-        resolve_teacher(teacher, model, of_dense=True),
-        teacher == "self",
-        train_dataset,
-        eval_dataset,
-        data_collator,
-        compute_metrics,
-        output_dir,
-        callbacks,
-        resume,
-    )
-    return _prune(run, targets[0]) if levels is None else _sweep(run, targets)
+        model, structure, config, targets[0], taught, teacher == "self",
+        train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+    )  # fmt: skip
+    return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -165,9 +145,10 @@ def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure
     return PruneConfig.create(config, units=units)
 
 
-def _prune(run: Run, target: Target) -> PruneResult:
+def _prune(run: Run) -> PruneResult:
     """Prune one model to one target."""
-    config = run.config
+    config, target = run.config, run.target
+    assert target is not None
     if run.train_dataset is None:
         return _prune_data_free(run, target)
     if config.trains:
@@ -225,35 +206,6 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     return result
 
 
-def _sweep(run: Run, targets: Sequence[Target]) -> SweepResult:
-    """Prune to several targets, each from what the one before has left."""
-    config, model = run.config, run.model
-    if config.time_budget is not None:
-        share = config.model_copy(update={"time_budget": config.time_budget / len(targets)})
-        run = replace(run, config=share)
-    folder = None if run.output_dir is None else Path(run.output_dir)
-    if run.resume and folder is None:
-        raise SettingsError("resume=True needs the output_dir that holds the models that are done")
-    take_masks_off(model, stacklevel=4)
-    size = {"batch_size": config.target_batch_size, "seq_len": counted_length(model, config)}
-    conditions = conditions_of(model, run.structure, **size, cut_hidden=False)
-
-    def time_of(small: PreTrainedModel) -> float:
-        with timed(small, conditions) as stopwatch:
-            return float(np.median(stopwatch([small]))) / 1e6
-
-    def prune_next(current: PreTrainedModel, target: Target, runs: Path | None, goes_on: bool) -> PruneResult:
-        structure = structure_of(current)
-        point = replace(run, model=current, structure=structure, target=target, output_dir=runs, resume=goes_on)
-        return _prune(point, target)
-
-    identity = {"targets": [target.requested for target in targets], "settings": identifying(config)}
-    setting = f"batch {size['batch_size']}, length {size['seq_len']}, {conditions.device}"
-    return sweep(
-        model, targets, prune_next, time_of, output_dir=folder, resume=run.resume, identity=identity, setting=setting
-    )
-
-
 def finetune(  # noqa: PLR0913  # like prune
     model: PreTrainedModel,
     train_dataset: Any,
@@ -284,20 +236,9 @@ def finetune(  # noqa: PLR0913  # like prune
     if train_dataset is None:
         raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
     run = Run(
-        model,
-        structure,
-        config,
-        None,
-        taught,
-        teacher == "self",
-        train_dataset,
-        eval_dataset,
-        data_collator,
-        compute_metrics,
-        output_dir,
-        callbacks,
-        resume,
-    )
+        model, structure, config, None, taught, teacher == "self",
+        train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+    )  # fmt: skip
     run.prepare()
     train(run)
     return run.result()

@@ -9,28 +9,32 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from cofiprune.accounting import amount
-from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction import restore
-from cofiprune.errors import CheckpointError, SettingsError, suggest
-from cofiprune.masking import attach
+from cofiprune.compaction.slicing import write_back
+from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.latency.measuring import conditions_of, timed
+from cofiprune.latency.table import Conditions
+from cofiprune.masking import attach_to
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
-from cofiprune.training.checkpoint import check_same, has_checkpoints
+from cofiprune.training.arguments import counted_length, take_masks_off
+from cofiprune.training.checkpoint import check_same, has_checkpoints, identifying
+from cofiprune.training.environment import metric_name
 from cofiprune.training.result import PruneResult
+from cofiprune.training.run import Run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from transformers import PreTrainedModel
 
 _POINT, _PLAN = "point.json", "plan.json"
-RunOne = Callable[["PreTrainedModel", Target, Path | None, bool], PruneResult]
-"""Prunes a model to a target of the dense one: model, target, folder for checkpoints, whether to resume."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class SweepPoint:
     parameters: int
     """Of the model, embeddings included."""
     metrics: dict[str, float]
-    latency_ms: float | None
-    """Median of a forward pass at `target_batch_size` and `target_seq_len`; None where it was not measured."""
+    latency_ms: float
+    """Median of a forward pass at `target_batch_size` and `target_seq_len`."""
     seconds: float
     plan: Plan = field(repr=False)
     """The kept units, in terms of the model that the sweep began with."""
@@ -74,107 +78,139 @@ class SweepResult(Report, Sequence[SweepPoint]):
     def __iter__(self) -> Iterator[SweepPoint]:
         return iter(self.points)
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
-        header = ["target", "sparsity", "parameters", "latency", *(name.removeprefix("eval_") for name in names), "min"]
-        rows = []
-        for point in self.points:
-            row = [f"{point.target:g}", f"{point.sparsity:.4f}", amount(point.parameters)]
-            row.append("" if point.latency_ms is None else f"{point.latency_ms:.2f} ms")
-            row += [f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names]
-            rows.append([*row, f"{point.seconds / 60:.1f}"])
-        return header, rows
-
     def __rich__(self) -> RenderableType:
         from rich.console import Group
 
-        return Group(*([self.setting] if self.setting else []), rich_table(*self._cells()))
+        names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
+        header = ["target", "sparsity", "parameters", "latency", *(name.removeprefix("eval_") for name in names), "min"]
+        rows = [
+            [
+                f"{point.target:g}",
+                f"{point.sparsity:.4f}",
+                amount(point.parameters),
+                f"{point.latency_ms:.2f} ms",
+                *(f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names),
+                f"{point.seconds / 60:.1f}",
+            ]
+            for point in self.points
+        ]
+        return Group(*([self.setting] if self.setting else []), rich_table(header, rows))
 
     def plot(self, path: str | Path, *, metric: str | None = None) -> None:
         """Draw the metric, or the size where nothing was evaluated, over sparsity and over latency.
 
+        :param path: of a file whose ending says the kind of picture.
         :param metric: by default the first that is no loss.
         :raises SettingsError: when matplotlib is not installed, or the metric was not measured.
         """
-        _draw(self, Path(path), metric)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise SettingsError("a plot needs matplotlib: pip install matplotlib") from error
+        name = self._drawn(metric)
+        values = [point.parameters if name is None else point.metrics[name] for point in self]
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw(left, [point.sparsity for point in self], values, [point.target for point in self])
+        _draw(right, [point.latency_ms for point in self], values, [point.target for point in self])
+        left.set_xlabel("sparsity of the layers")
+        left.set_ylabel("parameters" if name is None else name.removeprefix("eval_"))
+        right.set_xlabel("ms per batch")
+        figure.supxlabel(self.setting, fontsize=8, color="#555555")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+    def _drawn(self, asked: str | None) -> str | None:
+        """The metric to draw; None where nothing but losses and times was measured."""
+        measured = [name for name in self[0].metrics if all(name in point.metrics for point in self)]
+        if asked is not None:
+            return metric_name(asked, measured, "metric")
+        skipped = ("loss", "runtime", "per_second", "examples")
+        return next((name for name in measured if not any(part in name for part in skipped)), None)
 
 
-def sweep(
-    model: PreTrainedModel,
-    targets: Sequence[Target],
-    run: RunOne,
-    time_of: Callable[[PreTrainedModel], float],
-    *,
-    output_dir: Path | None,
-    resume: bool,
-    identity: dict[str, Any],
-    setting: str,
-) -> SweepResult:
-    """Prune to each target in turn; `model` ends with the last one's weights and masks.
+def _draw(axis: Any, places: Sequence[float], values: Sequence[float], targets: Sequence[float]) -> None:
+    axis.plot(places, values, marker="o", color="#2a6f97")
+    for place, value, target in zip(places, values, targets, strict=True):
+        axis.annotate(f"{target:g}", (place, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.margins(0.12)
 
-    :param targets: of the model as it is, ascending in what goes.
-    :param time_of: milliseconds of a forward pass.
-    :param identity: plain values that a resumed sweep must have in common with this one.
+
+def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult]) -> SweepResult:
+    """Prune to each target in turn; the model ends with the last one's weights and masks.
+
+    :param targets: of the run's model as it is, ascending in what goes.
+    :param prune_one: carries out a run of one target.
     :raises CheckpointError: when the folder holds another sweep.
     """
-    check_folder(output_dir, identity, resume=resume)
+    config, model, structure = run.config, run.model, run.structure
+    folder = None if run.output_dir is None else Path(run.output_dir)
+    if run.resume and folder is None:
+        raise SettingsError("resume=True needs the output_dir that holds the models that are done")
+    take_masks_off(model)
+    if folder is not None:
+        identity = {"targets": [target.requested for target in targets], "settings": identifying(config)}
+        _check_folder(folder, identity, resume=run.resume)
+    if config.time_budget is not None:
+        run = replace(run, config=config.model_copy(update={"time_budget": config.time_budget / len(targets)}))
+    batch_size, seq_len = config.target_batch_size, counted_length(model, config)
+    conditions = conditions_of(model, structure, batch_size=batch_size, seq_len=seq_len, cut_hidden=False)
     points: list[SweepPoint] = []
-    current, plan = model, Plan.from_values(structure_of(model), {})
+    current, plan = model, Plan.from_values(structure, {})
     for target in targets:
-        folder = None if output_dir is None else output_dir / f"sparsity-{target.requested:g}"
-        done = None if folder is None or not resume else _read(folder, target, type(model))
-        if done is None:
-            done = _next(current, plan, target, run, time_of, folder, resume=resume)
-        points.append(done)
-        current, plan = done.model, done.plan
-    restore(model, current, plan)
-    attach(model).set_plan(plan)
-    return SweepResult(tuple(points), setting)
+        place = None if folder is None else folder / f"sparsity-{target.requested:g}"
+        point = None if place is None or not run.resume else _read(place, target, type(model))
+        if point is None:
+            point = _next(run, current, plan, target, place, conditions, prune_one)
+        points.append(point)
+        current, plan = point.model, point.plan
+    write_back(model, structure, current, plan)
+    attach_to(model, structure).set_plan(plan)
+    return SweepResult(tuple(points), f"batch {batch_size}, length {seq_len}, {conditions.device}")
 
 
-def check_folder(folder: Path | None, identity: dict[str, Any], *, resume: bool) -> None:
+def _check_folder(folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
     """Make sure that a folder is this sweep's, and write down whose it is.
 
     :raises CheckpointError: when it holds another one, or this one and it was not asked to go on.
     """
-    if folder is None:
-        return
     file = folder / "sweep.json"
-    if file.exists():
-        if not resume:
-            raise CheckpointError(
-                f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder"
-            )
-        found = json.loads(file.read_text(encoding="utf-8"))
-        check_same(
-            json.loads(json.dumps(identity)), found, f"{folder} holds another sweep", ", or choose another folder"
-        )
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    if not resume:
+        raise CheckpointError(f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    check_same(json.loads(json.dumps(identity)), found, f"{folder} holds another sweep", ", or choose another folder")
 
 
 def _next(
+    run: Run,
     current: PreTrainedModel,
     plan: Plan,
     target: Target,
-    run: RunOne,
-    time_of: Callable[[PreTrainedModel], float],
     folder: Path | None,
-    *,
-    resume: bool,
+    conditions: Conditions,
+    prune_one: Callable[[Run], PruneResult],
 ) -> SweepPoint:
     """Go on from the model of the point before, which stays as it is."""
     runs = None if folder is None else folder / "run"
-    goes_on = resume and runs is not None and has_checkpoints(runs)
-    result = run(copy.deepcopy(current), target, runs, goes_on)
+    goes_on = run.resume and runs is not None and has_checkpoints(runs)
+    structure = run.structure.cut(plan.kept)
+    result = prune_one(
+        replace(run, model=copy.deepcopy(current), structure=structure, target=target, output_dir=runs, resume=goes_on)
+    )
     small, kept_of_all = result.compact(), plan.then(result.plan.hard)
+    with timed(small, conditions) as stopwatch:
+        latency = float(np.median(stopwatch([small]))) / 1e6
     point = SweepPoint(
         target=target.requested,
-        sparsity=1 - target.kept_share(structure_of(small)),
+        sparsity=1 - target.kept_share(run.structure.cut(kept_of_all.kept)),
         parameters=sum(parameter.numel() for parameter in small.parameters()),
         metrics=dict(result.metrics),
-        latency_ms=time_of(small),
+        latency_ms=latency,
         seconds=result.seconds,
         plan=kept_of_all,
         model=small,
@@ -190,55 +226,9 @@ def _next(
 
 
 def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoint | None:
-    """A point that is on disk; None for one that is not, or not complete."""
+    """Return a point that is on disk; None for one that is not, or not complete."""
     file = folder / _POINT
     if not file.exists():
         return None
     entries = json.loads(file.read_text(encoding="utf-8"))
     return SweepPoint(**entries, plan=Plan.load(folder / _PLAN), model=cls.from_pretrained(folder), folder=folder)
-
-
-def _draw(result: SweepResult, path: Path, metric: str | None) -> None:
-    """Write the picture; its kind goes by the file's ending.
-
-    :raises SettingsError: when matplotlib is not installed, or the metric was not measured.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("a plot needs matplotlib: pip install matplotlib") from error
-    name = _metric(result, metric)
-    values = [point.parameters if name is None else point.metrics[name] for point in result]
-    timed = all(point.latency_ms is not None for point in result)
-    figure = Figure(figsize=(9 if timed else 4.8, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-    label = "parameters" if name is None else name.removeprefix("eval_")
-    panels = [("sparsity of the layers", [point.sparsity for point in result])]
-    if timed:
-        panels.append(("ms per batch", [point.latency_ms or 0.0 for point in result]))
-    for axis, (title, places) in zip(axes, panels, strict=True):
-        axis.plot(places, values, marker="o", color="#2a6f97")
-        for place, value, point in zip(places, values, result, strict=True):
-            axis.annotate(f"{point.target:g}", (place, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
-        axis.set_xlabel(title)
-        axis.grid(alpha=0.3)
-        axis.margins(0.12)
-    axes[0].set_ylabel(label)
-    if timed:
-        figure.supxlabel(result.setting, fontsize=8, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def _metric(result: SweepResult, asked: str | None) -> str | None:
-    measured = [name for name in result[0].metrics if all(name in point.metrics for point in result)]
-    if asked is not None:
-        found = next((name for name in measured if asked in (name, name.removeprefix("eval_"))), None)
-        if found is None:
-            names = [name.removeprefix("eval_") for name in measured]
-            raise SettingsError(
-                f"no metric {asked!r} was measured.{suggest(asked, names)} There are: {', '.join(names)}"
-            )
-        return found
-    skipped = ("loss", "runtime", "per_second", "examples")
-    return next((name for name in measured if not any(part in name for part in skipped)), None)

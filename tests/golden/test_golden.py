@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import cofiprune
+from toy import collate
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,12 +63,6 @@ def rows(count: int = 64, *, seed: int = 1, label: str = "class") -> list[Row]:
         ids.insert(draw(1, len(ids) + 1), 5 + index % CLASSES)
         found.append({"input_ids": ids, **LABELS[label](ids, index % CLASSES)})
     return found
-
-
-def collate(batch: list[Row]) -> dict[str, Tensor]:
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in batch], batch_first=True)
-    labels = {"labels": torch.tensor([row["labels"] for row in batch])} if "labels" in batch[0] else {}
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **labels}
 
 
 @functools.cache

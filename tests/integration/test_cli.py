@@ -160,7 +160,7 @@ def test_evaluate_prints_what_the_function_finds(place: Path, pruned: Path, caps
 def test_benchmark_times_a_model_next_to_its_baseline(
     place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ("--batch-size", "1", "2", "--seq_len", "8", "--runs", "2", "--warmup", "0")
+    sizes = ("--batch-size", "1", "2", "--seq_len", "8", "--runs", "2")
     assert cli.main(["benchmark", str(pruned), "--baseline", str(place / "dense"), *sizes, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["batch_size"] for row in report["rows"]] == [1, 2]
@@ -333,11 +333,7 @@ def test_evaluate_reads_the_data_of_other_tasks(
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: str,
-    message: str,
-    place: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: str, message: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(place)

@@ -19,6 +19,7 @@ from cofiprune.adapter import Adapter
 from cofiprune.data.checks import vocabulary_size
 from cofiprune.data.tasks import supported_kwargs
 from cofiprune.errors import DataError, SettingsError
+from small import build
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "custom_adapter.py"
@@ -92,7 +93,7 @@ def test_a_forward_need_not_take_the_options_of_transformers(
     assert result.sparsity == pytest.approx(0.6, abs=0.03)
 
 
-def test_options_of_a_forward_are_those_that_it_takes(example: ModuleType, build: Any) -> None:
+def test_options_of_a_forward_are_those_that_it_takes(example: ModuleType) -> None:
     options = {"return_dict": True, "output_hidden_states": False}
     assert supported_kwargs(build("BertModel"), **options) == options
     assert supported_kwargs(example.ToyForSequenceClassification(example.ToyConfig()), **options) == {

@@ -15,6 +15,7 @@ import cofiprune
 from cofiprune.adapter import adapter_for, family, known_families, register_adapter
 from cofiprune.errors import AdapterError
 from cofiprune_adapters.bert import adapter as bert
+from small import build
 
 PROJECT = """
 [build-system]
@@ -126,7 +127,7 @@ BROKEN: dict[str, tuple[str, str | None, str]] = {
 
 
 @pytest.fixture
-def bert_of(build: Callable[..., PreTrainedModel]) -> Callable[[str], PreTrainedModel]:
+def bert_of() -> Callable[[str], PreTrainedModel]:
     """A BERT that says that it is of another model type."""
 
     def new(model_type: str) -> PreTrainedModel:

@@ -5,8 +5,7 @@ import torch
 
 import cofiprune
 from cofiprune import PruneConfig
-from cofiprune.training.resolved import Facts, resolve
-from cofiprune.training.schedule import Schedule
+from cofiprune.training.resolved import Facts, Schedule, resolve
 
 BRIEF = {"batch_size": 16, "progress": False, "seed": 0, "logging_steps": 1}
 

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,8 @@ import cofiprune
 from cofiprune.errors import CheckpointError, TrainingError
 from cofiprune.masking import masks_of
 from cofiprune.measure.evaluation import evaluate
+from processes import launch, outputs
+from toy import assert_masked_is_compacted, collate, without_times
 
 ROWS = 48  # 3 batches an epoch
 PRUNING, RECOVERY = 6, 9  # optimiser steps: a quarter of 3 epochs, and 2 epochs more
@@ -58,10 +57,6 @@ def signals_at(step, number=signal.SIGINT, times=1):
     return called
 
 
-def without_times(history):
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
-
-
 def assert_same_run(one, other):
     assert one.plan == other.plan
     assert without_times(one.history) == without_times(other.history)
@@ -91,11 +86,6 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights_to_the_b
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-*/*")} == files
     assert len({path.parent for path in files}) == 2  # older ones are dropped
     assert not list(tmp_path.glob("checkpoint-*/*.partial"))
-
-
-def collate(rows):
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}
 
 
 VARIANTS = {
@@ -178,11 +168,7 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_the_model_usable(toy, numbe
     assert student.training
     assert all(parameter.requires_grad for parameter in student.parameters())
     # What was reached so far is in the model: it runs, can be evaluated, compacted and trained on.
-    student.eval()
-    inputs = {"input_ids": torch.tensor([[2, 5, 9, 11], [2, 8, 6, 7]])}
-    with torch.no_grad():
-        masked, compacted = student(**inputs).logits, cofiprune.compact(student)(**inputs).logits
-    assert (masked - compacted).abs().max() < 1e-5
+    assert_masked_is_compacted(student)
     assert evaluate(student, toy.rows(16))["loss"] > 0
     cofiprune.finetune(student, toy.rows(16), epochs=1, progress=False)
 
@@ -283,120 +269,86 @@ def test_a_rate_that_is_far_too_high_is_an_error_and_not_a_ruined_model(toy, sav
 
 
 PROGRAM = """
-import json, os, signal, sys
+import json, os, warnings
+warnings.simplefilter("error")
 import torch
-sys.path.insert(0, {here!r})
-import conftest as toy
-import cofiprune
+import cofiprune, toy
+
+out, kill, resume, number, ranks = json.loads(sys.argv[1])
 
 def report(entry):
-    if KILL and entry["step"] == KILL and os.environ.get("RANK", "0") in RANKS:
-        os.kill(os.getpid(), SIGNAL)
+    if kill and entry["step"] == kill and os.environ.get("RANK", "0") in ranks:
+        os.kill(os.getpid(), number)
 
 student = toy.bert(seed=1)
 result = cofiprune.prune(
     student, toy.rows(48), target_sparsity=0.6, teacher=toy.bert(seed=2, num_hidden_layers=3), epochs=3,
     freeze_epochs=1, finetune_epochs=1, batch_size=8, learning_rate=2e-3, logging_steps=1, checkpoint_steps=2,
-    output_dir=OUT, resume=RESUME, callbacks=[report], progress=False,
+    output_dir=out, resume=resume, callbacks=[report], progress=False,
     eval_dataset=toy.rows(8, seed=2), warm_start=True,
 )
 rank = os.environ.get("RANK", "0")
-torch.save({{"weights": student.state_dict(), "plan": result.plan.to_dict(), "sparsity": result.sparsity,
-            "history": [{{**entry, "seconds": 0}} for entry in result.history]}}, f"{{OUT}}/final-{{rank}}.pt")
+torch.save({"weights": student.state_dict(), "plan": result.plan.to_dict(), "sparsity": result.sparsity,
+            "history": toy.without_times(result.history)}, f"{out}/final-{rank}.pt")
 """
 
 
-def program(
-    out: Path, *, kill: int = 0, resume: bool = False, number: int = signal.SIGKILL, ranks: str = "01"
-) -> list[str]:
+def start(
+    out: Path, *, count: int = 2, kill: int = 0, resume: bool = False, number: int = signal.SIGKILL, ranks: str = "01"
+) -> list[subprocess.Popen[str]]:
     """A run that sends itself a signal after a step, in the processes named."""
-    head = f"OUT, KILL, RESUME, SIGNAL, RANKS = {str(out)!r}, {kill}, {resume}, {int(number)}, {ranks!r}"
-    text = head + textwrap.dedent(PROGRAM.format(here=str(Path(__file__).parent)))
-    return [sys.executable, "-W", "error", "-c", text]
+    out.mkdir(exist_ok=True)
+    return launch(PROGRAM, json.dumps([str(out), kill, resume, int(number), ranks]), processes=count)
+
+
+def finals_of(out: Path, running: list[subprocess.Popen[str]]) -> list[dict]:
+    outputs(running)
+    return [torch.load(out / f"final-{rank}.pt", weights_only=True) for rank in range(len(running))]
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    for name, value in one["weights"].items():
+        assert torch.equal(other["weights"][name], value), name
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_after_a_kill(tmp_path):
-    finals = {}
-    for name, kills in {"whole": [], "killed": [7, 17]}.items():
-        out = tmp_path / name
-        out.mkdir()
-        for number, kill in enumerate(kills):
-            killed = subprocess.run(program(out, kill=kill, resume=number > 0), capture_output=True, text=True)
-            assert killed.returncode == -signal.SIGKILL, killed.stderr
-        finished = subprocess.run(program(out, resume=bool(kills)), capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
-        finals[name] = torch.load(out / "final-0.pt", weights_only=True)
-    assert finals["whole"]["history"] == finals["killed"]["history"]
-    assert finals["whole"]["plan"] == finals["killed"]["plan"]
-    for name, value in finals["whole"]["weights"].items():
-        assert torch.equal(finals["killed"]["weights"][name], value), name
-
-
-def launch(out: Path, **arguments) -> list[subprocess.Popen]:
-    """Start two processes of one run, as `accelerate launch --cpu --num_processes 2` does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            program(out, **arguments),
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
-def finals_of(out: Path, processes: list[subprocess.Popen]) -> list[dict]:
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(out / f"final-{rank}.pt", weights_only=True) for rank in range(2)]
+    (whole,) = finals_of(tmp_path / "whole", start(tmp_path / "whole", count=1))
+    out = tmp_path / "killed"
+    for kill in (7, 17):
+        outputs(start(out, count=1, kill=kill, resume=kill > 7), code=-signal.SIGKILL)
+    (killed,) = finals_of(out, start(out, count=1, resume=True))
+    assert whole["history"] == killed["history"]
+    assert whole["plan"] == killed["plan"]
+    assert_same_weights(whole, killed)
 
 
 @pytest.mark.slow
 def test_two_processes_end_with_one_model(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
-    stopped.mkdir()
-    first, second = finals_of(whole, launch(whole))
+    first, second = finals_of(whole, start(whole))
     assert abs(first["sparsity"] - 0.6) <= 0.005
     assert first["plan"] == second["plan"]
-    for name, value in first["weights"].items():
-        assert torch.equal(second["weights"][name], value), name
+    assert_same_weights(first, second)
     # The same gates on both: expected sparsity and the constraint are the same numbers at every step.
     shared = ("step", "expected_sparsity", "target_sparsity", "constraint", "eval_loss", "sparsity")
     histories = [
         [{name: entry[name] for name in shared if name in entry} for entry in f["history"]] for f in (first, second)
     ]
     assert histories[0] == histories[1]
-    assert [entry["loss"] for entry in first["history"] if "loss" in entry] != [
-        entry["loss"] for entry in second["history"] if "loss" in entry
-    ]  # each has its own rows
+    losses = [[entry["loss"] for entry in f["history"] if "loss" in entry] for f in (first, second)]
+    assert losses[0] != losses[1]  # each has its own rows
 
-    killed = launch(stopped, kill=8)
-    for process in killed:
+    for process in start(stopped, kill=8):
         process.communicate(timeout=300)
     assert json.loads((stopped / "checkpoint-6" / "meta.json").read_text())["fingerprint"]["processes"] == 2
-    resumed = finals_of(stopped, launch(stopped, resume=True))
-    for final in resumed:
-        for name, value in first["weights"].items():
-            assert torch.equal(final["weights"][name], value), name
+    for final in finals_of(stopped, start(stopped, resume=True)):
+        assert_same_weights(first, final)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(tmp_path):
-    processes = launch(tmp_path, kill=8, number=signal.SIGTERM, ranks="1")
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    assert all("stopped by SIGTERM. Stopped after step 10" in output for output in outputs), outputs
-    assert {path.name for path in (tmp_path / "checkpoint-10").iterdir()} == {
-        "state.pt",
-        "meta.json",
-        "rng-0.pt",
-        "rng-1.pt",
-    }
+    texts = outputs(start(tmp_path, kill=8, number=signal.SIGTERM, ranks="1"), code=1)
+    assert all("stopped by SIGTERM. Stopped after step 10" in text for text in texts), texts
+    saved = {path.name for path in (tmp_path / "checkpoint-10").iterdir()}
+    assert saved == {"state.pt", "meta.json", "rng-0.pt", "rng-1.pt"}

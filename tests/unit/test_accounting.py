@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune import accounting
+from small import build, randomise
 
 RELATIVE = {"relative_attention": True, "pos_att_type": "c2p|p2c", "position_biased_input": False}
 V3 = {**RELATIVE, "position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True}
@@ -62,9 +62,7 @@ def name_of(case: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "settings"), MODELS, ids=name_of)
-def test_macs_are_those_that_run(
-    build: Callable[..., PreTrainedModel], randomise: Callable[..., None], name: str, settings: dict[str, Any]
-) -> None:
+def test_macs_are_those_that_run(name: str, settings: dict[str, Any]) -> None:
     model = build(name, dtype=torch.float32, num_hidden_layers=3, **settings)
     cost = accounting.model_macs(cofiprune.structure(model), TOKENS)
     assert cost.exact(cofiprune.structure(model).sizes) == macs_by_pytorch(model)
@@ -78,7 +76,7 @@ def test_macs_are_those_that_run(
     assert accounting.model_macs(again, TOKENS).exact(again.sizes) == macs_by_pytorch(small)
 
 
-def test_macs_of_deberta_are_a_bound_beyond_its_relative_positions(build: Callable[..., PreTrainedModel]) -> None:
+def test_macs_of_deberta_are_a_bound_beyond_its_relative_positions() -> None:
     # Its attention looks at no more than 2 * max_relative_positions positions, the count at 2 * TOKENS.
     model = build("DebertaForTokenClassification", dtype=torch.float32, max_relative_positions=4, **RELATIVE)
     structure = cofiprune.structure(model)
@@ -86,9 +84,7 @@ def test_macs_of_deberta_are_a_bound_beyond_its_relative_positions(build: Callab
     assert macs_by_pytorch(model) < counted < 1.5 * macs_by_pytorch(model)
 
 
-def test_parameters_are_those_of_the_tensors(
-    build: Callable[..., PreTrainedModel], randomise: Callable[..., None]
-) -> None:
+def test_parameters_are_those_of_the_tensors() -> None:
     model = build("DebertaV2ForMaskedLM", **V3)
     structure = cofiprune.structure(model)
     costs = {
@@ -109,9 +105,7 @@ def test_parameters_are_those_of_the_tensors(
     assert model_sparsity == 1 - small.num_parameters() / model.num_parameters()
 
 
-def test_expected_cost_is_the_exact_one_at_whole_numbers_and_differentiable(
-    build: Callable[..., PreTrainedModel],
-) -> None:
+def test_expected_cost_is_the_exact_one_at_whole_numbers_and_differentiable() -> None:
     structure = cofiprune.structure(build("BertForTokenClassification"))
     for cost in (accounting.layer_parameters(structure), accounting.layer_macs(structure, TOKENS)):
         kept = {name: max(1, size // 2) for name, size in structure.sizes.items()}
@@ -122,7 +116,7 @@ def test_expected_cost_is_the_exact_one_at_whole_numbers_and_differentiable(
         assert (gradient > 0).all()
 
 
-def test_expected_cost_is_the_mean_over_gates(build: Callable[..., PreTrainedModel]) -> None:
+def test_expected_cost_is_the_mean_over_gates() -> None:
     # The gates of a block are independent of one another, so that expectations multiply.
     structure = cofiprune.structure(build("BertModel", num_hidden_layers=1))
     cost = accounting.layer_parameters(structure)
@@ -138,7 +132,7 @@ def test_expected_cost_is_the_mean_over_gates(build: Callable[..., PreTrainedMod
     assert abs(sampled.mean().item() - expected) < 4 * standard_error
 
 
-def test_sparsity_is_the_removed_share(build: Callable[..., PreTrainedModel]) -> None:
+def test_sparsity_is_the_removed_share() -> None:
     structure = cofiprune.structure(build("BertModel"))
     cost = accounting.layer_parameters(structure)
     assert accounting.sparsity(cost, structure, structure.sizes) == 0

@@ -7,18 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune.adapter import Adapter, adapter_for, family, known_families, norm
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune_adapters.bert import adapter as bert
+from small import build
 
-Build = Callable[..., PreTrainedModel]
 Register = Callable[[Adapter], None]
 
 
-def test_a_registered_adapter_takes_precedence(build: Build, register: Register) -> None:
+def test_a_registered_adapter_takes_precedence(register: Register) -> None:
     model = build("BertModel")
     mine = family("bert")(lambda config: replace(bert.describe(config), refused={"hidden": "mine"}))
     assert "hidden" in cofiprune.structure(model)
@@ -29,18 +28,14 @@ def test_a_registered_adapter_takes_precedence(build: Build, register: Register)
 
 @pytest.mark.parametrize(
     ("adapter", "message"),
-    [
-        (Adapter, "pass an instance"),
-        ("bert", "takes an instance"),
-        (Adapter(), "must be a tuple"),
-    ],
+    [(Adapter, "pass an instance"), ("bert", "takes an instance"), (Adapter(), "must be a tuple")],
 )
 def test_what_is_no_adapter_is_not_registered(adapter: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         cofiprune.register_adapter(adapter)
 
 
-def test_an_adapter_without_a_table_says_so(build: Build) -> None:
+def test_an_adapter_without_a_table_says_so() -> None:
     class Empty(Adapter):
         model_types = ("bert",)
 
@@ -52,13 +47,13 @@ def test_our_own_families_are_known() -> None:
     assert {"bert", "roberta", "xlm-roberta", "camembert", "deberta", "deberta-v2"} <= set(known_families())
 
 
-def test_a_layer_list_elsewhere_is_an_error(build: Build) -> None:
+def test_a_layer_list_elsewhere_is_an_error() -> None:
     moved = family("bert")(lambda config: replace(bert.describe(config), layers="encoder.layers"))
     with pytest.raises(CofipruneError, match=r"no list of layers at 'encoder.layers'"):
         moved.structure(build("BertModel"))
 
 
-def test_rows_of_norms_are_norms(build: Build) -> None:
+def test_rows_of_norms_are_norms() -> None:
     structure = cofiprune.structure(build("BertModel"))
     assert len(structure.norms) == 5
     assert norm("a.b", kind="rms").norm == "rms"

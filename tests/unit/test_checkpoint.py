@@ -13,14 +13,13 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments, pipeline
 
 import cofiprune
 from cofiprune.conformance.specimens import outputs
 from cofiprune.errors import CheckpointError, CofipruneError, PlanError
+from small import batch_of, build
 
-Batch = dict[str, Tensor]
 RELATIVE = {"relative_attention": True, "pos_att_type": "c2p|p2c"}
 
 HARD = {
@@ -33,7 +32,7 @@ HARD = {
 
 
 @pytest.fixture
-def pruned(build: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+def pruned() -> Callable[..., PreTrainedModel]:
     """Build a float32 model of three layers and compact it under some masks."""
 
     def new(name: str, masks: Mapping[str, list[float]] = HARD, **settings: Any) -> PreTrainedModel:
@@ -93,12 +92,7 @@ def test_a_directory_holds_a_configuration_and_safetensors(
     ],
 )
 def test_auto_classes_read_it_and_write_it_again(
-    pruned: Callable[..., PreTrainedModel],
-    batch_of: Callable[..., Batch],
-    name: str,
-    auto: str,
-    settings: dict[str, Any],
-    tmp_path: Path,
+    pruned: Callable[..., PreTrainedModel], name: str, auto: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     def tied(model: PreTrainedModel) -> bool:
         head = model.get_output_embeddings()
@@ -119,7 +113,7 @@ def test_auto_classes_read_it_and_write_it_again(
 
 
 def test_the_encoder_of_a_checkpoint_serves_another_task(
-    pruned: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch], tmp_path: Path
+    pruned: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     small = pruned("BertForMaskedLM")
     small.save_pretrained(tmp_path)
@@ -152,7 +146,7 @@ def test_a_pipeline_reads_it(pruned: Callable[..., PreTrainedModel], tmp_path: P
 
 @pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "DebertaV2ForSequenceClassification"])
 def test_the_trainer_trains_it_and_a_checkpoint_resumes(
-    pruned: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch], name: str, tmp_path: Path
+    pruned: Callable[..., PreTrainedModel], name: str, tmp_path: Path
 ) -> None:
     pruned(name).save_pretrained(tmp_path / "model")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
@@ -254,6 +248,6 @@ def test_a_head_of_another_size_is_new_or_refused(pruned: Callable[..., PreTrain
     assert model.classifier.weight.shape == (5, 24)
 
 
-def test_a_copy_of_an_unpruned_model_needs_no_cofiprune(build: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+def test_a_copy_of_an_unpruned_model_needs_no_cofiprune(tmp_path: Path) -> None:
     cofiprune.compact(build("BertModel")).save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

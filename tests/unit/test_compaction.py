@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,19 @@ from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune.compaction import restore
-from cofiprune.conformance.specimens import outputs
 from cofiprune.errors import PlanError
 from cofiprune.masking import masks_of
-
-Batch = dict[str, Tensor]
+from small import Batch, batch_of, build, logits, randomise
 
 
 @pytest.fixture
-def model(build: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def model() -> PreTrainedModel:
     return build("BertForMaskedLM", num_hidden_layers=3)
 
 
 @pytest.fixture
-def batch(model: PreTrainedModel, batch_of: Callable[..., Batch]) -> Batch:
+def batch(model: PreTrainedModel) -> Batch:
     return batch_of(model)
-
-
-def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return outputs(model, batch)["logits"]
 
 
 def close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> bool:
@@ -50,7 +43,7 @@ def test_an_unpruned_model_gives_an_equal_copy(model: PreTrainedModel, batch: Ba
     assert not hasattr(small.config, "quantization_config")
 
 
-def test_the_original_is_left_as_it_was(model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]) -> None:
+def test_the_original_is_left_as_it_was(model: PreTrainedModel, batch: Batch) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
     masks = cofiprune.attach(model)
@@ -79,13 +72,7 @@ def test_the_original_is_left_as_it_was(model: PreTrainedModel, batch: Batch, ra
         ("DebertaV2ForMaskedLM", {}),
     ],
 )
-def test_ties_stay_tied(
-    build: Callable[..., PreTrainedModel],
-    randomise: Callable[..., None],
-    name: str,
-    settings: dict[str, int],
-    tmp_path: Path,
-) -> None:
+def test_ties_stay_tied(name: str, settings: dict[str, int], tmp_path: Path) -> None:
     model = build(name, **settings)
     with cofiprune.attach(model) as masks:
         randomise(masks, fractional=True)
@@ -97,9 +84,7 @@ def test_ties_stay_tied(
         assert (table.embedding_dim, decoder.in_features) == (table.weight.shape[1], decoder.weight.shape[1])
 
 
-def test_untied_models_stay_untied(
-    build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch], randomise: Callable[..., None]
-) -> None:
+def test_untied_models_stay_untied() -> None:
     model = build("BertForMaskedLM", tie_word_embeddings=False)
     batch = batch_of(model)
     with cofiprune.attach(model) as masks:
@@ -111,9 +96,7 @@ def test_untied_models_stay_untied(
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_mode_dtype_and_trainability_carry_over(
-    model: PreTrainedModel, randomise: Callable[..., None], dtype: torch.dtype, training: bool
-) -> None:
+def test_mode_dtype_and_trainability_carry_over(model: PreTrainedModel, dtype: torch.dtype, training: bool) -> None:
     model.to(dtype).train(training)
     model.cls.train(not training)
     frozen = {"bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.attention.self.query.bias"}
@@ -131,13 +114,7 @@ def test_mode_dtype_and_trainability_carry_over(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_the_law_holds_in_lower_precision(
-    build: Callable[..., PreTrainedModel],
-    batch_of: Callable[..., Batch],
-    randomise: Callable[..., None],
-    dtype: torch.dtype,
-    tolerance: float,
-) -> None:
+def test_the_law_holds_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     for name in ("BertForTokenClassification", "DebertaForTokenClassification", "DebertaV2ForTokenClassification"):
         model = build(name, dtype=dtype)
         batch = batch_of(model)
@@ -148,7 +125,7 @@ def test_the_law_holds_in_lower_precision(
             assert close(masked.double(), logits(small, batch).double(), tolerance)
 
 
-def test_modules_agree_with_their_new_shapes(build: Callable[..., PreTrainedModel]) -> None:
+def test_modules_agree_with_their_new_shapes() -> None:
     model = build("BertModel")
     with cofiprune.attach(model) as masks:
         masks["hidden"] = [0] * 5 + [1] * 19
@@ -174,13 +151,7 @@ def test_modules_agree_with_their_new_shapes(build: Callable[..., PreTrainedMode
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "DebertaForTokenClassification", "DebertaV2ForTokenClassification"]
 )
-def test_a_compacted_model_can_be_pruned_again_and_reloaded(
-    build: Callable[..., PreTrainedModel],
-    batch_of: Callable[..., Batch],
-    randomise: Callable[..., None],
-    name: str,
-    tmp_path: Path,
-) -> None:
+def test_a_compacted_model_can_be_pruned_again_and_reloaded(name: str, tmp_path: Path) -> None:
     model = build(name, num_hidden_layers=3)
     batch = batch_of(model)
     with cofiprune.attach(model) as masks:
@@ -207,7 +178,7 @@ def layers(model: PreTrainedModel) -> int:
 
 
 def test_a_plan_goes_before_attached_masks_and_serves_any_model_of_its_structure(
-    model: PreTrainedModel, build: Callable[..., PreTrainedModel], batch: Batch, randomise: Callable[..., None]
+    model: PreTrainedModel, batch: Batch
 ) -> None:
     with cofiprune.attach(model) as masks:
         whole, stock = masks.plan(), logits(model, batch)
@@ -220,9 +191,7 @@ def test_a_plan_goes_before_attached_masks_and_serves_any_model_of_its_structure
     assert other.num_parameters() == small.num_parameters()
 
 
-def test_restore_is_the_inverse_of_slicing(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_restore_is_the_inverse_of_slicing(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks)
     masks["layers.1.ffn"] = [0]
@@ -242,9 +211,7 @@ def test_restore_is_the_inverse_of_slicing(
         restore(small, small, plan)
 
 
-def test_restore_after_fractional_masks_runs_under_the_hard_ones(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_restore_after_fractional_masks_runs_under_the_hard_ones(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks, fractional=True)
     plan, small, masked = masks.plan(), cofiprune.compact(model), logits(model, batch)
@@ -254,9 +221,7 @@ def test_restore_after_fractional_masks_runs_under_the_hard_ones(
     assert close(logits(model, batch), masked)
 
 
-def test_an_attached_model_can_be_copied_and_compacted(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_an_attached_model_can_be_copied_and_compacted(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks, fractional=True)
     masked = logits(model, batch)
@@ -266,9 +231,7 @@ def test_an_attached_model_can_be_copied_and_compacted(
 
 
 @pytest.mark.parametrize("name", ["BertForTokenClassification", "DebertaV2ForTokenClassification"])
-def test_gradient_checkpointing_runs_under_masks(
-    build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch], randomise: Callable[..., None], name: str
-) -> None:
+def test_gradient_checkpointing_runs_under_masks(name: str) -> None:
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = build(name, num_hidden_layers=3, **quiet).train()
     batch = batch_of(model)
@@ -296,9 +259,7 @@ def test_gradient_checkpointing_runs_under_masks(
     assert all(value.grad is not None for name, value in small.named_parameters() if "layer.0" in name)
 
 
-def test_hidden_states_and_attentions_of_a_compacted_model(
-    build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch]
-) -> None:
+def test_hidden_states_and_attentions_of_a_compacted_model() -> None:
     model = build("BertModel", num_hidden_layers=3, attn_implementation="eager")
     batch = batch_of(model)
     with torch.no_grad(), cofiprune.attach(model) as masks:
@@ -313,9 +274,7 @@ def test_hidden_states_and_attentions_of_a_compacted_model(
     assert [row.shape[1] for row in small.attentions if row is not None] == [4, 1]
 
 
-def test_compacting_under_bound_masks_takes_the_set_ones(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_compacting_under_bound_masks_takes_the_set_ones(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks)
     expected = logits(model, batch)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from cofiprune import Adapter, check_adapter
 from cofiprune.adapter import Family
@@ -17,6 +16,7 @@ from cofiprune.conformance import specimens
 from cofiprune.errors import AdapterError, StructureError
 from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.deberta import adapter as deberta
+from small import build
 
 
 def test_a_report_says_what_was_covered() -> None:
@@ -35,7 +35,7 @@ def test_a_report_says_what_was_covered() -> None:
         report.cases = 0  # type: ignore[misc]
 
 
-def test_a_model_is_checked_as_it_is_and_left_as_it_was(build: Callable[..., PreTrainedModel]) -> None:
+def test_a_model_is_checked_as_it_is_and_left_as_it_was() -> None:
     model = build("BertForQuestionAnswering", dtype=torch.float32, num_hidden_layers=1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = check_adapter(model, units="head")

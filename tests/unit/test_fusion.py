@@ -22,10 +22,10 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import cofiprune
 from cofiprune.conformance.specimens import outputs, specimen, tiny_config
-from cofiprune.inference import fusion, siblings
-from cofiprune.inference.siblings import FusedLinear, Siblings
+from cofiprune.inference import fusion
+from cofiprune.inference.fusion import FusedLinear, Siblings
+from small import Batch, batch_of, build, randomise
 
-Batch = dict[str, Tensor]
 EXACT = 1e-12
 
 FAMILIES = (
@@ -39,12 +39,12 @@ FAMILIES = (
 
 
 @pytest.fixture
-def model(build: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def model() -> PreTrainedModel:
     return build("BertForTokenClassification")
 
 
 @pytest.fixture
-def batch(model: PreTrainedModel, batch_of: Callable[..., Batch]) -> Batch:
+def batch(model: PreTrainedModel) -> Batch:
     return batch_of(model)
 
 
@@ -57,7 +57,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(weight.shape))
         return F.linear(states, weight, bias)
 
-    monkeypatch.setattr(siblings, "product", note)
+    monkeypatch.setattr(fusion, "product", note)
     return seen
 
 
@@ -80,9 +80,7 @@ def largest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fused_models_give_the_same_answers(
-    name: str, batch_of: Callable[..., Batch], randomise: Callable[..., None], products: list[tuple[int, ...]]
-) -> None:
+def test_fused_models_give_the_same_answers(name: str, products: list[tuple[int, ...]]) -> None:
     model = tiny(name)
     batch = batch_of(model)
     with cofiprune.attach(model) as masks:
@@ -106,7 +104,7 @@ def test_fused_models_give_the_same_answers(
     assert largest(law, found) <= 1e-10 * scale
 
 
-def test_maps_that_run_more_than_once_stay_alone(batch_of: Callable[..., Batch]) -> None:
+def test_maps_that_run_more_than_once_stay_alone() -> None:
     shared = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}
     for model in (tiny("AlbertModel"), tiny("DebertaV2Model", **shared)):
         fused = cofiprune.compact(model, fuse=True)
@@ -115,9 +113,7 @@ def test_maps_that_run_more_than_once_stay_alone(batch_of: Callable[..., Batch])
         assert largest(outputs(model, batch), outputs(fused, batch)) <= EXACT * 10
 
 
-def test_parameters_are_those_of_an_ordinary_model(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None], tmp_path: Path
-) -> None:
+def test_parameters_are_those_of_an_ordinary_model(model: PreTrainedModel, batch: Batch, tmp_path: Path) -> None:
     with cofiprune.attach(model) as masks:
         randomise(masks, fractional=True)
         plain, fused = cofiprune.compact(model), cofiprune.compact(model, fuse=True)
@@ -211,9 +207,7 @@ def test_gradients_are_those_of_an_ordinary_model(model: PreTrainedModel, batch:
         torch.testing.assert_close(value.grad, expected[name].grad, rtol=1e-10, atol=1e-10)
 
 
-def test_masks_on_a_fused_model_obey_the_law(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_masks_on_a_fused_model_obey_the_law(model: PreTrainedModel, batch: Batch) -> None:
     fused = cofiprune.compact(model, fuse=True)
     before = outputs(fused, batch)["logits"]
     with cofiprune.attach(fused) as masks:
@@ -327,7 +321,7 @@ def test_plain_models_can_be_fused(model: PreTrainedModel, batch: Batch, tmp_pat
     assert small.config.intermediate_size == 10
 
 
-def test_several_threads_may_run_one_model(model: PreTrainedModel, batch_of: Callable[..., Batch]) -> None:
+def test_several_threads_may_run_one_model(model: PreTrainedModel) -> None:
     fused = cofiprune.compact(model, fuse=True)
     batches = [batch_of(model, seed) for seed in range(4)] * 10
     expected = [outputs(model, batch)["logits"] for batch in batches]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch
 import cofiprune
 from cofiprune.resolving import Resolver
 from cofiprune.structure import Structure
+from small import build
 
 ROOT = Path(__file__).parents[2]
 FILE_LINES = 350
@@ -43,7 +42,7 @@ def test_no_function_is_longer_than_a_screen() -> None:
     assert found == {}
 
 
-def test_a_run_resolves_the_structure_a_few_times(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resolves_the_structure_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve, calls = Resolver.structure, []
 
     def counted(self: Resolver) -> Structure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,22 +14,17 @@ from cofiprune import MaskRegistry, Plan
 from cofiprune.conformance.specimens import outputs
 from cofiprune.errors import MaskError, PlanError, StructureError
 from cofiprune.masking import masks_of
-
-Batch = dict[str, Tensor]
+from small import Batch, batch_of, build, logits, randomise
 
 
 @pytest.fixture
-def model(build: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def model() -> PreTrainedModel:
     return build("BertForSequenceClassification")
 
 
 @pytest.fixture
-def batch(model: PreTrainedModel, batch_of: Callable[..., Batch]) -> Batch:
+def batch(model: PreTrainedModel) -> Batch:
     return batch_of(model)
-
-
-def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return outputs(model, batch)["logits"]
 
 
 def test_masks_start_as_ones_and_change_nothing(model: PreTrainedModel, batch: Batch) -> None:
@@ -131,7 +125,7 @@ def test_a_second_registry_is_refused_until_the_first_is_detached(model: PreTrai
 
 
 def test_names_and_weights_stay_and_leaving_the_context_gives_the_stock_model_back(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
+    model: PreTrainedModel, batch: Batch
 ) -> None:
     def names() -> list[list[str]]:
         return [[name for name, _ in members] for members in (model.named_parameters(), model.named_modules())]
@@ -163,9 +157,7 @@ def test_a_block_without_units_is_a_block_without_its_gate(model: PreTrainedMode
         assert masks.plan().keep["layers.0.attention"] == ()
 
 
-def test_the_state_of_a_model_without_blocks_is_its_embedding(
-    build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch]
-) -> None:
+def test_the_state_of_a_model_without_blocks_is_its_embedding() -> None:
     model = build("BertModel")
     batch = batch_of(model)
     with torch.no_grad():
@@ -176,7 +168,7 @@ def test_the_state_of_a_model_without_blocks_is_its_embedding(
         assert torch.equal(outputs(model, batch)["last_hidden_state"], embedded)
 
 
-def test_fractional_masks_scale(build: Callable[..., PreTrainedModel], batch_of: Callable[..., Batch]) -> None:
+def test_fractional_masks_scale() -> None:
     """A head, a feed-forward dimension and a block are scaled before the residual is added."""
     model = build("BertModel", num_hidden_layers=1)
     batch = batch_of(model)
@@ -197,9 +189,7 @@ def test_fractional_masks_scale(build: Callable[..., PreTrainedModel], batch_of:
     hook.remove()
 
 
-def test_differentiable_masks_give_the_outputs_of_set_ones(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_differentiable_masks_give_the_outputs_of_set_ones(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks, fractional=True)
     expected = logits(model, batch)
@@ -215,9 +205,7 @@ def test_differentiable_masks_give_the_outputs_of_set_ones(
     assert not torch.allclose(logits(model, batch), expected)
 
 
-def test_the_gradient_of_a_mask_is_that_of_finite_differences(
-    model: PreTrainedModel, batch: Batch, randomise: Callable[..., None]
-) -> None:
+def test_the_gradient_of_a_mask_is_that_of_finite_differences(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks, fractional=True)
     name, step = "layers.0.heads", 1e-6
@@ -235,7 +223,7 @@ def test_the_gradient_of_a_mask_is_that_of_finite_differences(
         assert gradient[unit].item() == pytest.approx(((sums[0] - sums[1]) / (2 * step)).item(), rel=1e-5, abs=1e-8)
 
 
-def test_a_plan_can_be_set(model: PreTrainedModel, randomise: Callable[..., None]) -> None:
+def test_a_plan_can_be_set(model: PreTrainedModel) -> None:
     masks = cofiprune.attach(model)
     randomise(masks, fractional=True)
     plan = masks.plan()

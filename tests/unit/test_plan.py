@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune import Plan
 from cofiprune.errors import PlanError
+from small import batch_of, build
 
 
 @pytest.fixture(scope="module")
-def model(build: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def model() -> PreTrainedModel:
     return build("BertModel")
 
 
@@ -99,7 +98,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         Plan.load(tmp_path / "none.json")
 
 
-def test_a_plan_for_another_model_is_refused(plan: Plan, build: Callable[..., PreTrainedModel]) -> None:
+def test_a_plan_for_another_model_is_refused(plan: Plan) -> None:
     with pytest.raises(PlanError, match="is for a 'bert' model, the model is 'roberta'"):
         cofiprune.compact(build("RobertaModel"), plan)
     with pytest.raises(PlanError, match=r"group 'layers\.0\.heads' has 4 units in the plan and 2 in the model"):
@@ -130,9 +129,7 @@ def test_a_plan_prints_its_layers(plan: Plan) -> None:
     assert {"hidden 20 of 24", "layers.0.heads 3 of 4", "layers.0.intermediate block removed"} < {*lines}
 
 
-def test_two_plans_in_a_row_are_one(
-    model: PreTrainedModel, plan: Plan, batch_of: Callable[..., dict[str, Tensor]]
-) -> None:
+def test_two_plans_in_a_row_are_one(model: PreTrainedModel, plan: Plan) -> None:
     first = plan.hard
     small = cofiprune.compact(model, first)
     with cofiprune.attach(small) as masks:

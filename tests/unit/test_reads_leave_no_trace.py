@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, SplinterConfig, SplinterModel
 import cofiprune
 from cofiprune import MaskRegistry, Plan
 from cofiprune.conformance.specimens import inputs
+from small import build
 
-Build = Callable[..., PreTrainedModel]
 ROWS = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": 1}]
 
 
@@ -30,7 +30,7 @@ READS: dict[str, Callable[[Any], object]] = {
     "adapter_for": cofiprune.adapter_for,
     "check_adapter": lambda model: cofiprune.check_adapter(model, units="layer", batch=_batch(model)),
     "summary": cofiprune.summary,
-    "benchmark": lambda model: cofiprune.benchmark(model, batch_size=1, seq_len=8, runs=1, warmup=0),
+    "benchmark": lambda model: cofiprune.benchmark(model, batch_size=1, seq_len=8, runs=1),
     "evaluate": lambda model: cofiprune.evaluate(model, ROWS),
     "compact": cofiprune.compact,
     "compact, fused": lambda model: cofiprune.compact(model, fuse=True),
@@ -44,7 +44,7 @@ READS_OF_MASKS: dict[str, Callable[[MaskRegistry], object]] = {
 
 
 @pytest.fixture(params=["declared", "derived"])
-def model(request: pytest.FixtureRequest, build: Build) -> PreTrainedModel:
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A model in the middle of somebody's training: dropout, gradients, hooks, a frozen part, parts in eval mode."""
     if request.param == "declared":
         model = build("BertForSequenceClassification", dtype=torch.float32, problem_type="single_label_classification")

@@ -11,10 +11,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 import cofiprune
 from cofiprune import accounting
 from cofiprune.errors import TargetError
-from cofiprune.selection.arguments import check_fraction
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target, reachable
-from cofiprune.selection.target import TOLERANCE, Target
+from cofiprune.selection.target import TOLERANCE, Target, check_fraction
 from cofiprune.structure import UNIT_KINDS
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from transformers import MPNetModel, PreTrainedModel
 import cofiprune
 from cofiprune.compaction.removal import Pick
 from cofiprune.conformance.specimens import outputs
+from small import batch_of, build
 
 
 def kept(model: PreTrainedModel, layer: int) -> list[int] | None:
@@ -24,9 +24,7 @@ def states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return outputs(model, batch)["last_hidden_state"]
 
 
-def test_layers_pick_the_entries_of_the_heads_that_they_keep(
-    build: Callable[..., PreTrainedModel], batch_of: Callable[..., dict[str, Tensor]], tmp_path: Path
-) -> None:
+def test_layers_pick_the_entries_of_the_heads_that_they_keep(tmp_path: Path) -> None:
     model = build("MPNetModel", num_hidden_layers=3)
     batch = batch_of(model)
     with cofiprune.attach(model, "head") as masks:
@@ -53,7 +51,7 @@ def test_layers_pick_the_entries_of_the_heads_that_they_keep(
         assert torch.allclose(states(small, batch), masked, atol=1e-12)
 
 
-def test_a_model_without_cut_heads_has_no_buffers(build: Callable[..., PreTrainedModel]) -> None:
+def test_a_model_without_cut_heads_has_no_buffers() -> None:
     model = build("MPNetModel")
     with cofiprune.attach(model) as masks:
         masks["layers.0.attention"] = [0]

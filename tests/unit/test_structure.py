@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune.errors import AdapterError, StructureError
 from cofiprune.structure import Side, Structure, unit_of
+from small import build
 
 
 @pytest.fixture(scope="module")
-def structure(build: Callable[..., PreTrainedModel]) -> Structure:
+def structure() -> Structure:
     return cofiprune.structure(build("BertForSequenceClassification"))
 
 
@@ -34,9 +33,7 @@ def test_groups_come_in_canonical_order_with_their_sizes(structure: Structure) -
     assert structure["layers.1.heads"].layer == 1
 
 
-def test_every_parameter_is_listed_in_the_order_of_the_model(
-    structure: Structure, build: Callable[..., PreTrainedModel]
-) -> None:
+def test_every_parameter_is_listed_in_the_order_of_the_model(structure: Structure) -> None:
     model = build("BertForSequenceClassification")
     assert [(spec.name, spec.shape) for spec in structure.parameters] == [
         (name, tuple(value.shape)) for name, value in model.named_parameters()
@@ -93,7 +90,7 @@ def test_each_kind_belongs_to_a_unit_kind() -> None:
     ]
 
 
-def test_objects_that_are_no_encoder_are_refused(build: Callable[..., PreTrainedModel]) -> None:
+def test_objects_that_are_no_encoder_are_refused() -> None:
     with pytest.raises(AdapterError, match="expected a transformers model"):
         cofiprune.structure("bert-base-uncased")  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="configured as a decoder"):

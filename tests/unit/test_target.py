@@ -12,11 +12,10 @@ import cofiprune
 from cofiprune import PruneConfig, accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.errors import TargetError
-from cofiprune.selection.arguments import parse_target
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import TOLERANCE, Target
-from cofiprune.training.targets import target_for
+from cofiprune.selection.target import TOLERANCE, Target, parse_target
+from cofiprune.training.arguments import target_for
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -70,11 +69,11 @@ def test_what_is_reachable_is_said_in_the_words_of_the_target() -> None:
     model = bert()
     structure = structure_of(model)
     macs = cofiprune.summary(model, seq_len=128).macs
-    target = target_for(model, structure, PruneConfig(), {"target_macs": 0.01 * macs})
+    target = target_for(model, structure, PruneConfig(), "target_macs", 0.01 * macs)
     with pytest.raises(TargetError, match=r"MACs at 128 tokens cannot be reached with units head .* gives .* MACs"):
         check_target(structure, target, ("head",))
     with pytest.raises(TargetError, match="a target lies below that"):
-        target_for(model, structure, PruneConfig(), {"target_macs": 2 * macs})
+        target_for(model, structure, PruneConfig(), "target_macs", 2 * macs)
 
 
 def test_a_smaller_model_goes_on_to_the_same_amount() -> None:

@@ -10,8 +10,7 @@ from cofiprune import PruneConfig, PruningCallback
 from cofiprune.errors import CofipruneError, SettingsError
 from cofiprune.structure import UNIT_KINDS
 from cofiprune.training.config import CALLBACK, FINETUNE, RECOVERY, names_of
-from cofiprune.training.resolved import Facts, resolve
-from cofiprune.training.schedule import Schedule, rate
+from cofiprune.training.resolved import Facts, Schedule, rate, resolve
 
 NAMES = {
     "epochs", "finetune_epochs", "pre_finetune_epochs", "sparsity_warmup_epochs", "batch_size", "eval_batch_size",
