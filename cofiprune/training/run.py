@@ -30,8 +30,8 @@ from cofiprune.masking import attach_to, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
+from cofiprune.training.arguments import take_masks_off
 from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
-from cofiprune.training.checks import take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import (
     Display,
@@ -341,5 +341,4 @@ class Run:
 def _first(batches: Batches, count: int) -> Iterator[Batch]:
     """Give the batches that were taken first, over all epochs."""
     for epoch in range(-(-count // len(batches))):
-        batches.from_start().set_epoch(epoch)
-        yield from itertools.islice(batches, count - epoch * len(batches))
+        yield from itertools.islice(batches.epoch(epoch), count - epoch * len(batches))
