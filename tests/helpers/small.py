@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 import cofiprune
 from cofiprune import MaskRegistry, accounting
@@ -33,10 +33,10 @@ def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **set
     return specimens.specimen(cls(cls.config_class(**{**SIZES, **settings})), rng(seed)).to(dtype)
 
 
-def bert(cls: type = BertForSequenceClassification, *, seed: int = 0, **settings: Any) -> Any:
+def bert(name: str = "BertForSequenceClassification", *, seed: int = 0, **settings: Any) -> Any:
     """A BERT as transformers initialises it."""
     torch.manual_seed(seed)
-    return cls(BertConfig(**{**SIZES, **settings})).eval()
+    return getattr(transformers, name)(BertConfig(**{**SIZES, **settings})).eval()
 
 
 def batch_of(model: PreTrainedModel, seed: int = 0) -> Batch:

@@ -29,13 +29,9 @@ Capsys = pytest.CaptureFixture[str]
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "a", "film", "with", "music", "who", "made", "it")
 SIZES: dict[str, Any] = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 32,
-    "max_position_embeddings": 24,
-}
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 32, "max_position_embeddings": 24,
+}  # fmt: skip
 REVIEWS = [
     {"sentence": f"a {word} film with {other} music", "label": int(word in GOOD)}
     for word in (*GOOD, *BAD)

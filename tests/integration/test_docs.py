@@ -92,14 +92,9 @@ WORDS = [*SPECIAL, "a", "an", "the", "film", "story", "plot", "is", "and", "of",
 def small_model(**sizes: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     settings = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-        "num_labels": 2,
-    }
+        "vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 64, "num_labels": 2,
+    }  # fmt: skip
     return transformers.BertForSequenceClassification(transformers.BertConfig(**{**settings, **sizes}))
 
 
