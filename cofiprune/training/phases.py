@@ -22,7 +22,7 @@ from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
-from cofiprune.training.checks import check_learnable
+from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, transplant
 from cofiprune.training.loop import Loop
 from cofiprune.training.resolved import Schedule
