@@ -122,8 +122,7 @@ class Objective:
         if self.teacher is None or not self.teacher.memory:
             return
         for epoch in range(-(-count // len(batches))):
-            batches.from_start().set_epoch(epoch)
-            for batch in itertools.islice(batches, count - epoch * len(batches)):
+            for batch in itertools.islice(batches.epoch(epoch), count - epoch * len(batches)):
                 if not self.teacher.knows(batch[ROWS]):
                     self.teacher.outputs(to_model(model_inputs(batch, student), student), batch[ROWS])
 
@@ -272,7 +271,7 @@ def new_projection(
         return hidden_projection(width, wanted).to(student.device)
     gram: Tensor | None = None
     with evaluating(student):
-        for batch in itertools.islice(batches.from_start(), _FIT_BATCHES):
+        for batch in itertools.islice(batches, _FIT_BATCHES):
             inputs = {name: value.to(student.device) for name, value in model_inputs(batch, student).items()}
             ours = _last_states(student, inputs)
             reads = forward_names(teacher)
