@@ -280,7 +280,7 @@ def _prune(
     on_progress: Progress | None,
 ) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome."""
-    rows = calibration(model, structure, batches.from_start())
+    rows = calibration(model, structure, batches)
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if PartialState().is_main_process:
