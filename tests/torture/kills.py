@@ -3,7 +3,7 @@
     python tests/torture/kills.py --trials 60 --seed 0
 
 A trial forks a process that has everything imported, kills it with SIGKILL after a random share of the time that the
-run takes, or at its n-th write to disk, up to three times over, and lets `resume=folder.is_dir() and any(folder.glob("checkpoint-*"))` finish. The digest of weights,
+run takes, or at its n-th write to disk, up to three times over, and lets `resume="auto"` finish. The digest of weights,
 plan and history is compared with that of a run that nobody stopped.
 """
 
@@ -60,7 +60,7 @@ def pruned(folder: Path, **settings: Any) -> Any:
         rows(),
         teacher=model_of(1),
         output_dir=folder,
-        resume=folder.is_dir() and any(folder.glob("checkpoint-*")),
+        resume="auto",
         **{**SETTINGS, **settings},
     )
 
@@ -88,7 +88,7 @@ def finetune(folder: Path) -> Any:
         rows(),
         epochs=4,
         output_dir=folder,
-        resume=folder.is_dir() and any(folder.glob("checkpoint-*")),
+        resume="auto",
         **SETTINGS,
     )
 
@@ -246,10 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
         if problem:
             wrong[name] += 1
             print(f"{name}, killed at {', '.join(kills)}: {problem[:300]}", flush=True)
-    print(
-        f"{options.trials} trials of {', '.join(names)}: {sum(wrong.values())} did not end as the run that nobody stopped"
-    )
-    return sum(wrong.values())
+    print(f"{options.trials} trials of {', '.join(names)}: {wrong.total()} did not end as the run that nobody stopped")
+    return wrong.total()
 
 
 if __name__ == "__main__":
