@@ -64,10 +64,15 @@ class LawError(CofipruneError, AssertionError):
 
 @contextmanager
 def explained(error: type[CofipruneError], problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of some kinds into an error that states the problem, followed by their message on one line."""
+    """Turn exceptions of some kinds into an error that states the problem, followed by their message on one line.
+
+    `Exception` stands for those of other packages: an error of this one explains itself.
+    """
     try:
         yield
     except kinds as found:
+        if kinds == (Exception,) and isinstance(found, CofipruneError):
+            raise
         raise error(f"{problem}: {one_line(found)}") from found
 
 

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cofiprune.cli.loading import add_data_options, load
-from cofiprune.cli.models import add_model_options, load_model, model_name, to_device
+from cofiprune.cli.loading import add_data_options, add_model_options, load, load_model, model_name, to_device
 from cofiprune.cli.options import UsageError, at_least, number, one_of
 from cofiprune.structure import UNIT_KINDS
 

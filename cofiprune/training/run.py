@@ -30,7 +30,7 @@ from cofiprune.masking import attach_to, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.checkpoint import RunState, SavedRun, identifying, load_checkpoint
+from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
 from cofiprune.training.checks import take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import (
@@ -47,6 +47,7 @@ from cofiprune.training.environment import (
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of, reached
+from cofiprune.training.state import RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

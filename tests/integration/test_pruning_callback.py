@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_the_model_ends_with_hard_masks_of_exactly_the_target(toy, tmp_path, tar
         shapes = {name: value.shape for name, value in loaded.state_dict().items()}
         assert shapes == {name: value.shape for name, value in toy.teacher.state_dict().items()}
         assert masks_of(loaded) is None
-        assert (folder / "cofiprune.pt").exists()
+        assert (folder / "cofiprune" / "meta.json").exists()
 
 
 class Begin(TrainerCallback):
@@ -614,12 +615,13 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     last = tmp_path / "checkpoint-6"
     refused("target_sparsity is 0.6, asked for 0.5", trainer(0.5))
     refused("gate_learning_rate", trainer(gate_learning_rate=0.1))
-    good = (last / "cofiprune.pt").read_bytes()
-    (last / "cofiprune.pt").write_bytes((tmp_path / "checkpoint-4" / "cofiprune.pt").read_bytes())
+    shutil.rmtree(last / "cofiprune")
+    shutil.copytree(tmp_path / "checkpoint-4" / "cofiprune", last / "cofiprune")
     refused("other weights", trainer())
-    (last / "cofiprune.pt").write_bytes(good[:100])
-    refused("damaged", trainer())
-    (last / "cofiprune.pt").unlink()
+    for name in ("state.pt", "meta.json"):
+        (last / "cofiprune" / name).write_bytes((last / "cofiprune" / name).read_bytes()[:100])
+        refused(f"damaged: its {name}", trainer())
+    (last / "cofiprune" / "meta.json").unlink()
     refused("the gates of that step are missing", trainer())
 
 
