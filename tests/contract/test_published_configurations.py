@@ -1,4 +1,4 @@
-"""Every family, with the settings of its published checkpoints: pruned on data, compacted, saved, loaded by a new process.
+"""Every family, with the settings of its published checkpoints: pruned on data, saved, loaded by another process.
 
 The laws look at one forward pass of a random model. A run does more: it refits layers, differentiates, trains, cuts and
 loads again. Sizes are small; every other setting is that of the checkpoint that a case is named after.
@@ -18,11 +18,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import cofiprune
-from cofiprune.data import batches
 from cofiprune.conformance import specimens
+from cofiprune.data import batches
 
 METHODS = ("one-shot", "cofi", "gates")
 
