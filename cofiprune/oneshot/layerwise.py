@@ -10,9 +10,10 @@ N positions of a batch that are not padding.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -110,11 +111,21 @@ class Activations:
     entry: Tensor | None = None
     """[B, T, H]: what the block's exit adds the output to, where the module is a block's last projection; None when the
     residual is added elsewhere."""
+    more: list[Activations] = field(default_factory=list)
+    """Of further calls in the same pass: DeBERTa-v3 maps its relative positions by the maps of its tokens."""
 
     @property
     def sum(self) -> Tensor:
         """[B, T, H]: the residual stream after the block where that is known, the block's output elsewhere."""
         return self.outputs if self.entry is None else self.outputs + self.entry
+
+    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the inputs [N, n] and sums [N, H] of all calls, without padding."""
+        every = (self, *self.more)
+        return (
+            torch.cat([valid_rows(each.inputs, batch) for each in every]),
+            torch.cat([valid_rows(each.sum, batch) for each in every]),
+        )
 
 
 @torch.no_grad()
@@ -125,21 +136,25 @@ def activations(
     *,
     exits: Mapping[str, BlockExit] = MappingProxyType({}),
     ends: Sequence[str] = (),
+    times: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[dict[str, Activations], list[Any]]:
     """Run a model on a batch, no further than is needed to see what passes some modules.
 
     :param batch: on the model's device.
     :param exits: by path, the exit of the block whose last projection it is, where that adds the residual.
     :param ends: modules whose whole output is returned too.
+    :param times: calls to wait for, by path, where that is not one.
     :return: by path, nothing of modules that are not called; and the outputs of `ends`.
     """
-    parts: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    found: dict[str, Activations] = {}
+    entries: dict[str, Tensor] = {}
     outputs: list[Any] = []
-    pending = {*paths, *ends, *(exit for exit in exits.values())}
+    pending = Counter[str | BlockExit]((*paths, *ends, *exits.values()))
+    pending.update({path: count - 1 for path, count in times.items()})
 
     def arrived(what: str | BlockExit) -> None:
-        pending.discard(what)
-        if not pending:
+        pending.subtract([what])
+        if all(left <= 0 for left in pending.values()):
             raise StopForward
 
     def called(path: str) -> After:
@@ -147,14 +162,15 @@ def activations(
             if path in ends:
                 outputs.append(output)
             else:  # copies: what is run afterwards may add the residual in place
-                parts[path].update(inputs=args[0].clone(), outputs=output.clone())
+                seen = Activations(args[0].clone(), output.clone())
+                found[path].more.append(seen) if path in found else found.update({path: seen})
             arrived(path)
 
         return note
 
     def entered(path: str, exit: BlockExit) -> Before:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            parts[path]["entry"] = entry_of(exit, args, kwargs).clone()
+            entries[path] = entry_of(exit, args, kwargs).clone()
             arrived(exit)
 
         return note
@@ -162,7 +178,10 @@ def activations(
     before = {exit.module: entered(path, exit) for path, exit in exits.items()}
     with suppress(StopForward), watching(model, before=before, after={path: called(path) for path in (*paths, *ends)}):
         model(**batch)
-    return {path: Activations(**seen) for path, seen in parts.items() if "inputs" in seen}, outputs
+    for path, entry in entries.items():
+        if path in found:
+            found[path].entry = entry
+    return found, outputs
 
 
 @torch.no_grad()
@@ -193,11 +212,19 @@ class Layerwise:
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
-    def look(self, index: int, wanted: Sequence[str] = (), *, settle: bool = False) -> dict[str, Activations]:
+    def look(
+        self,
+        index: int,
+        wanted: Sequence[str] = (),
+        *,
+        settle: bool = False,
+        times: Mapping[str, int] = MappingProxyType({}),
+    ) -> dict[str, Activations]:
         """Run the current layer on a batch, no further than is needed.
 
         :param wanted: paths of linear layers and norms in this layer to record.
         :param settle: run the layer to its end and keep its output, for when the walk goes up.
+        :param times: calls to wait for, by path, where that is not one.
         :return: by path; nothing of modules that are not called.
         """
         exits = {path: self._exits[path] for path in wanted if path in self._exits}
@@ -206,7 +233,7 @@ class Layerwise:
             for path in self.layers[: self.depth]:
                 layer, output = self.model.get_submodule(path), self._below[index]
                 replaced.enter_context(replaced_forward(layer, lambda *args, output=output, **kwargs: output))
-            found, outputs = activations(self.model, wanted, self.batches[index], exits=exits, ends=ends)
+            found, outputs = activations(self.model, wanted, self.batches[index], exits=exits, ends=ends, times=times)
         if settle:
             self._above[index] = outputs[0]
         return found

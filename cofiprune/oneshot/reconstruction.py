@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cofiprune.compaction.slicing import positions
 from cofiprune.inference.fusion import is_linear
-from cofiprune.oneshot.layerwise import Batch, Layerwise, calls, projections, readers, valid_rows
+from cofiprune.oneshot.layerwise import Batch, Layerwise, calls, projections, readers
 from cofiprune.oneshot.regression import AffineFit, LeastSquares
 from cofiprune.plan import Plan
 from cofiprune.structure import Block, Parameter, Structure
@@ -130,29 +130,38 @@ class Reconstruction:
         targets: dict[str, list[Tensor]] = {path: [] for paths in stages for path in paths}
         if not targets and not settle:
             return
+        times: dict[str, int] = {}
         for index, batch in enumerate(above.batches):
             for path, seen in above.look(index, list(targets), settle=settle).items():
-                side = self._weights_of[path].sides[0]
-                rows = valid_rows(seen.sum, batch)
+                side, times[path] = self._weights_of[path].sides[0], 1 + len(seen.more)
+                _, rows = seen.rows(batch)
                 targets[path].append(rows if side is None else rows[:, positions(side, self.plan.keep[side.group])])
         for paths in stages:
-            self._fit(walk, paths, targets)
+            self._fit(walk, paths, targets, {path: count for path, count in times.items() if path in paths})
         for index in range(len(walk.batches)) if settle else ():
             walk.look(index, settle=True)
 
-    def _fit(self, walk: Layerwise, paths: Sequence[str], targets: Mapping[str, Sequence[Tensor]]) -> None:
-        """Fit linear layers to what is missing in their outputs; scale and shift norms to be right on average."""
+    def _fit(
+        self,
+        walk: Layerwise,
+        paths: Sequence[str],
+        targets: Mapping[str, Sequence[Tensor]],
+        times: Mapping[str, int],
+    ) -> None:
+        """Fit linear layers to what is missing in their outputs; scale and shift norms to be right on average.
+
+        :param times: how often each is called in a pass.
+        """
         modules = {path: self.small.get_submodule(path) for path in paths}
         norms = {path: AffineFit(self._small_structure.sizes["hidden"]) for path in paths if path in self._norms}
         linears = {path: LeastSquares.of(modules[path]) for path in paths if path not in norms}
         for index, batch in enumerate(walk.batches):
-            for path, seen in walk.look(index, paths).items():
-                found = valid_rows(seen.sum, batch)
+            for path, seen in walk.look(index, paths, times=times).items():
+                inputs, found = seen.rows(batch)
                 wanted = targets[path][index].to(found)
                 if path in norms:
                     norms[path].add(found, wanted)
                 else:
-                    inputs = valid_rows(seen.inputs, batch)
                     linears[path].add(inputs, wanted - found, self._position_weights(path, index))
         for path, norm in norms.items():
             norm.correct(modules[path])

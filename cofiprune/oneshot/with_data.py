@@ -162,7 +162,7 @@ class RoundPruning:
         chosen = self.structure.select(self.units)
         may_empty = any(group.unit == "layer" for group in chosen)
         gates = [
-            block.gate for block in structure.blocks if block.inner in inner or (may_empty and block.inner in structure)
+            block.gate for block in structure.blocks if block.inner in inner or (may_empty and block.inner is not None)
         ]
         for block, found in block_curves(small, structure, gates, scored, seed=self.seed):
             assert block.inner is not None
