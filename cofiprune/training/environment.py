@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from cofiprune.data.prepare import prepare
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-_SHOWN = (
-    ("loss", "loss {:.2f}"),
-    ("expected_sparsity", " sparsity {:.2f}"),
-    ("target_sparsity", "/{:.2f}"),
-)
+_SHOWN = {"loss": "loss {:.2f}", "expected_sparsity": " sparsity {:.2f}", "target_sparsity": "/{:.2f}"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -138,71 +134,57 @@ def held_out(
     return evaluate
 
 
-def metric_name(metric: str, values: Iterable[str]) -> str:
+def metric_name(metric: str, values: Iterable[str], setting: str = "metric_for_best_model") -> str:
     """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
 
+    :param setting: that asks for it.
     :raises SettingsError: when it gives no such metric.
     """
     found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
     if found is None:
         known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
         raise SettingsError(
-            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
+            f"{setting}={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
             f"{suggest(metric, known)} compute_metrics can add others"
         )
     return found
 
 
-class Display:
-    """A progress line with loss, expected and target sparsity, metric and time left."""
+class Display(Progress):
+    """A progress line with loss, expected and target sparsity, metric and time left; it fits into 80 columns."""
+
+    task: TaskID
 
     def __init__(self, *, enabled: bool) -> None:
-        self.console = Console(stderr=True)
-        shown = enabled and (self.console.is_terminal or self.console.is_jupyter or "ipykernel" in sys.modules)
-        self.progress = Progress(
-            # Fits into 80 columns.
+        console = Console(stderr=True)
+        super().__init__(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
             TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not shown,
+            console=console,
+            disable=not (enabled and (console.is_terminal or console.is_jupyter or "ipykernel" in sys.modules)),
         )
-        self.latest: dict[str, float] = {}
-        self.metric = ""
-        self.task: Any = None
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        self._figures = dict.fromkeys((*_SHOWN, "metric"), "")
 
     def begin(self, phase: str, *, total: int, done: int) -> None:
         """Start the line of a phase."""
-        self.task = self.progress.add_task(phase, total=total, completed=done, info="")
-
-    def advance(self) -> None:
-        """One optimiser step done."""
-        self.progress.advance(self.task)
+        self.task = self.add_task(phase, total=total, completed=done, info="")
 
     def reach(self, done: int) -> None:
-        """So many steps of the phase are done."""
-        self.progress.update(self.task, completed=done)
+        """Show that so many steps of the phase are done."""
+        self.update(self.task, completed=done)
 
     def show(self, entry: Mapping[str, Any]) -> None:
-        """Show the figures of a history entry."""
+        """Show the figures of a history entry; those that it does not have stay until the next entry with a loss."""
+        for name, text in _SHOWN.items():
+            if name in entry or "loss" in entry:
+                self._figures[name] = text.format(entry[name]) if name in entry else ""
         metric = next((name for name in entry if name.startswith("eval_") and name != "eval_loss"), None)
         if metric is not None:
-            self.metric = f" {metric.removeprefix('eval_')} {entry[metric]:.3f}"
-        self.latest.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
-        if "expected_sparsity" not in entry and "loss" in entry:
-            self.latest.pop("expected_sparsity", None)
-            self.latest.pop("target_sparsity", None)
-        info = "".join(text.format(self.latest[name]) for name, text in _SHOWN if name in self.latest)
-        self.progress.update(self.task, info=info + self.metric)
+            self._figures["metric"] = f" {metric.removeprefix('eval_')} {entry[metric]:.3f}"
+        self.update(self.task, info="".join(self._figures.values()))
 
 
 class Interrupt:

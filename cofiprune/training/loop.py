@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cofiprune.data.batches import ROWS, Batch, to_model
 from cofiprune.errors import TrainingError
+from cofiprune.training.arguments import check_weights
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
-from cofiprune.training.checks import check_weights
 from cofiprune.training.environment import metric_name
 from cofiprune.training.learner import GateLearner, average_gradients, start_alike
 from cofiprune.training.resolved import Rates
@@ -82,7 +82,7 @@ class Loop:
             state.step += 1
             state.total_steps += 1
             state.seconds = time.perf_counter() - started
-            run.display.advance()
+            run.display.advance(run.display.task)
             self._record(parts)
             if self._due(run.settings.eval_steps) and run.evaluate is not None:
                 self._evaluate(run.evaluate)

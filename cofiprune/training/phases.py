@@ -23,7 +23,7 @@ from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
-from cofiprune.training.checks import check_learnable
+from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
 from cofiprune.training.loop import Loop, weight_groups
 from cofiprune.training.resolved import Schedule, pruning_rates, recovery_rates

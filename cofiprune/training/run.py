@@ -30,8 +30,8 @@ from cofiprune.masking import attach_to, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
+from cofiprune.training.arguments import take_masks_off
 from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
-from cofiprune.training.checks import take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import (
     Display,

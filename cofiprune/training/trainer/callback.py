@@ -20,14 +20,20 @@ from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, check_fraction
 from cofiprune.structure import Structure
+from cofiprune.training.arguments import (
+    check_learnable,
+    check_trainable,
+    check_weights,
+    resolve_teacher,
+    take_masks_off,
+    target_for,
+)
 from cofiprune.training.checkpoint import SavedRun
-from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of
 from cofiprune.training.start import one_shot
-from cofiprune.training.targets import target_for
 from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
 from cofiprune.training.trainer.forward import RemainingMasks
 from cofiprune.training.trainer.run import CallbackRun, bring_in, load_beside
