@@ -74,8 +74,11 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
     return seen[0]
 
 
-def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """Return the path of every block's last projection, by the name of the gate, where that is one `nn.Linear`."""
+def projections(model: nn.Module, structure: Structure) -> dict[str, tuple[str, ...]]:
+    """Return the paths of every block's last projections, by the name of the gate, where they are `nn.Linear`s.
+
+    There are several where one block stands for two networks of a layer, as in a conformer.
+    """
     found = {}
     for block in structure.blocks:
         paths = [
@@ -83,8 +86,8 @@ def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
             for spec in structure.parameters
             if spec.gated and spec.gate == block.gate and len(spec.shape) == 2
         ]
-        if len(paths) == 1 and isinstance(model.get_submodule(paths[0]), nn.Linear):
-            found[block.gate] = paths[0]
+        if paths and all(isinstance(model.get_submodule(path), nn.Linear) for path in paths):
+            found[block.gate] = tuple(paths)
     return found
 
 
@@ -206,7 +209,8 @@ class Layerwise:
         self.model = model
         self.layers = structure.layers
         exits = {block.gate: block.exit for block in structure.blocks if block.exit.residual}
-        self._exits = {path: exits[gate] for gate, path in projections(model, structure).items() if gate in exits}
+        alone = {gate: paths[0] for gate, paths in projections(model, structure).items() if len(paths) == 1}
+        self._exits = {path: exits[gate] for gate, path in alone.items() if gate in exits}
         self.depth = 0
         """Index of the current layer; the ones below are not run any more."""
         self._below: list[Any] = [None] * len(batches)

@@ -53,9 +53,9 @@ class Reconstruction:
     """The cut, in terms of the reference."""
     batches: Sequence[Batch]
     weights: Mapping[str, Sequence[Tensor]] | None = None
-    """Weights of the positions of real data, [N] for each batch, by gate; without an entry all count alike. The linear
-    layers that read the stream, and those of the head, are then refitted too, each with the ridge that held-out rows
-    choose. None for synthetic inputs."""
+    """Weights of the positions of real data, [N] for each batch, by the path of a last projection; without an entry all
+    count alike. The linear layers that read the stream, and those of the head, are then refitted too, each with the
+    ridge that held-out rows choose. None for synthetic inputs."""
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> None:
         """Refit the small model in place, from the bottom to the top.
@@ -99,7 +99,7 @@ class Reconstruction:
             reads = self.weights is not None and not self.structure.applications
             linears = [
                 readers(self.small, self._small_structure, block) if reads else [],
-                [small[block.gate]] if block.gate in small and block.gate in dense else [],
+                small.get(block.gate, ()) if block.gate in dense else (),
             ]
             learning = [[path for path in paths if self._learns(path)] for paths in linears]
             stages = [*learning, *norms] if block.exit.residual else [*norms, *learning]
@@ -162,17 +162,12 @@ class Reconstruction:
                 if path in norms:
                     norms[path].add(found, wanted)
                 else:
-                    linears[path].add(inputs, wanted - found, self._position_weights(path, index))
+                    weights = (self.weights or {}).get(path)
+                    linears[path].add(inputs, wanted - found, None if weights is None else weights[index])
         for path, norm in norms.items():
             norm.correct(modules[path])
         for path, linear in linears.items():
             linear.correct(modules[path], RIDGE if self.weights is None else None)
-
-    def _position_weights(self, path: str, index: int) -> Tensor | None:
-        """Return the weights of the positions for a block's last projection; None for other layers."""
-        spec = self._weights_of[path]
-        weights = self.weights.get(spec.gate or "") if self.weights and spec.gated else None
-        return None if weights is None else weights[index]
 
 
 def norms_of(structure: Structure, block: Block) -> list[str]:
