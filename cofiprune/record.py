@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 METHOD = "cofiprune"
 FORMAT_VERSION = 1
+_COMMON = {"quant_method": METHOD, "format_version": FORMAT_VERSION}
 
 
 def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> 
 
     :param table: the family's table as plain values, where no installed adapter has it.
     """
-    entries = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sizes": sizes_to_record(sizes)}
+    entries = {**_COMMON, "sizes": sizes_to_record(sizes)}
     return entries if table is None else {**entries, "table": dict(table), "table_checksum": _checksum(table)}
 
 
@@ -69,7 +70,7 @@ def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
         entries = _entries(config)
         assert entries is not None
         recorded[path] = {name: value for name, value in asdict(entries).items() if value}
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "parts": recorded}
+    return {**_COMMON, "parts": recorded}
 
 
 def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
@@ -97,7 +98,7 @@ def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
     """
     entries = _entries(config)
     parts = {} if entries is None else entries.parts
-    return {path: {"quant_method": METHOD, "format_version": FORMAT_VERSION, **part} for path, part in parts.items()}
+    return {path: {**_COMMON, **part} for path, part in parts.items()}
 
 
 @dataclass(frozen=True)
