@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -149,7 +149,7 @@ def activations(
     :param times: calls to wait for, by path, where that is not one.
     :return: by path, nothing of modules that are not called; and the outputs of `ends`.
     """
-    found: dict[str, Activations] = {}
+    seen: dict[str, list[Activations]] = {path: [] for path in paths}
     entries: dict[str, Tensor] = {}
     outputs: list[Any] = []
     pending = Counter[str | BlockExit]((*paths, *ends, *exits.values()))
@@ -165,8 +165,7 @@ def activations(
             if path in ends:
                 outputs.append(output)
             else:  # copies: what is run afterwards may add the residual in place
-                seen = Activations(args[0].clone(), output.clone())
-                found[path].more.append(seen) if path in found else found.update({path: seen})
+                seen[path].append(Activations(args[0].clone(), output.clone()))
             arrived(path)
 
         return note
@@ -181,10 +180,8 @@ def activations(
     before = {exit.module: entered(path, exit) for path, exit in exits.items()}
     with suppress(StopForward), watching(model, before=before, after={path: called(path) for path in (*paths, *ends)}):
         model(**batch)
-    for path, entry in entries.items():
-        if path in found:
-            found[path].entry = entry
-    return found, outputs
+    found = {path: each for path, each in seen.items() if each}
+    return {path: replace(each[0], entry=entries.get(path), more=each[1:]) for path, each in found.items()}, outputs
 
 
 @torch.no_grad()
