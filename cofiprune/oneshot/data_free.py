@@ -62,11 +62,6 @@ class OneShotReport:
     divergence_after: float | None = None
     """The same after it; the same figure where it was rolled back."""
 
-    @property
-    def reconstructed(self) -> bool:
-        """True if weights were changed."""
-        return self.divergence_after != self.divergence_before
-
 
 def prune_data_free(
     model: PreTrainedModel,
@@ -115,9 +110,9 @@ def prune_data_free(
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         importance |= activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
         plan = decide()
-        return (
-            _reconstructed(model, structure, plan, reference, batches, held_out) if reconstruct else OneShotReport(plan)
-        )
+        if not reconstruct:
+            return OneShotReport(plan)
+        return _reconstructed(model, structure, plan, reference, batches, held_out)
 
 
 def _reconstructed(
@@ -133,9 +128,7 @@ def _reconstructed(
     wanted = _wanted(model, teacher, held_out)
     small = compacted(model, structure, plan)
     before = divergence(small, wanted, held_out, hidden=hidden)
-    source = model
-    if teacher is not model and _same_structure(teacher, structure):
-        source = teacher
+    source = teacher if teacher is model or _same_structure(teacher, structure) else model
     Reconstruction(source, structure, small, plan, batches).run()
     after = divergence(small, wanted, held_out, hidden=hidden)
     if not after < before:

@@ -51,11 +51,10 @@ def check_one_shot(structure: Structure, target: Target, units: str | Sequence[U
 
     :raises TargetError: saying what can be reached.
     """
-    kinds = tuple({group.unit for group in structure.select(units) if group.kind != "hidden"})
     if not can_start(structure, units):
         raise TargetError('one shot on data cuts heads and feed-forward dimensions: units must include "head" or '
                           '"intermediate"')  # fmt: skip
-    check_target(structure, target, kinds)
+    check_target(structure, target, tuple({group.unit for group in structure.select(units)} - {"hidden"}))
 
 
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
@@ -116,7 +115,7 @@ class RoundPruning:
         :return: what is kept, in terms of the model, and the smaller, reconstructed model.
         """
         report = on_progress or (lambda share: None)
-        weights = None
+        weights = {}
         if self.reconstruct:
             weights = position_weights(self.model, self.structure, self.batches, seed=self.seed)
         plan, structure = Plan.from_values(self.structure, {}), self.structure
@@ -191,7 +190,6 @@ def _first(
 
 
 def _inner(structure: Structure, units: str | Sequence[UnitKind] | None) -> list[str]:
-    """Names of the groups inside blocks that may be cut and have something to cut, from the bottom to the top."""
-    chosen = {group.name for group in structure.select(units) if group.size}
-    names = [block.inner for block in structure.blocks if block.inner in chosen]
-    return [name for name in names if name is not None and structure[name].layer is not None]
+    """Names of the groups inside blocks that may be cut, from the bottom to the top."""
+    chosen = {group.name for group in structure.select(units)}
+    return [block.inner for block in structure.blocks if block.inner is not None and block.inner in chosen]

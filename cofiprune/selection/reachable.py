@@ -82,6 +82,7 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
         raise TargetError(f"{target}: {model} is there already, with {target.text(total)}")
     if target.uniform:
         uniform_sizes(structure, uncritical(structure, units), target)
+        return
     share = target.removed(structure)
     found = reachable(structure, cost, units, target.tolerance)
     kinds, others = ([kind for kind in UNIT_KINDS if (kind in removable) is chosen] for chosen in (True, False))
