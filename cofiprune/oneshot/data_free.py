@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import cycle
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,11 +24,10 @@ from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.data.tasks import supported_kwargs, task_of
 from cofiprune.distillation import logit_loss, predictions
-from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
+from cofiprune.errors import AdapterError
 from cofiprune.hooks import evaluating
-from cofiprune.masking import masks_of
 from cofiprune.oneshot.importance import activation_importance, scores, weight_importance, worth
-from cofiprune.oneshot.layerwise import Batch, counted, placed
+from cofiprune.oneshot.layerwise import Batch, first_batches, placed
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
@@ -68,7 +68,7 @@ def prune_data_free(
     structure: Structure,
     target: Target,
     *,
-    teacher: PreTrainedModel | Literal["self"] | None = None,
+    teacher: PreTrainedModel | None = None,
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
     samples: int | None = None,
@@ -82,15 +82,14 @@ def prune_data_free(
 
     :param model: without masks attached.
     :param target: one that can be reached with the units (`check_target`).
-    :param teacher: whose outputs the pruned model should have; "self" for the model as it is. A teacher of the same
+    :param teacher: whose outputs the pruned model should have, which may be the model itself. A teacher of the same
         structure is also what is reconstructed, block by block; otherwise that is the model as it is.
     :param units: unit kinds that may be removed; None for all that the model has.
-    :param samples: positions (tokens, patches or frames) that statistics are taken over, at least 1; more are slower
-        and better. None takes 2048 to 6144, fewer for larger models.
+    :param samples: positions (tokens, patches or frames) that statistics are taken over; more are slower and better.
+        None takes 2048 to 6144, fewer for larger models.
     :param reconstruct: whether what is left is refitted, with a teacher.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
     """
-    _check(model, teacher, samples)
     importance = weight_importance(model, structure)
 
     def decide() -> Plan:
@@ -104,15 +103,14 @@ def prune_data_free(
     if samples is None:
         samples = min(max(_WORK // accounting.layer_parameters(structure).exact(structure.sizes), _FEWEST), _MOST)
     generator = torch.Generator().manual_seed(seed)
-    reference = model if isinstance(teacher, str) else teacher
-    with evaluating(model, reference):
+    with evaluating(model, teacher):
         batches = _synthetic(model, structure, samples, generator)
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         importance |= activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
         plan = decide()
         if not reconstruct:
             return OneShotReport(plan)
-        return _reconstructed(model, structure, plan, reference, batches, held_out)
+        return _reconstructed(model, structure, plan, teacher, batches, held_out)
 
 
 def _reconstructed(
@@ -147,35 +145,20 @@ def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
 
 def _wanted(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
     """Return the teacher's outputs, or the model's own where the teacher's have another shape (an encoder's states)."""
-    theirs = outputs_of(teacher, batches)
-    if teacher is model:
-        return theirs
-    ours = outputs_of(model, batches[:1])[0]
+    theirs, (ours,) = outputs_of(teacher, batches), outputs_of(model, batches[:1])
     same = [part.shape for part in ours] == [part.shape for part in theirs[0]]
     return theirs if same else outputs_of(model, batches)
-
-
-def _check(model: PreTrainedModel, teacher: PreTrainedModel | str | None, samples: int | None) -> None:
-    if masks_of(model) is not None:
-        raise MaskError("masks are attached to this model already; compact it first, or call masks.detach()")
-    if isinstance(teacher, str) and teacher != "self":
-        raise TeacherError(f'teacher takes a model, "self" or None, not {teacher!r}')
-    if samples is not None and samples < 1:
-        raise SettingsError(f"samples is {samples}; statistics need at least 1 position")
 
 
 def _synthetic(model: PreTrainedModel, structure: Structure, samples: int, generator: torch.Generator) -> list[Batch]:
     """Make up batches with at least so many positions, every other one with padding."""
     limit = longest_sequence(model)
     seq_len = _LENGTH if limit is None else min(_LENGTH, limit)
-    batches: list[Batch] = []
-    found = 0
-    while found < samples:
-        padding = len(batches) % 2 == 0
-        batch = synthetic_inputs(model, batch_size=_BATCH, seq_len=seq_len, generator=generator, padding=padding)
-        batches.append(batch)
-        found += counted(model, structure, batch)
-    return batches
+    made = (
+        synthetic_inputs(model, batch_size=_BATCH, seq_len=seq_len, generator=generator, padding=padding)
+        for padding in cycle((True, False))
+    )
+    return first_batches(model, structure, made, samples)[0]
 
 
 @torch.no_grad()

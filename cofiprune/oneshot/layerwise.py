@@ -10,7 +10,7 @@ N positions of a batch that are not padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,20 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
     return seen[0]
 
 
+def first_batches(
+    model: nn.Module, structure: Structure, batches: Iterable[Batch], positions: int
+) -> tuple[list[Batch], int]:
+    """Return the first batches with at least so many positions that are not padding, and how many they have."""
+    found: list[Batch] = []
+    number = 0
+    for batch in batches:
+        found.append(batch)
+        number += counted(model, structure, batch)
+        if number >= positions:
+            break
+    return found, number
+
+
 def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
     """Return the path of every block's last projection, by the name of the gate, where that is one `nn.Linear`."""
     found = {}
@@ -114,19 +128,6 @@ class Activations:
     def sum(self) -> Tensor:
         """[B, T, H]: the residual stream after the block where that is known, the block's output elsewhere."""
         return self.outputs if self.entry is None else self.outputs + self.entry
-
-
-@torch.no_grad()
-def calls(model: nn.Module, paths: Sequence[str], batch: Batch) -> list[str]:
-    """Return the order in which some modules are called on a batch, as often as each is."""
-    order: list[str] = []
-
-    def note(path: str) -> Any:
-        return lambda *_: order.append(path)
-
-    with watching(model, after={path: note(path) for path in paths}):
-        model(**batch)
-    return order
 
 
 class Layerwise:
