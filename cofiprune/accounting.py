@@ -8,10 +8,10 @@ and no side appears twice under one gate).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,59 +43,44 @@ class Cost(Protocol):
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(Cost):
     """A cost that is a polynomial in the sizes of the groups, of degree one in each."""
 
     groups: tuple[str, ...]
     """Names of the variables, in the order of `Structure.groups`."""
     terms: Mapping[Term, int]
     """Coefficient by the sorted names of the groups multiplied."""
-
-    def exact(self, kept: Mapping[str, int]) -> int:
-        """Evaluate at whole numbers of kept units."""
-        total = 0
-        for names, coefficient in self.terms.items():
-            for name in names:
-                coefficient *= kept[name]
-            total += coefficient
-        return total
+    _tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def linear(self) -> bool:
         return True
 
+    def exact(self, kept: Mapping[str, int]) -> int:
+        return sum(coefficient * math.prod(kept[name] for name in names) for names, coefficient in self.terms.items())
+
     def along(self, kept: Mapping[str, int], name: str, counts: Sequence[int]) -> list[int]:
-        """Evaluate with one group at each of several sizes, the others as in `kept`."""
         nothing = self.exact({**kept, name: 0})
         each = self.exact({**kept, name: 1}) - nothing
         return [nothing + count * each for count in counts]
 
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        """Coefficients [terms] and group indices [terms, degree], padded with the index of a constant 1."""
-        position = {name: index for index, name in enumerate(self.groups)}
-        degree = max((len(names) for names in self.terms), default=0)
-        padding = len(self.groups)
-        indices = [[*(position[name] for name in names), *[padding] * (degree - len(names))] for names in self.terms]
-        return torch.tensor(list(self.terms.values()), dtype=torch.float64), torch.tensor(indices)
-
     def expected(self, sizes: Tensor) -> Tensor:
-        """Evaluate at expected sizes; differentiable.
-
-        :param sizes: [groups], the expected number of kept units of each group.
-        :return: a scalar of the same dtype.
-        """
         coefficients, indices = self._on(sizes.device, sizes.dtype)
         padded = torch.cat([sizes, sizes.new_ones(1)])
         return torch.dot(coefficients, padded[indices].prod(dim=1))
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        key = (device, dtype)
-        cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = self.__dict__.setdefault("_cache", {})
-        if key not in cache:
-            coefficients, indices = self._tensors
-            cache[key] = (coefficients.to(device, dtype), indices.to(device))
-        return cache[key]
+        """Coefficients [terms] and group indices [terms, degree], padded with the index of a constant 1."""
+        if (device, dtype) not in self._tensors:
+            position = {name: index for index, name in enumerate(self.groups)}
+            degree = max((len(names) for names in self.terms), default=0)
+            padding = len(self.groups)
+            indices = [[*map(position.__getitem__, names), *[padding] * (degree - len(names))] for names in self.terms]
+            coefficients = torch.tensor(list(self.terms.values()), dtype=torch.float64)
+            self._tensors[device, dtype] = (coefficients.to(device, dtype), torch.tensor(indices, device=device))
+        return self._tensors[device, dtype]
 
 
 def layer_parameters(structure: Structure) -> Polynomial:
@@ -143,30 +128,29 @@ def amount(value: float) -> str:
     return f"{value:g}"
 
 
-def _term(parameter: Parameter) -> Term:
-    names = [side.group for side in parameter.sides if side is not None]
-    return tuple(sorted([*names, *([parameter.gate] if parameter.gate else [])]))
-
-
-def _collect(structure: Structure, entries: Iterable[tuple[Term, int]]) -> Polynomial:
+def _polynomial(structure: Structure, entries: Iterable[tuple[Iterable[str | None], int]]) -> Polynomial:
+    """The sum of some products: the names of groups, None among them for nothing, and their coefficient."""
     terms: defaultdict[Term, int] = defaultdict(int)
     for names, coefficient in entries:
         if coefficient:
-            terms[names] += coefficient
+            terms[tuple(sorted(filter(None, names)))] += coefficient
     return Polynomial(tuple(structure), dict(terms))
 
 
+def _groups(parameter: Parameter) -> list[str | None]:
+    return [parameter.gate, *(side.group for side in parameter.prunable.values())]
+
+
 def _parameters(structure: Structure, chosen: Callable[[Parameter], bool]) -> Polynomial:
-    return _collect(structure, ((_term(p), p.fixed) for p in structure.parameters if chosen(p)))
+    return _polynomial(structure, ((_groups(p), p.fixed) for p in structure.parameters if chosen(p)))
 
 
 def _macs(structure: Structure, seq_len: int, chosen: Callable[[Parameter], bool]) -> Polynomial:
     entries = [
-        (_term(p), p.fixed * (p.applications[0] * seq_len + p.applications[1]))
+        (_groups(p), p.fixed * (p.applications[0] * seq_len + p.applications[1]))
         for p in structure.parameters
         if chosen(p)
     ]
     for block in structure.blocks:
-        names = tuple(sorted(name for name in (block.gate, block.inner) if name))
-        entries.append((names, block.pairwise * seq_len**2 + block.per_token * seq_len))
-    return _collect(structure, entries)
+        entries.append(([block.gate, block.inner], block.pairwise * seq_len**2 + block.per_token * seq_len))
+    return _polynomial(structure, entries)

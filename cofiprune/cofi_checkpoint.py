@@ -345,6 +345,6 @@ def _keep_open_blocks(model: PreTrainedModel, structure: Structure, values: dict
         if not any(bool(model.get_parameter(spec.name).any()) for spec in last if len(spec.shape) == 1):
             continue
         for spec in last:
-            if any(side is not None and side.group == block.inner for side in spec.sides):
+            if any(side.group == block.inner for side in spec.prunable.values()):
                 model.get_parameter(spec.name).data.zero_()
         inner[0] = 1

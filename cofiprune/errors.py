@@ -64,11 +64,25 @@ class LawError(CofipruneError, AssertionError):
 
 @contextmanager
 def explained(error: type[CofipruneError], problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of some kinds into an error that states the problem, followed by their message on one line."""
+    """Turn exceptions of some kinds into an error that states the problem, followed by their message on one line.
+
+    `Exception` stands for those of other packages: an error of this one explains itself.
+    """
     try:
         yield
     except kinds as found:
+        if kinds == (Exception,) and isinstance(found, CofipruneError):
+            raise
         raise error(f"{problem}: {one_line(found)}") from found
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the message of a data error with where it was found."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}{error}") from None
 
 
 def one_line(error: Exception) -> str:

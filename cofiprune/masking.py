@@ -111,7 +111,7 @@ class _Weights(_Site):
             if value is None:
                 continue
             new: Tensor = value
-            for dim, side in enumerate(spec.sides):
+            for dim, side in spec.prunable.items():
                 factor = self._factor(side, new)
                 if factor is not None:
                     new = new * factor.view(-1, *[1] * (new.dim() - dim - 1))
@@ -122,9 +122,9 @@ class _Weights(_Site):
                 found[name] = new
         return found
 
-    def _factor(self, side: Side | None, like: Tensor) -> Tensor | None:
-        reading = self.masks.read(side.group) if side is not None and side.role != "slice" else None
-        if side is None or reading is None or reading.ones:
+    def _factor(self, side: Side, like: Tensor) -> Tensor | None:
+        reading = None if side.role == "slice" else self.masks.read(side.group)
+        if reading is None or reading.ones:
             return None
         value = reading.value if side.role == "scale" else (reading.value > 0)
         value = value.to(like.dtype)
@@ -305,7 +305,7 @@ def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Itera
     owned: defaultdict[str, dict[str, Parameter]] = defaultdict(dict)
     readers: defaultdict[str, list[_Weights]] = defaultdict(list)
     for spec in structure.parameters:
-        if spec.gated or any(side is not None and side.role != "slice" for side in spec.sides):
+        if spec.gated or any(side.role != "slice" for side in spec.prunable.values()):
             path, _, name = (spec.described_as or spec.name).rpartition(".")
             owned[path][name] = spec
     for path, parameters in owned.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METHOD = "cofiprune"
 FORMAT_VERSION = 1
-_COMMON = ("quant_method", "format_version")
+_COMMON = {"quant_method": METHOD, "format_version": FORMAT_VERSION}
 
 
 def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -29,10 +29,7 @@ def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, size in sizes.items():
         layer, _, kind = name.rpartition(".")
-        if layer:
-            record.setdefault(kind, []).append(size)
-        else:
-            record[kind] = size
+        record[kind] = [*record.get(kind, []), size] if layer else size
     return record
 
 
@@ -52,7 +49,7 @@ def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> 
 
     :param table: the family's table as plain values, where no installed adapter has it.
     """
-    entries = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sizes": sizes_to_record(sizes)}
+    entries = {**_COMMON, "sizes": sizes_to_record(sizes)}
     return entries if table is None else {**entries, "table": dict(table)}
 
 
@@ -61,9 +58,11 @@ def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
 
     :param parts: their configurations, with a record each, by the paths of their modules.
     """
-    entries = {path: _entries(config) or {} for path, config in parts.items()}
-    recorded = {path: {name: part[name] for name in part if name not in _COMMON} for path, part in entries.items()}
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "parts": recorded}
+    recorded = {
+        path: {name: value for name, value in _entries(config).items() if name not in _COMMON}
+        for path, config in parts.items()
+    }
+    return {**_COMMON, "parts": recorded}
 
 
 def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
@@ -71,8 +70,8 @@ def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
 
     :raises CheckpointError: when the record was written by a newer version of this package.
     """
-    entries = _entries(config)
-    return None if entries is None or "sizes" not in entries else record_to_sizes(entries["sizes"])
+    sizes = _entries(config).get("sizes")
+    return None if sizes is None else record_to_sizes(sizes)
 
 
 def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
@@ -80,8 +79,7 @@ def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
 
     :raises CheckpointError: as `recorded_sizes`.
     """
-    entries = _entries(config)
-    return None if entries is None else entries.get("table")
+    return _entries(config).get("table")
 
 
 def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -89,19 +87,17 @@ def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 
     :raises CheckpointError: as `recorded_sizes`.
     """
-    entries = _entries(config) or {}
+    entries = _entries(config)
     common = {name: entries[name] for name in _COMMON if name in entries}
     return {path: {**common, **part} for path, part in entries.get("parts", {}).items()}
 
 
-def _entries(config: PretrainedConfig) -> Mapping[str, Any] | None:
-    """The record of this package in a configuration, or None."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
+def _entries(config: PretrainedConfig) -> Mapping[str, Any]:
+    """The record of this package in a configuration; empty where there is none."""
+    stored = getattr(config, "quantization_config", None) or {}
     entries: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
     if entries.get("quant_method") != METHOD:
-        return None
+        return {}
     version = entries.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(

@@ -205,8 +205,8 @@ class Resolver:
             if parameter.gate == gate and parameter.gated and len(parameter.shape) > 1:
                 if self._refuses(inner):
                     return parameter.shape[1]
-                for side in parameter.sides:
-                    if side is not None and side.group.endswith(inner):
+                for side in parameter.prunable.values():
+                    if side.group.endswith(inner):
                         return side.block
         raise AdapterError(f"{self._who()}: no projection(...) row of {gate!r} reads {inner!r}")
 

@@ -97,9 +97,19 @@ class Parameter:
 
     def cut(self, sizes: Mapping[str, int]) -> Parameter:
         """Return the parameter with other numbers of units along its sides."""
-        sides = tuple(None if side is None else replace(side, units=sizes[side.group]) for side in self.sides)
+        sides = tuple(side and replace(side, units=sizes[side.group]) for side in self.sides)
         lengths = zip(self.shape, sides, strict=True)
         return replace(self, shape=tuple(old if side is None else side.length for old, side in lengths), sides=sides)
+
+    @property
+    def prunable(self) -> dict[int, Side]:
+        """The sides along which units can be removed, by dimension."""
+        return {dim: side for dim, side in enumerate(self.sides) if side is not None}
+
+    @property
+    def module(self) -> str:
+        """Path of the module on which masks act."""
+        return (self.described_as or self.name).rpartition(".")[0]
 
     @property
     def fixed(self) -> int:

@@ -5,26 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 _LEAST_RUNS = 5
 _MOST_RUNS = 500
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Latencies of one model on one batch size."""
-
-    median_ms: float
-    """Milliseconds per batch."""
-    p90_ms: float
-    """90th percentile of milliseconds per batch."""
-    examples_per_second: float
-    """Batch size over the median."""
-    runs: int
 
 
 def in_turn(
@@ -52,25 +37,14 @@ def in_turn(
             _seconds(one, device, clock)
     times: list[list[float]] = [[] for _ in passes]
     begin = clock()
+    least, most = (_LEAST_RUNS, _MOST_RUNS) if runs is None else (runs, runs)
     done = 0
-    while not _enough(done, runs, clock() - begin, seconds):
+    while done < least or (done < most and clock() - begin < seconds):
         order = range(len(passes)) if done % 2 == 0 else reversed(range(len(passes)))
         for index in order:
             times[index].append(_seconds(passes[index], device, clock))
         done += 1
     return times
-
-
-def timing(seconds: Sequence[float], batch_size: int) -> Timing:
-    """Sum up the seconds of runs on batches of one size."""
-    median = float(np.median(seconds))
-    return Timing(1e3 * median, 1e3 * float(np.percentile(seconds, 90)), batch_size / median, len(seconds))
-
-
-def _enough(done: int, runs: int | None, spent: float, seconds: float) -> bool:
-    if runs is not None:
-        return done >= runs
-    return done >= _MOST_RUNS or (done >= _LEAST_RUNS and spent >= seconds)
 
 
 def _seconds(compute: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:

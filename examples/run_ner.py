@@ -157,7 +157,7 @@ def entity_scores(sentences: Rows, rows: Rows, predictions: Any, labels: Labels)
     """
     expected, found = [], []
     for sentence, row, tags in zip(sentences, rows, predictions, strict=True):
-        expected.append([labels.names[tag] for tag in labels.encode(sentence["ner_tags"], "the data")])
+        expected.append([labels.names[tag] for tag in labels.encode(sentence["ner_tags"])])
         found.append(["O"] * len(sentence["tokens"]))
         for token, word in enumerate(row["words"]):
             if word >= 0:

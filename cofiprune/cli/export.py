@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.cli.models import add_task_option, first_line, load_model, load_tokenizer
+from cofiprune.cli.loading import add_task_option, load_model, load_tokenizer
 from cofiprune.cli.options import UsageError, at_least, one_of, writable_directory
-from cofiprune.errors import CofipruneError
+from cofiprune.errors import CofipruneError, explained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,7 +100,8 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
         names = list(_tensors(model(**inputs)))
 
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    try:
+    # The exporter wraps whatever the modelling code raises.
+    with explained(ExportError, f"torch cannot export this {type(model).__name__}", Exception):
         torch.onnx.export(
             _by_position(model, list(inputs)),
             tuple(inputs.values()),
@@ -113,8 +114,6 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
             verbose=False,
             external_data=size > _ONE_FILE,
         )
-    except Exception as error:  # the exporter wraps whatever the modelling code raises
-        raise ExportError(f"torch cannot export this {type(model).__name__}: {first_line(error)}") from error
     return names
 
 

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cofiprune.cli.loading import add_data_options, load
-from cofiprune.cli.models import add_model_options, load_model, model_name, to_device
+from cofiprune.cli.loading import add_data_options, add_model_options, load, load_model, model_name, to_device
 from cofiprune.cli.options import UsageError, at_least, number, one_of
 from cofiprune.structure import UNIT_KINDS
 
@@ -39,12 +38,10 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=at_least(1), nargs="+", default=[1, 32], metavar="N", help="(default: 1 32)")
     add("--seq-len", type=at_least(1), nargs="+", default=[128], metavar="N", help="tokens per example (default: 128)")
     add("--runs", type=at_least(1), metavar="N", help="timed passes (default: at least 5, and more within --seconds)")
-    add("--warmup", type=at_least(0), default=3, metavar="N", help="passes before the timed ones (default: 3)")
     add("--seconds", type=number, default=5.0, metavar="X", help="time for each size (default: 5)")
     add("--threads", type=at_least(1), metavar="N", help="threads of the CPU (default: torch's own number)")
     add("--dtype", type=one_of(_PRECISIONS, "precision"), default="float32", metavar="{" + ",".join(_PRECISIONS) + "}",
         help="precision to measure in (default: float32)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="seed of the synthetic inputs (default: 0)")
     _add_output_options(parser)
 
 
@@ -93,7 +90,7 @@ def benchmark(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype)
     names = [model_name(options), *([options.baseline] if options.baseline else [])]
     models = [to_device(load_model(name, options.task, dtype=dtype), options.device) for name in names]
-    settings = ("batch_size", "seq_len", "runs", "warmup", "seconds", "threads", "seed")
+    settings = ("batch_size", "seq_len", "runs", "seconds", "threads")
     report = measure(*models, **{name: getattr(options, name) for name in settings})
     print(json.dumps(report.to_dict()) if options.json else report)
 

@@ -7,14 +7,11 @@ import os
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from cofiprune.errors import CofipruneError, suggest
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.settings import Settings, TrainingSettings
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
 
 
 class UsageError(CofipruneError, ValueError):
@@ -116,52 +113,43 @@ def add_settings(parser: argparse.ArgumentParser, *models: type[Settings], hidde
     :param hidden: options that are taken and not shown in the help.
     """
     for model in models:
-        kind = model.__name__.removesuffix("Settings").lower()
-        group = parser.add_argument_group(f"{kind} settings", f"{model.__doc__} None is spelled none.")
+        title = f"{model.__name__.removesuffix('Settings').lower()} settings"
+        group = parser.add_argument_group(title, f"{model.__doc__} None is spelled none.")
+        kinds = get_type_hints(model)
         for name, field in model.model_fields.items():
-            if name not in Settings.model_fields or issubclass(model, TrainingSettings):  # what all have stands there
-                _add(group, name, field, hidden=name in hidden)
+            if name in Settings.model_fields and not issubclass(model, TrainingSettings):
+                continue  # what all have stands there
+            text = f"{' '.join((field.description or '').split())} (default: {_shown(field.default)})"
+            text = argparse.SUPPRESS if name in hidden else text.replace("%", "%%")
+            option = f"--{name.replace('_', '-')}"
+            group.add_argument(option, default=argparse.SUPPRESS, help=text, **_form(kinds[name]))
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the command line gives, by name."""
-    given = vars(options)
-    return {name: _read(given[name], field) for name, field in PruneConfig.model_fields.items() if name in given}
+    """Return the settings that the command line gives, by name; lists may be joined by commas, and None is a word."""
+    given = {name: value for name, value in vars(options).items() if name in PruneConfig.model_fields}
+    for name, value in given.items():
+        parts = [part for text in value for part in text.split(",") if part] if isinstance(value, list) else value
+        given[name] = None if parts in ("none", ["none"]) else parts
+    return given
 
 
-def _add(group: argparse._ArgumentGroup, name: str, field: FieldInfo, *, hidden: bool) -> None:
-    text = f"{' '.join((field.description or '').split())} (default: {_shown(field.default)})".replace("%", "%%")
-    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS if hidden else text}
-    kind = next(kind for kind in _kinds(field.annotation) if kind is not NoneType)
-    parts = get_args(kind)
+def _form(annotation: Any) -> dict[str, Any]:
+    """Say how an option of a type is typed: its action, the number of its values and how the help calls them."""
+    allowed = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kind = next(part for part in allowed if part is not NoneType)
     if kind is bool:
-        settings["action"] = argparse.BooleanOptionalAction
-    elif get_origin(kind) is Literal:
-        settings["metavar"] = "{" + ",".join(map(str, parts)) + "}"
-    elif get_origin(kind) is tuple and parts[-1] is Ellipsis:
-        settings.update(nargs="+", metavar="{" + ",".join(map(str, get_args(parts[0]))) + "}")
-    elif get_origin(kind) is tuple:
-        settings.update(nargs=len(parts), metavar="X")
-    else:
-        settings["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-    group.add_argument(f"--{name.replace('_', '-')}", **settings)
+        return {"action": argparse.BooleanOptionalAction}
+    parts = get_args(kind)
+    if get_origin(kind) is tuple and parts[-1] is Ellipsis:
+        return {"nargs": "+", "metavar": _braced(get_args(parts[0]))}
+    if get_origin(kind) is tuple:
+        return {"nargs": len(parts), "metavar": "X"}
+    return {"metavar": _braced(parts) if parts else {int: "N", float: "X", str: "NAME"}[kind]}
 
 
-def _read(value: Any, field: FieldInfo) -> Any:
-    """Return what was typed as the field takes it: lists may be joined by commas, and None is a word."""
-    if isinstance(value, list):
-        value = [part for text in value for part in text.split(",") if part]
-    empty = value in ("none", "None", ["none"], ["None"])
-    return None if empty and NoneType in _kinds(field.annotation) else value
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """Return the types that an annotation allows, without constraints."""
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _kinds(part)]
-    return [annotation]
+def _braced(choices: Iterable[object]) -> str:
+    return "{" + ",".join(map(str, choices)) + "}"
 
 
 def _shown(default: Any) -> str:

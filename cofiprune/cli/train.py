@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cofiprune.cli.loading import Loaded, add_data_options, load
-from cofiprune.cli.models import add_model_options, load_model, model_name
+from cofiprune.cli.loading import Loaded, add_data_options, add_model_options, load, load_model, model_name
 from cofiprune.cli.options import (
     add_settings,
     given_settings,

@@ -51,9 +51,7 @@ def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
     :param weight: of shape `spec.shape`.
     """
     value = weight
-    for dim, side in enumerate(spec.sides):
-        if side is None:
-            continue
+    for dim, side in spec.prunable.items():
         keep = plan.keep[side.group]
         if len(keep) < side.units:
             value = value.index_select(dim, positions(side, keep).to(value.device))

@@ -16,12 +16,12 @@ import torch
 
 from cofiprune.adapter import Adapter, adapter_for, family_entries
 from cofiprune.conformance import laws
+from cofiprune.conformance.exits import check_blocks
 from cofiprune.conformance.laws import ROUNDED, Case
 from cofiprune.conformance.specimens import (
     Batch,
     Choice,
     Subject,
-    double,
     head_classes,
     inputs,
     outputs,
@@ -30,7 +30,7 @@ from cofiprune.conformance.specimens import (
     tiny_config,
     unit_choices,
 )
-from cofiprune.errors import AdapterError, StructureError
+from cofiprune.errors import AdapterError, LawError, StructureError
 from cofiprune.refusals import has_decoder
 from cofiprune.structure import UNIT_KINDS, Structure
 
@@ -99,9 +99,12 @@ def check_adapter(
     battery = _Battery(seed, _choices(units), batch)
     with torch.random.fork_rng():
         if isinstance(adapter_or_model, Adapter):
-            for config in _configs(adapter_or_model) if configs is None else configs:
+            adapter = adapter_or_model
+            if configs is None:
+                configs = [tiny_config(name, **adapter.test_settings) for name in adapter.model_types]
+            for config in configs:
                 for cls in _head_classes(config, heads):
-                    battery.build_and_check(cls, config, adapter_or_model)
+                    battery.build_and_check(cls, config, adapter)
         elif heads is not None or configs is not None:
             raise AdapterError("heads and configs choose models for an adapter; a model is checked as it is")
         else:
@@ -109,15 +112,13 @@ def check_adapter(
     return battery.report()
 
 
-def _choices(units: str | Iterable[str] | None) -> list[Choice]:
-    chosen = set(UNIT_KINDS) if units is None else {units} if isinstance(units, str) else set(units)
+def _choices(units: str | Iterable[str] | None) -> Sequence[Choice]:
+    if units is None:
+        return unit_choices()
+    chosen = {units} if isinstance(units, str) else set(units)
     if not chosen or chosen - set(UNIT_KINDS):
         raise StructureError(f"units names {sorted(chosen)}; choose among {', '.join(UNIT_KINDS)}")
-    return [choice for choice in unit_choices() if units is None or set(choice) == chosen]
-
-
-def _configs(adapter: Adapter) -> list[PretrainedConfig]:
-    return [tiny_config(name, **adapter.test_settings) for name in adapter.model_types]
+    return [tuple(unit for unit in UNIT_KINDS if unit in chosen)]
 
 
 def _head_classes(config: PretrainedConfig, heads: str | Iterable[str] | None) -> Sequence[type[PreTrainedModel]]:
@@ -137,7 +138,7 @@ class _Battery:
     """Runs the laws model by model and collects what they cover."""
 
     seed: int
-    choices: list[Choice]
+    choices: Sequence[Choice]
     batch: Batch | None
     structures: list[tuple[str, Structure]] = field(default_factory=list)
     """By name of the head class, once for each configuration."""
@@ -148,22 +149,22 @@ class _Battery:
         """Check a model of a class; one that transformers itself cannot build or run is skipped."""
         try:
             model: PreTrainedModel = cls(copy.deepcopy(config))  # some classes change their configuration
-            runs = not has_decoder(model)
-            if runs:
-                model.train(False)
-                outputs(model, self._inputs(model))
+            if has_decoder(model):
+                self.skipped[cls.__name__] = "it has a decoder; cofiprune prunes encoders"
+                return
+            model.train(False)
+            outputs(model, self._inputs(model))
         except AdapterError:
             raise
         except Exception as error:  # a head that does not fit the configuration
             self.skipped[cls.__name__] = f"{type(error).__name__}: {error}".splitlines()[0]
-            return
-        if runs:
-            self.check(model, adapter)
         else:
-            self.skipped[cls.__name__] = "it has a decoder; cofiprune prunes encoders"
+            self.check(model, adapter)
 
     def _inputs(self, model: PreTrainedModel) -> Batch:
-        return inputs(model, torch.Generator().manual_seed(self.seed)) if self.batch is None else self.batch
+        if self.batch is None:
+            return inputs(model, torch.Generator().manual_seed(self.seed))
+        return {name: row.to(model.dtype) if row.is_floating_point() else row for name, row in self.batch.items()}
 
     def check(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Check every law on a copy of one model."""
@@ -172,11 +173,11 @@ class _Battery:
         sample = specimen(model, generator)
         # The table goes along into files, so that an adapter need not be registered to load them.
         structure = replace(adapter.structure(sample), table=family_entries(adapter.describe(sample.config)))
-        found = check_laws(Subject(sample, double(self._inputs(sample)), structure), generator, self.choices)
-        if found.unsaved:
-            self.skipped[f"{name} from a file"] = found.unsaved
+        differences, unsaved = check_laws(Subject(sample, self._inputs(sample), structure), generator, self.choices)
+        if unsaved:
+            self.skipped[f"{name} from a file"] = unsaved
         self.structures.append((name, structure))
-        self.differences.extend(found.differences)
+        self.differences.extend(differences)
 
     def report(self) -> Report:
         """Return what was covered.
@@ -198,67 +199,55 @@ class _Battery:
         )
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The cases that were tried on one model."""
-
-    differences: list[tuple[Case, float]]
-    """Each with the difference between the masked and the compacted model."""
-    unsaved: str = ""
-    """Why no model was saved and loaded; "" where that was possible."""
-
-
 def check_laws(
     subject: Subject, generator: torch.Generator, choices: Collection[Choice], *, quick: bool = False
-) -> Checked:
+) -> tuple[list[tuple[Case, float]], str]:
     """Check every law on one model.
 
     :param generator: of the masks.
     :param choices: of unit kinds to mask.
     :param quick: compare masked and compacted models under random masks only.
+    :return: each case with the difference between the masked and the compacted model, and why no model was saved and
+        loaded; "" where that was possible.
     :raises LawError: at the first law that does not hold.
     """
+    try:
+        return _checked(subject, generator, choices, quick=quick)
+    except LawError as error:
+        raise LawError(f"{type(subject.model).__name__} ({subject.structure.family}): {error}") from error
+
+
+def _checked(
+    subject: Subject, generator: torch.Generator, choices: Collection[Choice], *, quick: bool
+) -> tuple[list[tuple[Case, float]], str]:
     laws.check_structure(subject)
     laws.check_applications(subject)
     tolerance = EXACT if laws.check_ones(subject) <= EXACT else ROUNDED
+    unsaved = ""
     if not quick:
-        laws.check_blocks(subject)
-    unsaved = "" if quick else _unsaved(subject.model)
+        check_blocks(subject)
+        unsaved = laws.unsaved(subject.model)
+    kinds = len({group.unit for group in subject.structure.groups})
     differences = []
     for case in cases(subject.structure, generator):
         if case.choice in choices and (not quick or case.label.startswith("random")):
-            tried = replace(case, reload=case.reload and not quick and not unsaved)
-            differences.append((tried, laws.check_case(subject, tried, tolerance)))
+            reload = case.reload and not quick and not unsaved
+            differences.append((case, laws.check_case(subject, case, tolerance, reload=reload)))
+            if len(case.choice) == kinds and not quick:
+                laws.check_cut(subject, case)
     if not quick:
         laws.check_gradients(subject, generator)
-        kinds = len({group.unit for group in subject.structure.groups})
-        for case, _ in differences:
-            if len(case.choice) == kinds:
-                laws.check_cut(subject, case)
-    return Checked(differences, unsaved)
-
-
-def _unsaved(model: PreTrainedModel) -> str:
-    """Say why transformers cannot save and load the model as it is, which is not the adapter's fault; "" if it can."""
-    try:
-        changed = laws.changed_weights(model, laws.reloaded(model))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
+    return differences, unsaved
 
 
 def cases(structure: Structure, generator: torch.Generator) -> Iterator[Case]:
     """Yield random hard and fractional masks for every choice of unit kinds that a model has, and the extreme ones."""
     present = {group.unit for group in structure.groups}
-    for choice in unit_choices():
-        if not present.issuperset(choice):
-            continue
+    for choice in (choice for choice in unit_choices() if present.issuperset(choice)):
         everything = len(choice) == len(present)
+        groups = structure.select(choice)
         for fractional in (False, True):
-            values = {
-                group.name: random_values(group.size, generator, fractional=fractional)
-                for group in structure.select(choice)
-            }
+            values = {group.name: random_values(group.size, generator, fractional=fractional) for group in groups}
             yield Case(f"random {'fractional' if fractional else 'hard'} masks", choice, values, reload=everything)
         if everything or len(choice) == 1:
             yield from _extremes(structure, choice)

@@ -115,6 +115,17 @@ def _noting(model: nn.Module, paths: Iterable[str] | None = None) -> Iterator[li
         yield calls
 
 
+@contextmanager
+def holding(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
+    """Give a parameter other numbers for the length of a `with` block."""
+    before = parameter.detach().clone()
+    parameter.data.copy_(value)
+    try:
+        yield
+    finally:
+        parameter.data.copy_(before)
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """Return the first tensor of a module's arguments or output; None when it has none."""
     if isinstance(value, tuple | list):
@@ -133,6 +144,11 @@ def gap(left: Tensor, right: Tensor) -> float:
 def largest(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Return the largest difference of two models' outputs."""
     return max(gap(value, right[name]) for name, value in left.items())
+
+
+def size(found: Mapping[str, Tensor]) -> float:
+    """Return the largest number among some outputs, at least 1."""
+    return max(1.0, *(float(value.abs().max()) for value in found.values()))
 
 
 def compared(full: Mapping[str, Tensor], small: Mapping[str, Tensor], plan: Plan) -> float:

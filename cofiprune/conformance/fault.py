@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.compaction.slicing import positions, sliced
-from cofiprune.conformance.calls import Crash, compared, crash_site, gap, inside, record
-from cofiprune.conformance.specimens import Choice, Subject, Values, outputs
+from cofiprune.conformance.calls import Crash, compared, crash_site, gap, holding, inside, largest, record
+from cofiprune.conformance.specimens import Batch, Choice, Subject, Values, outputs
 from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
 from cofiprune.structure import Parameter, Side, Structure
@@ -26,14 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def module_of(spec: Parameter) -> str:
-    """Return the path of the module whose row describes a parameter."""
-    return (spec.described_as or spec.name).rpartition(".")[0]
-
-
 def role_of(spec: Parameter, group: str) -> str | None:
     """Return what the mask of a group does to a parameter; None when it has no axis of the group."""
-    return next((side.role for side in spec.sides if side is not None and side.group == group), None)
+    return next((side.role for side in spec.prunable.values() if side.group == group), None)
 
 
 def described(specs: Sequence[Parameter]) -> str:
@@ -42,13 +38,15 @@ def described(specs: Sequence[Parameter]) -> str:
 
 
 def _layout(spec: Parameter) -> str:
-    def axis(side: Side | None) -> str:
-        if side is None:
-            return "no axis"
-        return f"{side.group} as copies {side.copies} x units {side.units} x block {side.block}, {side.role}"
-
-    sides = zip(spec.shape, spec.sides, strict=True)
-    return "; ".join(f"dimension {dim}, {length} long: {axis(side)}" for dim, (length, side) in enumerate(sides))
+    told = []
+    for dim, (length, side) in enumerate(zip(spec.shape, spec.sides, strict=True)):
+        axis = (
+            "no axis"
+            if side is None
+            else (f"{side.group} as copies {side.copies} x units {side.units} x block {side.block}, {side.role}")
+        )
+        told.append(f"dimension {dim}, {length} long: {axis}")
+    return "; ".join(told)
 
 
 def locate(subject: Subject, values: Values, choice: Choice, limit: float) -> str:
@@ -97,14 +95,16 @@ def _differs(subject: Subject, values: Values, choice: Choice, limit: float) -> 
         plan = masks.plan()
         masked = subject.outputs()
         small = subject.compacted(plan)
-    crashes = crash_site(small, subject.batch) is not None
-    return crashes or compared(masked, outputs(small, subject.batch), plan) > limit
+    try:
+        return compared(masked, outputs(small, subject.batch), plan) > limit
+    except Exception:  # the caller looks where it fails
+        return True
 
 
 def _about_module(structure: Structure, small: nn.Module, crash: Crash, values: Values) -> str:
     """Quote the adapter on the module in which the compacted model fails."""
-    own = [spec for spec in structure.parameters if module_of(spec) == crash.module]
-    below = [spec for spec in structure.parameters if inside(module_of(spec), crash.module) and spec not in own]
+    own = [spec for spec in structure.parameters if spec.module == crash.module]
+    below = [spec for spec in structure.parameters if inside(spec.module, crash.module) and spec not in own]
     if any(inside(path, crash.module) for path in structure.layers):
         # It failed outside the layers, so that those have run.
         below = [spec for spec in below if not structure.in_layers(spec)]
@@ -139,15 +139,14 @@ def _wrong_scale(subject: Subject, small: PreTrainedModel, plan: Plan, limit: fl
     weights, cut = dict(subject.model.named_parameters()), dict(small.named_parameters())
     modules: dict[str, list[Parameter]] = {}
     for spec in subject.structure.parameters:
-        if any(side is not None and side.group in plan.scale for side in spec.sides):
-            modules.setdefault(module_of(spec), []).append(spec)
+        if any(side.group in plan.scale for side in spec.prunable.values()):
+            modules.setdefault(spec.module, []).append(spec)
     for path, specs in modules.items():
-        kept = [cut[spec.name].detach().clone() for spec in specs]
-        for spec in specs:
-            cut[spec.name].data.copy_(sliced(weights[spec.name].detach(), _other_role(spec), plan))
-        repaired = compared(masked, outputs(small, subject.batch), plan) <= limit
-        for spec, value in zip(specs, kept, strict=True):
-            cut[spec.name].data.copy_(value)
+        with ExitStack() as held:
+            for spec in specs:
+                turned = sliced(weights[spec.name].detach(), _other_role(spec), plan)
+                held.enter_context(holding(cut[spec.name], turned))
+            repaired = compared(masked, outputs(small, subject.batch), plan) <= limit
         if repaired:
             return (
                 f"The module at fault is {path!r} with {described(specs)}: with the other role of its axes, scale for "
@@ -158,9 +157,8 @@ def _wrong_scale(subject: Subject, small: PreTrainedModel, plan: Plan, limit: fl
 
 
 def _other_role(spec: Parameter) -> Parameter:
-    turned = {"slice": "scale", "zero": "scale", "scale": "slice"}
-    sides = tuple(side and replace(side, role=turned[side.role]) for side in spec.sides)  # type: ignore[arg-type]
-    return replace(spec, sides=sides)
+    sides = (side and replace(side, role="slice" if side.role == "scale" else "scale") for side in spec.sides)
+    return replace(spec, sides=tuple(sides))
 
 
 def _wrong_units(subject: Subject, values: Values, limit: float) -> str:
@@ -168,25 +166,22 @@ def _wrong_units(subject: Subject, values: Values, limit: float) -> str:
     structure = subject.structure
     stock = subject.outputs()
     weights = dict(subject.model.named_parameters())
+    removed = {name: tuple((value == 0).nonzero().flatten().tolist()) for name, value in values.items()}
 
     def is_read(spec: Parameter) -> bool:
-        removed = _removed(spec, values)
-        if removed is None:
-            return False
-        dim, elements = removed
-        parameter = weights[spec.name]
-        with torch.no_grad():
-            before = parameter.clone()
-            parameter.index_add_(dim, elements, torch.ones_like(before).index_select(dim, elements))
-            after = subject.outputs()
-            parameter.copy_(before)
-        return any(gap(after[name], value) > limit for name, value in stock.items())
+        for dim, side in spec.prunable.items():
+            if units := removed.get(side.group):
+                changed = weights[spec.name].detach().clone()
+                changed.movedim(dim, 0)[positions(side, units)] += 1
+                with holding(weights[spec.name], changed):
+                    return largest(stock, subject.outputs()) > limit
+        return False
 
     read = [spec for spec in structure.parameters if is_read(spec)]
     if not read:
         return ""
     order = {path: place for place, (path, _) in enumerate(record(subject.model, subject.batch))}
-    first = min(read, key=lambda spec: order.get(module_of(spec), len(order)))
+    first = min(read, key=lambda spec: order.get(spec.module, len(order)))
     return (
         f"The parameter at fault is {described([_blamed(structure, first, read, is_read)])}: what this assigns to a "
         "removed unit still changes the output. Correct the axes in its row: which group, which dimension, copies, "
@@ -194,29 +189,19 @@ def _wrong_units(subject: Subject, values: Values, limit: float) -> str:
     )
 
 
-def _removed(spec: Parameter, values: Values) -> tuple[int, Tensor] | None:
-    """The first dimension of a parameter along which the masks remove something, and what."""
-    for dim, side in enumerate(spec.sides):
-        if side is not None and side.group in values:
-            gone = tuple((values[side.group] == 0).nonzero().flatten().tolist())
-            if gone:
-                return dim, positions(side, gone)
-    return None
-
-
 def _blamed(
     structure: Structure, first: Parameter, read: Sequence[Parameter], is_read: Callable[[Parameter], bool]
 ) -> Parameter:
     """Choose between the rows that write a block's inner units and the projection that reads them."""
-    group = next(side.group for side in first.sides if side is not None)
+    group = next(side.group for side in first.prunable.values())
     writers = [spec for spec in structure.parameters if role_of(spec, group) == "slice" and not spec.gated]
     readers = [spec for spec in structure.parameters if role_of(spec, group) == "scale" and spec.gated]
-    modules = {module_of(spec) for spec in writers}
-    if not readers or len(modules) < 2 or not modules <= {module_of(spec) for spec in read}:
+    modules = {spec.module for spec in writers}
+    if not readers or len(modules) < 2 or not modules <= {spec.module for spec in read}:
         return first
     # Either several modules agree with one another and the projection that masks them is the odd one out, or one row
     # describes them all, and wrongly: then the output ignores them once they are laid out as the projection is.
-    side = next(side for side in readers[0].sides if side is not None and side.group == group)
+    side = next(side for side in readers[0].prunable.values() if side.group == group)
     turned = [_laid_out(spec, side) for spec in writers]
     return first if all(spec is not None and not is_read(spec) for spec in turned) else readers[0]
 
@@ -224,8 +209,8 @@ def _blamed(
 def _laid_out(spec: Parameter, like: Side) -> Parameter | None:
     """A parameter with the layout of another one's side, as often as that fits; None when it does not."""
     sides = list(spec.sides)
-    for dim, side in enumerate(sides):
-        if side is not None and side.group == like.group:
+    for dim, side in spec.prunable.items():
+        if side.group == like.group:
             times, remainder = divmod(side.length, like.length)
             if remainder:
                 return None
@@ -236,24 +221,37 @@ def _laid_out(spec: Parameter, like: Side) -> Parameter | None:
 def _first_difference(subject: Subject, small: PreTrainedModel, plan: Plan, limit: float) -> str:
     """Name the first module, in the order in which they return, whose output differs; masks are set."""
     structure = subject.structure
-    norms = {norm.module for norm in structure.norms}
-    cut = record(small, subject.batch)
-    for call, value in record(subject.model, subject.batch).items():
-        path = call[0]
-        own = [spec for spec in structure.parameters if module_of(spec) == path]
-        if call not in cut or not _differ(value, cut[call], plan, [*own, *structure.parameters], limit):
-            continue
-        module = subject.model.get_submodule(path)
-        if own:
-            is_norm = "norm" in type(module).__name__.lower() and path not in norms
-            hint = ": declare it by norm(...)." if is_norm else "."
-            return f"The first module that differs is {path!r} with {described(own)}{hint}"
-        return (
-            f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
-            f"missing from the attributes of its block ({_integers(module) or 'it has none'}), or an axis in it has "
-            "the wrong copies or block."
-        )
-    return "No single module differs before the output does."
+
+    def differs(path: str, full: Tensor, cut: Tensor) -> bool:
+        own = (spec for spec in structure.parameters if spec.module == path)
+        return _differ(full, cut, plan, [*own, *structure.parameters], limit)
+
+    path = _first_module(subject.model, small, subject.batch, differs)
+    if path is None:
+        return _NOWHERE
+    module = subject.model.get_submodule(path)
+    own = [spec for spec in structure.parameters if spec.module == path]
+    if own:
+        is_norm = "norm" in type(module).__name__.lower() and path not in {norm.module for norm in structure.norms}
+        hint = ": declare it by norm(...)." if is_norm else "."
+        return f"The first module that differs is {path!r} with {described(own)}{hint}"
+    return (
+        f"The first module that differs is {path!r}, though the modules in it agree: an integer of it may be "
+        f"missing from the attributes of its block ({_integers(module) or 'it has none'}), or an axis in it has "
+        "the wrong copies or block."
+    )
+
+
+def _first_module(
+    model: PreTrainedModel, other: PreTrainedModel, batch: Batch, differs: Callable[[str, Tensor, Tensor], bool]
+) -> str | None:
+    """The path of the first module, in the order in which they return, whose output differs between two models."""
+    found = record(other, batch)
+    own = record(model, batch).items()
+    return next((call[0] for call, value in own if call in found and differs(call[0], value, found[call])), None)
+
+
+_NOWHERE = "No single module differs before the output does."
 
 
 def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter], limit: float) -> bool:
@@ -261,15 +259,11 @@ def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter],
 
     :param specs: with the layouts that a dimension may have, likeliest first; where none fits, nothing is said.
     """
-    sides = [side for spec in specs for side in spec.sides if side is not None]
+    sides = [side for spec in specs for side in spec.prunable.values()]
     for dim, (long, short) in enumerate(zip(full.shape, small.shape, strict=False)):
         if long != short:
-            fitting = (
-                side
-                for side in sides
-                if side.length == long and side.copies * plan.kept[side.group] * side.block == short
-            )
-            side = next(fitting, None)
+            lengths = ((side, side.copies * plan.kept[side.group] * side.block) for side in sides)
+            side = next((side for side, kept in lengths if (side.length, kept) == (long, short)), None)
             if side is None:
                 return False
             full = full.index_select(dim, positions(side, plan.keep[side.group]))
@@ -278,12 +272,12 @@ def _differ(full: Tensor, small: Tensor, plan: Plan, specs: Sequence[Parameter],
 
 def tied_alone(subject: Subject, message: str) -> str:
     """Name a second name of a tied parameter in a message, which a row must describe too; "" when there is none."""
-    names = {id(parameter): name for name, parameter in subject.model.named_parameters()}
-    sides = {spec.name: spec.sides for spec in subject.structure.parameters}
+    first = {id(parameter): name for name, parameter in subject.model.named_parameters()}
+    described = {spec.name for spec in subject.structure.parameters if any(spec.sides)}
     for name, parameter in subject.model.named_parameters(remove_duplicate=False):
-        first = names[id(parameter)]
-        if name != first and name in message and any(sides[first]):
-            return f"{name!r} is tied to {first!r}, and needs a row of its own in addition to that one's."
+        other = first[id(parameter)]
+        if name != other and name in message and other in described:
+            return f"{name!r} is tied to {other!r}, and needs a row of its own in addition to that one's."
     return ""
 
 
@@ -292,18 +286,15 @@ def first_change(subject: Subject, *, limit: float = 0.0) -> str:
 
     :param limit: the largest change that is rounding.
     """
-    kinds = {norm.module: norm.kind for norm in subject.structure.norms}
     stock = copy.deepcopy(subject.model)
-    masks = masks_of(stock)
-    if masks is not None:
+    if (masks := masks_of(stock)) is not None:
         masks.detach()
-    before = record(stock, subject.batch)
-    for call, value in record(subject.model, subject.batch).items():
-        if call in before and (value.shape != before[call].shape or gap(value, before[call]) > limit):
-            kind = kinds.get(call[0])
-            declared = "" if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
-            return f"The first module that differs is {call[0]!r}{declared or '.'}"
-    return "No single module differs before the output does."
+    path = _first_module(subject.model, stock, subject.batch, lambda _, value, before: gap(value, before) > limit)
+    if path is None:
+        return _NOWHERE
+    kind = next((norm.kind for norm in subject.structure.norms if norm.module == path), None)
+    declared = "." if kind is None else f", declared by norm(kind={kind!r}): is that the kind that it is?"
+    return f"The first module that differs is {path!r}{declared}"
 
 
 def wrong_shapes(structure: Structure, small: PreTrainedModel, kept: Mapping[str, int]) -> str:
@@ -323,9 +314,7 @@ def wrong_shapes(structure: Structure, small: PreTrainedModel, kept: Mapping[str
 
 def scaled_by(structure: Structure, group: str) -> str:
     """Name the parameters that a group's mask multiplies."""
-    found = [
-        repr(spec.name)
-        for spec in structure.parameters
-        if (spec.gated and spec.gate == group) or role_of(spec, group) == "scale"
-    ]
+    gated = {spec.name for spec in structure.parameters if spec.gated and spec.gate == group}
+    scaled = {spec.name for spec in structure.parameters if role_of(spec, group) == "scale"}
+    found = sorted(map(repr, gated | scaled))
     return f"It scales {', '.join(found[:4])}." if found else "It scales nothing: no projection or norm has its axis."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance import exits, fault
-from cofiprune.conformance.calls import calls_of, compared, crash_site, largest
+from cofiprune.conformance.calls import calls_of, compared, largest, size
 from cofiprune.conformance.specimens import Choice, Subject, Values, outputs, tensors
 from cofiprune.errors import LawError
 from cofiprune.masks import MaskRegistry
@@ -38,7 +38,7 @@ class Case:
     values: Values
     """Groups that are not named keep ones."""
     reload: bool = False
-    """True to save and load the compacted model too."""
+    """True where saving and loading the compacted model is worth its time."""
 
     def __str__(self) -> str:
         return f"{self.label} over units {', '.join(self.choice)}"
@@ -55,34 +55,26 @@ def check_structure(subject: Subject) -> None:
     for index in range(len(structure.layers)):
         expected += [f"layers.{index}.{kind}" for kind, unit in kinds.items() if unit not in structure.refused]
     if list(structure) != expected:
-        pairs = zip([*structure, None], [*expected, None], strict=False)
+        pairs = itertools.zip_longest(structure, expected)
         found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
-        raise LawError(f"{subject.who}: the structure has group {found!r} in the place of {wanted!r}")
+        raise LawError(f"the structure has group {found!r} in the place of {wanted!r}")
     for name in structure:
         if not any(spec.gate == name or fault.role_of(spec, name) for spec in structure.parameters):
-            raise LawError(f"{subject.who}: no parameter has an axis of group {name!r}")
-    if problem := exits.uncovered(structure):
-        raise LawError(f"{subject.who}: a removed block leaves nothing behind. {problem}")
-    if problem := _wrong_attribute(subject):
-        raise LawError(f"{subject.who}: attributes hold the sizes of the groups that they follow. {problem}")
-
-
-def _wrong_attribute(subject: Subject) -> str:
-    structure = subject.structure
+            raise LawError(f"no parameter has an axis of group {name!r}")
+    exits.check_covered(structure)
     for attribute in structure.attributes:
         group = structure[attribute.group]
-        size = group.size * attribute.per_unit
+        wanted = group.size * attribute.per_unit
         value = getattr(subject.model.get_submodule(attribute.module), attribute.name, None)
         counts = attribute.per_unit == 1 or value in (None, group.size)
-        if value != size and counts:  # the number of elements per unit is checked by the laws of the masks
+        if value != wanted and counts:  # the number of elements per unit is checked by the laws of the masks
             readers = [spec for spec in structure.parameters if spec.gated and fault.role_of(spec, group.name)]
-            return (
-                f"{attribute.name!r} of {attribute.module!r} is {value}, and should be {size}: {group.name} has "
+            raise LawError(
+                f"{attribute.name!r} of {attribute.module!r} is {value}, and should be {wanted}: {group.name} has "
                 f"{group.size} units, and {attribute.per_unit} is counted for each. Check the attribute's name and its "
                 "axis (HEADS.of(1) counts heads, HEADS their elements), sizes, and the projection that says how many "
                 f"elements a unit has: {fault.described(readers)}."
             )
-    return ""
 
 
 def check_applications(subject: Subject) -> None:
@@ -95,7 +87,7 @@ def check_applications(subject: Subject) -> None:
     for path, times in zip(layers, subject.structure.applications or (1,) * len(layers), strict=True):
         if runs[path] != times:
             raise LawError(
-                f"{subject.who}: layer {path!r} runs {runs[path]} times in a forward pass, and `applications` says "
+                f"layer {path!r} runs {runs[path]} times in a forward pass, and `applications` says "
                 f"{times}. It is ({', '.join(str(runs[each]) for each in layers)}) for these layers."
             )
 
@@ -112,57 +104,37 @@ def check_ones(subject: Subject) -> float:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = [name for name, _ in model.named_parameters()]
     with subject.masked() as masks:
-        if largest(stock, _run(subject, "masks of ones")) != 0:
-            raise LawError(f"{subject.who}: masks of ones change the outputs. {fault.first_change(subject)}")
+        if largest(stock, exits.run(subject, "masks of ones")) != 0:
+            raise LawError(f"masks of ones change the outputs. {fault.first_change(subject)}")
         if list(model.state_dict()) != list(before) or [name for name, _ in model.named_parameters()] != names:
-            raise LawError(f"{subject.who}: attached masks change the names of parameters or of the state dict")
+            raise LawError("attached masks change the names of parameters or of the state dict")
         masks.bind({name: value.clone() for name, value in masks.items()})
-        rounding = largest(stock, _run(subject, "differentiable masks of ones"))
+        rounding = largest(stock, exits.run(subject, "differentiable masks of ones"))
         if not rounding <= ROUNDED * size(stock):
             which = fault.first_change(subject, limit=ROUNDED)
-            raise LawError(f"{subject.who}: differentiable masks of ones change the outputs by {rounding:.2g}. {which}")
+            raise LawError(f"differentiable masks of ones change the outputs by {rounding:.2g}. {which}")
     after = model.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     if changed or largest(stock, subject.outputs()) != 0:
-        raise LawError(f"{subject.who}: detaching does not restore {', '.join(changed) or 'the outputs'}")
+        raise LawError(f"detaching does not restore {', '.join(changed) or 'the outputs'}")
     return rounding
 
 
-def check_blocks(subject: Subject) -> None:
-    """A layer without its blocks returns its input, and a block's gate scales all of its output, bias included.
-
-    Masked and compacted models agree on a wrong `BlockExit` and on a bias that no gate scales, hence a law apart.
-
-    :raises LawError: naming the `BlockExit` or the parameter.
-    """
-    with subject.masked(("layer",)) as masks:
-        for name in masks:
-            masks[name] = [exits.CLOSED]
-        if problem := exits.ungated(subject):
-            raise LawError(f"{subject.who}: a block's gate must scale all of its output. {problem}")
-        for name in masks:
-            masks[name] = [0]
-        if problem := exits.wrong_exit(subject):
-            raise LawError(f"{subject.who}: a removed block must hand its input on. {problem}")
-        for kind in ("attention", "ffn"):
-            if problem := exits.overreaching(subject, masks, kind):
-                raise LawError(f"{subject.who}: a block that stays must work as before. {problem}")
-
-
-def check_case(subject: Subject, case: Case, tolerance: float) -> float:
+def check_case(subject: Subject, case: Case, tolerance: float, *, reload: bool = False) -> float:
     """The masked model is the compacted one, counts are exact, and set, differentiable and saved forms agree.
 
     :param tolerance: relative to the size of the outputs.
+    :param reload: save and load the compacted model too.
     :return: the largest difference between the masked and the compacted model.
     :raises LawError: naming the parameter at fault.
     """
     with subject.masked(case.choice, case.values) as masks:
         plan = masks.plan()
-        masked = _run(subject, str(case))
+        masked = exits.run(subject, str(case))
         limit = tolerance * size(masked)
         small = subject.compacted(plan)
         if problem := _wrong_counts(subject, masks, small):
-            raise LawError(f"{subject.who}: counts are not those of the compacted model ({case}). {problem}")
+            raise LawError(f"counts are not those of the compacted model ({case}). {problem}")
         try:
             cut = outputs(small, subject.batch)
             difference = compared(masked, cut, plan)
@@ -171,12 +143,12 @@ def check_case(subject: Subject, case: Case, tolerance: float) -> float:
         if difference > limit:
             masks.detach()
             found = fault.locate(subject, case.values, case.choice, limit)
-            raise LawError(f"{subject.who}: masked and compacted model differ by {difference:.2g} ({case}). {found}")
+            raise LawError(f"masked and compacted model differ by {difference:.2g} ({case}). {found}")
         masks.bind({name: value.clone() for name, value in masks.items()})
-        bound = compared(_run(subject, f"differentiable {case}"), cut, plan)
+        bound = compared(exits.run(subject, f"differentiable {case}"), cut, plan)
         if bound > limit:
-            raise LawError(f"{subject.who}: differentiable and set masks differ by {bound:.2g} ({case})")
-    if case.reload:
+            raise LawError(f"differentiable and set masks differ by {bound:.2g} ({case})")
+    if reload:
         _check_reload(subject, small, cut, case, limit)
     return difference
 
@@ -193,7 +165,7 @@ def check_cut(subject: Subject, case: Case) -> None:
         differs = {str(each) for each in getattr(resolved, name)} ^ {str(each) for each in getattr(cut, name)}
         if differs:
             found = f"the compacted model has other {name} than its structure says ({case})"
-            raise LawError(f"{subject.who}: {found}: {min(differs)}")
+            raise LawError(f"{found}: {min(differs)}")
 
 
 def _wrong_counts(subject: Subject, masks: MaskRegistry, small: PreTrainedModel) -> str:
@@ -221,40 +193,55 @@ def _check_reload(
     :raises LawError: naming a weight that differs.
     """
     try:
-        again = reloaded(small)
+        again = _reloaded(small)
     except Exception as error:  # the dense model could be loaded
         why = f"{error}. {fault.tied_alone(subject, str(error))}"
-        raise LawError(f"{subject.who}: the compacted model does not load from its file ({case}). {why}") from error
+        raise LawError(f"the compacted model does not load from its file ({case}). {why}") from error
     loaded = {**again.state_dict(), **dict(again.named_buffers())}
     stored = {**small.state_dict(), **dict(small.named_buffers())}
     # A buffer that is in no file, such as the frequencies of rotary positions, may come back in another dtype too.
     if any(name in loaded and value.dtype != loaded[name].dtype for name, value in stored.items()):
         limit = max(limit, ROUNDED * size(cut))
-    changed = changed_weights(small, again)
+    changed = _changed_weights(small, again)
     difference = largest(cut, outputs(again, subject.batch))
     if changed or difference > limit:
         named = ", ".join(changed[:4]) or f"the outputs by {difference:.2g}"
-        raise LawError(f"{subject.who}: saving and loading the compacted model changes {named} ({case})")
+        raise LawError(f"saving and loading the compacted model changes {named} ({case})")
 
 
-def reloaded(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model as it comes back from a file, in float64 and evaluation mode."""
-    with tempfile.TemporaryDirectory() as folder, _without_progress_bars():
-        model.save_pretrained(folder)
-        again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
+def unsaved(model: PreTrainedModel) -> str:
+    """Say why transformers cannot save and load the model as it is, which is not the adapter's fault; "" if it can."""
+    try:
+        changed = _changed_weights(model, _reloaded(model))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"transformers changes {', '.join(changed[:4])} of the model as it is" if changed else ""
+
+
+def _reloaded(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as it comes back from a file, in float64 and evaluation mode."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     again.train(False)
     return again
 
 
-def changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]:
+def _changed_weights(model: PreTrainedModel, again: PreTrainedModel) -> list[str]:
     """Name the weights of a model that a file changed or lost.
 
     transformers loads some (DeBERTa's q_bias) in float32 whatever dtype was asked for: they are compared in that.
     """
-    stored, loaded = model.state_dict(), again.state_dict()
+    loaded = again.state_dict()
     return [
         name
-        for name, value in stored.items()
+        for name, value in model.state_dict().items()
         if name not in loaded or not torch.equal(value.to(loaded[name].dtype), loaded[name])
     ]
 
@@ -278,33 +265,4 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
         if gradient is None or not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
             state = "missing" if gradient is None else f"{gradient.tolist()}"
             scaled = fault.scaled_by(structure, name)
-            raise LawError(f"{subject.who}: the gradient of mask {name!r} is {state}. {scaled}")
-
-
-def _run(subject: Subject, what: str) -> dict[str, Tensor]:
-    """Run a model under masks.
-
-    :raises LawError: when it fails, naming the module.
-    """
-    try:
-        return subject.outputs()
-    except Exception as error:
-        crash = crash_site(subject.model, subject.batch)
-        hint = exits.exit_hint(subject.structure, crash)
-        raise LawError(f"{subject.who}: fails under {what}, in {crash}. {hint}") from error
-
-
-def size(found: Mapping[str, Tensor]) -> float:
-    """Return the largest number among some outputs, at least 1."""
-    return max(1.0, *(float(value.abs().max()) for value in found.values()))
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            raise LawError(f"the gradient of mask {name!r} is {state}. {scaled}")

@@ -1,6 +1,7 @@
-"""Small random models to test adapters on: every head class of a family, in float64, with inputs that have padding.
+"""Small random models to test adapters on, and to derive a structure from: in float64, with inputs that have padding.
 
-Biases and norms are random too: with the zeros and ones of a new model, laws hold that a trained model would break.
+Biases and norms are random too: with the zeros and ones of a new model, laws hold that a trained model would break. The
+sizes tell axes apart that have the same length by chance in a larger model.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import copy
 import importlib
 import inspect
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +24,8 @@ from transformers import AutoConfig
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from cofiprune.compaction.slicing import compacted
-from cofiprune.errors import AdapterError
+from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.errors import AdapterError, DataError
 from cofiprune.masking import attach_to
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
@@ -64,15 +68,16 @@ _SIZES: Mapping[str, Any] = {
     "coordinate_size": 4,
     "shape_size": 4,
 }
-WIDE: Mapping[str, Any] = {"hidden_size": 192, "intermediate_size": 136, "embedding_size": 192, "hidden_dim": 136}
-"""Sizes for models that divide their hidden dimensions further than by heads: by groups, or among coordinates."""
+# For models that divide their hidden dimensions further than by heads: by groups, or among coordinates.
+_WIDE = dict.fromkeys(("hidden_size", "embedding_size"), 192) | dict.fromkeys(
+    ("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim"), 136
+)
 # Classes of these tasks read the encoder through a decoder, or are one.
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
-_TOKENS = 9
-_SAMPLES = 160
-_FRAMES = 20
-_CHOICES = 2
+_TOKENS, _FRAMES = 9, 40
+_LARGEST = 30_000_000
+"""Parameters up to which a model is tried out itself, where no tiny copy can be built."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,6 @@ class Subject:
     model: PreTrainedModel
     batch: Batch
     structure: Structure
-
-    @property
-    def who(self) -> str:
-        """The model's class and family, as messages name it."""
-        return f"{type(self.model).__name__} ({self.structure.family})"
 
     @contextmanager
     def masked(self, units: Choice | None = None, values: Values | None = None) -> Iterator[MaskRegistry]:
@@ -121,11 +121,9 @@ def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any
 
     :param wide: with 192 hidden dimensions instead of 24.
     """
-    chosen = {**_SIZES, **WIDE} if wide else _SIZES
+    chosen = {**_SIZES, **_WIDE} if wide else _SIZES
     names = {name: config.attribute_map.get(name, name) for name in chosen}
     sizes = {name: chosen[key] for key, name in names.items() if hasattr(config, name)}
-    if wide:
-        sizes.update({name: 136 for name in ("d_ff", "encoder_ffn_dim") if name in sizes})
     if isinstance(getattr(config, "image_size", None), list | tuple):
         sizes["image_size"] = type(config.image_size)([_SIZES["image_size"]] * len(config.image_size))
     for name, value in vars(config).items():
@@ -140,6 +138,27 @@ def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any
         if isinstance(value, int) and value >= _SIZES["vocab_size"]:
             sizes[name] = 0 if name == "pad_token_id" else place
     return sizes
+
+
+def small_config(config: PretrainedConfig, *, wide: bool = False) -> PretrainedConfig:
+    """Return the same configuration with two layers, four heads and 24 hidden dimensions, or 192 with `wide`."""
+    sizes = tiny_sizes(config, wide=wide)
+    entries: dict[str, Any] = copy.deepcopy(config.to_dict())
+    for name in ("quantization_config", "architectures", "transformers_version", "dtype", "torch_dtype"):
+        entries.pop(name, None)
+    layers = getattr(config, "num_hidden_layers", None)
+    for name, value in entries.items():
+        if isinstance(value, list) and len(value) == layers and name != "conv_dim":
+            entries[name] = value[:2]  # one entry per layer
+    entries.update(sizes)
+    if isinstance(entries.get("num_key_value_heads"), int):
+        shared = config.num_key_value_heads < config.num_attention_heads
+        entries["num_key_value_heads"] = 2 if shared else 4
+    if isinstance(entries.get("head_dim"), int):
+        entries["head_dim"] = 48 if wide else 6
+    small: PretrainedConfig = type(config).from_dict(entries)
+    small._attn_implementation = config._attn_implementation
+    return small
 
 
 def head_classes(config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
@@ -185,72 +204,91 @@ def specimen(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedMo
 
 
 def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a batch of three examples for a model, of different lengths where they have one.
+    """Return a batch of three examples for a model, padded to different lengths where it reads text or sound.
 
     :raises AdapterError: when the model's main input is of a kind that this function does not know.
     """
     config, name = model.config, model.main_input_name
     reads = inspect.signature(model.forward).parameters
-    if name == "input_ids":
-        return _token_ids(model, reads, generator)
-    shape: tuple[int, ...]
-    more: dict[str, Tensor] = {}
     if name == "pixel_values" and "spatial_shapes" in reads:
         # Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high.
-        shape = (4, config.num_channels * config.patch_size**2)
-        more["pixel_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
-        more["spatial_shapes"] = torch.tensor([[2, 2], [1, 2], [2, 2]])
-    elif name == "pixel_values":
-        size = config.image_size
-        frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
-        shape = (*frames, config.num_channels, *((size, size) if isinstance(size, int) else size))
-    elif name == "input_values" and hasattr(config, "conv_stride"):
-        shape = (_SAMPLES,)
-        more["attention_mask"] = _without_half(_SAMPLES)
-    elif name == "input_features" and hasattr(config, "feature_projection_input_dim"):
-        shape = (_FRAMES, config.feature_projection_input_dim)
-        more["attention_mask"] = _without_half(_FRAMES)
-    elif name == "input_features" and hasattr(config, "max_source_positions"):
-        shape = (config.num_mel_bins, 2 * config.max_source_positions)  # a convolution of stride 2 makes the positions
-    elif name in ("input_values", "input_features") and hasattr(config, "num_mel_bins"):
-        shape = (config.max_length, config.num_mel_bins)
-    else:
-        raise AdapterError(f"{type(model).__name__} reads {name!r}; pass a batch for it: batch={{{name!r}: ...}}")
-    dtype = next(model.parameters()).dtype
-    return {name: torch.randn((3, *shape), generator=generator, dtype=dtype), **more}
-
-
-def _without_half(length: int) -> Tensor:
-    """A mask of three examples, the second of which is half as long as the others."""
-    mask = torch.ones(3, length, dtype=torch.long)
-    mask[1, length // 2 :] = 0
-    return mask
-
-
-def _token_ids(model: PreTrainedModel, reads: Collection[str], generator: torch.Generator) -> dict[str, Tensor]:
-    config = model.config
-    padding = getattr(config, "pad_token_id", None) or 0
-    shape = (3, _CHOICES, _TOKENS) if type(model).__name__.endswith("MultipleChoice") else (3, _TOKENS)
-    ids = torch.randint(padding + 1, getattr(config, "vocab_size", 64), shape, generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, ..., 6:] = 0
-    mask[2, ..., 2:] = 0
-    batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+        shape = (3, 4, config.num_channels * config.patch_size**2)
+        return {
+            name: torch.randn(shape, generator=generator).to(model.dtype),
+            "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]),
+            "spatial_shapes": torch.tensor([[2, 2], [1, 2], [2, 2]]),
+        }
+    length = _TOKENS if name == "input_ids" else _FRAMES
+    try:
+        batch = synthetic_inputs(model, batch_size=3, seq_len=length, generator=generator, padding=True)
+    except DataError as error:
+        raise AdapterError(f"{error}. Pass a batch for it: batch={{{name!r}: ...}}") from error
+    if hasattr(config, "conv_stride") or hasattr(config, "feature_projection_input_dim"):
+        length = batch[name].shape[1]
+        batch["attention_mask"] = torch.ones(3, length, dtype=torch.long)
+        batch["attention_mask"][1, length // 2 :] = 0
     if "bbox" in reads:  # where the tokens lie on a page
-        boxes = torch.randint(1, 9, (*shape, getattr(config, "dim_bbox", 4)), generator=generator).sort(dim=-1).values
+        shape = (*batch[name].shape, getattr(config, "dim_bbox", 4))
+        boxes = torch.randint(1, 9, shape, generator=generator).sort(dim=-1).values
         # Left, top, right and bottom, as entries of a table or as shares of the page.
         counted = hasattr(config, "max_2d_position_embeddings")
-        batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes / 10
-    if {"entity_ids", "entity_position_ids"} <= set(reads) and len(shape) == 2:  # entities that the text names
+        batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes.to(model.dtype) / 10
+    if {"entity_ids", "entity_position_ids"} <= set(reads) and batch[name].dim() == 2:  # entities that the text names
         batch["entity_ids"] = torch.randint(1, 9, (3, 2), generator=generator)
         batch["entity_attention_mask"] = torch.ones(3, 2, dtype=torch.long)
         batch["entity_position_ids"] = torch.tensor([[[0, 1, -1], [1, -1, -1]]]).repeat(3, 1, 1)
-    return batch
+    return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def double(batch: Batch) -> dict[str, Tensor]:
-    """Return a batch with its floating-point numbers in float64."""
-    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+def tiny_copy(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
+    """Return a tiny random model of a model's class and settings, and inputs for it.
+
+    :raises AdapterError: when none can be built and run, and the model itself is large or does not run either.
+    """
+    generator = torch.Generator().manual_seed(0)
+    problems = []
+    for build in (_small, partial(_small, wide=True), _itself):
+        try:
+            tiny = specimen(build(model), generator)
+            batch = inputs(tiny, generator)
+            _check_runs(tiny, batch)
+        except Exception as error:  # raised by the model's own code, in any way
+            problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        else:
+            return tiny, batch
+    raise AdapterError(
+        f"it could not be run on made-up inputs, neither as a small model of its kind ({problems[0]}) nor as it is "
+        f"({problems[-1]})."
+    )
+
+
+def _check_runs(model: PreTrainedModel, batch: Batch) -> None:
+    modules = {id(module) for module in model.modules()}
+    first, second = (outputs(model, batch) for _ in range(2))
+    if not all(torch.allclose(value, second[name], rtol=0, atol=0, equal_nan=True) for name, value in first.items()):
+        raise AdapterError("its outputs differ each time it runs")
+    new = [path for path, module in model.named_modules() if id(module) not in modules]
+    if new:
+        raise AdapterError(f"it puts other modules into its own place when it runs, at {new[0]!r}")
+
+
+def _small(model: PreTrainedModel, *, wide: bool = False) -> PreTrainedModel:
+    tiny = type(model)(small_config(model.config, wide=wide))
+    names, found = (
+        {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in each.named_parameters()} for each in (model, tiny)
+    )
+    if names != found:
+        raise AdapterError(f"it differs from the model in {', '.join(sorted(names ^ found)[:3])}")
+    return tiny
+
+
+def _itself(model: PreTrainedModel) -> PreTrainedModel:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > _LARGEST:
+        raise AdapterError(f"it has {size:,} parameters, too many to be tried out")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AdapterError("it has no weights")
+    return model
 
 
 def outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

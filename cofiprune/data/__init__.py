@@ -4,6 +4,7 @@
 """
 
 from cofiprune.data.files import load_rows
-from cofiprune.data.text import Labels, TextColumns, find_text_columns, tokenise
+from cofiprune.data.tasks import Labels
+from cofiprune.data.text import TextColumns, find_text_columns, tokenise
 
 __all__ = ["Labels", "TextColumns", "find_text_columns", "load_rows", "tokenise"]

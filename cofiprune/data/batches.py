@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cofiprune.data.rows import Batch as Batch
-from cofiprune.data.rows import Padding, located
+from cofiprune.data.rows import Padding
 from cofiprune.data.tasks import LABELS, Task, label_names
+from cofiprune.errors import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,10 +44,6 @@ class Batches(ABC):
         self.labelled = labelled
         """True for batches with labels, from which the model computes its loss."""
         self.seed = seed
-        self.with_rows = False
-        """Set to True for batches that carry the numbers of their rows."""
-        self.in_memory = False
-        """True for rows that are held in memory, so that no code of the user's runs when a batch is made."""
         self.epoch = 0
         self._start = 0
         self._rank, self._processes = 0, 1
@@ -119,7 +116,8 @@ class RowBatches(Batches):
         super().__init__(task, labelled=labelled, seed=seed)
         self.rows = rows
         self.collate = collate
-        self.in_memory = isinstance(collate, Padding)
+        self.with_rows = False
+        """Set to True for batches that carry the numbers of their rows."""
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
@@ -127,6 +125,11 @@ class RowBatches(Batches):
     @property
     def total(self) -> int:
         return -(-len(self.rows) // self.batch_size)
+
+    @property
+    def in_memory(self) -> bool:
+        """True for rows that are held in memory, so that no code of the user's runs when a batch is made."""
+        return isinstance(self.collate, Padding)
 
     def pad_to(self, multiple: int, longest: int | None) -> None:
         """Pad batches of tokens to a multiple of a length, as long as the model reads so many: `longest`."""

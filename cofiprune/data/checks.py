@@ -6,12 +6,11 @@ assertion that takes the process with it. Each message names the row, what is in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from cofiprune.data.rows import Array, Row
@@ -22,89 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Column:
-    """All values of a column, one row after another."""
-
-    name: str
-    values: Array
-    """[elements]"""
-    shapes: NDArray[np.int64]
-    """[rows, dimensions of a cell]"""
-    sizes: NDArray[np.int64]
-    """[rows], elements of each cell"""
-
-    @classmethod
-    def of(cls, name: str, rows: Sequence[Row]) -> Column:
-        """Join the cells of a column, which must all have one number of dimensions.
-
-        :raises DataError: naming the first row that has another number of dimensions than the first.
-        """
-        cells = [row[name] for row in rows]
-        dims = cells[0].ndim
-        for index, cell in enumerate(cells):
-            if cell.ndim != dims:
-                raise DataError(f"row {index}: {name!r} has {cell.ndim} dimensions and {dims} in row 0")
-        shapes = np.array([cell.shape for cell in cells], np.int64).reshape(len(cells), dims)
-        return cls(name, np.concatenate([cell.reshape(-1) for cell in cells]), shapes, shapes.prod(axis=1))
-
-    def first(self, wrong: NDArray[np.bool_]) -> tuple[int, float] | None:
-        """Return row and value of the first element that is wrong."""
-        if not wrong.any():
-            return None
-        position = int(wrong.argmax())
-        return int(np.searchsorted(self.sizes.cumsum(), position, side="right")), self.values[position].item()
-
-
-Columns = Mapping[str, Column]
-
-
 def check(rows: Sequence[Row], model: PreTrainedModel, task: Task) -> None:
     """Make sure that rows are within the range of a model.
 
     :raises DataError: naming the first row at fault.
     """
-    columns = {name: Column.of(name, rows) for name in rows[0]}
-    for column in columns.values():
-        _check_finite(column)
-    if "input_ids" in columns:
-        check_tokens(columns["input_ids"], model)
-        _check_alignment(columns, model)
-    if "pixel_values" in columns:
-        _check_images(columns["pixel_values"])
-    if task == "question-answering":
-        _check_spans(columns)
-    else:
-        _check_labels(columns, model, task)
-
-
-def check_tokens(ids: Column, model: PreTrainedModel) -> None:
-    """Make sure that token ids are in the vocabulary and rows not longer than the position embeddings.
-
-    :raises DataError: naming the first row at fault.
-    """
-    if np.issubdtype(ids.values.dtype, np.floating):
-        raise DataError(f"row 0: 'input_ids' holds {ids.values[0]}; token ids are whole numbers")
-    size = vocabulary_size(model)
-    found = ids.first((ids.values < 0) | (ids.values >= size))
-    if found is not None:
-        raise DataError(
-            f"row {found[0]}: token id {found[1]} is outside the model's vocabulary of {size} (ids 0 to {size - 1}); "
-            "tokenise with the tokenizer of this model, or call model.resize_token_embeddings for added tokens"
-        )
-    if not ids.shapes.shape[1]:
-        raise DataError("row 0: 'input_ids' is a single number; it takes a list of token ids")
-    lengths = ids.shapes[:, -1]
-    if not lengths.all():
-        raise DataError(f"row {int(np.argmin(lengths))} has no tokens; leave such rows out")
-    limit = longest_sequence(model)
-    if limit is not None and lengths.max() > limit:
-        row = int(np.argmax(lengths > limit))
-        raise DataError(
-            f"row {row} has {lengths[row]} tokens; {type(model).__name__} reads at most {limit} "
-            f"(config.max_position_embeddings is {getattr(model.config, 'max_position_embeddings', limit)}); "
-            f"tokenise with truncation=True, max_length={limit}"
-        )
+    limits = _Limits.of(model, task, tokens="input_ids" in rows[0])
+    for index, row in enumerate(rows):
+        for problem in _problems(row, rows[0], limits):
+            raise DataError(f"row {index}: {problem}")
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -140,111 +65,138 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _check_finite(column: Column) -> None:
-    if np.issubdtype(column.values.dtype, np.floating):
-        found = column.first(~np.isfinite(column.values))
-        if found is not None:
-            raise DataError(f"row {found[0]}: {column.name!r} holds {found[1]}, which is not a finite number")
+@dataclass(frozen=True)
+class _Limits:
+    """What a model reads, and the labels that its loss takes."""
+
+    model: PreTrainedModel
+    task: Task
+    outputs: int
+    classes: int
+    """0 where labels are no classes, or the choices of their row."""
+    vocabulary: int
+    tokens: int | None
+    token_types: int
+    """0 where they do not matter."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, task: Task, *, tokens: bool) -> _Limits:
+        vocabulary = vocabulary_size(model) if tokens or task == "masked-lm" else 0
+        classes = vocabulary if task == "masked-lm" else classes_of(model) if "classification" in task else 0
+        has_types = any(name.endswith("token_type_embeddings") for name, _ in model.named_modules())
+        types = getattr(model.config, "type_vocab_size", 0) or 0
+        longest = longest_sequence(model)
+        return cls(model, task, outputs_of(model), classes, vocabulary, longest, types if has_types else 0)
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
 
 
-def _check_alignment(columns: Columns, model: PreTrainedModel) -> None:
-    ids = columns["input_ids"]
+def _problems(row: Row, first: Row, limits: _Limits) -> Iterator[str]:
+    """Say what is wrong with a row."""
+    for name, cell in row.items():
+        if cell.ndim != first[name].ndim:
+            yield f"{name!r} has {cell.ndim} dimensions and {first[name].ndim} in row 0"
+        wrong = None if cell.dtype.kind != "f" else _first(cell, ~np.isfinite(cell))
+        if wrong is not None:
+            yield f"{name!r} holds {wrong}, which is not a finite number"
+    if "input_ids" in row:
+        yield from _token_problems(row, limits)
+    images = row.get("pixel_values")
+    if images is not None and images.shape != first["pixel_values"].shape:
+        yield (
+            f"'pixel_values' has shape {images.shape} and {first['pixel_values'].shape} in row 0; "
+            "bring images to one size, or pass a data_collator"
+        )
+    if limits.task == "question-answering":
+        for name in ("start_positions", "end_positions"):
+            wrong = _first(row[name], row[name] < 0) if name in row else None
+            if wrong is not None:
+                yield (
+                    f"{name!r} is {wrong}; a position counts from 0 over the tokens, "
+                    "and one past the last leaves the row out of the loss"
+                )
+    elif "labels" in row:
+        yield from _label_problems(row, limits)
+
+
+def _token_problems(row: Row, limits: _Limits) -> Iterator[str]:
+    ids = row["input_ids"]
+    if limits.task == "multiple-choice" and ids.ndim != 2:
+        yield f"'input_ids' has {ids.ndim} dimensions; {limits.name} takes [choices, tokens]"
+    if not ids.ndim:
+        yield "'input_ids' is a single number; it takes a list of token ids"
+    length, size = ids.shape[-1], limits.vocabulary
+    if not length:
+        yield "no tokens; leave such rows out"
+    if ids.dtype.kind == "f":
+        yield f"'input_ids' holds {ids.flat[0]}; token ids are whole numbers"
+    wrong = _first(ids, (ids < 0) | (ids >= size))
+    if wrong is not None:
+        yield (
+            f"token id {wrong} is outside the model's vocabulary of {size} (ids 0 to {size - 1}); "
+            "tokenise with the tokenizer of this model, or call model.resize_token_embeddings for added tokens"
+        )
+    if limits.tokens is not None and length > limits.tokens:
+        stated = getattr(limits.model.config, "max_position_embeddings", limits.tokens)
+        yield (
+            f"{length} tokens; {limits.name} reads at most {limits.tokens} (config.max_position_embeddings is "
+            f"{stated}); tokenise with truncation=True, max_length={limits.tokens}"
+        )
     for name in ("attention_mask", "token_type_ids"):
-        if name in columns and columns[name].shapes.shape == ids.shapes.shape:
-            _same_length(columns[name], ids, "values")
-    types = columns.get("token_type_ids")
-    size = getattr(model.config, "type_vocab_size", 0) or 0
-    has_table = any(name.endswith("token_type_embeddings") for name, _ in model.named_modules())
-    if types is not None and size > 0 and has_table:
-        found = types.first((types.values < 0) | (types.values >= size))
-        if found is not None:
-            raise DataError(
-                f"row {found[0]}: token type {found[1]} is outside the {size} that {type(model).__name__} has; "
+        if name in row and row[name].ndim == ids.ndim:
+            yield from _misaligned(name, row)
+    types = row.get("token_type_ids")
+    if types is not None and limits.token_types:
+        wrong = _first(types, (types < 0) | (types >= limits.token_types))
+        if wrong is not None:
+            yield (
+                f"token type {wrong} is outside the {limits.token_types} that {limits.name} has; "
                 "drop the column 'token_type_ids'"
             )
 
 
-def _same_length(column: Column, ids: Column, noun: str) -> None:
-    if column.shapes.shape != ids.shapes.shape:
-        raise DataError(
-            f"row 0: {column.name!r} has shape {tuple(column.shapes[0].tolist())}; it takes one of the {noun} per token"
-        )
-    wrong = (column.shapes != ids.shapes).any(axis=1)
-    if wrong.any():
-        row = int(wrong.argmax())
-        found, tokens = column.shapes[row, -1], ids.shapes[row, -1]
-        raise DataError(f"row {row}: {column.name!r} has {found} {noun} for {tokens} tokens")
-
-
-def _check_images(images: Column) -> None:
-    wrong = (images.shapes != images.shapes[0]).any(axis=1)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise DataError(
-            f"row {row}: 'pixel_values' has shape {tuple(images.shapes[row].tolist())} and "
-            f"{tuple(images.shapes[0].tolist())} in row 0; bring images to one size, or pass a data_collator"
-        )
-
-
-def _check_labels(columns: Columns, model: PreTrainedModel, task: Task) -> None:
-    labels, ids = columns.get("labels"), columns.get("input_ids")
-    if task == "multiple-choice" and ids is not None and ids.shapes.shape[1] != 2:
-        dims = ids.shapes.shape[1]
-        raise DataError(f"row 0: 'input_ids' has {dims} dimensions; {type(model).__name__} takes [choices, tokens]")
-    if labels is None:
-        return
+def _label_problems(row: Row, limits: _Limits) -> Iterator[str]:
+    labels, task = row["labels"], limits.task
     if task in ("token-classification", "masked-lm"):
-        if ids is not None:
-            _same_length(labels, ids, "labels")
-    elif task in ("regression", "multi-label"):
-        _check_count(labels, outputs_of(model))
-    elif task in ("classification", "multiple-choice"):
-        _check_count(labels, 1)
-    if task in ("classification", "token-classification"):
-        _check_classes(labels, model, classes_of(model), "classes")
-    elif task == "masked-lm":
-        _check_classes(labels, model, vocabulary_size(model), "token ids")
-    elif task == "multiple-choice" and ids is not None:
-        _check_classes(labels, model, int(ids.shapes[:, 0].min()), "choices")
-    elif task == "multi-label":
-        found = labels.first((labels.values < 0) | (labels.values > 1))
-        if found is not None:
-            raise DataError(f"row {found[0]}: label {found[1]:g} must lie in [0, 1]: each class is there or not")
+        yield from _misaligned("labels", row)
+    per_row = {"regression": limits.outputs, "multi-label": limits.outputs, "classification": 1, "multiple-choice": 1}
+    if labels.size != per_row.get(task, labels.size):
+        yield f"{labels.size} labels; this model takes {per_row[task]} per row"
+    wrong = _first(labels, (labels < 0) | (labels > 1))
+    if task == "multi-label" and wrong is not None:
+        yield f"label {wrong:g} must lie in [0, 1]: each class is there or not"
+    classes, noun = limits.classes, "token ids" if task == "masked-lm" else "classes"
+    if task == "multiple-choice" and "input_ids" in row:
+        classes, noun = len(row["input_ids"]), "choices"
+    if classes:
+        yield from _class_problems(labels, classes, noun, limits)
 
 
-def _check_count(labels: Column, size: int) -> None:
-    wrong = labels.sizes != size
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise DataError(f"row {row} has {labels.sizes[row]} labels; this model takes {size} per row")
-
-
-def _check_classes(labels: Column, model: PreTrainedModel, classes: int, noun: str) -> None:
-    name, values = type(model).__name__, labels.values
-    found = labels.first(values != np.round(values))  # files often hold classes as 0.0 and 1.0
-    if found is not None:
-        raise DataError(
-            f"row {found[0]}: label {found[1]:g} is not a class of this {name} with {model.config.num_labels} labels; "
+def _class_problems(labels: Array, classes: int, noun: str, limits: _Limits) -> Iterator[str]:
+    wrong = _first(labels, labels % 1 != 0)  # files often hold classes as 0.0 and 1.0
+    if wrong is not None:
+        yield (
+            f"label {wrong:g} is not a class of this {limits.name} with {limits.outputs} labels; "
             "load the model with num_labels=1 to predict a number"
         )
-    found = labels.first(((values < 0) & (values != IGNORED)) | (values >= classes))
-    if found is not None:
-        hint = (
-            " (test splits of public benchmarks hide their labels behind -1)"
-            if found[1] == -1
-            else "; load the model with the num_labels of the data, or map the labels"
-        )
-        raise DataError(
-            f"row {found[0]}: label {found[1]:g} is not among the {classes} {noun} of {name} "
-            f"(0 to {classes - 1}, or {IGNORED} to leave it out){hint}"
+    wrong = _first(labels, ((labels < 0) & (labels != IGNORED)) | (labels >= classes))
+    if wrong is not None:
+        hidden = " (test splits of public benchmarks hide their labels behind -1)"
+        other = "; load the model with the num_labels of the data, or map the labels"
+        yield (
+            f"label {wrong:g} is not among the {classes} {noun} of {limits.name} "
+            f"(0 to {classes - 1}, or {IGNORED} to leave it out){hidden if wrong == -1 else other}"
         )
 
 
-def _check_spans(columns: Columns) -> None:
-    for name in ("start_positions", "end_positions"):
-        found = columns[name].first(columns[name].values < 0) if name in columns else None
-        if found is not None:
-            raise DataError(
-                f"row {found[0]}: {name!r} is {found[1]}; a position counts from 0 over the tokens, "
-                "and one past the last leaves the row out of the loss"
-            )
+def _misaligned(name: str, row: Row) -> Iterator[str]:
+    found, ids = row[name].shape, row["input_ids"].shape if "input_ids" in row else row[name].shape
+    if found != ids:
+        yield f"{name!r} has shape {found} and 'input_ids' {ids}; it takes one value per token"
+
+
+def _first(values: Array, wrong: Any) -> float | None:
+    """Return the first value that is wrong."""
+    return values[wrong][0].item() if wrong.any() else None

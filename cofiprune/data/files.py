@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cofiprune.errors import DataError, suggest
+from cofiprune.errors import DataError, explained, suggest
 
 RawRow = dict[str, Any]
 
@@ -29,7 +29,7 @@ def load_rows(path: str | Path, *splits: str) -> list[RawRow]:
     place = Path(path).expanduser()
     for folder in (place, *(place / name for name in splits)):
         if (folder / "state.json").is_file():
-            return list(_package("datasets", folder).load_from_disk(str(folder)))
+            return list(_package("datasets").load_from_disk(str(folder)))
     if place.is_dir() and not splits:
         raise DataError(f"{place} is a directory; name a data file ({', '.join(_READERS)})")
     if splits and not place.is_dir():
@@ -65,14 +65,8 @@ def _read(file: Path) -> list[RawRow]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise DataError(f"{file} has an ending that is not known; data files end in {', '.join(_READERS)}")
-    try:
+    with explained(DataError, f"cannot read {file}", OSError, ValueError, csv.Error):
         return reader(file)
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
 def _csv(file: Path) -> list[RawRow]:
@@ -141,15 +135,15 @@ def _txt(file: Path) -> list[RawRow]:
 
 
 def _parquet(file: Path) -> list[RawRow]:
-    return list(_package("pyarrow.parquet", file).read_table(file).to_pylist())
+    return list(_package("pyarrow.parquet").read_table(file).to_pylist())
 
 
-def _package(name: str, place: Path) -> Any:
+def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise DataError(f"reading {place} needs {package}: pip install {package} (or use csv, tsv or json)") from None
+        raise DataError(f"it needs {package}: pip install {package} (or use csv, tsv or json)") from None
 
 
 _READERS: Mapping[str, Callable[[Path], list[RawRow]]] = {

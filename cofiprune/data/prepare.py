@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
-from cofiprune.data.checks import Column, check, check_tokens
-from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, located, read
+from cofiprune.data.checks import check
+from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
 from cofiprune.data.tasks import Task, label_names, task_of
-from cofiprune.errors import DataError
+from cofiprune.errors import DataError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatche
         lengths = [row["input_ids"].shape[-1] for row in rows]
         return cut(rows, padding, task, labelled=labelled, lengths=lengths)
     chosen = {new: old for new, old in columns.items() if new in label_names(model)}
-    if chosen and source.has_columns:  # all labels can be had without reading the inputs
+    if chosen and source.columnar:  # all labels can be had without reading the inputs
         check(read(source.rows(chosen.values()), chosen, {}), model, task)
     ahead = len(source) if source.in_memory else min(_PEEK, len(source))
     for start in range(0, ahead, _PEEK):
@@ -110,19 +110,19 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     def collate(raw: list[Any]) -> Batch:
         return accepted(collator([{name: row[name] for name in kept if name in row} for row in raw]), model)
 
-    lengths, rows = None, []
+    lengths, rows, chosen = None, [], {}
     if "input_ids" in columns:
         # Labels per token may be the collator's to make or to align; one number per row is what it seems.
         numbers = isinstance(first.get(columns.get("labels", "")), int | float)
         chosen = {name: columns[name] for name in ("input_ids", "labels") if name == "input_ids" or numbers}
         rows = read(source.rows(chosen.values()), chosen, {})
-        check_tokens(Column.of("input_ids", rows), model)
-        lengths = [row.pop("input_ids").shape[-1] for row in rows]
+        check(rows, model, "other")
+        lengths = [row["input_ids"].shape[-1] for row in rows]
     # A collator that draws masks must not shift the training's draws.
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
-    if rows and rows[0] and task == "classification":
+    if "labels" in chosen and task == "classification":
         check(rows, model, task)
     return cut(source, collate, task, labelled=_is_labelled(sample, model), lengths=lengths)
 
@@ -156,9 +156,8 @@ def accepted(batch: Mapping[str, Any], model: PreTrainedModel) -> Batch:
         raise DataError(f"a batch must be a dict of tensors for the model: {error}") from error
     task = task_of(model, _first_row(tensors))
     per_row = {name: value.detach().cpu() for name, value in tensors.items() if value.dim()}
-    height = min(map(len, per_row.values()), default=0)
-    rows = ({name: value[n] for name, value in per_row.items()} for n in range(height))
-    if height:
+    rows = [dict(zip(per_row, cells, strict=True)) for cells in zip(*per_row.values(), strict=False)]
+    if rows:
         check(read(rows, {name: name for name in per_row}, {}), model, task)
     labels = tensors.get("labels")
     if labels is not None and task != "other":

@@ -1,4 +1,4 @@
-"""Task of a model's head, by which labels, loss and metrics are chosen.
+"""Task and labels of a model's head: the task chooses loss and metrics.
 
 The task is read off the class (`BertForTokenClassification` and every subclass of it), the
 configuration, and, where transformers itself decides by the labels, off one row. Images and audio do
@@ -8,13 +8,16 @@ not have tasks of their own: `ViTForImageClassification` classifies, whatever it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cofiprune.errors import DataError
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Task = Literal[
     "classification",
@@ -60,9 +63,9 @@ def task_of(model: PreTrainedModel, row: Mapping[str, Any] | None = None) -> Tas
     """
     if model.base_model is model:
         return "embedding"
-    names = [cls.__name__ for cls in type(model).__mro__]
+    names = _class_names(model)
     found = next((task for name in names if (task := task_by_name(name)) is not None), None)
-    if found == "classification" and not _ends(names, "ForNextSentencePrediction"):
+    if found == "classification" and not any(name.endswith("ForNextSentencePrediction") for name in names):
         return _by_labels(model, row)
     if found is None:
         return _BY_PROBLEM_TYPE.get(str(getattr(model.config, "problem_type", None)), "other")
@@ -76,15 +79,14 @@ def task_by_name(name: str) -> Task | None:
 
 def classes_of(model: PreTrainedModel) -> int:
     """Number of classes that a model's head tells apart, for the tasks that have classes."""
-    if _ends([cls.__name__ for cls in type(model).__mro__], "ForNextSentencePrediction"):
+    if any(name.endswith("ForNextSentencePrediction") for name in _class_names(model)):
         return 2
     return outputs_of(model)
 
 
 def outputs_of(model: PreTrainedModel) -> int:
     """Number of outputs of a model's head: classes, or numbers predicted."""
-    labels: Any = model.config.num_labels
-    return int(labels)
+    return model.config.num_labels or 0
 
 
 def label_names(model: PreTrainedModel) -> tuple[str, ...]:
@@ -112,8 +114,8 @@ def _forward(model: PreTrainedModel) -> Callable[..., Any]:
     return forward
 
 
-def _ends(names: list[str], ending: str) -> bool:
-    return any(name.endswith(ending) for name in names)
+def _class_names(model: PreTrainedModel) -> list[str]:
+    return [cls.__name__ for cls in type(model).__mro__]
 
 
 def _by_labels(model: PreTrainedModel, row: Mapping[str, Any] | None) -> Task:
@@ -126,3 +128,89 @@ def _by_labels(model: PreTrainedModel, row: Mapping[str, Any] | None) -> Task:
     labels = None if row is None else row.get("labels")
     several = labels is not None and np.ndim(labels) > 0 and np.size(labels) > 1
     return "multi-label" if several else "classification"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a classifier: the classes that its head tells apart, or a number."""
+
+    names: tuple[str, ...]
+    """Of the classes, in the order of their ids; empty for a number as the label."""
+    multi_label: bool = False
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Labels:
+        """Return the labels that a configuration describes."""
+        if config.num_labels == 1 or config.problem_type == "regression":
+            return cls(())
+        named = {int(index): str(label) for index, label in (config.id2label or {}).items()}
+        names = tuple(named[index] for index in sorted(named))
+        return cls(names, config.problem_type == "multi_label_classification")
+
+    @classmethod
+    def of_data(cls, labels: Sequence[Any], names: Sequence[str] = ()) -> Labels:
+        """Return the labels that a head for this data needs.
+
+        :param labels: as they stand in the training data.
+        :param names: of the classes, in the order of their ids, when the user gives them.
+        """
+        labels = [label for label in labels if label is not None and label != ""]
+        if labels and isinstance(labels[0], list):
+            return cls(tuple(names) or _numbered(len(labels[0])), multi_label=True)
+        if names:
+            return cls(tuple(names))
+        numbers = [_number(label) for label in labels]
+        if any(value is None for value in numbers):
+            return cls(tuple(sorted({str(label) for label in labels})))
+        found = [value for value in numbers if value is not None]
+        if any(value != int(value) for value in found):
+            return cls(())
+        return cls(_numbered(max(2, 1 + int(max(found, default=1)))))
+
+    @property
+    def generic(self) -> bool:
+        """True for classes with the names that transformers gives to those without."""
+        return self.names == _numbered(len(self.names))
+
+    def apply(self, config: PretrainedConfig) -> None:
+        """Make a configuration describe a head for these labels."""
+        config.num_labels = len(self.names) or 1
+        if self.names:
+            config.id2label = dict(enumerate(self.names))
+            config.label2id = {name: index for index, name in enumerate(self.names)}
+        config.problem_type = "multi_label_classification" if self.multi_label else None if self.names else "regression"
+
+    def encode(self, labels: Sequence[Any], noun: str = "row") -> list[Any]:
+        """Return labels, which may be names or numbers, as the ids or numbers that a head takes.
+
+        :raises DataError: naming the first label that is none of these.
+        """
+        ids: dict[Any, int] = {name.casefold(): index for index, name in enumerate(self.names)}
+        ids.update({name: index for index, name in enumerate(self.names)})
+        return [self._encoded(label, ids, f"{noun} {index} (from 0)") for index, label in enumerate(labels)]
+
+    def _encoded(self, label: Any, ids: Mapping[Any, int], where: str) -> Any:
+        if isinstance(label, list):
+            return label
+        if label is None or label == "":
+            raise DataError(f"{where} has no label")
+        text = str(label)
+        if text in ids or text.casefold() in ids:
+            return ids.get(text, ids.get(text.casefold()))
+        value = _number(label)
+        if value is None or (self.names and value != int(value)):
+            known = f"among {', '.join(self.names[:8])}" if self.names else "a number, which this model predicts"
+            hint = "; give their names in the order of their ids by label_names" if self.names and self.generic else ""
+            raise DataError(f"{where}: label {text!r} is not {known}{hint}")
+        return int(value) if self.names else value
+
+
+def _numbered(size: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{index}" for index in range(size))
+
+
+def _number(label: Any) -> float | None:
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return None

@@ -1,4 +1,4 @@
-"""Rows of text to rows of tokens: which column is what, labels by name, and the tokens of each task."""
+"""Rows of text to rows of tokens: which column is what, and the tokens of each task."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, Task, task_of
-from cofiprune.errors import DataError, suggest
+from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, Labels, Task, task_of
+from cofiprune.errors import DataError, located, suggest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 RawRow = Mapping[str, Any]
 # What the files of GLUE, SQuAD and CoNLL call them, in the order in which they are looked for.
@@ -86,81 +86,6 @@ def find_text_columns(
     return TextColumns(found[0], text_pair_column or next(iter(found[1:]), None), label)
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Labels of a classifier: the classes that its head tells apart, or a number."""
-
-    names: tuple[str, ...]
-    """Of the classes, in the order of their ids; empty for a number as the label."""
-    multi_label: bool = False
-
-    @classmethod
-    def of_model(cls, config: PretrainedConfig) -> Labels:
-        """Return the labels that a configuration describes."""
-        if config.num_labels == 1 or config.problem_type == "regression":
-            return cls(())
-        named = {int(index): str(label) for index, label in (config.id2label or {}).items()}
-        names = tuple(named[index] for index in sorted(named))
-        return cls(names, config.problem_type == "multi_label_classification")
-
-    @classmethod
-    def of_data(cls, labels: Sequence[Any], names: Sequence[str] = ()) -> Labels:
-        """Return the labels that a head for this data needs.
-
-        :param labels: as they stand in the training data.
-        :param names: of the classes, in the order of their ids, when the user gives them.
-        """
-        labels = [label for label in labels if label is not None and label != ""]
-        if labels and isinstance(labels[0], list):
-            return cls(tuple(names) or _numbered(len(labels[0])), multi_label=True)
-        if names:
-            return cls(tuple(names))
-        numbers = [_number(label) for label in labels]
-        if any(value is None for value in numbers):
-            return cls(tuple(sorted({str(label) for label in labels})))
-        found = [value for value in numbers if value is not None]
-        if any(value != int(value) for value in found):
-            return cls(())
-        return cls(_numbered(max(2, 1 + int(max(found, default=1)))))
-
-    @property
-    def generic(self) -> bool:
-        """True for classes with the names that transformers gives to those without."""
-        return self.names == _numbered(len(self.names))
-
-    def apply(self, config: PretrainedConfig) -> None:
-        """Make a configuration describe a head for these labels."""
-        config.num_labels = len(self.names) or 1
-        if self.names:
-            config.id2label = dict(enumerate(self.names))
-            config.label2id = {name: index for index, name in enumerate(self.names)}
-        config.problem_type = "multi_label_classification" if self.multi_label else None if self.names else "regression"
-
-    def encode(self, labels: Sequence[Any], where: str, noun: str = "row") -> list[Any]:
-        """Return labels, which may be names or numbers, as the ids or numbers that a head takes.
-
-        :raises DataError: naming the first label that is none of these.
-        """
-        ids: dict[Any, int] = {name.casefold(): index for index, name in enumerate(self.names)}
-        ids.update({name: index for index, name in enumerate(self.names)})
-        return [self._encoded(label, ids, f"{where}, {noun} {index} (from 0)") for index, label in enumerate(labels)]
-
-    def _encoded(self, label: Any, ids: Mapping[Any, int], where: str) -> Any:
-        if isinstance(label, list):
-            return label
-        if label is None or label == "":
-            raise DataError(f"{where} has no label")
-        text = str(label)
-        if text in ids or text.casefold() in ids:
-            return ids.get(text, ids.get(text.casefold()))
-        value = _number(label)
-        if value is None or (self.names and value != int(value)):
-            known = f"among {', '.join(self.names[:8])}" if self.names else "a number, which this model predicts"
-            hint = "; give their names in the order of their ids by label_names" if self.names and self.generic else ""
-            raise DataError(f"{where}: label {text!r} is not {known}{hint}")
-        return int(value) if self.names else value
-
-
 def tokenise(
     rows: Sequence[RawRow],
     tokenizer: Any,
@@ -187,34 +112,35 @@ def tokenise(
     """
     task = task_of(model)
     columns = columns or find_text_columns(rows[0], task, where=where)
-    length = _length(max_length, task, model)
-    if columns.text is not None and tokenizer is None:
-        raise DataError(f"{where} holds text, which needs a tokenizer")
-    labels = Labels.of_model(model.config)
-    if columns.text is None:
-        found = [{name: value for name, value in row.items() if name != columns.label} for row in rows]
-    elif task == "token-classification":
-        return _words(rows, columns, tokenizer, length, labels, where)
-    elif task == "question-answering":
-        parts = range(0, len(rows), _AT_ONCE)
-        return [row for start in parts for row in _questions(rows, start, columns, tokenizer, length, stride, where)]
-    else:
-        texts = _cells(rows, columns.text, str, where)
-        pairs = None if columns.pair is None else _cells(rows, columns.pair, str, where)
-        found = _rows(tokenizer(texts, pairs, truncation=True, max_length=length))
-    if columns.label is not None:
-        values = [row.get(columns.label) for row in rows]
-        values = labels.encode(values, where) if task in _CLASSIFIERS else values
-        found = [{**row, "labels": value} for row, value in zip(found, values, strict=True)]
-    return found
+    with located(f"{where}: "):
+        length = _length(max_length, task, model)
+        if columns.text is None:
+            found = [{name: value for name, value in row.items() if name != columns.label} for row in rows]
+        elif tokenizer is None:
+            raise DataError("text needs a tokenizer")
+        elif task == "token-classification":
+            return _words(rows, columns, tokenizer, length, Labels.of_model(model.config))
+        elif task == "question-answering":
+            parts = range(0, len(rows), _AT_ONCE)
+            return [row for start in parts for row in _questions(rows, start, columns, tokenizer, length, stride)]
+        else:
+            texts = _cells(rows, columns.text, str)
+            pairs = None if columns.pair is None else _cells(rows, columns.pair, str)
+            found = _rows(tokenizer(texts, pairs, truncation=True, max_length=length))
+        if columns.label is None:
+            return found
+        labels = [row.get(columns.label) for row in rows]
+        if task in _CLASSIFIERS:
+            labels = Labels.of_model(model.config).encode(labels)
+        return [{**row, "labels": label} for row, label in zip(found, labels, strict=True)]
 
 
 def _words(
-    rows: Sequence[RawRow], columns: TextColumns, tokenizer: Any, length: int, labels: Labels, where: str
+    rows: Sequence[RawRow], columns: TextColumns, tokenizer: Any, length: int, labels: Labels
 ) -> list[dict[str, Any]]:
     """Tokenise words; of a word of several tokens the first one has its label."""
     _check_fast(tokenizer, "labels of words")
-    words = _cells(rows, str(columns.text), list, where)
+    words = _cells(rows, str(columns.text), list)
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=length)
     found = _rows(encoded)
     for number, row in enumerate(found):
@@ -222,30 +148,24 @@ def _words(
         pairs = zip([None, *origins], origins, strict=False)
         row["words"] = [-1 if word is None or word == before else word for before, word in pairs]
     if columns.label is not None:
-        for number, tags in enumerate(_cells(rows, columns.label, list, where)):
-            place = f"{where}, row {number} (from 0)"
+        for number, tags in enumerate(_cells(rows, columns.label, list)):
             if len(tags) != len(words[number]):
-                raise DataError(f"{place} has {len(words[number])} words and {len(tags)} labels")
-            ids = [*labels.encode(tags, place, "word"), IGNORED]
+                raise DataError(f"row {number} (from 0) has {len(words[number])} words and {len(tags)} labels")
+            with located(f"row {number} (from 0), "):
+                ids = [*labels.encode(tags, "word"), IGNORED]
             found[number]["labels"] = [ids[word] for word in found[number]["words"]]
     return found
 
 
 def _questions(
-    rows: Sequence[RawRow],
-    start: int,
-    columns: TextColumns,
-    tokenizer: Any,
-    length: int,
-    stride: int | None,
-    where: str,
+    rows: Sequence[RawRow], start: int, columns: TextColumns, tokenizer: Any, length: int, stride: int | None
 ) -> Iterator[dict[str, Any]]:
     """Tokenise questions with their passages, from row `start` on."""
     if columns.pair is None:
-        raise DataError(f"{where} has no passage for {columns.text!r}; name its column by text_pair_column")
+        raise DataError(f"there is no passage for {columns.text!r}; name its column by text_pair_column")
     _check_fast(tokenizer, "spans of answers")
     rows = rows[start : start + _AT_ONCE]
-    questions, passages = (_cells(rows, name, str, where, start) for name in (str(columns.text), columns.pair))
+    questions, passages = (_cells(rows, name, str, start) for name in (str(columns.text), columns.pair))
     room = length - tokenizer.num_special_tokens_to_add(pair=True) - (stride or 0)
     if room < 2:
         raise DataError(
@@ -262,29 +182,30 @@ def _questions(
     )
     offsets = encoded.pop("offset_mapping")
     sources = encoded.pop("overflow_to_sample_mapping", range(len(rows)))
-    answers = None if columns.label is None else _cells(rows, columns.label, dict, where, start)
+    answers = None if columns.label is None else _cells(rows, columns.label, dict, start)
     for index, (row, source) in enumerate(zip(_rows(encoded), sources, strict=True)):
         inside = np.array(encoded.sequence_ids(index), dtype=object) == 1
         places = np.where(inside[:, None], offsets[index], -1).astype(np.int32)
         if answers is not None:
-            begin, end = _characters(answers[source], passages[source], f"{where}, row {start + source} (from 0)")
+            with located(f"row {start + source} (from 0): "):
+                begin, end = _characters(answers[source], passages[source])
             # One past the last token is a span that no loss counts.
             missed = (0, 0) if stride is not None else (len(places), len(places))
             row["start_positions"], row["end_positions"] = (0, 0) if begin == end else _span(places, begin, end, missed)
         yield row if stride is None else {**row, "example": start + source, "offsets": places}
 
 
-def _characters(answer: Mapping[str, Any], passage: str, where: str) -> tuple[int, int]:
+def _characters(answer: Mapping[str, Any], passage: str) -> tuple[int, int]:
     """Return where the first answer stands in its passage; (0, 0) for none."""
     texts, starts = answer.get("text"), answer.get("answer_start")
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise DataError(f"{where}: an answer is {{'text': [...], 'answer_start': [...]}}, not {dict(answer)!r}")
+        raise DataError(f"an answer is {{'text': [...], 'answer_start': [...]}}, not {dict(answer)!r}")
     if not texts:
         return 0, 0
     text, begin = texts[0], int(starts[0])
     there = passage[begin : begin + len(text)] if begin >= 0 else ""
     if not text or text != there:
-        raise DataError(f"{where}: the answer {text!r} does not stand at character {begin}, but {there!r}")
+        raise DataError(f"the answer {text!r} does not stand at character {begin}, but {there!r}")
     return begin + len(text) - len(text.lstrip()), begin + len(text.rstrip())
 
 
@@ -323,25 +244,14 @@ def _check_fast(tokenizer: Any, noun: str) -> None:
         raise DataError(f"{noun} need a fast tokenizer (tokenizer.json), which this model does not have")
 
 
-def _cells(rows: Sequence[RawRow], name: str, kind: type, where: str, start: int = 0) -> list[Any]:
-    """Return the values of a column that must all be of one type."""
+def _cells(rows: Sequence[RawRow], name: str, kind: type, start: int = 0) -> list[Any]:
+    """Return the values of a column that must all be of one type; rows count from `start`."""
     nouns: Mapping[type, str] = {str: "text", list: "list of words", dict: "answer"}
     for number, row in enumerate(rows, start):
         if not isinstance(row.get(name), kind):
-            raise DataError(f"{where}, row {number} (from 0) has no {nouns[kind]} in {name!r}, but {row.get(name)!r}")
+            raise DataError(f"row {number} (from 0) has no {nouns[kind]} in {name!r}, but {row.get(name)!r}")
     return [row[name] for row in rows]
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-
-
-def _numbered(size: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{index}" for index in range(size))
-
-
-def _number(label: Any) -> float | None:
-    try:
-        return float(label)
-    except (TypeError, ValueError):
-        return None

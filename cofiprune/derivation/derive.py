@@ -7,7 +7,6 @@ reason that the law found. A table is derived once per class and configuration.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,15 +17,12 @@ import torch
 
 from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, encoder_path, known_families
 from cofiprune.conformance.battery import check_laws
-from cofiprune.conformance.calls import calls_of, compared, inside
-from cofiprune.conformance.laws import size
-from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values
+from cofiprune.conformance.calls import calls_of, compared, inside, size
+from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values, tiny_copy
 from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes
 from cofiprune.derivation.exits import Bypass, find_bypasses
-from cofiprune.derivation.rows import Inner, attributes, block_rows
-from cofiprune.derivation.settings import Settings, find_settings
+from cofiprune.derivation.rows import Inner, Settings, attributes, block_rows, find_settings
 from cofiprune.derivation.surroundings import find_surroundings
-from cofiprune.derivation.tiny_copy import tiny_copy
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune.hooks import reading
 from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of
@@ -67,12 +63,11 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
 
 
 def _fingerprint(config: PretrainedConfig) -> str:
-    """A digest of the settings that a model's modules depend on."""
+    """The settings that a model's modules depend on."""
     entries: dict[str, Any] = config.to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
         entries.pop(name, None)
-    text = repr(sorted((str(name), repr(value)) for name, value in entries.items()))
-    return hashlib.sha256(f"{text}{config._attn_implementation}".encode()).hexdigest()
+    return f"{sorted((name, repr(value)) for name, value in entries.items())} {config._attn_implementation}"
 
 
 def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -85,13 +80,11 @@ def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
     if weights.is_meta:
         return
     generator = torch.Generator().manual_seed(2)
-    batch = {name: value.to(weights.device) for name, value in inputs(model, generator).items()}
-    batch = {name: row.to(weights.dtype) if row.is_floating_point() else row for name, row in batch.items()}
-    subject = Subject(model, batch, structure)
+    subject = Subject(model, inputs(model, generator), structure)
     values = {group.name: random_values(group.size, generator, fractional=True) for group in structure.groups}
     with subject.masked(values=values) as masks:
         masked, plan = subject.outputs(), masks.plan()
-        difference = compared(masked, outputs(subject.compacted(plan), batch), plan)
+        difference = compared(masked, outputs(subject.compacted(plan), subject.batch), plan)
     if not difference <= _TOLERANCE.get(weights.dtype, _COARSE) * size(masked):
         raise AdapterError(
             f"on the model itself masked and compacted outputs differ by {difference:.2g}, although they agree on "
@@ -109,15 +102,15 @@ class Derived:
 
 def family_for(derived: Derived, config: PretrainedConfig) -> Family:
     """Return the table for another configuration of the same kind, with its sizes."""
-    settings = derived.settings.of(config)
-    heads = 1 if settings.query_heads is None else settings.query_heads // settings.units["heads"]
+    queries = derived.settings.queries(config)
 
     def counted(axis: Axis) -> Axis:
-        return axis.of(heads) if axis.block is not None and axis.block > 1 else axis
+        return axis.of(queries) if axis.block is not None and axis.block > 1 else axis
 
     table = derived.family.attention
     shared = tuple((module, name, counted(axis)) for module, name, axis in table.attributes)
-    return replace(derived.family, sizes=settings.units, attention=replace(table, attributes=shared))
+    sizes = derived.settings.units(config)
+    return replace(derived.family, sizes=sizes, attention=replace(table, attributes=shared))
 
 
 def derive(model: PreTrainedModel) -> Derived:
@@ -225,8 +218,9 @@ class _Derivation:
         return self._family(tables, refused)
 
     def _choices(self, part: _Part) -> Iterator[BlockTable]:
-        units = self.settings.units[part.kind]
-        inner = Inner(part.kind, units, part.width, self.settings.query_heads if part.kind == "heads" else None)
+        units = self.settings.units(self.model.config)[part.kind]
+        queries = self.settings.queries(self.model.config) if part.kind == "heads" else 1
+        inner = Inner(part.kind, units, units * queries, part.width)
         fused = any(
             call.output is not None and call.output.shape[-1] in (2 * inner.width, 3 * inner.width)
             for call in part.drafts[0].readers
@@ -250,7 +244,7 @@ class _Derivation:
 
     def _family(self, tables: dict[Kind, BlockTable], refused: dict[str, str]) -> Family:
         return Family(
-            sizes=self.settings.units,
+            sizes=self.settings.units(self.model.config),
             layers=self.list.removeprefix(self.base).lstrip("."),
             stem=(),
             attention=tables["heads"],

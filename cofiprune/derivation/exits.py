@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cofiprune.conformance.calls import Call, calls_of, inside, near, same
+from cofiprune.conformance.calls import Call, calls_of, holding, inside, near, same
 from cofiprune.conformance.exits import bypassing
 from cofiprune.conformance.specimens import Batch
 from cofiprune.derivation.blocks import Draft
@@ -107,13 +107,8 @@ def _with_boundary(first: Draft, second: Draft, norm: Call, *, in_front: bool) -
 
 def _silences(model: PreTrainedModel, batch: Batch, span: _Span, value: nn.Parameter) -> bool:
     """Tell whether a block writes nothing when one parameter is zero: a scale of all that it writes."""
-    kept = value.detach().clone()
-    with torch.no_grad():
-        value.zero_()
-        try:
-            return span.is_unchanged(model, batch)
-        finally:
-            value.copy_(kept)
+    with holding(value, torch.zeros_like(value)):
+        return span.is_unchanged(model, batch)
 
 
 def _candidates(calls: Sequence[Call], layer: str, span: _Span) -> Iterator[Bypass]:

@@ -1,16 +1,94 @@
-"""The rows of a block: which side of which parameter follows its inner units, and which the hidden dimensions."""
+"""The sizes of a model's groups, and the rows of a block: which side of which parameter follows which group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cofiprune.adapter import HIDDEN, Axis, Weights, linear, norm, projection, tensor
 from cofiprune.conformance.calls import inside
 from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, weight_shape
+from cofiprune.errors import AdapterError
 from cofiprune.structure import Kind
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+_PREFERRED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Python expressions in `config` that give the units of a model of its kind."""
+
+    expressions: Mapping[Kind, str]
+    query_heads: str | None = None
+    """The number of query heads, if groups of them share the keys and values that `heads` counts."""
+
+    def units(self, config: PretrainedConfig) -> dict[Kind, int]:
+        """Return the units by kind."""
+        return {kind: _value(config, text) for kind, text in self.expressions.items()}
+
+    def queries(self, config: PretrainedConfig) -> int:
+        """Return the number of query heads for each unit of `heads`."""
+        return 1 if self.query_heads is None else _value(config, self.query_heads) // self.units(config)["heads"]
+
+
+def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediate: int, narrow: int) -> Settings:
+    """Find which settings of a configuration give the sizes that were seen.
+
+    :param width: elements of all query heads.
+    :param narrow: elements of all key heads.
+    :raises AdapterError: when no setting gives the number of heads.
+    """
+
+    def named(words: Collection[str], without: Collection[str], fits: Callable[[int], bool]) -> str | None:
+        """`config.NAME` for the setting whose name has one of some words and whose value fits."""
+        found = [
+            name
+            for name in dict.fromkeys([*config.attribute_map, *vars(config)])
+            if any(word in name for word in words)
+            and not any(word in name for word in without)
+            and not name.startswith("_")
+            and type(getattr(config, name, None)) is int
+            and fits(getattr(config, name))
+        ]
+        found.sort(key=lambda name: (name not in _PREFERRED, len(name)))
+        return f"config.{found[0]}" if found else None
+
+    heads = named(["head"], ["key_value", "kv", "dim", "size", "decoder"], lambda n: n > 0 and width % n == 0)
+    if heads is None:
+        raise AdapterError(f"its configuration does not say how many heads its {width} attention dimensions make up")
+    count = _value(config, heads)
+    keys = None
+    if narrow < width and narrow * count % width == 0:
+        keys = named(["key_value", "kv"], ["dim", "size"], lambda n: n == narrow * count // width)
+    expressions: dict[Kind, str] = {
+        "hidden": named(["hidden", "d_model", "dim", "embed"], [], lambda n: n == hidden) or str(hidden),
+        "heads": keys or heads,
+        "intermediate": named([""], ["vocab"], lambda n: n == intermediate) or _ratio(config, intermediate),
+    }
+    return Settings(expressions, heads if keys else None)
+
+
+def _ratio(config: PretrainedConfig, size: int) -> str:
+    for name, value in vars(config).items():
+        if "ratio" in name and isinstance(value, int | float) and int(config.hidden_size * value) == size:
+            return f"int(config.hidden_size * config.{name})"
+    return str(size)
+
+
+def _value(config: PretrainedConfig, text: str) -> int:
+    """The value of an expression that `find_settings` made."""
+    if text.isdigit():
+        return int(text)
+    names = text.replace("int(", "").rstrip(")").split(" * ")
+    return int(math.prod(getattr(config, name.removeprefix("config.")) for name in names))
 
 
 @dataclass(frozen=True)
@@ -19,23 +97,22 @@ class Inner:
 
     kind: Kind
     units: int
+    heads: int
+    """Query heads, if groups of them share the keys and values that `units` counts; else the same as `units`."""
     width: int
     """Elements that the last matrix reads."""
-    shared: int | None = None
-    """Query heads, where `units` counts the keys and values that groups of them share."""
     interleaved: bool = False
     """The order in a fused matrix: unit by unit, instead of queries, keys and values after one another."""
 
     def axis(self, length: int) -> Axis | None:
         """The axis of a dimension of some length; None for one that has nothing to do with the units."""
-        heads = self.shared or self.units
-        narrow = self.width // heads * self.units
+        narrow = self.width // self.heads * self.units
         if length in (self.width, narrow):
             return Axis(self.kind)
         for copies in (2, 3):
-            if length == copies * self.width and self.shared is None:
+            if length == copies * self.width and self.heads == self.units:
                 return Axis(self.kind) if self.interleaved else Axis(self.kind).times(copies)
-        if length in (heads, self.units):
+        if length in (self.heads, self.units):
             return Axis(self.kind)
         return None
 
@@ -117,20 +194,19 @@ def attributes(layer: nn.Module, path: str, block: Draft, inner: Inner) -> Seque
     """
     counts: list[tuple[str, str, Axis]] = []
     widths: list[tuple[str, str, Axis]] = []
-    heads = inner.shared or inner.units
     for name, module in layer.named_modules():
         if name == "" or not any(inside(leaf.path, f"{path}.{name}") for leaf in block.leaves):
             continue
         if is_matrix(module):
-            if inner.kind == "heads" and getattr(module, "groups", 0) == heads:
-                counts.append((name, "groups", Axis(inner.kind).of(heads // inner.units)))
+            if inner.kind == "heads" and getattr(module, "groups", 0) == inner.heads:
+                counts.append((name, "groups", Axis(inner.kind).of(inner.heads // inner.units)))
             continue
         if any(inside(leaf.path, f"{path}.{name}") for leaf in block.norms) and len(list(module.children())) == 0:
             continue
         for attribute, value in vars(module).items():
             if type(value) is not int or attribute.startswith("_"):
                 continue
-            if inner.kind == "heads" and value in (heads, inner.units):
+            if inner.kind == "heads" and value in (inner.heads, inner.units):
                 counts.append((name, attribute, Axis(inner.kind).of(value // inner.units)))
             elif value == inner.width:
                 widths.append((name, attribute, Axis(inner.kind)))

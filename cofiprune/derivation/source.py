@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import adapter
@@ -25,9 +26,8 @@ from cofiprune.adapter import (
     projection,
     tensor,
 )
-from cofiprune.conformance.specimens import head_classes
+from cofiprune.conformance.specimens import head_classes, small_config
 from cofiprune.derivation.derive import Derived, derive
-from cofiprune.derivation.tiny_copy import small_config
 from cofiprune.structure import BlockExit
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _file(model_type: str, derived: Derived) -> str:
     blocks = {"attention": _Code("ATTENTION"), "ffn": _Code("FFN")}
     table = {**vars(family), **blocks, "config": ConfigSizes(**stated), "sizes": computed}
     blocks_text = "\n".join(["ATTENTION = " + _text(family.attention), "FFN = " + _text(family.ffn)])
-    lines = "\n    ".join(_call(Family, {name: value for name, value in table.items() if value != {}}))
+    lines = _text(partial(Family, **{name: value for name, value in table.items() if value != {}}), "    ")
     text = f'{blocks_text}\n\n\n@family("{model_type}")\ndef adapter(config):\n    return {lines}\n'
     used = "".join(f"    {name},\n" for name in adapter.__all__ if re.search(rf"(?<![\w.\"]){name}\b(?!=)", text))
     return (
@@ -80,72 +80,69 @@ def _file(model_type: str, derived: Derived) -> str:
     )
 
 
-def _text(value: Any) -> str:
-    return "\n".join(_lines(value))
-
-
-def _lines(value: Any) -> list[str]:
-    """A value as the lines of a Python expression."""
+def _text(value: Any, indent: str = "") -> str:
+    """A value as a Python expression, on several lines where one is too long."""
     if isinstance(value, _Code):
-        return [value]
+        return value
     if isinstance(value, str):
-        return [json.dumps(value)]
+        return json.dumps(value)
     if isinstance(value, Axis):
-        return [_axis(value)]
+        return _axis(value)
     if isinstance(value, Mapping):
-        return _joined("{", [_named(f"{json.dumps(name)}: ", each) for name, each in value.items()], "}")
-    if isinstance(value, tuple):
-        return _joined("(", [_lines(each) for each in value], ",)" if len(value) == 1 else ")")
-    if isinstance(value, Weights):
-        return _row(value)
-    if isinstance(value, BlockExit | BlockTable | ConfigSizes):
-        return _call(type(value), vars(value))
-    return [repr(value)]
+        opening, closing = "{", "}"
+        parts = [(f"{json.dumps(name)}: ", each) for name, each in value.items()]
+    elif isinstance(value, tuple):
+        opening, closing = "(", ",)" if len(value) == 1 else ")"
+        parts = [("", each) for each in value]
+    elif isinstance(value, Weights | BlockExit | BlockTable | ConfigSizes | partial):
+        call = value if isinstance(value, partial) else _call(value)
+        opening, closing = f"{call.func.__name__}(", ")"
+        parts = _arguments(call)
+    else:
+        return repr(value)
+    line = opening + ", ".join(prefix + _text(each) for prefix, each in parts) + closing
+    if len(line) <= _WIDTH and "\n" not in line:
+        return line
+    inner = f"{indent}    "
+    lines = [f"{inner}{prefix}{_text(each, inner)},\n" for prefix, each in parts]
+    return f"{opening}\n{''.join(lines)}{indent}{closing[-1]}"
 
 
-def _joined(opening: str, parts: list[list[str]], closing: str) -> list[str]:
-    """Parts of an expression on one line, or, where that is long, on lines of their own."""
-    line = opening + ", ".join(part[0] for part in parts) + closing
-    if len(line) <= _WIDTH and all(len(part) == 1 for part in parts):
-        return [line]
-    return [opening, *(f"    {line}" for part in parts for line in (*part[:-1], f"{part[-1]},")), closing[-1]]
-
-
-def _named(prefix: str, value: Any) -> list[str]:
-    first, *more = _lines(value)
-    return [prefix + first, *more]
-
-
-def _call(make: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
-    """A call with the arguments that differ from their default values."""
-    parts = []
-    for name, parameter in inspect.signature(make).parameters.items():
+def _arguments(call: partial[Any]) -> list[tuple[str, Any]]:
+    """The arguments of a call that differ from their default values, each with `name=` where it needs that."""
+    parts: list[tuple[str, Any]] = []
+    values = call.keywords
+    for name, parameter in inspect.signature(call.func).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            parts += [_lines(each) for each in values[name]]
+            parts += [("", each) for each in values[name]]
         elif name in values and values[name] != parameter.default:
             given_by_name = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty
-            parts.append(_named(f"{name}=" if given_by_name else "", values[name]))
-    return _joined(f"{make.__name__}(", parts, ")")
+            parts.append((f"{name}=" if given_by_name else "", values[name]))
+    return parts
 
 
-def _row(row: Weights) -> list[str]:
-    """A row by the function that makes it; by the class where none does."""
-    writes, reads = (*row.tensors.get("weight", ()), None, None)[:2]
+def _call(value: object) -> partial[Any]:
+    """The call that makes an object: of weights, by the function that makes them where there is one."""
+    if not isinstance(value, Weights):
+        return partial(type(value), **vars(value))
+    writes, reads = (*value.tensors.get("weight", ()), None, None)[:2]
     unscaled = None if reads is None else replace(reads, role="slice")
-    shorthands: list[tuple[Callable[..., Weights], dict[str, Any]]] = [
-        (norm, {"kind": row.norm, "read_by": row.read_by, "optional": row.optional}),
-        (embedding, {"writes": unscaled, "optional": row.optional}),
-        (linear, {"reads": reads, "writes": writes, "rows": row.rows, "optional": row.optional}),
+    common: dict[str, Any] = {"modules": value.modules, "optional": value.optional}
+    calls: list[partial[Weights]] = [
+        partial(norm, **common, kind=value.norm or "layer", read_by=value.read_by),
+        partial(embedding, **common, writes=unscaled),
+        partial(linear, **common, reads=reads, writes=writes, rows=value.rows),
     ]
     if unscaled is not None:
-        shorthands.append((projection, {"reads": unscaled}))
-    for make, settings in shorthands:
-        if make(row.modules, **settings) == row:
-            return _call(make, {"modules": row.modules, **settings})
-    for name, axes in row.tensors.items():
-        if tensor(row.modules, name, *axes, optional=row.optional) == row:
-            return _call(tensor, {"module": row.modules, "name": name, "axes": axes, "optional": row.optional})
-    return _call(Weights, vars(row))
+        calls.append(partial(projection, modules=value.modules, reads=unscaled))
+    for call in calls:
+        if call() == value:
+            return call
+    make: Any = tensor
+    for name, axes in value.tensors.items():
+        if tensor(value.modules, name, *axes, optional=value.optional) == value:
+            return partial(make, module=value.modules, name=name, axes=axes, optional=value.optional)
+    return partial(Weights, **vars(value))
 
 
 def _axis(axis: Axis) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +25,30 @@ from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.structure import Structure
-from cofiprune.timing import Timing, cpu_threads, in_turn, timing
+from cofiprune.timing import cpu_threads, in_turn
 
 if TYPE_CHECKING:
     from rich.console import Group
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latencies of one model on one batch size."""
+
+    median_ms: float
+    """Milliseconds per batch."""
+    p90_ms: float
+    """90th percentile of milliseconds per batch."""
+    examples_per_second: float
+    """Batch size over the median."""
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], batch_size: int) -> Timing:
+        """Sum up the seconds of runs on batches of one size."""
+        median = float(np.median(seconds))
+        return cls(1e3 * median, 1e3 * float(np.percentile(seconds, 90)), batch_size / median, len(seconds))
 
 
 @dataclass(frozen=True)
@@ -91,25 +111,22 @@ def _cells(row: BenchmarkRow) -> list[str]:
     return cells
 
 
-def benchmark(  # noqa: PLR0913  # keyword options of a public function
+def benchmark(
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,
     *,
     batch_size: int | Sequence[int] = (1, 32),
     seq_len: int | Sequence[int] = (128,),
     runs: int | None = None,
-    warmup: int = 3,
     seconds: float = 5.0,
     threads: int | None = None,
     dtype: torch.dtype | None = None,
-    seed: int = 0,
 ) -> BenchmarkReport:
     """Time a model's forward pass on synthetic inputs, on the device that it is on.
 
     :param baseline: timed in turn with the model, for the speed-up; on the same device.
     :param seq_len: tokens per example, or frames of audio; images have the size of the configuration.
     :param runs: timed passes for each model and size; by default at least 5, and more within `seconds`.
-    :param warmup: passes before the timed ones.
     :param seconds: time for each size, both models together.
     :param threads: of the CPU; torch's present number by default.
     :param dtype: time copies in this precision instead of the models themselves.
@@ -132,9 +149,9 @@ def benchmark(  # noqa: PLR0913  # keyword options of a public function
     for one in pair:  # a length that is too much for a model is known before anything is timed
         synthetic_inputs(one, batch_size=1, seq_len=max(lengths), generator=torch.Generator())
     described = [(one, _structure_or_none(one)) for one in pair]
-    timer = partial(in_turn, device=model.device, runs=runs, warmup=warmup, seconds=seconds)
+    timer = partial(in_turn, device=model.device, runs=runs, seconds=seconds)
     with cpu_threads(threads), reading(*pair), torch.inference_mode():
-        rows = [_row(described, size, length, seed, timer) for length in lengths for size in sizes]
+        rows = [_row(described, size, length, timer) for length in lengths for size in sizes]
         used = torch.get_num_threads()
     names = [f"{type(one).__name__} ({amount(one.num_parameters())} parameters)" for one in pair]
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
@@ -146,20 +163,19 @@ def _row(
     described: Sequence[tuple[PreTrainedModel, Structure | None]],
     size: int,
     length: int,
-    seed: int,
     timer: Callable[[Sequence[Callable[[], object]]], list[list[float]]],
 ) -> BenchmarkRow:
     """Time one or two models on one size of batch."""
     passes, seen, macs = [], [], []
     for model, structure in described:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         inputs = synthetic_inputs(model, batch_size=size, seq_len=length, generator=generator)
         passes.append(partial(model, **inputs))
         seen.append(length)
         if structure is not None:
             seen[-1] = seen_length(model, structure, inputs, length)
             macs.append(accounting.model_macs(structure, seen[-1]).exact(structure.sizes))
-    first, *others = (timing(times, size) for times in timer(passes))
+    first, *others = (Timing.of(times, size) for times in timer(passes))
     ideal = macs[1] / macs[0] if len(macs) == 2 and all(macs) else None
     return BenchmarkRow(size, seen[0], first, others[0] if others else None, ideal)
 

@@ -6,15 +6,15 @@ A task's own metrics are counted batch by batch on the model's device. Predictio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cofiprune.data.batches import Batch, Batches, RowBatches, to_model
 from cofiprune.data.prepare import Collator, prepare
+from cofiprune.data.rows import pad
 from cofiprune.data.tasks import IGNORED, label_names
 from cofiprune.errors import DataError
 from cofiprune.hooks import reading
@@ -90,13 +90,15 @@ def evaluate_batches(
         order = None
         if isinstance(batches, RowBatches):
             order = np.argsort([index for indices in batches.indices() for index in indices])
-        predictions, labels = (_joined(list(parts), order) for parts in zip(*kept, strict=True))
+        predictions, labels = (_joined(parts, order) for parts in zip(*kept, strict=True))
         found.update(_computed(compute_metrics, predictions, labels))
     return found
 
 
 def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Preprocess | None) -> Any:
     """Predictions and labels of a batch, on the CPU, nested as the Trainer nests them."""
+    from transformers.trainer_pt_utils import nested_numpify
+
     ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}
     predictions: Any = tuple(value for name, value in outputs.items() if name not in ignored)
     predictions = predictions[0] if len(predictions) == 1 else predictions
@@ -104,14 +106,7 @@ def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Prepro
     labels = (labels[0] if len(labels) == 1 else labels) if labels else None
     if preprocess is not None:
         predictions = preprocess(predictions, labels)
-    return _numpy(predictions), _numpy(labels)
-
-
-def _numpy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
-    return tuple(_numpy(part) for part in value) if isinstance(value, tuple | list) else value
+    return tuple(None if part is None else nested_numpify(part) for part in (predictions, labels))  # type: ignore[no-untyped-call]
 
 
 def _computed(compute: ComputeMetrics, predictions: Any, labels: Any) -> dict[str, float]:
@@ -123,16 +118,11 @@ def _computed(compute: ComputeMetrics, predictions: Any, labels: Any) -> dict[st
     return {str(name): float(value) for name, value in result.items()}
 
 
-def _joined(parts: list[Any], order: Any) -> Any:
+def _joined(parts: Sequence[Any], order: Any) -> Any:
     """Concatenate the parts of all batches, rows in their own order, padded with -100 to a common shape."""
     if parts[0] is None:
         return None
-    if isinstance(parts[0], tuple):
-        return tuple(_joined([part[n] for part in parts], order) for n in range(len(parts[0])))
-    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    joined = np.full((sum(len(part) for part in parts), *shape), IGNORED, parts[0].dtype)
-    start = 0
-    for part in parts:
-        joined[(slice(start, start + len(part)), *(slice(size) for size in part.shape[1:]))] = part
-        start += len(part)
+    if isinstance(parts[0], tuple | list):
+        return tuple(_joined(each, order) for each in zip(*parts, strict=True))
+    joined = pad([row for part in parts for row in part], IGNORED)
     return joined if order is None else joined[order]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
-from cofiprune.inference.siblings import is_linear
+from cofiprune.inference.fusion import is_linear
 from cofiprune.masking import entry_of
 from cofiprune.structure import Block, BlockExit, Structure
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cofiprune.compaction.slicing import positions
 from cofiprune.hooks import watching
-from cofiprune.inference.siblings import is_linear
+from cofiprune.inference.fusion import is_linear
 from cofiprune.oneshot.layerwise import Batch, Layerwise, projections, readers, valid_rows
 from cofiprune.oneshot.regression import AffineFit, LeastSquares
 from cofiprune.plan import Plan

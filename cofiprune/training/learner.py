@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -83,6 +85,7 @@ class GateLearner(nn.Module):
         self.initial_cost: float = self.cost.exact(structure.sizes)
         self.kept_share = target.kept_share(structure)
         self.share_to_remove = target.removed(structure)
+        self.expected: Tensor | None = None
         order = {name: index for index, name in enumerate(structure)}
         self.positions = torch.tensor([order[group.name] for group in groups], device=device)
         self.sizes = torch.tensor(list(structure.sizes.values()), dtype=torch.float32, device=device)
@@ -124,11 +127,19 @@ class GateLearner(nn.Module):
         """The sparsity that the masks have as they are set, relative to the dense model."""
         return 1 - self.layers_left * (1 - self.masks.sparsity())
 
-    def penalty(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the Lagrangian term of a step, and the share expected to have gone of the dense model's cost."""
+    def penalty(self, step: int) -> Tensor:
+        """Return the Lagrangian term of a step, and note the share expected to have gone of the dense model's cost."""
         sizes = self.sizes.index_copy(0, self.positions, self.gates.expected_sizes())
         sparsity = 1 - self.cost.expected(sizes) / self.initial_cost
-        return self.constraint(sparsity, self._target_at(step)), 1 - self.kept_share * (1 - sparsity.detach())
+        self.expected = 1 - self.kept_share * (1 - sparsity.detach())
+        penalty: Tensor = self.constraint(sparsity, self._target_at(step))
+        return penalty
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Return what a log says of the gates after a step: the share expected to have gone, and that is asked for."""
+        if self.expected is None:
+            return {}
+        return {"expected_sparsity": float(self.expected), "target_sparsity": self.target_at(step)}
 
     def alive_layers(self) -> Tensor:
         """[layers] bool: whether the attention or the feed-forward block of a layer is there.
@@ -249,6 +260,22 @@ class GateLearner(nn.Module):
         """Pair the parameters with those of what `on` returned for a plan."""
         gates = (self.gates.log_alpha, smaller.gates.log_alpha, gate_cut(self.gates, plan.keep))
         return [gates, *((each, each, _copied) for each in self.constraint.parameters())]
+
+
+def start_alike(parameters: Iterable[nn.Parameter]) -> None:
+    """Give what was fitted or measured on a process's own rows the same values on all processes."""
+    broadcast([parameter.data for parameter in parameters])
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], *, scale: float = 1.0) -> None:
+    """Average gradients over the processes, for parameters that no wrapper of the model does this for.
+
+    :param scale: of the loss in float16, which is taken out.
+    """
+    if PartialState().num_processes * scale != 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = reduce(parameter.grad, "mean") / scale
 
 
 def check_steps(schedule: Schedule) -> list[int]:

@@ -9,14 +9,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from cofiprune.data.batches import ROWS, Batch, to_model
 from cofiprune.errors import TrainingError
+from cofiprune.training.arguments import check_weights
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
-from cofiprune.training.checks import check_weights, metric_name
-from cofiprune.training.learner import GateLearner
+from cofiprune.training.environment import metric_name
+from cofiprune.training.learner import GateLearner, average_gradients, start_alike
 from cofiprune.training.resolved import Rates
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ class Loop:
         self.last_saved = self.state.total_steps
         others = [module for module in (learner, run.objective.projection) if module is not None]
         self.others = [parameter for module in others for parameter in module.parameters()]
-        if several:
-            # What was fitted or measured on a process's own rows must start out the same everywhere.
-            for parameter in self.others:
-                broadcast(parameter.data)
+        start_alike(self.others)
 
     def train(self, until: int | None = None) -> None:
         """Train to the end of the phase, or to a step of it, to go on later.
@@ -85,7 +82,7 @@ class Loop:
             state.step += 1
             state.total_steps += 1
             state.seconds = time.perf_counter() - started
-            run.display.advance()
+            run.display.advance(run.display.task)
             self._record(parts)
             if self._due(run.settings.eval_steps) and run.evaluate is not None:
                 self._evaluate(run.evaluate)
@@ -123,7 +120,7 @@ class Loop:
             with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
                 found = run.objective(self.model, on_device, None if learner is None else learner.alive_layers())
                 if learner is not None and last:
-                    found["constraint"], parts["expected_sparsity"] = learner.penalty(step)
+                    found["constraint"] = learner.penalty(step)
                 loss = found["loss"] / len(group) + found.get("constraint", 0.0)
             accelerator.backward(loss)
             for name, value in found.items():
@@ -148,10 +145,7 @@ class Loop:
 
     def _update(self, learner: GateLearner | None) -> None:
         accelerator, limit = self.run.accelerator, self.run.settings.max_grad_norm
-        if accelerator.num_processes > 1:
-            for parameter in self.others:
-                if parameter.grad is not None:
-                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        average_gradients(self.others)
         if limit:
             # The gates' gradients are of another scale: each kind is clipped on its own. Accelerate's own clipping
             # undoes the loss scaling of float16 every time, which may be done once a step.
@@ -171,11 +165,9 @@ class Loop:
             return
         self._check_finite()
         means = state.sums.take()
-        if "expected_sparsity" in parts:
-            means["expected_sparsity"] = float(parts["expected_sparsity"])
         learner = self._active(state.step - 1)
         if learner is not None:
-            means["target_sparsity"] = learner.target_at(state.step - 1)
+            means.update(learner.progress(state.step - 1))
         means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.run.log(means)
 

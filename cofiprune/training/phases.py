@@ -23,13 +23,12 @@ from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
-from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
-from cofiprune.training.checks import check_learnable
+from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
 from cofiprune.training.loop import Loop, weight_groups
 from cofiprune.training.resolved import Schedule, pruning_rates, recovery_rates
 from cofiprune.training.run import Run
-from cofiprune.training.start import can_go_on, one_shot
+from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
 
 if TYPE_CHECKING:
     pass
@@ -111,7 +110,7 @@ def pick_method(run: Run, target: Target) -> None:
         choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
     else:
         batches, steps = run.batches.from_start(), run.steps_in(run.batches)
-        pace = measure_pace(run.model, run.teacher, batches, steps_per_epoch=steps, target=target.share)
+        pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
         choice = choose(pace, config.time_budget, share=1 - target.share)
     if saved is not None and run.accelerator.is_main_process:
         saved.parent.mkdir(parents=True, exist_ok=True)

@@ -18,22 +18,15 @@ from cofiprune.oneshot.with_data import check_one_shot
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
-from cofiprune.training.budget import check_method
-from cofiprune.training.checks import (
-    check_output_dir,
-    check_trainable,
-    check_weights,
-    held_out,
-    resolve_teacher,
-    take_masks_off,
-)
+from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.environment import check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.targets import target_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

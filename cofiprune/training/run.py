@@ -30,22 +30,24 @@ from cofiprune.masking import attach_to, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.checkpoint import RunState, SavedRun, identifying, load_checkpoint
-from cofiprune.training.checks import (
+from cofiprune.training.arguments import take_masks_off
+from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
+from cofiprune.training.config import PruneConfig
+from cofiprune.training.environment import (
+    Display,
     Evaluate,
+    Interrupt,
     accelerator_for,
     check_callbacks,
     check_compile,
     check_output_dir,
     held_out,
     metric_name,
-    take_masks_off,
 )
-from cofiprune.training.config import PruneConfig
-from cofiprune.training.display import Display, Interrupt
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of, reached
+from cofiprune.training.state import RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

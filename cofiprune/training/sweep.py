@@ -17,18 +17,18 @@ import numpy as np
 
 from cofiprune.accounting import amount
 from cofiprune.compaction.slicing import write_back
-from cofiprune.errors import CheckpointError, SettingsError, suggest
+from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.latency.measuring import conditions_of, times_of
 from cofiprune.latency.table import Conditions
 from cofiprune.masking import attach_to
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
+from cofiprune.training.arguments import counted_length, take_masks_off
 from cofiprune.training.checkpoint import check_same, has_checkpoints, identifying
-from cofiprune.training.checks import take_masks_off
+from cofiprune.training.environment import metric_name
 from cofiprune.training.result import PruneResult
 from cofiprune.training.run import Run
-from cofiprune.training.targets import counted_length
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,8 +47,8 @@ class SweepPoint:
     parameters: int
     """Of the model, embeddings included."""
     metrics: dict[str, float]
-    latency_ms: float | None
-    """Median of a forward pass at `target_batch_size` and `target_seq_len`; None where it was not measured."""
+    latency_ms: float
+    """Median of a forward pass at `target_batch_size` and `target_seq_len`."""
     seconds: float
     plan: Plan = field(repr=False)
     """The kept units, in terms of the model that the sweep began with."""
@@ -78,29 +78,63 @@ class SweepResult(Report, Sequence[SweepPoint]):
     def __iter__(self) -> Iterator[SweepPoint]:
         return iter(self.points)
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
-        header = ["target", "sparsity", "parameters", "latency", *(name.removeprefix("eval_") for name in names), "min"]
-        rows = []
-        for point in self.points:
-            row = [f"{point.target:g}", f"{point.sparsity:.4f}", amount(point.parameters)]
-            row.append("" if point.latency_ms is None else f"{point.latency_ms:.2f} ms")
-            row += [f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names]
-            rows.append([*row, f"{point.seconds / 60:.1f}"])
-        return header, rows
-
     def __rich__(self) -> RenderableType:
         from rich.console import Group
 
-        return Group(*([self.setting] if self.setting else []), rich_table(*self._cells()))
+        names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
+        header = ["target", "sparsity", "parameters", "latency", *(name.removeprefix("eval_") for name in names), "min"]
+        rows = [
+            [
+                f"{point.target:g}",
+                f"{point.sparsity:.4f}",
+                amount(point.parameters),
+                f"{point.latency_ms:.2f} ms",
+                *(f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names),
+                f"{point.seconds / 60:.1f}",
+            ]
+            for point in self.points
+        ]
+        return Group(*([self.setting] if self.setting else []), rich_table(header, rows))
 
     def plot(self, path: str | Path, *, metric: str | None = None) -> None:
         """Draw the metric, or the size where nothing was evaluated, over sparsity and over latency.
 
+        :param path: of a file whose ending says the kind of picture.
         :param metric: by default the first that is no loss.
         :raises SettingsError: when matplotlib is not installed, or the metric was not measured.
         """
-        _draw(self, Path(path), metric)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise SettingsError("a plot needs matplotlib: pip install matplotlib") from error
+        name = self._drawn(metric)
+        values = [point.parameters if name is None else point.metrics[name] for point in self]
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw(left, [point.sparsity for point in self], values, [point.target for point in self])
+        _draw(right, [point.latency_ms for point in self], values, [point.target for point in self])
+        left.set_xlabel("sparsity of the layers")
+        left.set_ylabel("parameters" if name is None else name.removeprefix("eval_"))
+        right.set_xlabel("ms per batch")
+        figure.supxlabel(self.setting, fontsize=8, color="#555555")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+    def _drawn(self, asked: str | None) -> str | None:
+        """The metric to draw; None where nothing but losses and times was measured."""
+        measured = [name for name in self[0].metrics if all(name in point.metrics for point in self)]
+        if asked is not None:
+            return metric_name(asked, measured, "metric")
+        skipped = ("loss", "runtime", "per_second", "examples")
+        return next((name for name in measured if not any(part in name for part in skipped)), None)
+
+
+def _draw(axis: Any, places: Sequence[float], values: Sequence[float], targets: Sequence[float]) -> None:
+    axis.plot(places, values, marker="o", color="#2a6f97")
+    for place, value, target in zip(places, values, targets, strict=True):
+        axis.annotate(f"{target:g}", (place, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.margins(0.12)
 
 
 def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult]) -> SweepResult:
@@ -197,49 +231,3 @@ def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoin
         return None
     entries = json.loads(file.read_text(encoding="utf-8"))
     return SweepPoint(**entries, plan=Plan.load(folder / _PLAN), model=cls.from_pretrained(folder), folder=folder)
-
-
-def _draw(result: SweepResult, path: Path, metric: str | None) -> None:
-    """Write the picture; its kind goes by the file's ending.
-
-    :raises SettingsError: when matplotlib is not installed, or the metric was not measured.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("a plot needs matplotlib: pip install matplotlib") from error
-    name = _metric(result, metric)
-    values = [point.parameters if name is None else point.metrics[name] for point in result]
-    timed = all(point.latency_ms is not None for point in result)
-    figure = Figure(figsize=(9 if timed else 4.8, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-    label = "parameters" if name is None else name.removeprefix("eval_")
-    panels = [("sparsity of the layers", [point.sparsity for point in result])]
-    if timed:
-        panels.append(("ms per batch", [point.latency_ms or 0.0 for point in result]))
-    for axis, (title, places) in zip(axes, panels, strict=True):
-        axis.plot(places, values, marker="o", color="#2a6f97")
-        for place, value, point in zip(places, values, result, strict=True):
-            axis.annotate(f"{point.target:g}", (place, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
-        axis.set_xlabel(title)
-        axis.grid(alpha=0.3)
-        axis.margins(0.12)
-    axes[0].set_ylabel(label)
-    if timed:
-        figure.supxlabel(result.setting, fontsize=8, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def _metric(result: SweepResult, asked: str | None) -> str | None:
-    measured = [name for name in result[0].metrics if all(name in point.metrics for point in result)]
-    if asked is not None:
-        found = next((name for name in measured if asked in (name, name.removeprefix("eval_"))), None)
-        if found is None:
-            names = [name.removeprefix("eval_") for name in measured]
-            raise SettingsError(
-                f"no metric {asked!r} was measured.{suggest(asked, names)} There are: {', '.join(names)}"
-            )
-        return found
-    skipped = ("loss", "runtime", "per_second", "examples")
-    return next((name for name in measured if not any(part in name for part in skipped)), None)

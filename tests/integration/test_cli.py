@@ -160,7 +160,7 @@ def test_evaluate_prints_what_the_function_finds(place: Path, pruned: Path, caps
 def test_benchmark_times_a_model_next_to_its_baseline(
     place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ("--batch-size", "1", "2", "--seq_len", "8", "--runs", "2", "--warmup", "0")
+    sizes = ("--batch-size", "1", "2", "--seq_len", "8", "--runs", "2")
     assert cli.main(["benchmark", str(pruned), "--baseline", str(place / "dense"), *sizes, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["batch_size"] for row in report["rows"]] == [1, 2]

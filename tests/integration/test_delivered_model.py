@@ -9,9 +9,8 @@ import torch
 
 import cofiprune
 from cofiprune.oneshot import data_free
+from toy import assert_masked_is_compacted, logits
 
-INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
-INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
 BRIEF = {"epochs": 1, "finetune_epochs": 0, "batch_size": 16, "progress": False}
 
 
@@ -21,11 +20,6 @@ class Predictions:
     def __call__(self, evaluated: Any) -> dict[str, float]:
         self.last = np.asarray(evaluated.predictions)
         return {"mean": float(self.last.mean())}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with cofiprune.hooks.evaluating(model), torch.no_grad():
-        return model(**INPUTS).logits
 
 
 def check_delivered(result: Any, seen: Predictions, rows: list[dict[str, Any]], *, exactly: bool = True) -> None:
@@ -38,7 +32,7 @@ def check_delivered(result: Any, seen: Predictions, rows: list[dict[str, Any]], 
     tolerance = 0 if exactly else 1e-5
     np.testing.assert_allclose(seen.last, measured, rtol=0, atol=tolerance)
     assert result.metrics == pytest.approx({f"eval_{name}": value for name, value in again.items()}, abs=tolerance)
-    assert (logits(result.model) - logits(small)).abs().max() < 1e-5
+    assert_masked_is_compacted(result.model, small)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +77,9 @@ def test_without_data_the_accepted_model_is_handed_out(toy, monkeypatch, teacher
     rows, seen = toy.rows(48, seed=2), Predictions()
     wide = toy.bert(hidden_size=48, num_hidden_layers=3, seed=3)
     result = cofiprune.prune(
-        wide,
-        target_sparsity=target,
-        teacher=teacher,
-        seed=3,
-        eval_dataset=rows,
-        compute_metrics=seen,
+        wide, target_sparsity=target, teacher=teacher, seed=3, eval_dataset=rows, compute_metrics=seen,
         eval_batch_size=64,
-    )
+    )  # fmt: skip
     assert result.plan.kept["hidden"] < 48 or target < 0.8
     check_delivered(result, seen, rows, exactly=False)
     if teacher is not None:

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,22 +33,13 @@ from cofiprune.errors import (
 )
 from cofiprune.masking import masks_of
 from cofiprune.measure.evaluation import evaluate
-
-INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
-INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
+from processes import launch, outputs
+from toy import assert_masked_is_compacted, collate, logits, spans
 
 CHECKPOINTING = "activation_checkpointing"
 """What recent transformers call it."""
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
-
-
-def collate(rows):
-    """Token rows as one padded batch."""
-    length = max(len(row["input_ids"]) for row in rows)
-    ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
-    labels = {"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **labels}
 
 
 def trainer_for(model, rows, folder, callback, *, kind=Trainer, more=(), eval_rows=None, loss=None, **changes):
@@ -79,12 +67,6 @@ def trainer_for(model, rows, folder, callback, *, kind=Trainer, more=(), eval_ro
     )
 
 
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(**INPUTS).logits
-
-
 def check_outcome(toy, callback, model, dense):
     """What must hold after every run."""
     structure = cofiprune.structure(model)
@@ -95,7 +77,7 @@ def check_outcome(toy, callback, model, dense):
     masks = masks_of(model)
     assert all(bool(((value == 0) | (value == 1)).all()) for value in masks.values())
     assert masks.plan() == callback.plan == callback.result.plan
-    assert torch.allclose(logits(model), logits(small), atol=1e-5)
+    assert_masked_is_compacted(model, small)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     assert list(model.state_dict()) == list(dense.state_dict())
@@ -130,7 +112,7 @@ def test_the_model_ends_with_hard_masks_of_exactly_the_target(toy, tmp_path, tar
         shapes = {name: value.shape for name, value in loaded.state_dict().items()}
         assert shapes == {name: value.shape for name, value in toy.teacher.state_dict().items()}
         assert masks_of(loaded) is None
-        assert (folder / "cofiprune.pt").exists()
+        assert (folder / "cofiprune" / "meta.json").exists()
 
 
 class Begin(TrainerCallback):
@@ -238,14 +220,6 @@ def test_the_log_says_how_far_pruning_is(toy, tmp_path, share, begin, rising, ga
     assert {entry["phase"] for entry in callback.history} == {"prune", "recover"}
 
 
-def without_dropout(toy):
-    model = toy.student()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def test_with_a_teacher_accumulated_batches_are_one_batch(toy, tmp_path):
     """Before the gates start and without dropout, losses that are means over rows are the same to rounding."""
     found = {}
@@ -253,7 +227,8 @@ def test_with_a_teacher_accumulated_batches_are_one_batch(toy, tmp_path):
         callback = PruningCallback(0.5, toy.teacher, label_weight=1, distill_layers_weight=0, pre_finetune_epochs=1)
         rows = toy.rows(40, seed=1)  # the last step of an epoch has half a batch
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
-        train(toy, tmp_path, callback, without_dropout(toy), rows, **sizes)
+        model = toy.bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        train(toy, tmp_path, callback, model, rows, **sizes)
         found[size] = [entry["loss"] for entry in callback.history if "loss" in entry]
     assert len(found[8]) == len(found[16]) == 6
     assert found[8][:3] == pytest.approx(found[16][:3], rel=1e-4)
@@ -331,10 +306,6 @@ def test_a_teacher_is_followed_where_labels_are_noise(toy, tmp_path):
 
 def test_a_teacher_of_another_size_can_teach(toy, tmp_path):
     train(toy, tmp_path, PruningCallback(0.5, toy.teacher), toy.bert(num_hidden_layers=1, hidden_size=24))
-
-
-def spans(ids):
-    return {"start_positions": 1, "end_positions": len(ids) - 1}
 
 
 HEADS = [
@@ -614,28 +585,28 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     last = tmp_path / "checkpoint-6"
     refused("target_sparsity is 0.6, asked for 0.5", trainer(0.5))
     refused("gate_learning_rate", trainer(gate_learning_rate=0.1))
-    good = (last / "cofiprune.pt").read_bytes()
-    (last / "cofiprune.pt").write_bytes((tmp_path / "checkpoint-4" / "cofiprune.pt").read_bytes())
+    shutil.rmtree(last / "cofiprune")
+    shutil.copytree(tmp_path / "checkpoint-4" / "cofiprune", last / "cofiprune")
     refused("other weights", trainer())
-    (last / "cofiprune.pt").write_bytes(good[:100])
-    refused("damaged", trainer())
-    (last / "cofiprune.pt").unlink()
+    for name in ("state.pt", "meta.json"):
+        (last / "cofiprune" / name).write_bytes((last / "cofiprune" / name).read_bytes()[:100])
+        refused(f"damaged: its {name}", trainer())
+    (last / "cofiprune" / "meta.json").unlink()
     refused("the gates of that step are missing", trainer())
 
 
 WORKER = """
-import json, os, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-import conftest as toy
+import json, os
+import cofiprune, toy
+_, tests, folder, taught = sys.argv
+sys.path.insert(0, tests)
 from test_pruning_callback import samples_of, trainer_for
-import cofiprune
 
-callback = cofiprune.PruningCallback(0.6, "self" if sys.argv[3] == "taught" else None, freeze_epochs=1)
+callback = cofiprune.PruningCallback(0.6, "self" if taught == "taught" else None, freeze_epochs=1)
 model = toy.bert()
 samples = samples_of(model)
 trainer = trainer_for(
-    model, toy.rows(48), sys.argv[2], callback, per_device_train_batch_size=8,
+    model, toy.rows(48), folder, callback, per_device_train_batch_size=8,
     gradient_accumulation_steps=2, num_train_epochs=3, **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
 )
 trainer.train()
@@ -651,29 +622,9 @@ print("REPORT" + json.dumps(report))
 """
 
 
-def in_processes(count, folder, *arguments):
+def in_processes(count, folder, taught):
     """Run the worker in some processes that train together; their reports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = folder / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = []
-    for rank in range(count):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **several} if count > 1 else {}
-        command = [sys.executable, str(script), str(Path(__file__).parent), str(folder / "out"), *arguments]
-        running.append(
-            subprocess.Popen(
-                command,
-                env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    texts = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * count, "\n".join(texts)
+    texts = outputs(launch(WORKER, str(Path(__file__).parent), str(folder / "out"), taught, processes=count))
     lines = [next(line for line in text.splitlines() if line.startswith("REPORT")) for text in texts]
     return [json.loads(line.removeprefix("REPORT")) for line in lines]
 

@@ -129,7 +129,7 @@ def test_right_tags_are_right_on_the_real_data(
     model, tokenizer = tagger
     sentences = measured[""][:300]
     rows = tokenise([{"tokens": row["tokens"]} for row in sentences], tokenizer, model, max_length=512)
-    right = predicted(rows, [labels.encode(row["ner_tags"], "f") for row in sentences])
+    right = predicted(rows, [labels.encode(row["ner_tags"]) for row in sentences])
     assert all(value > 0.99 for value in ner.entity_scores(sentences, rows, right, labels).values())
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -26,25 +26,13 @@ from cofiprune.masking import masks_of
 from cofiprune.measure.evaluation import evaluate
 from cofiprune.selection.reachable import reachable
 from cofiprune.structure import UNIT_KINDS
+from toy import INPUTS, assert_masked_is_compacted, collate, logits, spans, with_checkpointing
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]
 BRIEF = {"epochs": 2, "finetune_epochs": 1, "batch_size": 16, "progress": False, "seed": 0}
-INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
-INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
 
 
-def outputs(model, inputs=None):
-    """Everything that a model predicts, in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    with torch.no_grad():
-        found = model(**(INPUTS if inputs is None else inputs))
-    for module, mode in modes:
-        module.training = mode
-    return [value for name, value in found.items() if isinstance(value, torch.Tensor) and name != "loss"]
-
-
-def check_laws(toy, result, target, dense, inputs=None):
+def check_laws(toy, result, target, dense, inputs=INPUTS):
     """What must hold after every run of `prune`."""
     model = result.model
     structure = cofiprune.structure(model)
@@ -58,14 +46,10 @@ def check_laws(toy, result, target, dense, inputs=None):
     assert masks_of(small) is None
     assert masks_of(model) is not None
     assert cofiprune.Plan.from_masks(masks_of(model)).keep == result.plan.keep
-    for masked, compacted in zip(outputs(model, inputs), outputs(small, inputs), strict=True):
-        assert masked.shape[:-1] == compacted.shape[:-1]
-        if masked.shape == compacted.shape:  # an encoder's states lose the removed dimensions
-            assert (masked - compacted).abs().max() < 1e-5
+    assert_masked_is_compacted(model, small, inputs)
     for entry in result.history:
         assert {"phase", "step", "epoch", "seconds"} <= entry.keys()
         assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float)), entry
-    return small
 
 
 def run(toy, target=0.5, student=None, rows=None, **settings):
@@ -90,10 +74,6 @@ def test_a_pruned_model_keeps_what_its_teacher_knows(toy):
     for text in (repr(result), result._repr_html_()):
         assert "PruneResult" in text
         assert f"{result.sparsity:.4f}" in text
-
-
-def spans(ids):
-    return {"start_positions": 1, "end_positions": len(ids) - 1}
 
 
 def next_words(ids):
@@ -275,19 +255,11 @@ def test_embeddings_learn_only_when_asked(toy, train):
     assert learned(run(toy, 0.2, train_embeddings=train, **settings).model) == (train is True)
 
 
-def without_dropout(toy, cls=BertForSequenceClassification, **changes):
-    return toy.bert(cls, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes)
-
-
 def test_accumulated_gradients_are_those_of_a_larger_batch(toy):
-    rows = [{name: torch.tensor(value) for name, value in row.items()} for row in toy.rows(32)]
-    for row in rows:
-        row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, 12 - len(row["input_ids"])))
-        row["attention_mask"] = (row["input_ids"] != 0).long()
     finals = []
     for size, steps in ((4, 2), (8, 1)):
-        model = without_dropout(toy).double()
-        loader = DataLoader(rows, batch_size=size)
+        model = toy.bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+        loader = DataLoader(toy.rows(32), batch_size=size, collate_fn=collate)
         cofiprune.finetune(
             model, loader, epochs=2, gradient_accumulation_steps=steps, learning_rate=1e-3, progress=False
         )
@@ -310,38 +282,10 @@ def test_bf16(toy, teacher):
     assert "forward" not in vars(result.model)  # nothing of the precision's own is left on the model
 
 
-class Listed(Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-def collate(rows):
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}
-
-
-@pytest.mark.parametrize("form", ["list", "torch", "datasets", "loader", "collator"])
-def test_every_form_of_data_set(toy, form):
-    rows = toy.rows(32)
-    data, settings = rows, {}
-    if form == "torch":
-        data = Listed(rows)
-    elif form == "datasets":
-        datasets = pytest.importorskip("datasets")
-        data = datasets.Dataset.from_list([{**row, "text": "ignored"} for row in rows])
-    elif form == "loader":
-        data = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
-    elif form == "collator":
-        settings = {"data_collator": collate}
-    result = run(toy, rows=data, teacher=toy.teacher, **settings)
-    assert result.history[-1]["step"] == 6
+def test_batches_may_come_from_a_loader_or_a_collator(toy):
+    loader = DataLoader(toy.rows(32), batch_size=16, shuffle=True, collate_fn=collate)
+    for rows, settings in ((loader, {}), (toy.rows(32), {"data_collator": collate})):
+        assert run(toy, rows=rows, teacher=toy.teacher, **settings).history[-1]["step"] == 6
 
 
 def test_history_and_callbacks(toy):
@@ -453,19 +397,18 @@ def test_finetune(toy, state):
             masks["layers.1.heads"] = [0, 0.5, 0, 1]
             masks["hidden"] = masks["hidden"] * 0.75
     kept = None if masks is None else {name: value > 0 for name, value in masks.items()}
-    before, held_out = outputs(student), toy.rows(64, seed=2)
+    before, held_out = logits(student), toy.rows(64, seed=2)
     taught = {"teacher": toy.teacher, "eval_dataset": held_out, "progress": False}
     settings = {"epochs": 3, "batch_size": 16, "learning_rate": 2e-3}
     result = cofiprune.finetune(student, toy.rows(96, seed=1), **taught, **settings)
     assert masks_of(student) is masks
     assert result.metrics["eval_accuracy"] > 0.9
     assert evaluate(student, held_out)["accuracy"] == pytest.approx(result.metrics["eval_accuracy"])
-    assert not torch.equal(outputs(student)[0], before[0])
+    assert not torch.equal(logits(student), before)
     assert result.sparsity == (masks.sparsity() if masks is not None else 0.0)
     if masks is not None:
         assert all(torch.equal(masks[name] > 0, kept[name]) for name in kept)
-        for masked, compacted in zip(outputs(student), outputs(result.compact()), strict=True):
-            assert (masked - compacted).abs().max() < 1e-5
+        assert_masked_is_compacted(student, result.compact())
 
 
 def test_finetune_takes_the_plain_names_of_its_settings(toy):
@@ -496,10 +439,6 @@ def test_unusual_settings(toy, settings):
     assert "eval_accuracy" in result.metrics
 
 
-def test_one_unit_kind_may_be_given_as_a_word(toy):
-    run(toy, 0.2, rows=toy.rows(16), units="intermediate")
-
-
 def test_a_target_at_the_very_end_of_what_can_be_reached(toy):
     structure = cofiprune.structure(toy.teacher)
     highest = reachable(structure, layer_parameters(structure), ("head",)).highest
@@ -512,21 +451,14 @@ def test_a_model_may_lose_all_its_layers(toy):
     assert toy.parameters_of_layers(small, cofiprune.structure(small)) == 0
 
 
-def checkpointed(model, *, reentrant):
-    # Renamed in transformers 5.23, where the old name warns.
-    name = "activation_checkpointing_enable"
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
-    return model
-
-
 def test_gradient_checkpointing_changes_nothing(toy):
-    students = [toy.student(), checkpointed(toy.student(), reentrant=False)]
+    students = [toy.student(), with_checkpointing(toy.student())]
     for student in students:
         run(toy, student=student, teacher="self", dropout=True)
     finals = [toy.snapshot(student) for student in students]
     assert max((finals[0][name] - finals[1][name]).abs().max() for name in finals[0]) < 1e-4
     with pytest.raises(cofiprune.CofipruneError, match="use_reentrant"):
-        run(toy, student=checkpointed(toy.student(), reentrant=True))
+        run(toy, student=with_checkpointing(toy.student(), reentrant=True))
 
 
 def test_a_model_in_bfloat16(toy):
@@ -537,7 +469,7 @@ def test_a_model_in_bfloat16(toy):
         result = cofiprune.prune(student, rows, target_sparsity=0.5, teacher="self", eval_dataset=rows[:8], **BRIEF)
         assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
         assert abs(result.sparsity - 0.5) <= 0.005
-        masked, compacted = outputs(student)[0], outputs(result.compact())[0]
+        masked, compacted = logits(student), logits(result.compact())
         assert masked.dtype == torch.bfloat16
         assert (masked - compacted).abs().max() < 0.02
         assert dense.dtype == result.compact().dtype

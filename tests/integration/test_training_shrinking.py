@@ -7,34 +7,19 @@ import pytest
 import torch
 
 import cofiprune
+from toy import assert_masked_is_compacted
 
-INPUTS = {"input_ids": torch.tensor([[2, 5, 9, 11, 0, 0], [2, 8, 6, 7, 30, 12]])}
-INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
 pytestmark = pytest.mark.usefixtures("started_by_hand")
 SETTINGS = {
-    "target_sparsity": 0.8,
-    "one_shot_share": 0,
-    "epochs": 12,
-    "sparsity_warmup_epochs": 3,
-    "freeze_epochs": 2,
-    "finetune_epochs": 1,
-    "batch_size": 16,
-    "logging_steps": 1,
-    "progress": False,
-    "seed": 0,
-}
+    "target_sparsity": 0.8, "one_shot_share": 0, "epochs": 12, "sparsity_warmup_epochs": 3, "freeze_epochs": 2,
+    "finetune_epochs": 1, "batch_size": 16, "logging_steps": 1, "progress": False, "seed": 0,
+}  # fmt: skip
 DECIDED = 60
 """The step at which gates are decided on; what is trained after it is what they leave."""
 
 
 def prune(toy, student, **changes):
     return cofiprune.prune(student, toy.rows(96, seed=1), teacher=toy.teacher, **{**SETTINGS, **changes})
-
-
-def assert_masked_is_compacted(student):
-    with torch.no_grad():
-        masked, compacted = student.eval()(**INPUTS).logits, cofiprune.compact(student)(**INPUTS).logits
-    assert (masked - compacted).abs().max() < 1e-5
 
 
 def is_cut_of(small, large):

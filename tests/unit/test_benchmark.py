@@ -39,7 +39,7 @@ def test_side_by_side_with_the_ideal():
         masks["layers.0.ffn"] = [0]
         masks["layers.1.heads"] = [0, 1]
         small = cofiprune.compact(model)
-    report = benchmark(small, model, batch_size=(1, 2), seq_len=(8, 16), seconds=0, warmup=1, threads=1)
+    report = benchmark(small, model, batch_size=(1, 2), seq_len=(8, 16), seconds=0, threads=1)
     assert [(row.batch_size, row.seq_len) for row in report.rows] == [(1, 8), (2, 8), (1, 16), (2, 16)]
     for row in report.rows:
         assert row.model.runs == row.baseline.runs == 5
@@ -60,7 +60,7 @@ def test_side_by_side_with_the_ideal():
 def test_alone_under_masks_and_in_another_precision():
     model = bert()
     masks = cofiprune.attach(model)
-    report = benchmark(model, batch_size=2, seq_len=8, runs=2, warmup=0, dtype=torch.bfloat16)
+    report = benchmark(model, batch_size=2, seq_len=8, runs=2, dtype=torch.bfloat16)
     (row,) = report.rows
     assert (row.model.runs, row.baseline, row.speedup, row.ideal_speedup) == (2, None, None, None)
     assert report.dtype == "bfloat16"

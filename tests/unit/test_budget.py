@@ -6,7 +6,7 @@ import pytest
 
 from cofiprune import PruneConfig
 from cofiprune.errors import SettingsError
-from cofiprune.training.budget import (
+from cofiprune.training.start import (
     MOST_EPOCHS,
     WORTHWHILE_EPOCHS,
     Pace,

@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from cofiprune import accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen, tiny_config, unit_choices
-from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import DataError, TargetError
 from cofiprune.oneshot import prune_data_free
 from cofiprune.oneshot.data_free import divergence, outputs_of
@@ -21,46 +19,19 @@ from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
+from small import build, cost_of, is_unchanged, padded, padded_batches, rng, snapshot
 
 SAMPLES = 600
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def bert(cls=BertForSequenceClassification, *, seed=0, **sizes):
-    config = {
-        "vocab_size": 40,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 32,
-        "num_labels": 3,
-        **sizes,
-    }
-    return specimen(cls(BertConfig(**config)), rng(seed))
-
-
-def cost_of(model):
-    structure = structure_of(model)
-    return structure, accounting.layer_parameters(structure)
-
-
-def batches_of(model, count=3, seed=9):
-    generator = rng(seed)
-    return [synthetic_inputs(model, batch_size=8, seq_len=20, generator=generator, padding=True) for _ in range(count)]
+def bert(name="BertForSequenceClassification", **settings):
+    return build(name, **{"intermediate_size": 48, "num_labels": 3, **settings})
 
 
 def pruned(model, share, teacher="self", *, samples=SAMPLES, **settings):
     structure = structure_of(model)
     target, teacher = Target.of(structure, share), model if teacher == "self" else teacher
     return prune_data_free(model, structure, target, teacher=teacher, samples=samples, **settings)
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("units", unit_choices(), ids="+".join)
@@ -111,7 +82,7 @@ def test_reconstruction_brings_outputs_nearer_on_inputs_that_it_has_not_seen(fam
     model = copy.deepcopy(dense)
     report = pruned(model, 0.4, dense)
     assert report.divergence_after < report.divergence_before
-    unseen = batches_of(dense, seed=77)
+    unseen = padded_batches(dense, seed=77)
     theirs = outputs_of(dense, unseen)
     hidden = report.plan.keep["hidden"]
     cut = divergence(compact(dense, report.plan), theirs, unseen, hidden=hidden)
@@ -120,7 +91,7 @@ def test_reconstruction_brings_outputs_nearer_on_inputs_that_it_has_not_seen(fam
 
 def test_only_kept_weights_of_the_last_projections_change():
     model = bert()
-    before = state(model)
+    before = snapshot(model)
     report = pruned(model, 0.6)
     structure = structure_of(model)
     paths = set(projections(model, structure).values())
@@ -142,7 +113,7 @@ def test_only_kept_weights_of_the_last_projections_change():
 def test_the_masked_model_and_the_compacted_one_agree_afterwards():
     model = bert()
     report = pruned(model, 0.6)
-    unseen = batches_of(model)
+    unseen = padded_batches(model)
     small = outputs_of(compact(model, report.plan), unseen)
     with attach(model) as masks:
         masks.set_plan(report.plan)
@@ -152,10 +123,10 @@ def test_the_masked_model_and_the_compacted_one_agree_afterwards():
 
 def test_without_a_teacher_no_weight_changes():
     model = bert()
-    before = state(model)
+    before = snapshot(model)
     report = pruned(model, 0.6, None)
     assert report.divergence_before is report.divergence_after is None
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert is_unchanged(model, before)
 
 
 def test_the_seed_decides():
@@ -164,7 +135,7 @@ def test_the_seed_decides():
         model = bert()
         torch.manual_seed(len(runs))
         report = pruned(model, 0.5, seed=seed)
-        runs.append((report, state(model)))
+        runs.append((report, snapshot(model)))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
     assert runs[0][0].divergence_before != runs[2][0].divergence_before
@@ -191,10 +162,10 @@ def test_a_reconstruction_that_does_harm_is_rolled_back(monkeypatch):
 
     monkeypatch.setattr(Reconstruction, "run", harm)
     model = bert()
-    before = state(model)
+    before = snapshot(model)
     report = pruned(model, 0.5)
     assert report.divergence_after == report.divergence_before
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert is_unchanged(model, before)
 
 
 def test_removed_blocks_are_passed_by():
@@ -208,11 +179,11 @@ def test_removed_blocks_are_passed_by():
     plan = Plan.from_values(structure, values)
     small = compact(model, plan)
     seen: list[float] = []
-    theirs = outputs_of(model, batches_of(model, seed=5))
-    before = divergence(small, theirs, batches_of(model, seed=5))
-    Reconstruction(model, structure, small, plan, batches_of(model, count=6)).run(seen.append)
+    theirs = outputs_of(model, padded_batches(model, seed=5))
+    before = divergence(small, theirs, padded_batches(model, seed=5))
+    Reconstruction(model, structure, small, plan, padded_batches(model, count=6)).run(seen.append)
     assert seen == pytest.approx([1 / 3, 2 / 3, 1])
-    assert divergence(small, theirs, batches_of(model, seed=5)) < before
+    assert divergence(small, theirs, padded_batches(model, seed=5)) < before
 
 
 def test_heads_alone_up_to_the_last_one():
@@ -226,19 +197,11 @@ def test_heads_alone_up_to_the_last_one():
     assert plan.kept["layers.0.intermediate"] == 48
 
 
-def padded(batch, width, fill):
-    ids = torch.full((len(batch["input_ids"]), width), fill)
-    mask = torch.zeros_like(ids)
-    ids[:, : batch["input_ids"].shape[1]] = batch["input_ids"]
-    mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
-    return {"input_ids": torch.where(mask == 0, fill, ids), "attention_mask": mask}
-
-
 def test_padding_does_not_enter_the_statistics():
     model = bert()
     structure = structure_of(model)
     plan = pruned(model, 0.5, None).plan
-    batches = batches_of(model)
+    batches = padded_batches(model)
     longer = [padded(batch, 30, fill=7) for batch in batches]
     assert [counted(model, structure, batch) for batch in batches] == [
         counted(model, structure, batch) for batch in longer
@@ -248,7 +211,7 @@ def test_padding_does_not_enter_the_statistics():
         small = compact(model, plan)
         found.append(activation_importance(model, structure, given))
         Reconstruction(model, structure, small, plan, given).run()
-        weights.append(state(small))
+        weights.append(snapshot(small))
     for name, importance in found[0].items():
         torch.testing.assert_close(importance, found[1][name])
     for name, value in weights[0].items():
@@ -277,7 +240,7 @@ def test_positions_are_counted_without_a_mask():
 def test_layer_by_layer_sees_what_a_forward_pass_computes():
     model = bert()
     structure = structure_of(model)
-    batches = batches_of(model)
+    batches = padded_batches(model)
     inputs = {}
     wanted = projections(model, structure)
     handles = [
@@ -307,7 +270,7 @@ def test_dead_units_go_first():
         model.bert.encoder.layer[0].attention.self.value.weight[6:12] = 0
         model.bert.encoder.layer[0].attention.self.value.bias[6:12] = 0
     structure = structure_of(model)
-    found = activation_importance(model, structure, batches_of(model))
+    found = activation_importance(model, structure, padded_batches(model))
     assert found["layers.0.heads"].argmin() == 1
     for importance in (found, weight_importance(model, structure)):
         assert set(importance["layers.0.intermediate"].argsort()[:10].tolist()) == set(range(10))
@@ -336,8 +299,8 @@ def test_a_teacher_of_another_structure_is_asked_for_its_outputs_only():
     model = bert()
     report = pruned(model, 0.4, teacher)
     assert report.divergence_after <= report.divergence_before
-    encoder = bert(BertModel)
-    report = pruned(encoder, 0.4, bert(BertModel, hidden_size=32))
+    encoder = bert("BertModel")
+    report = pruned(encoder, 0.4, bert("BertModel", hidden_size=32))
     assert report.divergence_after < report.divergence_before
 
 
@@ -351,7 +314,7 @@ def test_a_compacted_model_is_pruned_again():
 
 
 def test_a_model_in_half_precision():
-    model = bert(BertForMaskedLM).bfloat16()
+    model = bert("BertForMaskedLM").bfloat16()
     report = pruned(model, 0.5)
     assert report.divergence_after <= report.divergence_before
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
@@ -359,8 +322,8 @@ def test_a_model_in_half_precision():
 
 def test_inputs_that_cannot_be_made_up_are_refused_before_anything_changes():
     model = bert()
-    before = state(model)
+    before = snapshot(model)
     model.main_input_name = "bytes"
     with pytest.raises(DataError, match="'bytes'"):
         pruned(model, 0.5)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert is_unchanged(model, before)

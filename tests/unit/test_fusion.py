@@ -22,8 +22,8 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import cofiprune
 from cofiprune.conformance.specimens import outputs, specimen, tiny_config
-from cofiprune.inference import fusion, siblings
-from cofiprune.inference.siblings import FusedLinear, Siblings
+from cofiprune.inference import fusion
+from cofiprune.inference.fusion import FusedLinear, Siblings
 from small import Batch, batch_of, build, randomise
 
 EXACT = 1e-12
@@ -57,7 +57,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(weight.shape))
         return F.linear(states, weight, bias)
 
-    monkeypatch.setattr(siblings, "product", note)
+    monkeypatch.setattr(fusion, "product", note)
     return seen
 
 

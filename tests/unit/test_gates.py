@@ -21,6 +21,7 @@ from cofiprune.gates import (
     sample,
 )
 from cofiprune.structure import Group
+from small import rng
 
 GROUPS = (
     Group("hidden", 40, "hidden"),
@@ -32,10 +33,6 @@ GROUPS = (
 )
 UNITS = sum(group.size for group in GROUPS)
 SHAPES_OF_THE_DISTRIBUTION = [{}, {"temperature": 0.4, "stretch": (-0.3, 1.2)}]
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def scattered(gates: Gates, seed: int = 0) -> Gates:

@@ -272,7 +272,7 @@ def test_the_multiple_is_measured_once_and_is_never_coarser_than_the_blocks_allo
 
 
 def test_auto_asks_for_the_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cofiprune.training.targets.best_multiple", lambda *args, rows: 4)
+    monkeypatch.setattr("cofiprune.training.arguments.best_multiple", lambda *args, rows: 4)
     with pytest.warns(UserWarning, match="without data"):
         result = cofiprune.prune(bert(), target_sparsity=0.5, teacher="self", round_to="auto")
     assert result.plan.kept["layers.0.intermediate"] % 4 == 0

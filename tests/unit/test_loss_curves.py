@@ -9,15 +9,12 @@ from torch import nn
 from cofiprune.oneshot.loss_curves import Moments, curve
 from cofiprune.oneshot.sensitivity import Sensitivity
 from cofiprune.structure import Side
+from small import rng
 
 
 @pytest.fixture(autouse=True)
 def the_same_weights():
     torch.manual_seed(0)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def moments_of(inputs, gradients, batches=4):

@@ -30,7 +30,7 @@ READS: dict[str, Callable[[Any], object]] = {
     "adapter_for": cofiprune.adapter_for,
     "check_adapter": lambda model: cofiprune.check_adapter(model, units="layer", batch=_batch(model)),
     "summary": cofiprune.summary,
-    "benchmark": lambda model: cofiprune.benchmark(model, batch_size=1, seq_len=8, runs=1, warmup=0),
+    "benchmark": lambda model: cofiprune.benchmark(model, batch_size=1, seq_len=8, runs=1),
     "evaluate": lambda model: cofiprune.evaluate(model, ROWS),
     "compact": cofiprune.compact,
     "compact, fused": lambda model: cofiprune.compact(model, fuse=True),

@@ -7,12 +7,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from cofiprune import accounting, compact
+from cofiprune import compact
 from cofiprune.adapter import structure as structure_of
-from cofiprune.conformance.specimens import specimen
-from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.oneshot.layerwise import placed
 from cofiprune.oneshot.loss_curves import hidden_curve
 from cofiprune.oneshot.reconstruction import Reconstruction, norms_outside
@@ -20,31 +17,18 @@ from cofiprune.oneshot.regression import AffineFit
 from cofiprune.oneshot.with_data import RoundPruning
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
+from small import build, cost_of, padded_batches
 
 ALL = ("layer", "head", "intermediate", "hidden")
+SIZES = {"intermediate_size": 48, "num_labels": 3}
 
 
-SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 3}
+def bert():
+    return build("BertForSequenceClassification", **SIZES).eval()
 
 
-def bert(seed=0):
-    config = BertConfig(vocab_size=40, max_position_embeddings=32, **SIZES)
-    return specimen(BertForSequenceClassification(config), torch.Generator().manual_seed(seed)).eval()
-
-
-def batches_of(model):
-    generator = torch.Generator().manual_seed(9)
-    return [synthetic_inputs(model, batch_size=8, seq_len=20, generator=generator, padding=True) for _ in range(4)]
-
-
-def cost_of(model):
-    structure = structure_of(model)
-    return structure, accounting.layer_parameters(structure)
-
-
-def vit(seed=0):
-    config = ViTConfig(image_size=16, patch_size=4, **SIZES)
-    return specimen(ViTForImageClassification(config), torch.Generator().manual_seed(seed)).eval()
+def vit():
+    return build("ViTForImageClassification", image_size=16, patch_size=4, **SIZES).eval()
 
 
 def images(count=4, seed=0):
@@ -76,14 +60,14 @@ def silence(model, dimensions):
 
 def test_dimensions_that_nothing_reads_go_first():
     model = silence(bert(), [3, 17, 20])
-    found = hidden_curve(model, structure_of(model), batches_of(model), seed=0)
+    found = hidden_curve(model, structure_of(model), padded_batches(model), seed=0)
     assert set(found.order[:3]) == {3, 17, 20}
     assert sorted(found.order) == list(range(24))
     assert list(found.loss) == sorted(found.loss)
     assert found.loss[2] < 1e-3 * found.loss[-1]
 
 
-@pytest.mark.parametrize(("make", "rows"), [(bert, batches_of), (vit, lambda model: images())], ids=["post", "pre"])
+@pytest.mark.parametrize(("make", "rows"), [(bert, padded_batches), (vit, lambda model: images())], ids=["post", "pre"])
 def test_hidden_dimensions_go_where_they_are_asked_for_and_the_budget_is_met(make, rows):
     model = silence(make(), [3, 17, 20])
     structure, cost = cost_of(model)
@@ -96,7 +80,7 @@ def test_hidden_dimensions_go_where_they_are_asked_for_and_the_budget_is_met(mak
     assert {name: value.shape for name, value in small.state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize(("make", "rows"), [(bert, batches_of), (vit, lambda model: images())], ids=["post", "pre"])
+@pytest.mark.parametrize(("make", "rows"), [(bert, padded_batches), (vit, lambda model: images())], ids=["post", "pre"])
 def test_repair_brings_a_narrower_model_nearer(make, rows):
     model = make()
     batches = [placed(batch, model) for batch in rows(model)]
@@ -121,7 +105,7 @@ def test_repair_brings_a_narrower_model_nearer(make, rows):
 def test_the_norms_stay_where_no_hidden_dimension_goes():
     model = bert()
     structure = structure_of(model)
-    plan, small = RoundPruning(model, structure, batches_of(model), Target.of(structure, 0.4)).run()
+    plan, small = RoundPruning(model, structure, padded_batches(model), Target.of(structure, 0.4)).run()
     assert plan.kept["hidden"] == 24
     kept = {norm.module for norm in structure_of(small).norms}
     assert all(
@@ -131,7 +115,7 @@ def test_the_norms_stay_where_no_hidden_dimension_goes():
 
 def test_norms_outside_of_the_layers_are_told_apart_by_when_they_run():
     model = bert()
-    batch = placed(batches_of(model)[0], model)
+    batch = placed(padded_batches(model)[0], model)
     assert norms_outside(model, structure_of(model), batch) == (["bert.embeddings.LayerNorm"], [])
     model = vit()
     assert norms_outside(model, structure_of(model), images()[0]) == ([], ["vit.layernorm"])

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from cofiprune.oneshot.regression import RIDGES, LeastSquares
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+from small import rng
 
 
 def test_recovers_a_linear_map():

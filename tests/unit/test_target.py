@@ -15,7 +15,7 @@ from cofiprune.errors import TargetError
 from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import TOLERANCE, Target, parse_target
-from cofiprune.training.targets import target_for
+from cofiprune.training.arguments import target_for
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 

@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from cofiprune.errors import CheckpointError
-from cofiprune.training.checkpoint import (
-    FORMAT_VERSION,
-    RunState,
-    Sums,
-    has_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cofiprune.training.checkpoint import FORMAT_VERSION, has_checkpoints, load_checkpoint, save_checkpoint
+from cofiprune.training.state import RunState, Sums
 
 IDENTITY = {"method": "prune", "target_sparsity": 0.5, "config": {"epochs": 2.0, "units": ["head"], "seed": 1}}
 

@@ -6,18 +6,9 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
 
 from cofiprune import accounting, compact
 from cofiprune.adapter import structure as structure_of
-from cofiprune.conformance.specimens import specimen
-from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.errors import DataError
 from cofiprune.masking import masks_of
 from cofiprune.oneshot import with_data
@@ -25,54 +16,27 @@ from cofiprune.oneshot.layerwise import valid_rows
 from cofiprune.oneshot.with_data import RoundPruning, calibration, can_start
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
+from small import build, cost_of, is_unchanged, padded, padded_batches, parameters_of_layers, snapshot
 
 INNER = ("head", "intermediate")
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def bert(cls=BertForSequenceClassification, *, seed=0, **sizes):
-    config = {
-        "vocab_size": 40,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 32,
-        "num_labels": 3,
-        **sizes,
-    }
-    return specimen(cls(BertConfig(**config)), rng(seed)).eval()
-
-
-def batches_of(model, count=4, seed=9, *, length=20):
-    generator = rng(seed)
-    return [
-        synthetic_inputs(model, batch_size=8, seq_len=length, generator=generator, padding=True) for _ in range(count)
-    ]
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def cost_of(model):
-    structure = structure_of(model)
-    return structure, accounting.layer_parameters(structure)
+def bert(name="BertForSequenceClassification", **settings):
+    return build(name, **{"intermediate_size": 48, "num_labels": 3, **settings}).eval()
 
 
 def pruned(model, target=0.5, *, units=None, batches=None, seed=0):
-    structure, batches = structure_of(model), batches_of(model) if batches is None else batches
+    structure, batches = structure_of(model), padded_batches(model) if batches is None else batches
     return RoundPruning(model, structure, batches, Target.of(structure, target), units=units, seed=seed).run()
 
 
-def largest_unit(structure, cost):
-    """What the most expensive unit that the method cuts costs."""
-    sizes = dict(structure.sizes)
-    names = [block.inner for block in structure.blocks]
-    return max(cost.exact(sizes) - cost.exact({**sizes, name: sizes[name] - 1}) for name in names)
+def check_budget(model, plan, target):
+    """What is kept is what the target leaves, to within the most expensive unit that the method cuts."""
+    structure, cost = cost_of(model)
+    sizes = structure.sizes
+    whole = cost.exact(sizes)
+    largest_unit = max(whole - cost.exact({**sizes, b.inner: sizes[b.inner] - 1}) for b in structure.blocks)
+    assert abs(cost.exact(plan.kept) - (1 - target) * whole) <= largest_unit
 
 
 @pytest.mark.parametrize("units", [None, INNER, ("layer", *INNER)], ids=str)
@@ -81,11 +45,8 @@ def test_what_is_kept_is_the_budget_within_a_unit(units, target):
     model = bert(num_hidden_layers=3)
     structure, cost = cost_of(model)
     plan, small = pruned(model, target, units=units)
-    wanted = (1 - target) * cost.exact(structure.sizes)
-    kept = cost.exact(plan.kept)
-    assert abs(kept - wanted) <= largest_unit(structure, cost)
-    inside = tuple(f"{path}." for path in structure.layers)
-    assert kept == sum(value.numel() for name, value in small.named_parameters() if name.startswith(inside))
+    check_budget(model, plan, target)
+    assert cost.exact(plan.kept) == parameters_of_layers(small, structure)
 
 
 def test_the_small_model_has_the_plans_shapes_and_the_hidden_size_stays():
@@ -130,13 +91,11 @@ def test_units_without_effect_go_first():
 @pytest.mark.parametrize(("units", "other"), [("head", "intermediate"), ("intermediate", "head")])
 def test_one_kind_alone_leaves_the_other_whole(units, other):
     model = bert()
-    structure, cost = cost_of(model)
     plan, _ = pruned(model, 0.2, units=units)
-    for group in structure.groups:
+    for group in structure_of(model).groups:
         if group.unit in (other, "layer", "hidden"):
             assert plan.kept[group.name] == group.size
-    wanted = 0.8 * cost.exact(structure.sizes)
-    assert abs(cost.exact(plan.kept) - wanted) <= largest_unit(structure, cost)
+    check_budget(model, plan, 0.2)
 
 
 def test_there_is_something_to_do_where_there_are_heads_or_feed_forward_dimensions():
@@ -164,9 +123,9 @@ def residual_distances(model, small, batches):
 @pytest.mark.parametrize("target", [0.3, 0.6])
 def test_repair_brings_the_residual_stream_nearer_to_the_whole_models(dtype, target):
     model = bert(num_hidden_layers=3).to(dtype)
-    plan, small = pruned(model, target, units=INNER, batches=batches_of(model, 16))
+    plan, small = pruned(model, target, units=INNER, batches=padded_batches(model, 16))
     cut = compact(model, plan)
-    seen, unseen = batches_of(model, 16), batches_of(model, 4, seed=77)
+    seen, unseen = padded_batches(model, 16), padded_batches(model, 4, seed=77)
     assert {value.dtype for value in small.parameters()} == {dtype}
     for batches in (seen, unseen):
         repaired, unrepaired = (residual_distances(model, each, batches) for each in (small, cut))
@@ -175,7 +134,7 @@ def test_repair_brings_the_residual_stream_nearer_to_the_whole_models(dtype, tar
 
 
 def changed_modules(model, plan, small):
-    before, after = state(compact(model, plan)), state(small)
+    before, after = snapshot(compact(model, plan)), snapshot(small)
     return {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
@@ -191,12 +150,12 @@ def test_linear_maps_learn_and_norms_and_embeddings_stay():
 def test_without_repair_nothing_learns():
     model = bert()
     target = Target.of(structure_of(model), 0.5)
-    plan, small = RoundPruning(model, structure_of(model), batches_of(model), target, reconstruct=False).run()
+    plan, small = RoundPruning(model, structure_of(model), padded_batches(model), target, reconstruct=False).run()
     assert not changed_modules(model, plan, small)
 
 
 def test_tables_that_are_tied_to_the_embeddings_stay():
-    model = bert(BertForMaskedLM)
+    model = bert("BertForMaskedLM")
     plan, small = pruned(model, 0.5)
     changed = changed_modules(model, plan, small)
     assert "cls.predictions.transform.dense" in changed
@@ -216,38 +175,29 @@ def test_frozen_projections_stay_as_they_are():
     assert not torch.equal(small.get_parameter(other), cut.get_parameter(other))
 
 
-def padded(batch, width, fill):
-    ids = torch.full((len(batch["input_ids"]), width), fill)
-    mask = torch.zeros_like(ids)
-    ids[:, : batch["input_ids"].shape[1]] = batch["input_ids"]
-    mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
-    return {"input_ids": torch.where(mask == 0, fill, ids), "attention_mask": mask}
-
-
-@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForTokenClassification, BertForMaskedLM, BertModel])
-def test_padding_and_what_stands_there_do_not_matter(cls):
-    model = bert(cls).double()
-    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches_of(model)]
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "Model"])
+def test_padding_and_what_stands_there_do_not_matter(head):
+    model = bert(f"Bert{head}")
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded_batches(model)]
     longer = [[padded(batch, 30, fill=fill) for batch in batches] for fill in (7, 11)]
     # Noise is drawn for padding too, where every token has a prediction.
-    given = (batches, longer[0]) if cls is BertForSequenceClassification else longer
+    given = (batches, longer[0]) if head == "ForSequenceClassification" else longer
     (plan, small), (again, other) = (pruned(model, 0.5, batches=each) for each in given)
     assert plan == again
-    after = state(other)
-    for name, value in state(small).items():
+    after = snapshot(other)
+    for name, value in snapshot(small).items():
         torch.testing.assert_close(value, after[name], rtol=1e-9, atol=1e-9)
 
 
 def test_the_model_that_is_passed_in_stays_as_it_is():
     model = bert()
     model.classifier.bias.requires_grad_(False)
-    before = state(model)
+    before = snapshot(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     noise = torch.random.get_rng_state()
     pruned(model, 0.5)
     assert torch.equal(torch.random.get_rng_state(), noise)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert list(model.state_dict()) == list(before)
+    assert is_unchanged(model, before)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(parameter.grad is None for parameter in model.parameters())
     assert masks_of(model) is None
@@ -267,31 +217,26 @@ def test_a_compacted_model_is_pruned_further():
     values["layers.1.attention"][0] = 0
     values["layers.2.ffn"][0] = 0
     model = compact(whole, Plan.from_values(structure, values))
-    structure, cost = cost_of(model)
     plan, small = pruned(model, 0.4)
-    plan.check(structure)
-    wanted = 0.6 * cost.exact(structure.sizes)
-    assert abs(cost.exact(plan.kept) - wanted) <= largest_unit(structure, cost)
+    plan.check(structure_of(model))
+    check_budget(model, plan, 0.4)
     assert structure_of(small)["hidden"].size == 18
-    repaired, cut = (residual_distances(model, each, batches_of(model)) for each in (small, compact(model, plan)))
+    repaired, cut = (residual_distances(model, each, padded_batches(model)) for each in (small, compact(model, plan)))
     assert repaired[-1] < cut[-1]
 
 
 def test_attention_goes_as_a_whole_where_layers_may_and_heads_may_not():
     model = bert(num_hidden_layers=3)
-    structure, cost = cost_of(model)
     plan, _ = pruned(model, 0.8, units=("layer", "intermediate"))
-    wanted = 0.2 * cost.exact(structure.sizes)
-    assert abs(cost.exact(plan.kept) - wanted) <= largest_unit(structure, cost)
-    kept = [plan.kept[f"layers.{layer}.heads"] for layer in range(3)]
-    assert set(kept) == {0, structure["layers.0.heads"].size}
+    check_budget(model, plan, 0.8)
+    assert {plan.kept[f"layers.{layer}.heads"] for layer in range(3)} == {0, 4}
 
 
 def test_round_sizes_are_met_in_rounds():
     model = bert(num_hidden_layers=3, intermediate_size=160)
     structure, cost = cost_of(model)
     target = Target.of(structure, 0.8, round_to=2)
-    plan, small = RoundPruning(model, structure, batches_of(model), target).run()
+    plan, small = RoundPruning(model, structure, padded_batches(model), target).run()
     assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(0.8, abs=target.tolerance)
     for layer in range(3):
         assert plan.kept[f"layers.{layer}.intermediate"] % 2 == 0
@@ -319,28 +264,25 @@ def test_costs_that_are_not_linear_are_met_in_rounds():
     structure = structure_of(model)
     SIZE = structure.sizes
     target = Target.create("target_sparsity", 0.6, Rooted, Rooted(structure).exact(structure.sizes))
-    plan, small = RoundPruning(model, structure, batches_of(model), target).run()
+    plan, small = RoundPruning(model, structure, padded_batches(model), target).run()
     assert target.kept_share(structure_of(small)) == pytest.approx(0.4, abs=target.tolerance)
     assert Rooted(structure).exact(plan.kept) / target.total == pytest.approx(0.4, abs=target.tolerance)
 
 
-@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM, BertModel])
-def test_a_model_with_one_layer_and_any_head(cls):
-    model = bert(cls, num_hidden_layers=1)
-    structure, cost = cost_of(model)
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForMaskedLM", "Model"])
+def test_a_model_with_one_layer_and_any_head(head):
+    model = bert(f"Bert{head}", num_hidden_layers=1)
     plan, small = pruned(model, 0.5, units=INNER)
-    wanted = 0.5 * cost.exact(structure.sizes)
-    assert abs(cost.exact(plan.kept) - wanted) <= largest_unit(structure, cost)
+    check_budget(model, plan, 0.5)
     with torch.no_grad():
-        assert all(torch.isfinite(part).all() for part in small(**batches_of(model, 1)[0]).to_tuple())
+        assert all(torch.isfinite(part).all() for part in small(**padded_batches(model, 1)[0]).to_tuple())
 
 
 def test_the_seed_decides():
     model = bert()
     (plan, small), (again, same) = (pruned(copy.deepcopy(model), 0.5, seed=3) for _ in range(2))
     assert plan == again
-    other = state(same)
-    assert all(torch.equal(value, other[name]) for name, value in state(small).items())
+    assert is_unchanged(small, snapshot(same))
 
 
 def test_statistics_that_are_not_finite_are_refused_by_name():
@@ -366,7 +308,7 @@ def test_progress_rises_to_one():
     model = bert(num_hidden_layers=3)
     told = []
     structure = structure_of(model)
-    RoundPruning(model, structure, batches_of(model), Target.of(structure, 0.8)).run(told.append)
+    RoundPruning(model, structure, padded_batches(model), Target.of(structure, 0.8)).run(told.append)
     assert told == sorted(set(told))
     assert len(told) == 2 * 3  # sweeps and layers
     assert told[-1] == 1
@@ -374,7 +316,7 @@ def test_progress_rises_to_one():
 
 def test_calibration_takes_as_much_as_is_needed_and_no_labels(monkeypatch):
     model = bert()
-    rows = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches_of(model, 6)]
+    rows = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in padded_batches(model, 6)]
     taken = calibration(model, structure_of(model), rows)
     assert len(taken) == 6
     for batch, row in zip(taken, rows, strict=True):

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
+from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
+from cofiprune.data.batches import Batches
 from cofiprune.errors import SettingsError, TrainingError
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
-from cofiprune.selection.target import check_fraction
+from cofiprune.selection.target import Target, check_fraction
 from cofiprune.structure import Structure
+from cofiprune.training.arguments import (
+    check_learnable,
+    check_trainable,
+    check_weights,
+    resolve_teacher,
+    take_masks_off,
+    target_for,
+)
 from cofiprune.training.checkpoint import SavedRun
-from cofiprune.training.checks import check_learnable, check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
-from cofiprune.training.result import PruneResult
+from cofiprune.training.result import PruneResult, metrics_of
 from cofiprune.training.start import one_shot
-from cofiprune.training.targets import target_for
 from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
-from cofiprune.training.trainer.run import CallbackRun, bring_in, gate_learner, load_beside, put_back
+from cofiprune.training.trainer.forward import RemainingMasks
+from cofiprune.training.trainer.run import CallbackRun, bring_in, load_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,29 +121,47 @@ class PruningCallback(TrainerCallback):
         Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)  # whether there are enough of them
         saved = self._saved(args, state, model, structure)
         take_masks_off(model, quietly=saved is not None)
+        with ExitStack() as undo:
+            learner = self._learner(model, structure, target, rows, facts, saved, undo)
+            run = CallbackRun(model, learner, teacher, rows, args, undo)
+            if self.teacher == "self" and teacher is not None:
+                run.state.modules["teacher"] = teacher
+            if saved is not None:
+                run.restore(saved)
+            run.undo = run.hooks.undo = undo.pop_all()  # the first step may still go wrong
+        self._run = run
+
+    def _learner(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        target: Target,
+        rows: Batches | None,
+        facts: Facts,
+        saved: SavedRun | None,
+        undo: ExitStack,
+    ) -> GateLearner:
+        """Prune in one shot, or as a saved run was; set up gates over what is left of the model.
+
+        :param undo: will make the model what it was.
+        """
         start = None
         if saved is None and rows is not None:
-            start = one_shot(model, structure, rows, settings, target)
+            start = one_shot(model, structure, rows, resolve(self.config, facts), target)
         plan = Plan.from_values(structure, {}) if start is None else start[1]
         if saved is not None:
             plan = Plan.from_dict(saved.extra["start"])
         settings = resolve(self.config, replace(facts, from_one_shot=plan.kept != structure.sizes))
         schedule = Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)
-        masks, replaced = attach_to(model, structure), {} if start is None else bring_in(model, structure, *start)
-        try:
-            learner = gate_learner(model, masks, plan, target, settings, schedule)
-            if settings.warm_start and saved is None and rows is not None:
-                learner.order(model, learner.masks, rows)
-            run = CallbackRun(model, learner, teacher, rows, args, replaced=replaced)
-            if self.teacher == "self" and teacher is not None:
-                run.state.modules["teacher"] = teacher
-            if saved is not None:
-                run.restore(saved)
-        except BaseException:
-            put_back(model, replaced)
-            masks.detach()
-            raise
-        self._run = run
+        masks = attach_to(model, structure)
+        undo.callback(masks.detach)
+        if start is not None:
+            bring_in(model, structure, *start, undo)
+        share = 1 - sparsity(layer_parameters(structure), structure, plan.kept)
+        learner = GateLearner(RemainingMasks(masks, plan), target, settings, schedule, layers_left=share)
+        if settings.warm_start and saved is None and rows is not None:
+            learner.order(model, learner.masks, rows)
+        return learner
 
     def _facts(self, args: Any, state: Any, structure: Structure, *, labelled: bool) -> Facts:
         """Gather what settings depend on.
@@ -205,7 +234,8 @@ class PruningCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model with masks of zeros and ones of exactly the target sparsity."""
         run = self._running()
-        if run.plan is None:
+        plan = run.plan
+        if plan is None:
             warnings.warn(
                 f"training stopped after {state.global_step} of {state.max_steps} steps, before the structure was "
                 "decided: the model is cut to the target now, and was not trained so. What is left recovers with "
@@ -213,18 +243,17 @@ class PruningCallback(TrainerCallback):
                 UserWarning,
                 stacklevel=2,
             )
-            run.decide()
-        assert run.plan is not None
+            plan = run.decide()
         run.finish()
         best = state.best_global_step if args.load_best_model_at_end else None
-        evaluated = [entry for entry in run.state.history if entry["phase"] == "recover" and _is_evaluation(entry)]
-        last: dict[str, Any] = next((entry for entry in reversed(evaluated) if best in (None, entry["step"])), {})
+        decided = [entry for entry in run.state.history if entry["phase"] == "recover"]
+        metrics = {name: value for name, value in metrics_of(decided, best).items() if not name.endswith(_SPEED)}
         self.result = PruneResult(
             run.model,
-            run.plan,
+            plan,
             run.masks.dense.sparsity(),
             run.masks.dense.model_sparsity(),
-            {name: value for name, value in last.items() if name.startswith("eval_") and not name.endswith(_SPEED)},
+            metrics,
             run.state.history,
             run.seconds,
             best,

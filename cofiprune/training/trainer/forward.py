@@ -6,10 +6,10 @@ not. `RemainingMasks` lets gates over what one shot has left act on the dense mo
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,12 @@ from cofiprune.data.tasks import forward_names, supported_kwargs
 from cofiprune.errors import TrainingError
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
-from cofiprune.structure import Structure
+from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
+from cofiprune.training.state import RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from cofiprune.training.checkpoint import RunState
-    from cofiprune.training.learner import GateLearner
 
 _DRAWS = 1 << 16
 """More forwards than any step has: the noise of step s is drawn by the numbers from s * _DRAWS on."""
@@ -33,17 +31,14 @@ _COUNT = "num_items_in_batch"
 """The argument by which the Trainer asks a model to scale its loss for gradient accumulation by itself."""
 
 
-class HookedRun(Protocol):
-    """The state of a run that its hooks read and change."""
-
-    model: PreTrainedModel
-    learner: GateLearner
-    args: Any
-    """The Trainer's."""
-    state: RunState
-
-    def put_back(self) -> None:
-        """Give the model the weights that it came with."""
+@contextmanager
+def undoing(undo: ExitStack) -> Iterator[None]:
+    """Undo what was done to a model when its training turns out to be impossible."""
+    try:
+        yield
+    except TrainingError:
+        undo.close()
+        raise
 
 
 class ForwardHooks:
@@ -53,15 +48,27 @@ class ForwardHooks:
     the model's own.
     """
 
-    def __init__(self, run: HookedRun, objective: Objective | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        learner: GateLearner,
+        objective: Objective | None,
+        state: RunState,
+        args: Any,
+        undo: ExitStack,
+    ) -> None:
         """Install the hooks; they go with the masks that the gates set.
 
         :param objective: the loss with a teacher; None to leave the model's loss alone.
+        :param state: gets the parts of the loss.
+        :param args: the Trainer's arguments.
         """
-        self.run = run
-        self.model = model = run.model
-        self.learner = run.learner
+        self.model = model
+        self.learner = learner
         self.objective = objective
+        self.state = state
+        self.args = args
+        self.undo = undo
         self.gated = False
         """The gates are learning now."""
         self.step = 0
@@ -79,31 +86,21 @@ class ForwardHooks:
             lambda module, args, kwargs: self._before(module, args, kwargs), with_kwargs=True
         )
         after = model.register_forward_hook(
-            lambda module, args, kwargs, output: self._answered(module, kwargs, output), with_kwargs=True
+            lambda module, args, kwargs, output: self._after(module, kwargs, output), with_kwargs=True
         )
         self._handles = [before, after]
-        self.learner.masks.on_detach.append(self.remove)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHooks:
-        """Copy the handles alone, by which a copy of the model takes the hooks off with its masks; not the run."""
-        copied = ForwardHooks.__new__(ForwardHooks)
-        copied._handles = copy.deepcopy(self._handles, memo)
-        return copied
+        learner.masks.on_detach += [handle.remove for handle in self._handles]
 
     def remove(self) -> None:
-        """Take the hooks off; calling it twice does nothing more."""
-        while self._handles:
-            self._handles.pop().remove()
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
     def begin(self, step: int, *, gated: bool, share: float) -> None:
         """Say which optimiser step the next forwards belong to."""
         self.step, self.gated, self.share = step, gated, share
         self.teacher_used = False
         self.draws = 0
-
-    def end(self) -> None:
-        """Drop the samples of the step, whose graph is of no use any more."""
-        self.learner.masks.unbind()
 
     def _learns(self, module: nn.Module) -> bool:
         return module.training and torch.is_grad_enabled()
@@ -130,28 +127,16 @@ class ForwardHooks:
             changed["output_hidden_states"] = True
         return (), changed
 
-    def _answered(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
-        try:
-            return self._after(module, kwargs, output)
-        except TrainingError:
-            self.run.put_back()
-            raise
-
     def _after(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
         if module is not self.model or self.objective is None or not self._learns(module):
             return None
-        if self.objective.label_weight and output.get("loss") is None:
-            raise TrainingError(
-                f"in training, the {type(self.model).__name__} was called without labels, so that its loss is computed "
-                "outside of it, where the teacher's part cannot be added: leave out compute_loss_func and "
-                "label_smoothing_factor, or the teacher, or pass label_weight=0"
-            )
         batch = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        args = self.run.args  # the Trainer's autocast ends with the model's forward
-        kind = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(self.model.device.type, dtype=kind, enabled=bool(args.bf16 or args.fp16)):
+        kind = torch.bfloat16 if self.args.bf16 else torch.float16
+        half = bool(self.args.bf16 or self.args.fp16)  # the Trainer's autocast ends with the model's forward
+        with undoing(self.undo), torch.autocast(self.model.device.type, dtype=kind, enabled=half):
+            self._check_labels(self.objective, output)
             parts = self.objective.of(output, batch, self.learner.alive_layers())
-        self.run.state.sums.add({name: value.detach() for name, value in parts.items() if name != "loss"})
+        self.state.sums.add({name: value.detach() for name, value in parts.items() if name != "loss"})
         loss = parts["loss"] * (self.share if self._counted else 1.0)
         if loss.requires_grad:
             loss.register_hook(lambda gradient: self._note_use())  # type: ignore[no-untyped-call]
@@ -161,6 +146,14 @@ class ForwardHooks:
         # The outputs of an encoder without a head have no such field, and rebuilding them elsewhere would miss it.
         return type(output)(**found) if "loss" in {field.name for field in fields(output)} else found
 
+    def _check_labels(self, objective: Objective, output: Any) -> None:
+        if objective.label_weight and output.get("loss") is None:
+            raise TrainingError(
+                f"in training, the {type(self.model).__name__} was called without labels, so that its loss is computed "
+                "outside of it, where the teacher's part cannot be added: leave out compute_loss_func and "
+                "label_smoothing_factor, or the teacher, or pass label_weight=0"
+            )
+
     def _note_use(self) -> None:
         self.teacher_used = True
 
@@ -168,13 +161,12 @@ class ForwardHooks:
 class RemainingMasks(MaskRegistry):
     """The masks of a smaller model, [kept units] by group name, that act on the dense one."""
 
-    def __init__(self, dense: MaskRegistry, plan: Plan, left: Structure) -> None:
+    def __init__(self, dense: MaskRegistry, plan: Plan) -> None:
         """Take out of the dense model what a plan removes; the rest is all ones.
 
         :param dense: attached to the model, all groups.
-        :param plan: what is kept of it.
-        :param left: the structure of the model that the plan leaves.
         """
+        left = dense.structure.cut(plan.kept)
         values = next(iter(dense.values()))
         super().__init__(left, list(left), device=values.device, dtype=values.dtype)
         self.dense = dense

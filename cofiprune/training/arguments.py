@@ -1,26 +1,29 @@
-"""Checks of arguments, before anything is changed."""
+"""Arguments of a run, checked against its model before anything is changed: weights, what is learned from, target."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 
+from cofiprune import accounting
+from cofiprune.compaction.uniform_config import config_names
 from cofiprune.data.batches import Batches, RowBatches
-from cofiprune.data.checks import check
-from cofiprune.data.prepare import prepare
-from cofiprune.data.tasks import label_names, supported_kwargs, task_of
-from cofiprune.errors import CheckpointError, DataError, SettingsError, TeacherError, TrainingError, suggest
+from cofiprune.data.checks import check, longest_sequence
+from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.data.tasks import supported_kwargs, task_of
+from cofiprune.errors import DataError, SettingsError, TeacherError, TrainingError
+from cofiprune.latency.measuring import conditions_of
+from cofiprune.latency.target import best_multiple, latency_target
 from cofiprune.masking import masks_of
-from cofiprune.measure.evaluation import evaluate_batches
-from cofiprune.training.checkpoint import has_checkpoints
+from cofiprune.measure.benchmark import seen_length
+from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.objective import hidden_width
 from cofiprune.training.resolved import ResolvedSettings
@@ -28,7 +31,13 @@ from cofiprune.training.resolved import ResolvedSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Evaluate = Callable[[nn.Module], dict[str, float]]
+_IN_TIME = ("target_speedup", "target_latency_ms")
+_ROUND = 8
+"""Sizes that matrix kernels like, where the target is a time: others take longer than the next one. Tensor cores of
+NVIDIA's GPUs take 16-bit matrices in pieces of 8. On an AMD EPYC in float32, a feed-forward block of 135 dimensions
+takes 1.06 times (128 positions) to 1.26 times (4096) as long as one of 136."""
+_KINDS = {"multi-label": "classification", "regression": "classification"}
+"""Tasks that one class of models serves, depending on its configuration and its labels."""
 
 
 def take_masks_off(model: nn.Module, *, quietly: bool = False, stacklevel: int = 4) -> None:
@@ -95,39 +104,6 @@ def _is_reentrant(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))
 
 
-def check_callbacks(callbacks: Any) -> tuple[Callable[[dict[str, Any]], None], ...]:
-    """Return the callbacks as a tuple.
-
-    :raises SettingsError: for anything that cannot be called.
-    """
-    found = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
-    wrong = next((item for item in found if not callable(item)), None)
-    if wrong is not None:
-        raise SettingsError(f"callbacks takes functions that are called with each entry of the history, not {wrong!r}")
-    return found
-
-
-def check_output_dir(output_dir: str | Path | None, *, resume: bool) -> Path | None:
-    """Make sure that checkpoints can be written, and that none of another run are in the way.
-
-    :raises SettingsError: when the folder cannot be made, or is missing where a run is to be resumed.
-    :raises CheckpointError: when a new run would mix its checkpoints with those of an earlier one.
-    """
-    if output_dir is None:
-        if resume:
-            raise SettingsError("resume=True needs the output_dir that holds the checkpoints")
-        return None
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"output_dir={str(output_dir)!r} is a file; it takes a folder")
-    if not resume and has_checkpoints(folder):
-        raise CheckpointError(
-            f"{folder} holds checkpoints of an earlier run: pass resume=True to go on with that run, or choose "
-            "another output_dir, or delete them"
-        )
-    return folder
-
-
 def check_learnable(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -143,17 +119,19 @@ def check_learnable(
     :raises DataError: when labels are asked for and not there.
     :raises TeacherError: when the teacher has nothing to say to the student's head or cannot read the data.
     """
-    if settings.label_weight and not batches.labelled:
-        raise DataError(f"label_weight={settings.label_weight:g} asks for labels, and train_dataset has none")
-    labels = settings.label_weight
-    if teacher is not None and settings.distill_layers_weight:
-        check_states(student)
-        check_states(teacher)
+    labels, logits, layers = settings.label_weight, settings.distill_logits_weight, settings.distill_layers_weight
+    if labels and not batches.labelled:
+        raise DataError(f"label_weight={labels:g} asks for labels, and train_dataset has none")
     if teacher is None:
         if not labels:
             raise SettingsError("label_weight=0 without a teacher leaves nothing to learn from; pass a teacher")
         return
-    logits, layers = settings.distill_logits_weight, settings.distill_layers_weight
+    mute = [each for each in (student, teacher) if not supported_kwargs(each, output_hidden_states=True)]
+    if layers and mute:
+        raise SettingsError(
+            f"{type(mute[0]).__name__}.forward takes no output_hidden_states, so that the states of its layers cannot "
+            "be distilled: add it, as the models of transformers have it, or set distill_layers_weight=0"
+        )
     if not (labels or logits or layers):
         raise SettingsError(
             "nothing to learn from: label_weight, distill_logits_weight and distill_layers_weight are 0"
@@ -176,105 +154,6 @@ def check_learnable(
             check(batches.rows, teacher, "other")
         except DataError as error:
             raise TeacherError(f"the teacher cannot read train_dataset: {error}") from None
-
-
-def check_states(model: PreTrainedModel) -> None:
-    """Make sure that a model gives the states of its layers when it is asked for them.
-
-    :raises SettingsError: when its forward does not take the question.
-    """
-    if not supported_kwargs(model, output_hidden_states=True):
-        raise SettingsError(
-            f"{type(model).__name__}.forward takes no output_hidden_states, so that the states of its layers cannot be "
-            "distilled: add it, as the models of transformers have it, or set distill_layers_weight=0"
-        )
-
-
-def held_out(
-    model: PreTrainedModel,
-    dataset: Any,
-    config: PruneConfig,
-    collator: Callable[[list[Any]], Any] | None,
-    compute_metrics: Callable[[Any], dict[str, float]] | None,
-) -> Evaluate | None:
-    """Return what evaluates a model on the checked evaluation set; None without one.
-
-    :raises DataError: when it does not fit the model, or there is nothing to measure.
-    """
-    if dataset is None:
-        return None
-    size, name = config.eval_batch_size, "eval_dataset"
-    batches = prepare(dataset, model, batch_size=size, collator=collator, need_labels=False, name=name)
-    if not batches.labelled and compute_metrics is None:
-        expected = " and ".join(map(repr, label_names(model))) or "labels (it has no head)"
-        raise DataError(
-            f"eval_dataset: there is nothing to measure: {type(model).__name__} takes {expected}, which the rows lack. "
-            "Pass a compute_metrics, or leave the set out"
-        )
-
-    def evaluate(trained: nn.Module) -> dict[str, float]:
-        found = evaluate_batches(trained, batches, compute_metrics=compute_metrics)  # type: ignore[arg-type]
-        return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
-
-    return evaluate
-
-
-def accelerator_for(config: PruneConfig) -> Accelerator:
-    """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one.
-
-    :raises SettingsError: for a precision that this machine does not have.
-    """
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
-    # Which parts of a model a batch uses depends on its head (an unused pooler, say).
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
-
-
-def check_compile(config: PruneConfig, device: torch.device) -> None:
-    """Compile something small, where the settings ask for compiled training steps.
-
-    :raises SettingsError: when the backend is unknown, or cannot work on this machine.
-    """
-    if not config.torch_compile:
-        if config.torch_compile_backend != "inductor":
-            raise SettingsError("torch_compile_backend says what compiles, and needs torch_compile=True")
-        return
-    known = torch.compiler.list_backends(exclude_tags=())
-    if config.torch_compile_backend not in known:
-        near = suggest(config.torch_compile_backend, known)
-        raise SettingsError(
-            f"unknown torch_compile_backend {config.torch_compile_backend!r}.{near} Choose among {', '.join(known)}"
-        )
-    try:
-        torch.compile(_smallest, backend=config.torch_compile_backend)(torch.ones(2, device=device, requires_grad=True))
-    except Exception as error:
-        needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
-        reason = " ".join(str(error).split("\n")[:2]).strip()
-        raise SettingsError(
-            f"torch_compile=True does not work here ({reason}); its default backend needs {needed}"
-        ) from error
-
-
-def _smallest(values: Tensor) -> Tensor:
-    return (values * 2).sin().sum()
-
-
-def metric_name(metric: str, values: Iterable[str]) -> str:
-    """Return the name under which an evaluation gives a metric, with or without the prefix `eval_`.
-
-    :raises SettingsError: when it gives no such metric.
-    """
-    found = next((name for name in values if name in (metric, f"eval_{metric}")), None)
-    if found is None:
-        known = [name.removeprefix("eval_") for name in values if name.startswith("eval_")]
-        raise SettingsError(
-            f"metric_for_best_model={metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
-            f"{suggest(metric, known)} compute_metrics can add others"
-        )
-    return found
 
 
 def resolve_teacher(
@@ -320,5 +199,48 @@ def resolve_teacher(
     return teacher
 
 
-_KINDS = {"multi-label": "classification", "regression": "classification"}
-"""Tasks that one class of models serves, depending on its configuration and its labels."""
+def target_for(model: PreTrainedModel, structure: Structure, config: PruneConfig, name: str, value: float) -> Target:
+    """Make the target that a run was asked for; a target in time is measured, which can take minutes.
+
+    :param name: of the argument; see `parse_target`.
+    :raises TargetError: for a value that means nothing to remove.
+    :raises PlanError: for `uniform` where the model's configuration cannot say such a shape.
+    """
+    length = counted_length(model, config)
+    if name in _IN_TIME:
+        conditions = conditions_of(
+            model,
+            structure,
+            batch_size=config.target_batch_size,
+            seq_len=length,
+            cut_hidden=any(group.kind == "hidden" for group in structure.select(config.units)),
+        )
+        target = latency_target(model, structure, name, value, conditions, cache=config.latency_cache)
+    elif name == "target_macs":
+        target = _macs(model, structure, length, value)
+    else:
+        cost = accounting.layer_parameters if name == "target_sparsity" else accounting.model_parameters
+        target = Target.create(name, value, cost, cost(structure).exact(structure.sizes))
+    multiple = config.round_to
+    if multiple == "auto":
+        multiple = best_multiple(model, structure, rows=config.target_batch_size * length)
+    elif multiple is None:
+        multiple = _ROUND if name in _IN_TIME else 1
+    target = replace(target, round_to=multiple)
+    if not config.uniform:
+        return target
+    return replace(target, uniform=True, tied_heads=config_names(model, structure).head_dim is None)
+
+
+def counted_length(model: PreTrainedModel, config: PruneConfig) -> int:
+    """Return the length at which operations are counted and time is measured: as long as the model reads, at most."""
+    longest = longest_sequence(model)
+    return config.target_seq_len if longest is None else min(config.target_seq_len, longest)
+
+
+def _macs(model: PreTrainedModel, structure: Structure, length: int, value: float) -> Target:
+    inputs = synthetic_inputs(model, batch_size=1, seq_len=length, generator=torch.Generator())
+    seq_len = seen_length(model, structure, inputs, length)
+    setting = f"at {seq_len} tokens"
+    cost = partial(accounting.model_macs, seq_len=seq_len)
+    return Target.create("target_macs", value, cost, cost(structure).exact(structure.sizes), setting=setting)
