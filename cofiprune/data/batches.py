@@ -36,7 +36,7 @@ _MEGABATCH = 50
 
 
 class Batches(ABC):
-    """Batches on the CPU, epoch after epoch: iterating gives one epoch from where `skip` says."""
+    """Batches on the CPU, epoch after epoch; iterating gives the first epoch."""
 
     def __init__(self, task: Task, *, labelled: bool, seed: int) -> None:
         self.task: Task = task
@@ -44,8 +44,6 @@ class Batches(ABC):
         self.labelled = labelled
         """True for batches with labels, from which the model computes its loss."""
         self.seed = seed
-        self.epoch = 0
-        self._start = 0
         self._rank, self._processes = 0, 1
 
     @property
@@ -54,32 +52,15 @@ class Batches(ABC):
         """Number of batches of an epoch over all processes."""
 
     @abstractmethod
-    def _iterate(self, start: int) -> Iterator[Batch]:
-        """Give the batches of this process from position `start` on."""
-
-    def __len__(self) -> int:
-        """Number of batches of a whole epoch in this process, whatever `skip` says."""
-        return -(-self.total // self._processes)
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Give the batches of an epoch in this process, from position `start` on; both count from 0."""
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._start = self._start, 0
-        return self._iterate(start)
+        return self.epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration; epochs count from 0."""
-        self.epoch = epoch
-
-    def skip(self, batches: int) -> None:
-        """Let the next iteration begin at a position in the epoch, as if `batches` had been taken already."""
-        if not 0 <= batches <= len(self):
-            raise ValueError(f"cannot skip {batches} batches of an epoch of {len(self)}")
-        self._start = batches
-
-    def from_start(self) -> Self:
-        """Return these batches, the next iteration of which begins with the first batch of the first epoch."""
-        self.set_epoch(0)
-        self.skip(0)
-        return self
+    def __len__(self) -> int:
+        """Number of batches of a whole epoch in this process."""
+        return -(-self.total // self._processes)
 
     def shard(self, rank: int, processes: int) -> Self:
         """Return the part of one of several processes; every part has the same number of batches.
@@ -142,11 +123,11 @@ class RowBatches(Batches):
         part.batch_size = batch_size
         return part
 
-    def indices(self) -> list[list[int]]:
-        """Return the rows of each batch of this epoch in this process."""
+    def indices(self, epoch: int = 0) -> list[list[int]]:
+        """Return the rows of each batch of an epoch in this process."""
         everything = np.arange(len(self.rows))
         if self.shuffle:
-            order = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, self.epoch, self._processes)
+            order = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, epoch, self._processes)
         elif self.lengths is not None:
             # The longest first: what does not fit into memory fails at once, not at the end.
             order = _cut(everything[np.argsort(-self.lengths, kind="stable")], self.batch_size)
@@ -155,8 +136,8 @@ class RowBatches(Batches):
         own = range(self._rank, len(self) * self._processes, self._processes)
         return [order[position % len(order)].tolist() for position in own]
 
-    def _iterate(self, start: int) -> Iterator[Batch]:
-        for indices in self.indices()[start:]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        for indices in self.indices(number)[start:]:
             with located(f"among the rows {indices[:8]}: "):
                 batch = self.collate([self.rows[index] for index in indices])
             yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
@@ -190,22 +171,22 @@ class LoaderBatches(Batches):
         alone = isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
         return super().shard(*((0, 1) if alone else (rank, processes)))
 
-    def _iterate(self, start: int) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
-            set_epoch(self.epoch)
+            set_epoch(number)
         # Past its end an epoch begins again, so that every process has the same number of batches.
-        endless = itertools.chain.from_iterable(self._epoch() for _ in itertools.repeat(None))
+        endless = itertools.chain.from_iterable(self._drawn(number) for _ in itertools.repeat(None))
         own = itertools.islice(endless, self._rank, len(self) * self._processes, self._processes)
-        for number, batch in enumerate(itertools.islice(own, start, None), start):
-            with located(f"in batch {number}: "):
+        for position, batch in enumerate(itertools.islice(own, start, None), start):
+            with located(f"in batch {position}: "):
                 accepted = self.accept(batch)
             yield accepted
 
-    def _epoch(self) -> Iterator[Mapping[str, Any]]:
+    def _drawn(self, epoch: int) -> Iterator[Mapping[str, Any]]:
         # Samplers draw their order from the global generator when the first batch is asked for.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mixed(self.seed, self.epoch))
+            torch.manual_seed(_mixed(self.seed, epoch))
             iterator = iter(self.loader)
             first = list(itertools.islice(iterator, 1))
         yield from first

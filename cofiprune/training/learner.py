@@ -98,7 +98,7 @@ class GateLearner(nn.Module):
         :param model: that learns, or that computes the same; `masks` are attached to it, all ones.
         """
         names = [group.name for group in self.gates.groups]
-        importance = measured_importance(model, masks, names, batches.from_start(), seed=self.settings.seed)
+        importance = measured_importance(model, masks, names, batches, seed=self.settings.seed)
         self.gates.initialise_from(importance, spread=self.settings.warm_start_spread)
 
     def groups(self) -> list[dict[str, Any]]:

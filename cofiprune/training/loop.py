@@ -96,10 +96,8 @@ class Loop:
         batches, size = self.run.batches, self.run.settings.gradient_accumulation_steps
         while True:
             epoch, done = divmod(self.state.batches_seen, len(batches))
-            batches.set_epoch(epoch)
-            batches.skip(done)
             group: list[Batch] = []
-            for position, batch in enumerate(batches, start=done + 1):
+            for position, batch in enumerate(batches.epoch(epoch, done), start=done + 1):
                 group.append(batch)
                 if len(group) == size or position == len(batches):
                     self.state.batches_seen += len(group)

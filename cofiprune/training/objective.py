@@ -273,7 +273,7 @@ def fitted_projection(student: PreTrainedModel, teacher: PreTrainedModel, batche
     device = student.device
     gram: Tensor | None = None
     with evaluating(student):
-        for batch in itertools.islice(batches.from_start(), _FIT_BATCHES):
+        for batch in itertools.islice(batches, _FIT_BATCHES):
             inputs = {name: value.to(device) for name, value in model_inputs(batch, student).items()}
             ours = student(
                 **inputs, **supported_kwargs(student, output_hidden_states=True, return_dict=True)

@@ -76,7 +76,7 @@ def _check_before(run: Run) -> None:
             "no epochs are left for it by finetune_epochs and freeze_epochs"
         )
     if settings.method != "one-shot" and settings.repair is True:
-        calibration(run.model, run.structure, run.calibration.from_start())  # raises where there are too few rows
+        calibration(run.model, run.structure, run.calibration)  # raises where there are too few rows
 
 
 def train(run: Run) -> None:
@@ -109,7 +109,7 @@ def pick_method(run: Run, target: Target) -> None:
     elif config.time_budget is None:
         choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
     else:
-        batches, steps = run.batches.from_start(), run.steps_in(run.batches)
+        batches, steps = run.batches, run.steps_in(run.batches)
         pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
         choice = choose(pace, config.time_budget, share=1 - target.share)
     if saved is not None and run.accelerator.is_main_process:
@@ -246,7 +246,7 @@ def reconstruct(run: Run, decided: Plan) -> None:
 
     What is reproduced is the model under its gates where weights were trained along with them, else the dense one.
     """
-    rows = calibration(run.small, run.small_structure, run.calibration.from_start())
+    rows = calibration(run.small, run.small_structure, run.calibration)
     small = compacted(run.small, run.small_structure, decided)
     dense, structure, plan = run.small, run.small_structure, decided
     if not run.settings.trains_weights:

@@ -341,5 +341,4 @@ class Run:
 def _first(batches: Batches, count: int) -> Iterator[Batch]:
     """Give the batches that were taken first, over all epochs."""
     for epoch in range(-(-count // len(batches))):
-        batches.from_start().set_epoch(epoch)
-        yield from itertools.islice(batches, count - epoch * len(batches))
+        yield from itertools.islice(batches.epoch(epoch), count - epoch * len(batches))

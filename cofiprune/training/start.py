@@ -277,7 +277,7 @@ def _prune(
 ) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome."""
     processes = PartialState()
-    rows = calibration(model, structure, batches.from_start())
+    rows = calibration(model, structure, batches)
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
     if processes.is_main_process:

@@ -168,19 +168,16 @@ def test_order_depends_on_seed_and_epoch_alone():
     batches = prepare(rows_of([2, 9, 4, 7] * 30), bert(), batch_size=4, shuffle=True, seed=7)
     first = batches.indices()
     assert first == prepare(rows_of([2, 9, 4, 7] * 30), bert(), batch_size=4, shuffle=True, seed=7).indices()
-    batches.set_epoch(1)
-    assert first != batches.indices()
-    assert sorted(index for batch in batches.indices() for index in batch) == list(range(120))
+    assert first != batches.indices(1)
+    assert sorted(index for batch in batches.indices(1) for index in batch) == list(range(120))
 
 
-def test_skip_takes_up_an_epoch_and_counts_once():
+def test_an_epoch_can_be_taken_up_anywhere():
     batches = prepare(rows_of(range(1, 13)), bert(), batch_size=2, shuffle=True)
     whole = taken(batches)
-    batches.skip(4)
-    assert taken(batches) == whole[8:]
+    assert taken(batches.epoch(0, 4)) == whole[8:]
+    assert taken(batches.epoch(0, 6)) == []
     assert taken(batches) == whole
-    with pytest.raises(ValueError, match="cannot skip 7"):
-        batches.skip(7)
 
 
 def test_a_users_loader_is_reproducible_and_can_be_taken_up():
@@ -196,10 +193,8 @@ def test_a_users_loader_is_reproducible_and_can_be_taken_up():
     batches = prepare(loader, bert(), batch_size=99)
     before = torch.random.get_rng_state()
     whole = taken(batches)
-    batches.skip(4)
-    assert taken(batches) == whole[8:]
-    batches.set_epoch(1)
-    assert taken(batches) != whole
+    assert taken(batches.epoch(0, 4)) == whole[8:]
+    assert taken(batches.epoch(1)) != whole
     assert torch.equal(before, torch.random.get_rng_state())
     parts = [taken(batches.shard(rank, 4)) for rank in range(4)]
     assert [len(part) for part in parts] == [4] * 4  # 6 batches: two of them are given twice
