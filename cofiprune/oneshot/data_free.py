@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -50,19 +49,6 @@ _HELD_OUT = 4
 """One position in so many, on top of the samples, is for measuring; as many again are enough for importance."""
 
 
-@dataclass(frozen=True)
-class OneShotReport:
-    """Outcome of pruning without data."""
-
-    plan: Plan
-    """Units that stay; without scales, and within 0.005 of the target."""
-    divergence_before: float | None = None
-    """Distance of the pruned model's outputs from the teacher's on held-out synthetic inputs, before the
-    reconstruction: a KL in nats for classes, a mean squared error for scores and states. None without a teacher."""
-    divergence_after: float | None = None
-    """The same after it; the same figure where it was rolled back."""
-
-
 def prune_data_free(
     model: PreTrainedModel,
     structure: Structure,
@@ -73,7 +59,7 @@ def prune_data_free(
     seed: int = 0,
     samples: int | None = None,
     reconstruct: bool = True,
-) -> OneShotReport:
+) -> Plan:
     """Choose what to remove without data, and reconstruct what is left.
 
     The plan is not carried out: attach masks and set it, or pass it to `compact`. With a teacher, the kept units of
@@ -88,6 +74,7 @@ def prune_data_free(
     :param samples: positions (tokens, patches or frames) that statistics are taken over; more are slower and better.
         None takes 2048 to 6144, fewer for larger models.
     :param reconstruct: whether what is left is refitted, with a teacher.
+    :return: what stays; without scales, and within 0.005 of the target.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
     """
     importance = weight_importance(model, structure)
@@ -99,7 +86,7 @@ def prune_data_free(
         )
 
     if teacher is None:
-        return OneShotReport(decide())
+        return decide()
     if samples is None:
         samples = min(max(_WORK // accounting.layer_parameters(structure).exact(structure.sizes), _FEWEST), _MOST)
     generator = torch.Generator().manual_seed(seed)
@@ -108,31 +95,15 @@ def prune_data_free(
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         importance |= activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
         plan = decide()
-        if not reconstruct:
-            return OneShotReport(plan)
-        return _reconstructed(model, structure, plan, teacher, batches, held_out)
-
-
-def _reconstructed(
-    model: PreTrainedModel,
-    structure: Structure,
-    plan: Plan,
-    teacher: PreTrainedModel,
-    batches: Sequence[Batch],
-    held_out: Sequence[Batch],
-) -> OneShotReport:
-    """Reconstruct what a plan leaves, and write it into the model if its outputs come nearer to the teacher's."""
-    hidden = plan.keep.get("hidden")
-    wanted = _wanted(model, teacher, held_out)
-    small = compacted(model, structure, plan)
-    before = divergence(small, wanted, held_out, hidden=hidden)
-    source = teacher if teacher is model or _same_structure(teacher, structure) else model
-    Reconstruction(source, structure, small, plan, batches).run()
-    after = divergence(small, wanted, held_out, hidden=hidden)
-    if not after < before:
-        return OneShotReport(plan, before, before)
-    write_back(model, structure, small, plan)
-    return OneShotReport(plan, before, after)
+        if reconstruct:
+            small, hidden = compacted(model, structure, plan), plan.keep.get("hidden")
+            wanted = _wanted(model, teacher, held_out)
+            before = divergence(small, wanted, held_out, hidden=hidden)
+            source = teacher if _same_structure(teacher, structure) else model
+            Reconstruction(source, structure, small, plan, batches).run()
+            if divergence(small, wanted, held_out, hidden=hidden) < before:
+                write_back(model, structure, small, plan)
+    return plan
 
 
 def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
