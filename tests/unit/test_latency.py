@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
 from cofiprune.adapter import structure as structure_of
@@ -26,15 +25,12 @@ from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.timing import cpu_threads, in_turn
+from small import bert as new_bert
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LARGER = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 256}
 
 
-def bert(**sizes: int) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, max_position_embeddings=64, **{**SIZES, **sizes})
-    return BertForSequenceClassification(config).eval()
+bert = partial(new_bert, hidden_size=32, intermediate_size=64, vocab_size=50, max_position_embeddings=64)
 
 
 def made_up(structure: Structure) -> LatencyTable:
