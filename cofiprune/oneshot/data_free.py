@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -62,17 +63,15 @@ def prune_data_free(
 ) -> Plan:
     """Choose what to remove without data, and reconstruct what is left.
 
-    The plan is not carried out: attach masks and set it, or pass it to `compact`. With a teacher, the kept units of
-    what was refitted are overwritten in place: the blocks' last projections and, where hidden dimensions go, the norms.
-    Everything else, removed units included, stays as it is. The result depends on the weights and the seed alone.
+    The plan is not carried out. With a teacher, the kept units of what was refitted are overwritten in place: the
+    blocks' last projections and, where hidden dimensions go, the norms. The outcome depends on weights and seed alone.
 
     :param model: without masks attached.
     :param target: one that can be reached with the units (`check_target`).
-    :param teacher: whose outputs the pruned model should have, which may be the model itself. A teacher of the same
-        structure is also what is reconstructed, block by block; otherwise that is the model as it is.
-    :param units: unit kinds that may be removed; None for all that the model has.
-    :param samples: positions (tokens, patches or frames) that statistics are taken over; more are slower and better.
-        None takes 2048 to 6144, fewer for larger models.
+    :param teacher: whose outputs the pruned model should have, which may be the model itself. One of the same structure
+        is also what is reconstructed, block by block; otherwise that is the model as it is.
+    :param samples: positions (tokens, patches or frames) that statistics are taken over; None for 2048 to 6144, fewer
+        for larger models.
     :param reconstruct: whether what is left is refitted, with a teacher.
     :return: what stays; without scales, and within 0.005 of the target.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
@@ -81,9 +80,8 @@ def prune_data_free(
 
     def decide() -> Plan:
         ranked, lost = scores(structure, importance, units), worth(structure, importance, units)
-        return target.settle(
-            lambda goal: select(structure, ranked, goal, worth=lost), lambda plan: compacted(model, structure, plan)
-        )
+        plan_for = partial(select, structure, ranked, worth=lost)
+        return target.settle(plan_for, partial(compacted, model, structure))
 
     if teacher is None:
         return decide()
@@ -96,14 +94,27 @@ def prune_data_free(
         importance |= activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
         plan = decide()
         if reconstruct:
-            small, hidden = compacted(model, structure, plan), plan.keep.get("hidden")
-            wanted = _wanted(model, teacher, held_out)
-            before = divergence(small, wanted, held_out, hidden=hidden)
-            source = teacher if _same_structure(teacher, structure) else model
-            Reconstruction(source, structure, small, plan, batches).run()
-            if divergence(small, wanted, held_out, hidden=hidden) < before:
+            small = compacted(model, structure, plan)
+            if _comes_nearer(small, plan, teacher, model, structure, batches, held_out):
                 write_back(model, structure, small, plan)
     return plan
+
+
+def _comes_nearer(
+    small: PreTrainedModel,
+    plan: Plan,
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    structure: Structure,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+) -> bool:
+    """Reconstruct what a plan leaves, and return whether its outputs come nearer to the teacher's."""
+    hidden, wanted = plan.keep.get("hidden"), _wanted(model, teacher, held_out)
+    before = divergence(small, wanted, held_out, hidden=hidden)
+    source = teacher if _same_structure(teacher, structure) else model
+    Reconstruction(source, structure, small, plan, batches).run()
+    return divergence(small, wanted, held_out, hidden=hidden) < before
 
 
 def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
