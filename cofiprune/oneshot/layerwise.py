@@ -11,7 +11,7 @@ N positions of a batch that are not padding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -74,6 +74,20 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
     return seen[0]
 
 
+def first_batches(
+    model: nn.Module, structure: Structure, batches: Iterable[Batch], positions: int
+) -> tuple[list[Batch], int]:
+    """Return the first batches with at least so many positions that are not padding, and how many they have."""
+    found: list[Batch] = []
+    number = 0
+    for batch in batches:
+        found.append(batch)
+        number += counted(model, structure, batch)
+        if number >= positions:
+            break
+    return found, number
+
+
 def projections(model: nn.Module, structure: Structure) -> dict[str, tuple[str, ...]]:
     """Return the paths of every block's last projections, by the name of the gate, where they are `nn.Linear`s.
 
@@ -131,72 +145,6 @@ class Activations:
         )
 
 
-@torch.no_grad()
-def activations(
-    model: nn.Module,
-    paths: Sequence[str],
-    batch: Batch,
-    *,
-    exits: Mapping[str, BlockExit] = MappingProxyType({}),
-    ends: Sequence[str] = (),
-    times: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[dict[str, Activations], list[Any]]:
-    """Run a model on a batch, no further than is needed to see what passes some modules.
-
-    :param batch: on the model's device.
-    :param exits: by path, the exit of the block whose last projection it is, where that adds the residual.
-    :param ends: modules whose whole output is returned too.
-    :param times: calls to wait for, by path, where that is not one.
-    :return: by path, nothing of modules that are not called; and the outputs of `ends`.
-    """
-    seen: dict[str, list[Activations]] = {path: [] for path in paths}
-    entries: dict[str, Tensor] = {}
-    outputs: list[Any] = []
-    pending = Counter[str | BlockExit]((*paths, *ends, *exits.values()))
-    pending.update({path: count - 1 for path, count in times.items()})
-
-    def arrived(what: str | BlockExit) -> None:
-        pending.subtract([what])
-        if all(left <= 0 for left in pending.values()):
-            raise StopForward
-
-    def called(path: str) -> After:
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if path in ends:
-                outputs.append(output)
-            else:  # copies: what is run afterwards may add the residual in place
-                seen[path].append(Activations(args[0].clone(), output.clone()))
-            arrived(path)
-
-        return note
-
-    def entered(path: str, exit: BlockExit) -> Before:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            entries[path] = entry_of(exit, args, kwargs).clone()
-            arrived(exit)
-
-        return note
-
-    before = {exit.module: entered(path, exit) for path, exit in exits.items()}
-    with suppress(StopForward), watching(model, before=before, after={path: called(path) for path in (*paths, *ends)}):
-        model(**batch)
-    found = {path: each for path, each in seen.items() if each}
-    return {path: replace(each[0], entry=entries.get(path), more=each[1:]) for path, each in found.items()}, outputs
-
-
-@torch.no_grad()
-def calls(model: nn.Module, paths: Sequence[str], batch: Batch) -> list[str]:
-    """Return the order in which some modules are called on a batch, as often as each is."""
-    order: list[str] = []
-
-    def note(path: str) -> Any:
-        return lambda *_: order.append(path)
-
-    with watching(model, after={path: note(path) for path in paths}):
-        model(**batch)
-    return order
-
-
 class Layerwise:
     """Runs a model over batches one layer at a time, from the bottom to the top."""
 
@@ -213,6 +161,7 @@ class Layerwise:
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
+    @torch.no_grad()
     def look(
         self,
         index: int,
@@ -221,23 +170,55 @@ class Layerwise:
         settle: bool = False,
         times: Mapping[str, int] = MappingProxyType({}),
     ) -> dict[str, Activations]:
-        """Run the current layer on a batch, no further than is needed.
+        """Run the model on a batch, no further than is needed to see what passes some linear layers and norms.
 
-        :param wanted: paths of linear layers and norms in this layer to record.
-        :param settle: run the layer to its end and keep its output, for when the walk goes up.
+        :param wanted: their paths, of the current layer or outside of the layers.
+        :param settle: run the current layer to its end and keep its output, for when the walk goes up.
         :param times: calls to wait for, by path, where that is not one.
         :return: by path; nothing of modules that are not called.
         """
         exits = {path: self._exits[path] for path in wanted if path in self._exits}
-        ends = [self.layers[self.depth]] if settle else []
+        layers = [self.layers[self.depth]] if settle else []
+        seen: dict[str, list[Activations]] = {path: [] for path in wanted}
+        entries: dict[str, Tensor] = {}
+        pending = Counter[str | BlockExit]([*wanted, *exits.values(), *layers])
+        pending.update({path: count - 1 for path, count in times.items()})
+
+        def arrived(what: str | BlockExit) -> None:
+            pending.subtract([what])
+            if all(left <= 0 for left in pending.values()):
+                raise StopForward
+
+        def called(path: str) -> After:
+            def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                # Copies: what is run afterwards may add the residual in place.
+                seen[path].append(Activations(args[0].clone(), output.clone()))
+                arrived(path)
+
+            return note
+
+        def entered(path: str, exit: BlockExit) -> Before:
+            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+                entries[path] = entry_of(exit, args, kwargs).clone()
+                arrived(exit)
+
+            return note
+
+        def settled(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if pending[layers[0]] > 0:  # of a layer that is applied several times in a row, the first
+                self._above[index] = output
+            arrived(layers[0])
+
+        before = {exit.module: entered(path, exit) for path, exit in exits.items()}
+        after = {**{path: called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
         with ExitStack() as replaced:
             for path in self.layers[: self.depth]:
-                layer, output = self.model.get_submodule(path), self._below[index]
-                replaced.enter_context(replaced_forward(layer, lambda *args, output=output, **kwargs: output))
-            found, outputs = activations(self.model, wanted, self.batches[index], exits=exits, ends=ends, times=times)
-        if settle:
-            self._above[index] = outputs[0]
-        return found
+                layer, below = self.model.get_submodule(path), self._below[index]
+                replaced.enter_context(replaced_forward(layer, lambda *args, below=below, **kwargs: below))
+            with suppress(StopForward), watching(self.model, before=before, after=after):
+                self.model(**self.batches[index])
+        found = {path: each for path, each in seen.items() if each}
+        return {path: replace(each[0], entry=entries.get(path), more=each[1:]) for path, each in found.items()}
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""

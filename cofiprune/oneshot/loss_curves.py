@@ -17,7 +17,7 @@ Shapes: n inputs of a projection, u units of b inputs each, H outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
-from cofiprune.structure import Block, Side, Structure
+from cofiprune.structure import Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +83,8 @@ class Moments:
 
 def block_curves(
     model: PreTrainedModel, structure: Structure, gates: Sequence[str], batches: Sequence[Batch], *, seed: int
-) -> Iterator[tuple[Block, LossCurve]]:
-    """Give the curves of the inner units of some blocks.
+) -> dict[str, LossCurve]:
+    """Return the curves of the inner units of some blocks, by gate.
 
     :param gates: of the blocks; those without a last projection that can be watched have no curve.
     :param batches: on any device.
@@ -92,25 +92,23 @@ def block_curves(
     """
     last = {gate: paths for gate, paths in projections(model, structure).items() if gate in gates}
     every = [path for paths in last.values() for path in paths]
-    moments = {path: Moments(*reversed(model.get_parameter(f"{path}.weight").shape)) for path in every}
-    for seen in sensitivity(model, {path: (path,) for path in every}, batches, seed=seed):
-        for path, what in seen.items():
-            moments[path].add(what)
+    moments = _moments(sensitivity(model, {path: (path,) for path in every}, batches, seed=seed))
     # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
-    source = [path for path in every if not bool(moments[path].plain.isfinite().all())]
-    for path in (*source, *every):
+    source = [path for path, found in moments.items() if not bool(found.plain.isfinite().all())]
+    for path in (*source, *moments):
         if not moments[path].finite:
             raise DataError(
                 f"what passes {path} on the rows of the data set is not finite, so that there are no statistics of it. "
                 "Look for values that overflow in the rows or, in half precision, in the model"
             )
     sides = {spec.name: spec.sides[1] for spec in structure.parameters if len(spec.sides) == 2}
-    for block in structure.blocks:
-        paths = last.get(block.gate, ())
-        side = sides[f"{paths[0]}.weight"] if paths else None
+    curves = {}
+    for gate, paths in last.items():
+        side = sides[f"{paths[0]}.weight"]
         # Weights that another module reads itself are not seen.
-        if side is not None and all(moments[path].rows for path in paths):
-            yield block, curve({model.get_submodule(path): moments.pop(path) for path in paths}, side)
+        if side is not None and all(path in moments for path in paths):
+            curves[gate] = curve({model.get_submodule(path): moments[path] for path in paths}, side)
+    return curves
 
 
 def curve(projections: Mapping[nn.Module, Moments], side: Side) -> LossCurve:
@@ -146,17 +144,23 @@ def hidden_curve(
     :param batches: on any device.
     """
     places = _places(model, structure, placed(batches[0], model))
+    moments = _moments(sensitivity(model, places, batches, seed=seed, of_inputs=True))
+    factors = [found.factors() for found in moments.values() if found.finite]
     width = structure["hidden"].size
-    moments = {place: Moments(width, width) for place in places}
-    for seen in sensitivity(model, places, batches, seed=seed, of_inputs=True):
-        for place, what in seen.items():
-            moments[place].add(what)
-    states = []
-    for found in moments.values():
-        if found.rows and found.finite:
-            inputs, outputs = found.factors()
-            states.append(_State(torch.eye(width, width + 1, dtype=torch.float64), torch.linalg.inv(inputs), outputs))
+    identity = torch.eye(width, width + 1, dtype=torch.float64)
+    states = [_State(identity, torch.linalg.inv(inputs), outputs) for inputs, outputs in factors]
     return _removed(states, width) if states else None
+
+
+def _moments(seen: Iterable[Mapping[str, Sensitivity]]) -> dict[str, Moments]:
+    """Sum up what is seen in the batches, by place."""
+    found: dict[str, Moments] = {}
+    for batch in seen:
+        for place, what in batch.items():
+            if place not in found:
+                found[place] = Moments(what.inputs.shape[1], what.gradients.shape[1])
+            found[place].add(what)
+    return found
 
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:
