@@ -67,7 +67,7 @@ def prune(options: argparse.Namespace) -> None:
     config = PruneConfig.preset(options.preset, **given) if options.preset else PruneConfig.create(**given)
     from cofiprune.selection.target import parse_target
 
-    target = dict([parse_target({name: getattr(options, name) for name in TARGETS})])
+    target: dict[str, Any] = dict([parse_target({name: getattr(options, name) for name in TARGETS})])
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
     from cofiprune.training import prune as training
     from cofiprune.training.sweep import SweepResult
