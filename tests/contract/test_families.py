@@ -70,29 +70,22 @@ TEXT: Mapping[str, Case] = {
     "deberta-narrow": Case("deberta", {**NARROW, "pos_att_type": ["p2c"]}, THREE),
     "deberta-enhanced": Case("deberta", {**RELATIVE, "legacy": False, "max_relative_positions": 4}, ("ForMaskedLM",)),
     "deberta-talking": Case(
-        "deberta", {**RELATIVE, "talking_head": True}, ("ForTokenClassification",), refused=("head",)
-    ),
+        "deberta", {**RELATIVE, "talking_head": True}, ("ForTokenClassification",), refused=("head",)),
     # As microsoft/deberta-v3-base.
     "deberta-v3": Case("deberta-v2", {**SHARED_KEYS, "legacy": False}),
     # As microsoft/deberta-v2-xlarge.
     "deberta-v2-conv": Case(
-        "deberta-v2", {**SHARED_KEYS, "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 6}, THREE
-    ),
+        "deberta-v2", {**SHARED_KEYS, "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 6}, THREE),
     "deberta-v2-separate": Case("deberta-v2", {**RELATIVE, "type_vocab_size": 2}, THREE),
     "deberta-v2-narrow": Case("deberta-v2", {**NARROW, "pos_att_type": "c2p", "position_biased_input": True}, THREE),
     "deberta-v2-grouped": Case(
-        "deberta-v2",
-        {**RELATIVE, "conv_kernel_size": 3, "conv_groups": 2},
-        ("ForTokenClassification",),
-        refused=("hidden",),
-    ),
+        "deberta-v2", {**RELATIVE, "conv_kernel_size": 3, "conv_groups": 2}, ("ForTokenClassification",),
+        refused=("hidden",)),
     "electra": Case("electra"),
     # As google/electra-small-discriminator, and a summary without a projection.
     "electra-narrow": Case(
-        "electra",
-        {"embedding_size": 10, "summary_use_proj": False},
-        ("Model", "ForMaskedLM", "ForPreTraining", "ForMultipleChoice"),
-    ),
+        "electra", {"embedding_size": 10, "summary_use_proj": False},
+        ("Model", "ForMaskedLM", "ForPreTraining", "ForMultipleChoice")),
     "distilbert": Case("distilbert"),
     "distilbert-untied": Case("distilbert", {"tie_word_embeddings": False}, ("ForMaskedLM",)),
     "mpnet": Case("mpnet"),
@@ -116,17 +109,13 @@ TEXT: Mapping[str, Case] = {
     # A window of 4 tokens: the second of three layers attends locally.
     "modernbert": Case("modernbert", {"num_hidden_layers": 3, "local_attention": 4}),
     "modernbert-biased": Case(
-        "modernbert",
-        {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_pooling": "mean"},
-        ("ForMaskedLM", "ForSequenceClassification"),
-    ),
+        "modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_pooling": "mean"},
+        ("ForMaskedLM", "ForSequenceClassification")),
     "modernbert-untied": Case("modernbert", {"tie_word_embeddings": False}, ("ForMaskedLM",)),
     "albert": Case("albert", {"embedding_size": 10}),
     "albert-groups": Case(
-        "albert",
-        {"embedding_size": 10, "num_hidden_layers": 3, "num_hidden_groups": 2, "inner_group_num": 2},
-        ("ForTokenClassification",),
-    ),
+        "albert", {"embedding_size": 10, "num_hidden_layers": 3, "num_hidden_groups": 2, "inner_group_num": 2},
+        ("ForTokenClassification",)),
     # As facebook/esm2_t6_8M_UR50D.
     "esm": Case("esm", {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 3}),
     # As facebook/esm1b_t33_650M_UR50S.
@@ -140,15 +129,14 @@ TEXT: Mapping[str, Case] = {
     "eurobert-tied": Case(
         "eurobert",
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "classifier_pooling": "mean"},
-        ("ForMaskedLM", "ForSequenceClassification"),
-    ),
+        ("ForMaskedLM", "ForSequenceClassification")),
     # As t5-small; three layers, so that the first layer's table serves two others.
     "t5": Case("t5", {"num_layers": 3}, ("EncoderModel", "ForTokenClassification")),
     # As t5-v1_1-small.
     "t5-gated": Case("t5", {"feed_forward_proj": "gated-gelu"}, ("EncoderModel",)),
     "mt5": Case("mt5", {}, ("EncoderModel",)),
     "umt5": Case("umt5", {}, ("EncoderModel", "ForTokenClassification")),
-}
+}  # fmt: skip
 # Encoders of images and sound, and those of text that come in a pair with one.
 OTHERS: Mapping[str, Case] = {
     "vit": Case("vit"),
@@ -187,26 +175,18 @@ OTHERS: Mapping[str, Case] = {
     "sew": Case("sew", {}, CTC, refused=("hidden",)),
     "wavlm": Case("wavlm", {}, CTC, refused=("hidden", "head")),
     "wavlm-stable": Case(
-        "wavlm",
-        {**STABLE, "feat_extract_norm": "layer", "num_hidden_layers": 3},
-        ("Model",),
-        refused=("hidden", "head"),
-    ),
+        "wavlm", {**STABLE, "feat_extract_norm": "layer", "num_hidden_layers": 3}, ("Model",),
+        refused=("hidden", "head")),
     "wav2vec2-conformer": Case("wav2vec2-conformer", {**TDNN, **LONG}, ("Model", "ForXVector")),
     "wav2vec2-conformer-adapter": Case(
-        "wav2vec2-conformer",
-        {"position_embeddings_type": None, "add_adapter": True, "num_adapter_layers": 1},
-        ("Model",),
-    ),
+        "wav2vec2-conformer", {"position_embeddings_type": None, "add_adapter": True, "num_adapter_layers": 1},
+        ("Model",)),
     "wav2vec2-bert": Case("wav2vec2-bert", {**TDNN, **LONG}, ("Model", "ForCTC", "Classification")),
     "wav2vec2-bert-adapter": Case("wav2vec2-bert", {**LONG, **ADAPTER}, ("Model",)),
     "whisper": Case(
-        "whisper",
-        {"encoder_layers": 2, "encoder_attention_heads": 4, "classifier_proj_size": 10},
-        ("Classification",),
-        refused=("hidden",),
-    ),
-}
+        "whisper", {"encoder_layers": 2, "encoder_attention_heads": 4, "classifier_proj_size": 10},
+        ("Classification",), refused=("hidden",)),
+}  # fmt: skip
 FAMILIES = {**TEXT, **OTHERS}
 
 

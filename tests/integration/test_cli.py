@@ -24,6 +24,8 @@ import cofiprune
 from cofiprune import cli
 from cofiprune.training.config import FINETUNE, RECOVERY, names_of
 
+Capsys = pytest.CaptureFixture[str]
+
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "a", "film", "with", "music", "who", "made", "it")
 SIZES: dict[str, Any] = {
@@ -80,7 +82,7 @@ def pruned(place: Path) -> Path:
     return out
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
+def mistake(capsys: Capsys, *arguments: str | Path, code: int = 2) -> str:
     """Run a command line that must fail, and return its one line."""
     assert cli.main([str(argument) for argument in arguments]) == code
     error = capsys.readouterr().err
@@ -91,14 +93,14 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: in
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_explains_itself(command: str, capsys: Capsys) -> None:
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: cofiprune {command}")
     assert "%%" not in shown
 
 
-def test_help_lists_the_commands_and_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_commands_and_version_is_the_packages(capsys: Capsys) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {command} " in shown for command in cli.COMMANDS)
@@ -108,7 +110,7 @@ def test_help_lists_the_commands_and_version_is_the_packages(capsys: pytest.Capt
 
 @pytest.mark.parametrize(("command", "models"), [("prune", (cofiprune.PruneConfig,)), ("finetune", FINETUNE)])
 def test_a_command_has_the_settings_of_its_function_in_their_words(
-    command: str, models: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+    command: str, models: tuple[Any, ...], capsys: Capsys
 ) -> None:
     cli.main([command, "--help"])
     shown = re.sub(r"\s+", "", capsys.readouterr().out)  # long words are broken at hyphens
@@ -121,9 +123,7 @@ def test_a_command_has_the_settings_of_its_function_in_their_words(
     assert "(default:57)" in shown
 
 
-def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(
-    pruned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(pruned: Path, capsys: Capsys) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(pruned)
     assert len(AutoTokenizer.from_pretrained(pruned)) == len(WORDS)
     kept = cofiprune.Plan.load(pruned / "plan.json").kept
@@ -136,9 +136,7 @@ def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_finetune_goes_on_from_a_compacted_model(
-    pruned: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finetune_goes_on_from_a_compacted_model(pruned: Path, place: Path, tmp_path: Path, capsys: Capsys) -> None:
     arguments = ("--train-file", place / "train.csv", "--output-dir", tmp_path, "--epochs", "1", "--learning-rate=1e-3")
     assert cli.main(["finetune", *map(str, (pruned, *arguments))]) == 0
     assert f"saved in {tmp_path}" in capsys.readouterr().out
@@ -147,7 +145,7 @@ def test_finetune_goes_on_from_a_compacted_model(
     assert after.num_parameters() == before.num_parameters()
 
 
-def test_evaluate_prints_what_the_function_finds(place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_what_the_function_finds(place: Path, pruned: Path, capsys: Capsys) -> None:
     assert cli.main(["evaluate", str(pruned), "--validation-file", str(place / "dev.tsv"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == len(REVIEWS[::3])
@@ -157,9 +155,7 @@ def test_evaluate_prints_what_the_function_finds(place: Path, pruned: Path, caps
     assert f"accuracy  {found['accuracy']:.4f}" in capsys.readouterr().out
 
 
-def test_benchmark_times_a_model_next_to_its_baseline(
-    place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmark_times_a_model_next_to_its_baseline(place: Path, pruned: Path, capsys: Capsys) -> None:
     sizes = ("--batch-size", "1", "2", "--seq_len", "8", "--runs", "2")
     assert cli.main(["benchmark", str(pruned), "--baseline", str(place / "dense"), *sizes, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -168,9 +164,7 @@ def test_benchmark_times_a_model_next_to_its_baseline(
 
 
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
-def test_inspect_shows_groups_and_what_can_go(
-    kind: str, place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_groups_and_what_can_go(kind: str, place: Path, pruned: Path, capsys: Capsys) -> None:
     assert cli.main(["inspect", "--model", str(place / kind)]) == 0
     shown = capsys.readouterr().out
     assert "can be pruned: layer, head, intermediate, hidden; up to a sparsity of" in shown
@@ -187,7 +181,7 @@ def test_inspect_shows_groups_and_what_can_go(
         assert groups["layers.0.heads"]["parameters"] == 4 * norm * norm + 3 * norm
 
 
-def test_inspect_says_why_something_cannot_be_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_why_something_cannot_be_pruned(tmp_path: Path, capsys: Capsys) -> None:
     BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     masks = cofiprune.attach(model)
@@ -198,9 +192,7 @@ def test_inspect_says_why_something_cannot_be_pruned(tmp_path: Path, capsys: pyt
     assert "cannot be pruned: head: no such units are left" in capsys.readouterr().out
 
 
-def test_convert_reads_a_directory_of_the_original(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_reads_a_directory_of_the_original(place: Path, tmp_path: Path, capsys: Capsys) -> None:
     source, out = tmp_path / "original", tmp_path / "out"
     source.mkdir()
     model = AutoModelForSequenceClassification.from_pretrained(place / "dense")
@@ -215,9 +207,7 @@ def test_convert_reads_a_directory_of_the_original(
 
 
 @pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
-def test_export_gives_the_same_answers_as_torch(
-    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_gives_the_same_answers_as_torch(pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     assert cli.main(["export", str(pruned), str(tmp_path), "--format", "onnx"]) == 0
@@ -230,14 +220,14 @@ def test_export_gives_the_same_answers_as_torch(
 
 
 def test_export_says_what_it_needs(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cofiprune.cli.export.find_spec", lambda name: None)
     assert "pip install onnx onnxscript" in mistake(capsys, "export", place / "dense", tmp_path / "m.onnx")
 
 
 @pytest.mark.filterwarnings("default")
-def test_prune_without_data_warns_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_without_data_warns_in_one_line(place: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert cli.main(["prune", str(place / "dense"), "--target-sparsity=0.3", "--output-dir", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     warnings = [line for line in captured.err.splitlines() if line.startswith("cofiprune: warning: ")]
@@ -246,9 +236,7 @@ def test_prune_without_data_warns_in_one_line(place: Path, tmp_path: Path, capsy
     assert json.loads((tmp_path / "result.json").read_text())["sparsity"] == pytest.approx(0.3, abs=0.005)
 
 
-def test_a_pretrained_model_gets_a_head_for_the_labels_of_the_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pretrained_model_gets_a_head_for_the_labels_of_the_data(tmp_path: Path, capsys: Capsys) -> None:
     save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "base")
     topics = [{"text": f"{word} film", "label": word} for word in GOOD]
     file = write_csv(tmp_path / "topics.csv", topics)
@@ -279,7 +267,7 @@ IDS = [{"input_ids": [2, 5, 3], "label": 1}, {"input_ids": [2, 6, 7, 3], "label"
     ids=["tags", "answers", "masked-lm", "ids", "numbers"],
 )
 def test_evaluate_reads_the_data_of_other_tasks(
-    task: str, rows: list[dict[str, Any]], metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str, rows: list[dict[str, Any]], metric: str, tmp_path: Path, capsys: Capsys
 ) -> None:
     save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -333,7 +321,7 @@ def test_evaluate_reads_the_data_of_other_tasks(
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: str, message: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: str, message: str, place: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(place)
@@ -342,9 +330,7 @@ def test_a_mistake_is_one_line(
     assert message in error
 
 
-def test_what_is_nobodys_mistake_still_ends_in_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_nobodys_mistake_still_ends_in_one_line(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def raising(error: BaseException) -> Any:
         def inspect(options: Any) -> None:
             raise error

@@ -513,15 +513,13 @@ WRONG_FILES = {
     "truncated masks": (lambda d: truncate(d / "zs.pt"), r"zs\.pt is damaged"),
     "empty weights": (lambda d: (d / "pytorch_model.bin").write_bytes(b""), r"pytorch_model\.bin is damaged"),
     "pointer": (
-        lambda d: (d / "pytorch_model.bin").write_text("version https://lfs"),
-        r"pytorch_model\.bin is damaged",
-    ),
+        lambda d: (d / "pytorch_model.bin").write_text("version https://lfs"), r"pytorch_model\.bin is damaged"),
     "flipped bit": (lambda d: flip(d / "zs.pt", soft_masks()["hidden_z"]), r"zs\.pt is damaged: the checksum"),
     "broken config": (lambda d: truncate(d / "config.json"), r"config\.json is damaged"),
     "other json": (lambda d: (d / "config.json").write_text("[]"), "no model_type"),
     "masks are none": (lambda d: torch.save(None, d / "zs.pt"), "holds a NoneType"),
     "nested": (lambda d: torch.save({"model": {}}, d / "pytorch_model.bin"), "holds a dict under 'model'"),
-}
+}  # fmt: skip
 WRONG_PARTS = {
     "unknown model": (lambda d: edit_config(d, model_type="nix"), "model_type 'nix'"),
     "bad value": (lambda d: edit_config(d, hidden_size="wide"), "no valid bert configuration"),
@@ -531,18 +529,12 @@ WRONG_PARTS = {
     "too many layers": (lambda d: edit_config(d, num_hidden_layers=4), "nothing of 'bert.encoder.layer.3'"),
     "too few layers": (lambda d: edit_config(d, num_hidden_layers=2), "of 2 layers has no 'bert.encoder.layer.2"),
     "other labels": (
-        lambda d: edit_config(d, id2label={0: "a", 1: "b"}),
-        r"'classifier.weight' has the shape \(3, 32\)",
-    ),
+        lambda d: edit_config(d, id2label={0: "a", 1: "b"}), r"'classifier.weight' has the shape \(3, 32\)"),
     "other vocabulary": (
-        lambda d: edit_config(d, vocab_size=51),
-        r"has the shape \(50, 32\), which is no cut of \(51,",
-    ),
+        lambda d: edit_config(d, vocab_size=51), r"has the shape \(50, 32\), which is no cut of \(51,"),
     "narrower": (lambda d: edit_config(d, hidden_size=16), "is no cut of"),
     "missing tensor": (
-        lambda d: edit_weights(d, drop("0.attention.self.key.bias")),
-        "0.attention.self.key.bias' is missing",
-    ),
+        lambda d: edit_weights(d, drop("0.attention.self.key.bias")), "0.attention.self.key.bias' is missing"),
     "half a block": (lambda d: edit_weights(d, drop("1.output.dense.weight")), "without .*1.output.dense.weight"),
     "no head": (lambda d: edit_weights(d, drop("classifier")), r"'classifier.bias' is missing \(2 such"),
     "unknown tensor": (lambda d: edit_weights(d, lambda s: s.update(x=torch.ones(1))), "has no 'x'"),
@@ -551,7 +543,7 @@ WRONG_PARTS = {
     "above one": (lambda d: edit_masks(d, hidden_z=torch.full((H,), 1.5)), r"'hidden_z' has values.*\[0, 1\]"),
     "not a number": (lambda d: edit_masks(d, mlp_z=torch.full((3,), torch.nan)), "'mlp_z' has values"),
     "nothing left": (lambda d: edit_masks(d, hidden_z=torch.zeros(H)), "zs.pt: every hidden dimension"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [*WRONG_FILES, *WRONG_PARTS])

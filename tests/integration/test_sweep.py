@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 import cofiprune
 from cofiprune.errors import CheckpointError, SettingsError, TargetError
+from small import bert as new_bert
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SETTINGS: dict[str, Any] = {
     "teacher": "self", "epochs": 1, "finetune_epochs": 1, "batch_size": 8, "progress": False, "target_seq_len": 16,
 }  # fmt: skip
 
 
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **SIZES)).eval()
+bert = partial(new_bert, vocab_size=50, hidden_size=32, intermediate_size=64)
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:

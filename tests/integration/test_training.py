@@ -83,23 +83,18 @@ def next_words(ids):
 HEADS = {
     "sequence classification": (BertForSequenceClassification, {"num_labels": 3}, lambda ids: {"labels": len(ids) % 3}),
     "token classification": (
-        BertForTokenClassification,
-        {"num_labels": 3},
-        lambda ids: {"labels": [i % 3 for i in ids]},
-    ),
+        BertForTokenClassification, {"num_labels": 3}, lambda ids: {"labels": [i % 3 for i in ids]}),
     "question answering": (BertForQuestionAnswering, {}, spans),
     "regression": (BertForSequenceClassification, {"num_labels": 1}, lambda ids: {"labels": len(ids) / 10}),
     "several numbers": (
-        BertForSequenceClassification,
-        {"num_labels": 2, "problem_type": "regression"},
-        lambda ids: {"labels": [len(ids) / 10, 0.5]},
-    ),
+        BertForSequenceClassification, {"num_labels": 2, "problem_type": "regression"},
+        lambda ids: {"labels": [len(ids) / 10, 0.5]}),
     "multi-label": (BertForSequenceClassification, {"num_labels": 3}, lambda ids: {"labels": [1.0, 0.0, len(ids) % 2]}),
     "masked language model": (BertForMaskedLM, {}, next_words),
     "next sentence": (BertForNextSentencePrediction, {}, lambda ids: {"labels": len(ids) % 2}),
     "pre-training": (BertForPreTraining, {}, lambda ids: {**next_words(ids), "next_sentence_label": len(ids) % 2}),
     "encoder": (BertModel, {}, lambda ids: {}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -1,12 +1,11 @@
 """The benchmark measures what it says, in turn, and leaves the models as they were."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     DistilBertConfig,
     DistilBertModel,
     ViTConfig,
@@ -18,19 +17,9 @@ from cofiprune import timing
 from cofiprune.errors import DataError, SettingsError
 from cofiprune.measure.benchmark import benchmark
 from cofiprune.measure.summary import summary
+from small import bert as new_bert
 
-SMALL = {
-    "vocab_size": 30,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
-
-
-def bert(**changes):
-    return BertForSequenceClassification(BertConfig(**{**SMALL, **changes}))
+bert = partial(new_bert, vocab_size=30, hidden_size=8, num_attention_heads=2, intermediate_size=16)
 
 
 def test_side_by_side_with_the_ideal():

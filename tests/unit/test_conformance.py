@@ -35,14 +35,11 @@ def test_a_report_says_what_was_covered() -> None:
         report.cases = 0  # type: ignore[misc]
 
 
-def test_a_model_is_checked_as_it_is_and_left_as_it_was() -> None:
-    model = build("BertForQuestionAnswering", dtype=torch.float32, num_hidden_layers=1).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def test_a_model_is_checked_as_it_is() -> None:
+    model = build("BertForQuestionAnswering", dtype=torch.float32, num_hidden_layers=1)
     report = check_adapter(model, units="head")
     assert report.heads == ("BertForQuestionAnswering",)
     assert report.choices == (("head",),)
-    assert model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(AdapterError, match="a model is checked as it is"):
         check_adapter(model, heads="ForMaskedLM")
 

@@ -1,16 +1,16 @@
 """Data sets become batches: the same rows, padded, in a reproducible order, or an error that names the row."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
     BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
     RobertaConfig,
@@ -24,19 +24,13 @@ from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare
 from cofiprune.data.tasks import task_of
 from cofiprune.errors import DataError
+from small import bert as new_bert
 
 SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
+    "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
     "max_position_embeddings": 16,
-}
-
-
-def bert(cls=BertForSequenceClassification, **changes):
-    return cls(BertConfig(**{**SMALL, "pad_token_id": 3, **changes})).eval()
+}  # fmt: skip
+bert = partial(new_bert, **SMALL, pad_token_id=3)
 
 
 def rows_of(lengths, **extra):

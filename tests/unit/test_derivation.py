@@ -19,7 +19,7 @@ from cofiprune.adapter import Adapter, TableAdapter, family_entries, family_from
 from cofiprune.cli import main
 from cofiprune.conformance.specimens import inputs, outputs, tiny_config
 from cofiprune.derivation import derive, derived_adapter
-from cofiprune.derivation.derive import _known, family_for
+from cofiprune.derivation.derive import family_for
 from cofiprune.derivation.source import written_adapter
 from cofiprune.errors import AdapterError, StructureError
 from cofiprune.structure import Structure
@@ -95,19 +95,6 @@ def test_an_undeclared_family_is_masked_compacted_and_reloaded(tmp_path: Path) -
     assert isinstance(cofiprune.adapter_for(again), TableAdapter)
     once_more = cofiprune.compact(again)
     assert torch.equal(once_more(**batch).logits, small(**batch).logits)
-
-
-def test_deriving_leaves_the_model_as_it_was() -> None:
-    model = undeclared()
-    model.train()
-    model.tapas.embeddings.train(False)
-    modes = [module.training for module in model.modules()]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    _known.clear()
-    cofiprune.structure(model)
-    assert [module.training for module in model.modules()] == modes
-    assert all("forward" not in module.__dict__ for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_it_is_derived_once_for_a_configuration() -> None:

@@ -1,16 +1,15 @@
 """What `evaluate` reports is what a plain loop over the rows, one at a time, would find."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
 )
@@ -18,22 +17,11 @@ from transformers import (
 from cofiprune.errors import DataError
 from cofiprune.hooks import evaluating
 from cofiprune.measure.evaluation import evaluate
+from small import bert as new_bert
 
-
-def bert(cls=BertForSequenceClassification, **changes):
-    torch.manual_seed(0)
-    config = BertConfig(
-        **{
-            "vocab_size": 40,
-            "hidden_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 8,
-            "initializer_range": 1.0,
-            **changes,
-        }
-    )
-    return cls(config)
+bert = partial(
+    new_bert, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, initializer_range=1.0
+)
 
 
 def tokens(count, seed=0):

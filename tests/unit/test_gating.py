@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,14 +18,12 @@ from cofiprune.selection.target import Target
 from cofiprune.structure import Group
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, Schedule, resolve
+from small import bert as new_bert
 
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
 
 
-def bert() -> BertModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    return BertModel(BertConfig(vocab_size=40, max_position_embeddings=32, **sizes)).eval()
+bert = partial(new_bert, BertModel, intermediate_size=48)
 
 
 def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> GateLearner:

@@ -32,7 +32,13 @@ def refusal(model: Any) -> str:
     """The message with which a model is refused, the same by every door, and in one line."""
     before = {} if not isinstance(model, nn.Module) else {name: id(each) for name, each in model.named_modules()}
     messages = set()
-    for door in (cofiprune.structure, cofiprune.attach, lambda m: cofiprune.prune(m, target_sparsity=0.5)):
+    doors: tuple[Callable[[Any], Any], ...] = (
+        cofiprune.structure,
+        cofiprune.attach,
+        lambda model: cofiprune.prune(model, target_sparsity=0.5),
+        lambda model: cofiprune.finetune(model, [{"input_ids": [1, 2], "labels": 0}]),
+    )
+    for door in doors:
         with pytest.raises(AdapterError) as error:
             door(model)
         messages.add(str(error.value))

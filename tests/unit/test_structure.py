@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.errors import AdapterError, StructureError
+from cofiprune.errors import StructureError
 from cofiprune.structure import Side, Structure, unit_of
 from small import build
 
@@ -88,18 +87,3 @@ def test_each_kind_belongs_to_a_unit_kind() -> None:
         "layer",
         "intermediate",
     ]
-
-
-def test_objects_that_are_no_encoder_are_refused() -> None:
-    with pytest.raises(AdapterError, match="expected a transformers model"):
-        cofiprune.structure("bert-base-uncased")  # type: ignore[arg-type]
-    with pytest.raises(AdapterError, match="configured as a decoder"):
-        cofiprune.structure(build("BertModel", is_decoder=True))
-    with pytest.raises(AdapterError, match=r"GPT2Model \(gpt2\) is a decoder-only model"):
-        cofiprune.structure(_gpt2())
-
-
-def _gpt2() -> PreTrainedModel:
-    from transformers import GPT2Config, GPT2Model
-
-    return GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10, n_positions=8))

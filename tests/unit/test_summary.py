@@ -2,26 +2,23 @@
 
 import html
 import re
+from functools import partial
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 import cofiprune
 from cofiprune.errors import SettingsError
 from cofiprune.measure.summary import summary
+from small import bert as new_bert
 
-CONFIG = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 32,
-    "max_position_embeddings": 24,
-}
+bert = partial(
+    new_bert, vocab_size=60, hidden_size=16, num_hidden_layers=3, intermediate_size=32, max_position_embeddings=24
+)
 
 
 def masked(cls=BertForSequenceClassification):
-    model = cls(BertConfig(**CONFIG))
+    model = bert(cls)
     masks = cofiprune.attach(model)
     masks["hidden"] = [1.0] * 12 + [0.0] * 4
     masks["layers.0.heads"] = [1, 0, 0, 0.5]
@@ -36,7 +33,7 @@ def count(module):
 
 
 def test_dense_model_is_counted_as_it_is():
-    model = BertForSequenceClassification(BertConfig(**CONFIG))
+    model = bert()
     found = summary(model, seq_len=10)
     assert found.state == "dense"
     assert found.parameters == found.dense.parameters == count(model)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
 from cofiprune import PruneConfig, accounting
@@ -16,13 +16,11 @@ from cofiprune.selection.by_score import select
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import TOLERANCE, Target, parse_target
 from cofiprune.training.arguments import target_for
+from small import bert as new_bert
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-
-
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=160, **SIZES)).eval()
+bert = partial(
+    new_bert, hidden_size=32, num_hidden_layers=3, intermediate_size=64, vocab_size=50, max_position_embeddings=160
+)
 
 
 def test_without_a_target_it_is_a_sparsity_of_nine_tenths() -> None:
