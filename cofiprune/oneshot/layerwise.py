@@ -145,6 +145,49 @@ class Activations:
         )
 
 
+class _Record:
+    """What passes some modules in one forward pass, which is stopped when all of it has been seen."""
+
+    def __init__(self, paths: Sequence[str], exits: Mapping[str, BlockExit], times: Mapping[str, int]) -> None:
+        self.exits = exits
+        self.pending = Counter[str | BlockExit]([*paths, *exits.values()])
+        self.pending.update({path: count - 1 for path, count in times.items()})
+        self._calls: dict[str, list[Activations]] = {}
+        self._entries: dict[str, Tensor] = {}
+
+    def arrived(self, what: str | BlockExit) -> None:
+        """Note a call."""
+        self.pending.subtract([what])
+        if all(left <= 0 for left in self.pending.values()):
+            raise StopForward
+
+    def called(self, path: str) -> After:
+        """Return what records the calls of a module."""
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            # Copies: what is run afterwards may add the residual in place.
+            self._calls.setdefault(path, []).append(Activations(args[0].clone(), output.clone()))
+            self.arrived(path)
+
+        return note
+
+    def entered(self, path: str, exit: BlockExit) -> Before:
+        """Return what records the entry into a block's exit."""
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._entries[path] = entry_of(exit, args, kwargs).clone()
+            self.arrived(exit)
+
+        return note
+
+    def activations(self) -> dict[str, Activations]:
+        """Return what was seen, by path."""
+        return {
+            path: replace(first, entry=self._entries.get(path), more=more)
+            for path, (first, *more) in self._calls.items()
+        }
+
+
 class Layerwise:
     """Runs a model over batches one layer at a time, from the bottom to the top."""
 
@@ -177,48 +220,23 @@ class Layerwise:
         :param times: calls to wait for, by path, where that is not one.
         :return: by path; nothing of modules that are not called.
         """
-        exits = {path: self._exits[path] for path in wanted if path in self._exits}
         layers = [self.layers[self.depth]] if settle else []
-        seen: dict[str, list[Activations]] = {path: [] for path in wanted}
-        entries: dict[str, Tensor] = {}
-        pending = Counter[str | BlockExit]([*wanted, *exits.values(), *layers])
-        pending.update({path: count - 1 for path, count in times.items()})
-
-        def arrived(what: str | BlockExit) -> None:
-            pending.subtract([what])
-            if all(left <= 0 for left in pending.values()):
-                raise StopForward
-
-        def called(path: str) -> After:
-            def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                # Copies: what is run afterwards may add the residual in place.
-                seen[path].append(Activations(args[0].clone(), output.clone()))
-                arrived(path)
-
-            return note
-
-        def entered(path: str, exit: BlockExit) -> Before:
-            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-                entries[path] = entry_of(exit, args, kwargs).clone()
-                arrived(exit)
-
-            return note
+        record = _Record([*wanted, *layers], {path: self._exits[path] for path in wanted if path in self._exits}, times)
 
         def settled(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if pending[layers[0]] > 0:  # of a layer that is applied several times in a row, the first
+            if record.pending[layers[0]] > 0:  # of a layer that is applied several times in a row, the first
                 self._above[index] = output
-            arrived(layers[0])
+            record.arrived(layers[0])
 
-        before = {exit.module: entered(path, exit) for path, exit in exits.items()}
-        after = {**{path: called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
+        before = {exit.module: record.entered(path, exit) for path, exit in record.exits.items()}
+        after = {**{path: record.called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
         with ExitStack() as replaced:
             for path in self.layers[: self.depth]:
                 layer, below = self.model.get_submodule(path), self._below[index]
                 replaced.enter_context(replaced_forward(layer, lambda *args, below=below, **kwargs: below))
             with suppress(StopForward), watching(self.model, before=before, after=after):
                 self.model(**self.batches[index])
-        found = {path: each for path, each in seen.items() if each}
-        return {path: replace(each[0], entry=entries.get(path), more=each[1:]) for path, each in found.items()}
+        return record.activations()
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""
