@@ -66,7 +66,14 @@ def sliced(weight: Tensor, spec: Parameter, plan: Plan) -> Tensor:
 
 @torch.no_grad()
 def write_back(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> None:
-    """Write the weights of a compacted model back to their places; `restore` with a structure that is known."""
+    """Write the weights of a compacted model back to their places in the full one: the inverse of `compacted`.
+
+    Weights that the plan removes stay as they are. The small model's weights contain the plan's scales: under masks,
+    the full model computes the same only with those of `plan.hard`.
+
+    :raises PlanError: when the plan belongs to another model.
+    """
+    plan.check(structure)
     source, kept = dict(small.named_parameters()), plan.kept
     for spec, parameter in _parameters(model, structure):
         if _is_gone(spec, kept):

@@ -10,10 +10,9 @@ N positions of a batch that are not padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,6 +72,20 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
     return seen[0]
 
 
+def first_batches(
+    model: nn.Module, structure: Structure, batches: Iterable[Batch], positions: int
+) -> tuple[list[Batch], int]:
+    """Return the first batches with at least so many positions that are not padding, and how many they have."""
+    found: list[Batch] = []
+    number = 0
+    for batch in batches:
+        found.append(batch)
+        number += counted(model, structure, batch)
+        if number >= positions:
+            break
+    return found, number
+
+
 def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
     """Return the path of every block's last projection, by the name of the gate, where that is one `nn.Linear`."""
     found = {}
@@ -117,67 +130,6 @@ class Activations:
         return self.outputs if self.entry is None else self.outputs + self.entry
 
 
-@torch.no_grad()
-def activations(
-    model: nn.Module,
-    paths: Sequence[str],
-    batch: Batch,
-    *,
-    exits: Mapping[str, BlockExit] = MappingProxyType({}),
-    ends: Sequence[str] = (),
-) -> tuple[dict[str, Activations], list[Any]]:
-    """Run a model on a batch, no further than is needed to see what passes some modules.
-
-    :param batch: on the model's device.
-    :param exits: by path, the exit of the block whose last projection it is, where that adds the residual.
-    :param ends: modules whose whole output is returned too.
-    :return: by path, nothing of modules that are not called; and the outputs of `ends`.
-    """
-    parts: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
-    outputs: list[Any] = []
-    pending = {*paths, *ends, *(exit for exit in exits.values())}
-
-    def arrived(what: str | BlockExit) -> None:
-        pending.discard(what)
-        if not pending:
-            raise StopForward
-
-    def called(path: str) -> After:
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if path in ends:
-                outputs.append(output)
-            else:  # copies: what is run afterwards may add the residual in place
-                parts[path].update(inputs=args[0].clone(), outputs=output.clone())
-            arrived(path)
-
-        return note
-
-    def entered(path: str, exit: BlockExit) -> Before:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            parts[path]["entry"] = entry_of(exit, args, kwargs).clone()
-            arrived(exit)
-
-        return note
-
-    before = {exit.module: entered(path, exit) for path, exit in exits.items()}
-    with suppress(StopForward), watching(model, before=before, after={path: called(path) for path in (*paths, *ends)}):
-        model(**batch)
-    return {path: Activations(**seen) for path, seen in parts.items() if "inputs" in seen}, outputs
-
-
-@torch.no_grad()
-def calls(model: nn.Module, paths: Sequence[str], batch: Batch) -> list[str]:
-    """Return the order in which some modules are called on a batch, as often as each is."""
-    order: list[str] = []
-
-    def note(path: str) -> Any:
-        return lambda *_: order.append(path)
-
-    with watching(model, after={path: note(path) for path in paths}):
-        model(**batch)
-    return order
-
-
 class Layerwise:
     """Runs a model over batches one layer at a time, from the bottom to the top."""
 
@@ -193,23 +145,53 @@ class Layerwise:
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
+    @torch.no_grad()
     def look(self, index: int, wanted: Sequence[str] = (), *, settle: bool = False) -> dict[str, Activations]:
-        """Run the current layer on a batch, no further than is needed.
+        """Run the model on a batch, no further than is needed to see what passes some linear layers and norms.
 
-        :param wanted: paths of linear layers and norms in this layer to record.
-        :param settle: run the layer to its end and keep its output, for when the walk goes up.
+        :param wanted: their paths, of the current layer or outside of the layers.
+        :param settle: run the current layer to its end and keep its output, for when the walk goes up.
         :return: by path; nothing of modules that are not called.
         """
         exits = {path: self._exits[path] for path in wanted if path in self._exits}
-        ends = [self.layers[self.depth]] if settle else []
+        layers = [self.layers[self.depth]] if settle else []
+        parts: dict[str, dict[str, Tensor]] = {path: {} for path in wanted}
+        pending = {*wanted, *exits.values(), *layers}
+
+        def arrived(what: str | BlockExit) -> None:
+            pending.discard(what)
+            if not pending:
+                raise StopForward
+
+        def called(path: str) -> After:
+            def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                # Copies: what is run afterwards may add the residual in place.
+                parts[path].update(inputs=args[0].clone(), outputs=output.clone())
+                arrived(path)
+
+            return note
+
+        def entered(path: str, exit: BlockExit) -> Before:
+            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+                parts[path]["entry"] = entry_of(exit, args, kwargs).clone()
+                arrived(exit)
+
+            return note
+
+        def settled(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if layers[0] in pending:  # of a layer that is applied several times in a row, the first
+                self._above[index] = output
+            arrived(layers[0])
+
+        before = {exit.module: entered(path, exit) for path, exit in exits.items()}
+        after = {**{path: called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
         with ExitStack() as replaced:
             for path in self.layers[: self.depth]:
-                layer, output = self.model.get_submodule(path), self._below[index]
-                replaced.enter_context(replaced_forward(layer, lambda *args, output=output, **kwargs: output))
-            found, outputs = activations(self.model, wanted, self.batches[index], exits=exits, ends=ends)
-        if settle:
-            self._above[index] = outputs[0]
-        return found
+                layer, below = self.model.get_submodule(path), self._below[index]
+                replaced.enter_context(replaced_forward(layer, lambda *args, below=below, **kwargs: below))
+            with suppress(StopForward), watching(self.model, before=before, after=after):
+                self.model(**self.batches[index])
+        return {path: Activations(**seen) for path, seen in parts.items() if "inputs" in seen}
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""

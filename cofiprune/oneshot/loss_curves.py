@@ -17,7 +17,7 @@ Shapes: n inputs of a projection, u units of b inputs each, H outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
-from cofiprune.structure import Block, Side, Structure
+from cofiprune.structure import Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,31 +83,30 @@ class Moments:
 
 def block_curves(
     model: PreTrainedModel, structure: Structure, gates: Sequence[str], batches: Sequence[Batch], *, seed: int
-) -> Iterator[tuple[Block, LossCurve]]:
-    """Give the curves of the inner units of some blocks.
+) -> dict[str, LossCurve]:
+    """Return the curves of the inner units of some blocks, by gate.
 
     :param gates: of the blocks; those without a last projection that can be watched have no curve.
     :param batches: on any device.
     :raises DataError: when statistics are not finite.
     """
     last = {gate: path for gate, path in projections(model, structure).items() if gate in gates}
-    moments = {gate: Moments(*reversed(model.get_parameter(f"{path}.weight").shape)) for gate, path in last.items()}
-    for seen in sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed=seed):
-        for gate, what in seen.items():
-            moments[gate].add(what)
+    moments = _moments(sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed=seed))
     # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
     source = [gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())]
-    for gate in dict.fromkeys([*source, *last]):
-        found = moments.pop(gate)
-        if not found.finite:
+    for gate in (*source, *moments):
+        if not moments[gate].finite:
             raise DataError(
                 f"what passes {last[gate]} on the rows of the data set is not finite, so that there are no statistics "
                 "of it. Look for values that overflow in the rows or, in half precision, in the model"
             )
-        side = next(spec.sides[1] for spec in structure.parameters if spec.name == f"{last[gate]}.weight")
-        if side is not None and found.rows:  # weights that another module reads itself are not seen
-            block = next(block for block in structure.blocks if block.gate == gate)
-            yield block, curve(model.get_submodule(last[gate]), found, side)
+    sides = {spec.name: spec.sides[1] for spec in structure.parameters if len(spec.sides) == 2}
+    curves = {}
+    for gate, found in moments.items():
+        side = sides[f"{last[gate]}.weight"]
+        if side is not None:
+            curves[gate] = curve(model.get_submodule(last[gate]), found, side)
+    return curves
 
 
 def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
@@ -139,17 +138,23 @@ def hidden_curve(
     :param batches: on any device.
     """
     places = _places(model, structure, placed(batches[0], model))
+    moments = _moments(sensitivity(model, places, batches, seed=seed, of_inputs=True))
+    factors = [found.factors() for found in moments.values() if found.finite]
     width = structure["hidden"].size
-    moments = {place: Moments(width, width) for place in places}
-    for seen in sensitivity(model, places, batches, seed=seed, of_inputs=True):
-        for place, what in seen.items():
-            moments[place].add(what)
-    states = []
-    for found in moments.values():
-        if found.rows and found.finite:
-            inputs, outputs = found.factors()
-            states.append(_State(torch.eye(width, width + 1, dtype=torch.float64), torch.linalg.inv(inputs), outputs))
+    identity = torch.eye(width, width + 1, dtype=torch.float64)
+    states = [_State(identity, torch.linalg.inv(inputs), outputs) for inputs, outputs in factors]
     return _removed(states, width) if states else None
+
+
+def _moments(seen: Iterable[Mapping[str, Sensitivity]]) -> dict[str, Moments]:
+    """Sum up what is seen in the batches, by place."""
+    found: dict[str, Moments] = {}
+    for batch in seen:
+        for place, what in batch.items():
+            if place not in found:
+                found[place] = Moments(what.inputs.shape[1], what.gradients.shape[1])
+            found[place].add(what)
+    return found
 
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:

@@ -22,12 +22,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cofiprune.compaction.slicing import positions
+from cofiprune.hooks import watching
 from cofiprune.inference.fusion import is_linear
-from cofiprune.oneshot.layerwise import Batch, Layerwise, calls, projections, readers, valid_rows
+from cofiprune.oneshot.layerwise import Batch, Layerwise, projections, readers, valid_rows
 from cofiprune.oneshot.regression import AffineFit, LeastSquares
 from cofiprune.plan import Plan
 from cofiprune.structure import Block, Parameter, Structure
@@ -179,7 +182,7 @@ def norms_outside(model: nn.Module, structure: Structure, batch: Batch) -> tuple
     """
     inside = tuple(f"{path}." for path in structure.layers)
     paths = [norm.module for norm in structure.norms if not norm.module.startswith(inside)]
-    return _around(calls(model, [*paths, structure.layers[0]], batch), structure.layers[0])
+    return _around(model, structure.layers[0], paths, batch)
 
 
 def head_linears(model: nn.Module, structure: Structure, batch: Batch) -> list[str]:
@@ -198,11 +201,19 @@ def head_linears(model: nn.Module, structure: Structure, batch: Batch) -> list[s
         and module.weight.requires_grad
         and owners.count(id(module.weight)) == 1
     ]
-    return _around(calls(model, [*paths, structure.layers[-1]], batch), structure.layers[-1])[1]
+    return _around(model, structure.layers[-1], paths, batch)[1]
 
 
-def _around(order: Sequence[str], path: str) -> tuple[list[str], list[str]]:
-    """Return what is called before the first call of a module, and what after it; the second is empty without one."""
-    place = order.index(path) if path in order else len(order)
+@torch.no_grad()
+def _around(model: nn.Module, layer: str, paths: Sequence[str], batch: Batch) -> tuple[list[str], list[str]]:
+    """Return which modules are called before a layer is for the first time, and which after it, in their order."""
+    order: list[str] = []
+
+    def note(path: str) -> Any:
+        return lambda *_: order.append(path)
+
+    with watching(model, after={path: note(path) for path in (*paths, layer)}):
+        model(**batch)
+    place = order.index(layer) if layer in order else len(order)
     before, after = dict.fromkeys(order[:place]), dict.fromkeys(order[place:])
-    return list(before), [each for each in after if each != path]
+    return list(before), [path for path in after if path != layer]

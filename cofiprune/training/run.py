@@ -165,7 +165,7 @@ class Run:
     def recovery_batches(self) -> Batches:
         """The batches of the recovery, which may have another size than the present ones."""
         size = self.settings.finetune_batch_size
-        return self.batches.resized(size) if isinstance(self.batches, RowBatches) else self.batches
+        return replace(self.batches, batch_size=size) if isinstance(self.batches, RowBatches) else self.batches
 
     def identify(self, **more: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
