@@ -68,12 +68,12 @@ def sensitivity(
 def position_weights(
     model: PreTrainedModel, structure: Structure, batches: Sequence[Batch], *, seed: int
 ) -> dict[str, list[Tensor]]:
-    """Return how much the outputs depend on each position: [N] for every batch, by the gate of the block."""
-    last = {gate: (path,) for gate, path in projections(model, structure).items()}
-    found: dict[str, list[Tensor]] = {gate: [] for gate in last}
+    """Return how much the outputs depend on each position: [N] for every batch, by the path of a last projection."""
+    last = {path: (path,) for paths in projections(model, structure).values() for path in paths}
+    found: dict[str, list[Tensor]] = {path: [] for path in last}
     for seen in sensitivity(model, last, batches, seed=seed):
-        for gate, what in seen.items():
-            found[gate].append(what.weights)
+        for path, what in seen.items():
+            found[path].append(what.weights)
     return found
 
 
