@@ -21,21 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.fusion import is_linear
 from cofiprune.masking import entry_of
 from cofiprune.structure import Block, BlockExit, Structure
 
 Batch = Mapping[str, Tensor]
-
-
-def placed(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    """Return a batch on the device of a model, floating inputs in its precision."""
-    weight = next(model.parameters())
-    return {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-        for name, value in batch.items()
-    }
 
 
 def valid_rows(states: Tensor, batch: Batch) -> Tensor:
@@ -70,7 +62,7 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
         raise StopForward
 
     with suppress(StopForward), watching(model, before={structure.layers[0]: enter}):
-        model(**placed(batch, model))
+        model(**to_model(batch, model))
     return seen[0]
 
 
@@ -193,7 +185,7 @@ class Layerwise:
 
     def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Batch]) -> None:
         """Start below the first layer."""
-        self.batches = [placed(batch, model) for batch in batches]
+        self.batches = [to_model(batch, model) for batch in batches]
         self.model = model
         self.layers = structure.layers
         exits = {block.gate: block.exit for block in structure.blocks if block.exit.residual}

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.errors import DataError
-from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
+from cofiprune.oneshot.layerwise import Batch, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
@@ -143,7 +144,7 @@ def hidden_curve(
 
     :param batches: on any device.
     """
-    places = _places(model, structure, placed(batches[0], model))
+    places = _places(model, structure, to_model(batches[0], model))
     moments = _moments(sensitivity(model, places, batches, seed=seed, of_inputs=True))
     factors = [found.factors() for found in moments.values() if found.finite]
     width = structure["hidden"].size
