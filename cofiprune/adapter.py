@@ -97,7 +97,11 @@ class Adapter:
         """
         recorded = None if dense else recorded_sizes(model.config)
         family = self.describe(model.config)
-        found = Resolver(model, family, recorded).structure()
+        try:
+            found = Resolver(model, family, recorded).structure()
+        except AdapterError as error:
+            who = f"adapter of {model.config.model_type!r} on {type(model).__name__}"
+            raise AdapterError(f"{who}: {error}") from error
         return replace(found, table=family_entries(family)) if self.stored else found
 
 

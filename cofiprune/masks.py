@@ -18,7 +18,7 @@ from torch import Tensor
 from cofiprune import accounting
 from cofiprune.errors import MaskError, StructureError, UnknownGroupError
 from cofiprune.plan import Plan
-from cofiprune.structure import Block, Structure
+from cofiprune.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class MaskRegistry(MutableMapping[str, Tensor]):
         self.structure = structure
         self._values = {name: torch.ones(structure[name].size, device=device, dtype=dtype) for name in names}
         self._readings: dict[str, tuple[int, Reading]] = {}
-        self._bound: dict[str, Reading] | None = None
-        self._alive: dict[str, Tensor] = {}
+        self._bound: dict[str, Reading] = {}
+        self._bound_alive: dict[str, Tensor] = {}
         self._blocks = {block.gate: block for block in structure.blocks}
         self.on_detach: list[Callable[[], None]] = []
 
@@ -133,16 +133,19 @@ class MaskRegistry(MutableMapping[str, Tensor]):
             their set values.
         """
         self._bound = {name: Reading(value, False, None, False, True) for name, value in values.items()}
-        self._alive = {gate: self._bound_alive(block) for gate, block in self._blocks.items()}
+        self._bound_alive = {
+            gate: torch.stack([(reading.value > 0).any() for reading in readings]).all()
+            for gate in self._blocks
+            if (readings := self._of_block(gate))
+        }
 
     def unbind(self) -> None:
         """Run under the set values again."""
-        self._bound = None
-        self._alive = {}
+        self._bound, self._bound_alive = {}, {}
 
     def read(self, name: str) -> Reading | None:
         """Return the current reading of a group; None when it has no mask."""
-        if self._bound is not None and name in self._bound:
+        if name in self._bound:
             return self._bound[name]
         value = self._values.get(name)
         if value is None:
@@ -155,19 +158,15 @@ class MaskRegistry(MutableMapping[str, Tensor]):
 
     def alive(self, gate: str) -> bool | Tensor:
         """Return whether a block is there: a bool for set values, a scalar bool tensor while bound."""
-        if self._bound is not None and gate in self._alive:
-            return self._alive[gate]
+        if gate in self._bound_alive:
+            return self._bound_alive[gate]
+        return not any(reading.empty for reading in self._of_block(gate))
+
+    def _of_block(self, gate: str) -> list[Reading]:
+        """The readings of a block's gate and of its inner units, as far as they have masks."""
         block = self._blocks[gate]
         readings = (self.read(name) for name in (block.gate, block.inner) if name is not None)
-        return not any(reading is not None and reading.empty for reading in readings)
-
-    def _bound_alive(self, block: Block) -> Tensor:
-        parts = []
-        for name in (block.gate, block.inner):
-            reading = self.read(name) if name is not None else None
-            if reading is not None:
-                parts.append((reading.value > 0).any())
-        return torch.stack(parts).all() if parts else torch.tensor(True)
+        return [reading for reading in readings if reading is not None]
 
     @staticmethod
     def _measure(name: str, value: Tensor) -> Reading:

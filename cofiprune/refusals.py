@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 
 from cofiprune.errors import AdapterError
 from cofiprune.record import METHOD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _QUANTISED = ("torch.ao.nn.", "torchao.", "bitsandbytes.", "optimum.quanto.", "gptqmodel.", "awq.", "hqq.", "aqlm.")
 """Packages whose layers and tensors hold quantised weights."""
@@ -40,7 +43,7 @@ def refuse(model: object) -> None:
         )
 
 
-def refuse_undeclared(model: nn.Module) -> None:
+def refuse_undeclared(model: PreTrainedModel) -> None:
     """Refuse a model of a family without an adapter, where none can be derived for a model of its kind.
 
     :raises AdapterError: saying what it is and what to do.
@@ -50,7 +53,7 @@ def refuse_undeclared(model: nn.Module) -> None:
         raise AdapterError(f"{_name(model)} {reason}")
 
 
-def _reason(model: nn.Module) -> str | None:
+def _reason(model: PreTrainedModel) -> str | None:
     """The end of a sentence about why no adapter can be derived."""
     parts = encoders_inside(model)
     if parts:
@@ -61,7 +64,7 @@ def _reason(model: nn.Module) -> str | None:
             "with a class of transformers if there is one, or describe it: subclass cofiprune.Adapter and call "
             "cofiprune.register_adapter(MyAdapter()), see docs/how-to/add-an-adapter.md."
         )
-    kind = f"({_type_of(model)}) is"
+    kind = f"({model.config.model_type}) is"
     if _is_causal(model):
         return f"{kind} a decoder-only model: each token sees those before it only. cofiprune prunes encoders."
     experts = [path for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
@@ -86,7 +89,7 @@ def _pass(parts: list[tuple[str, nn.Module]]) -> str:
 
 def has_decoder(model: nn.Module) -> bool:
     """Return whether a model, or the model under its head, has a decoder in addition to its encoder."""
-    base = _base(model)
+    base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
     return all(isinstance(getattr(base, part, None), nn.Module) for part in ("encoder", "decoder"))
 
 
@@ -193,7 +196,7 @@ def _is_causal(model: nn.Module) -> bool:
         return True in flags
     from transformers.models.auto import modeling_auto as auto
 
-    name = _type_of(model)
+    name = str(getattr(model.config, "model_type", ""))
     encodes = name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or name in auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
     return name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
 
@@ -207,21 +210,10 @@ def _attends(module: nn.Module) -> bool:
     return ("attention" in name or "attn" in name) and any(value.dim() in (2, 3) for value in module.parameters())
 
 
-def _base(model: nn.Module) -> nn.Module:
-    base: Any = getattr(model, getattr(model, "base_model_prefix", "") or "_", model)
-    return base if isinstance(base, nn.Module) else model
-
-
-def _is_transformers_model(model: object) -> TypeGuard[nn.Module]:
-    if not isinstance(model, nn.Module) or "transformers" not in sys.modules:
-        return False
-    from transformers import PreTrainedModel
+def _is_transformers_model(model: object) -> TypeGuard[PreTrainedModel]:
+    from transformers import PreTrainedModel  # imported late: `import cofiprune` does without the second that it takes
 
     return isinstance(model, PreTrainedModel)
-
-
-def _type_of(model: nn.Module) -> str:
-    return str(getattr(model.config, "model_type", ""))
 
 
 def _name(model: object) -> str:

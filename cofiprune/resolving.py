@@ -78,9 +78,7 @@ class Resolver:
         self.tables: list[str] = []
         self.refused = dict(family.refused)
         if unknown := self.refused.keys() - {"head", "intermediate", "hidden"}:
-            raise AdapterError(
-                f"{self._who()}: refused names {sorted(unknown)}; only head, intermediate and hidden can be refused"
-            )
+            raise AdapterError(f"refused names {sorted(unknown)}; only head, intermediate and hidden can be refused")
 
     def structure(self) -> Structure:
         """Return the structure.
@@ -91,7 +89,7 @@ class Resolver:
         paths = tuple(self._members(_join(self.base, family.layers)))
         applications = family.applications or (1,) * len(paths)
         if len(applications) != len(paths):
-            raise AdapterError(f"{self._who()}: {len(applications)} applications for {len(paths)} layers")
+            raise AdapterError(f"{len(applications)} applications for {len(paths)} layers")
         head_rows = self._head_rows()
         if "hidden" not in self.refused:
             self._add_group("hidden", "hidden", None)
@@ -123,11 +121,8 @@ class Resolver:
         if star:
             return [found for each in self._members(before) for found in self._members(each + after)]
         if path not in self.modules:
-            raise AdapterError(f"{self._who()}: no list of layers at {path!r}")
+            raise AdapterError(f"no list of layers at {path!r}")
         return [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
-
-    def _who(self) -> str:
-        return f"adapter of {self.model.config.model_type!r} on {type(self.model).__name__}"
 
     def _add_group(self, name: str, kind: Kind, layer: int | None) -> None:
         size: object = 1
@@ -138,7 +133,7 @@ class Resolver:
             size = self.family.sizes.get(kind, getattr(self.model.config, setting, None))
             if not isinstance(size, int):
                 raise AdapterError(
-                    f"{self._who()}: its configuration has {size!r} for {setting!r}, where the number of {kind!r} "
+                    f"its configuration has {size!r} for {setting!r}, where the number of {kind!r} "
                     f"units is expected; name the right setting by ConfigSizes({kind}=...), or give the number in sizes"
                 )
         assert isinstance(size, int)
@@ -195,7 +190,7 @@ class Resolver:
             found = _join(path, module)
             if found not in self.modules:
                 raise AdapterError(
-                    f"{self._who()}: {entry} of {gate!r} names the module {found!r}, which the model does not have."
+                    f"{entry} of {gate!r} names the module {found!r}, which the model does not have."
                     f"{suggest(found, self.modules)}"
                 )
 
@@ -208,7 +203,7 @@ class Resolver:
                 for side in parameter.prunable.values():
                     if side.group.endswith(inner):
                         return side.block
-        raise AdapterError(f"{self._who()}: no projection(...) row of {gate!r} reads {inner!r}")
+        raise AdapterError(f"no projection(...) row of {gate!r} reads {inner!r}")
 
     def _refuses(self, kind: Kind) -> bool:
         return unit_of(kind) in self.refused
@@ -223,7 +218,7 @@ class Resolver:
                 elif not row.optional:
                     near = suggest(path, self.modules)
                     raise AdapterError(
-                        f"{self._who()}: row {row.modules!r} names the module {path!r}, which the model does not have."
+                        f"row {row.modules!r} names the module {path!r}, which the model does not have."
                         f"{near} Mark the row optional=True if some models lack it."
                     )
 
@@ -248,7 +243,7 @@ class Resolver:
             if known.described_as == name and (known.gate or scope.gate):
                 owners = " and ".join(owner or "no block" for owner in dict.fromkeys((known.gate, scope.gate)))
                 raise AdapterError(
-                    f"{self._who()}: row {row.modules!r} describes {name!r}, which a row before it describes already "
+                    f"row {row.modules!r} describes {name!r}, which a row before it describes already "
                     f"(as part of {owners}); a parameter takes one row, in the block that it is removed with"
                 )
             # The first entry (the embedding table) owns it; it is applied as a matrix too, by a tied module or by a
@@ -281,7 +276,7 @@ class Resolver:
         block = axis.block or length // (axis.copies * units)
         if axis.copies * units * block != length:
             raise AdapterError(
-                f"{self._who()}: parameter {name!r} has length {length} along {axis.kind!r}, which is not "
+                f"parameter {name!r} has length {length} along {axis.kind!r}, which is not "
                 f"copies {axis.copies} x units {units} x block {axis.block or 'any whole number'}"
             )
         return Side(group, units, axis.copies, block, axis.role)

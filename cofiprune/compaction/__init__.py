@@ -1,4 +1,4 @@
-"""Compaction: a smaller model in place of a masked one, and its weights back in the full model.
+"""Compaction: a smaller model in place of a masked one.
 
 Slicing, placeholders of removed blocks, uniform configurations, and loading by `from_pretrained` have a module each.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compacted, write_back
+from cofiprune.compaction.slicing import compacted
 from cofiprune.compaction.uniform_config import uniform_copy
 from cofiprune.inference.fusion import fuse as fuse_linears
 from cofiprune.masking import masks_of
@@ -17,7 +17,7 @@ from cofiprune.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compact", "restore"]
+__all__ = ["compact"]
 
 
 def compact(
@@ -43,16 +43,3 @@ def compact(
     if fuse:
         fuse_linears(small, structure.layers)  # of a uniform model, the first ones
     return small
-
-
-def restore(model: PreTrainedModel, small: PreTrainedModel, plan: Plan) -> None:
-    """Write the weights of a compacted model back to their places in the full one: the inverse of `compact`.
-
-    Weights that the plan removes stay as they are. The small model's weights contain the plan's scales: under masks,
-    the full model computes the same only with those of `plan.hard`.
-
-    :raises PlanError: when the plan belongs to another model.
-    """
-    structure = structure_of(model)
-    plan.check(structure)
-    write_back(model, structure, small, plan)

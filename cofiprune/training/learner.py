@@ -10,9 +10,9 @@ The multipliers and the schedule of the target stay as they were, because costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -43,8 +43,18 @@ _PATIENCE = 3
 _LEAST = 0.05
 """Share of what the model costs that has to go at least: setting up a smaller one takes a moment."""
 
-Pair = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
-"""A parameter, the one that takes its place, and what cuts a tensor of the first one's shape to the second's."""
+Cut = Callable[[Tensor], Tensor]
+"""Cuts a tensor of a parameter's shape to that of what is left of it."""
+Modules = Mapping[str, nn.Module]
+
+
+class Origin(NamedTuple):
+    """Where a phase began; the constraint counts from there, also on the smaller models that follow."""
+
+    cost: float
+    kept_share: float
+    """Of the dense model's cost."""
+    share_to_remove: float
 
 
 class GateLearner(nn.Module):
@@ -61,12 +71,14 @@ class GateLearner(nn.Module):
         schedule: Schedule,
         *,
         layers_left: float = 1.0,
+        origin: Sequence[float] | None = None,
     ) -> None:
         """Set up gates that are open, on the device of the masks.
 
         :param masks: attached to the model that learns.
         :param target: of the dense model; shares of its cost are what the constraint compares.
         :param layers_left: parameters in the layers of the masks' model by those of the dense model, in (0, 1].
+        :param origin: where the phase began; None for here.
         """
         super().__init__()
         structure = masks.structure
@@ -81,10 +93,8 @@ class GateLearner(nn.Module):
         self.constraint = Constraint().to(device)
         self.register_buffer("closed", torch.zeros_like(self.gates.log_alpha, dtype=torch.long))
         self.cost = target.cost(structure)
-        # What the model cost when the phase began; the smaller ones that follow count from there.
-        self.initial_cost: float = self.cost.exact(structure.sizes)
-        self.kept_share = target.kept_share(structure)
-        self.share_to_remove = target.removed(structure)
+        here = (self.cost.exact(structure.sizes), target.kept_share(structure), target.removed(structure))
+        self.origin = Origin(*(here if origin is None else origin))
         self.expected: Tensor | None = None
         order = {name: index for index, name in enumerate(structure)}
         self.positions = torch.tensor([order[group.name] for group in groups], device=device)
@@ -117,11 +127,13 @@ class GateLearner(nn.Module):
 
     def target_at(self, step: int) -> float:
         """The share of the dense model's cost that is to be gone at a step."""
-        return 1 - self.kept_share * (1 - self._target_at(step))
+        return 1 - self.origin.kept_share * (1 - self._target_at(step))
 
     def _target_at(self, step: int) -> float:
         schedule = self.schedule
-        return target_at(step, target=self.share_to_remove, warmup_steps=schedule.ramp, start_step=schedule.before)
+        return target_at(
+            step, target=self.origin.share_to_remove, warmup_steps=schedule.ramp, start_step=schedule.before
+        )
 
     def sparsity(self) -> float:
         """The sparsity that the masks have as they are set, relative to the dense model."""
@@ -130,8 +142,8 @@ class GateLearner(nn.Module):
     def penalty(self, step: int) -> Tensor:
         """Return the Lagrangian term of a step, and note the share expected to have gone of the dense model's cost."""
         sizes = self.sizes.index_copy(0, self.positions, self.gates.expected_sizes())
-        sparsity = 1 - self.cost.expected(sizes) / self.initial_cost
-        self.expected = 1 - self.kept_share * (1 - sparsity.detach())
+        sparsity = 1 - self.cost.expected(sizes) / self.origin.cost
+        self.expected = 1 - self.origin.kept_share * (1 - sparsity.detach())
         penalty: Tensor = self.constraint(sparsity, self._target_at(step))
         return penalty
 
@@ -172,10 +184,10 @@ class GateLearner(nn.Module):
         """
         self.masks.unbind()
         scores, values = {}, {}
-        for group, part in self._parts(self.gates.log_alpha.detach()):
-            limit = self.gates.limit_of(group)
-            scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
-            values[group.name] = torch.sigmoid(0.8 * part / self.settings.gate_temperature)
+        parts = self.gates.by_group(self.gates.log_alpha.detach())
+        for group, (name, part) in zip(self.gates.groups, parts.items(), strict=True):
+            scores[name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / self.gates.limit_of(group)
+            values[name] = torch.sigmoid(0.8 * part / self.settings.gate_temperature)
         structure, worth = self.masks.structure, self._worth()
 
         def plan_for(target: Target) -> Plan:
@@ -186,8 +198,8 @@ class GateLearner(nn.Module):
     def _worth(self) -> dict[str, Tensor]:
         """Return what gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
         structure, found = self.masks.structure, {}
-        parts = self._parts(self.gates.open_probability().detach())
-        chances = {group.name: chance.double().cpu() for group, chance in parts}
+        parts = self.gates.by_group(self.gates.open_probability().detach())
+        chances = {name: chance.double().cpu() for name, chance in parts.items()}
         sizes = structure.sizes
         dense = self.cost.exact(sizes)
         for block in structure.blocks:
@@ -202,10 +214,6 @@ class GateLearner(nn.Module):
             costs = (dense - self.cost.exact({**sizes, "hidden": 1})) / dense
             found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
         return found
-
-    def _parts(self, flat: Tensor) -> Iterable[tuple[Any, Tensor]]:
-        """Pair each group of the gates with its part of a flat tensor [U]."""
-        return zip(self.gates.groups, torch.split(flat, [group.size for group in self.gates.groups]), strict=True)
 
     # Closed gates.
 
@@ -225,7 +233,7 @@ class GateLearner(nn.Module):
         self.masks.unbind()
         values = torch.cat(list(self.gates.deterministic().values()))
         self.closed.copy_(torch.where(values == 0, self.closed + 1, 0))
-        kept = {group.name: part for group, part in self._parts((self.closed < _PATIENCE).float().cpu())}
+        kept = self.gates.by_group((self.closed < _PATIENCE).float().cpu())
         if "hidden" in kept and not bool(kept["hidden"].any()):
             return None
         plan = Plan.from_values(self.masks.structure, kept)
@@ -238,28 +246,28 @@ class GateLearner(nn.Module):
         :param masks: of that smaller model.
         :param layers_left: of the dense model, in it.
         """
-        smaller = GateLearner(masks, self.target, self.settings, self.schedule, layers_left=layers_left)
+        smaller = GateLearner(
+            masks, self.target, self.settings, self.schedule, layers_left=layers_left, origin=self.origin
+        )
         smaller.constraint = self.constraint
-        smaller.count_from(self.origin())
         cut = gate_cut(self.gates, plan.keep)
         with torch.no_grad():
             smaller.gates.log_alpha.copy_(cut(self.gates.log_alpha))
             smaller.closed.copy_(cut(self.closed))
         return smaller
 
-    def origin(self) -> dict[str, float]:
-        """Return the costs from which the constraint counts, as plain values."""
-        return {name: getattr(self, name) for name in ("initial_cost", "kept_share", "share_to_remove")}
+    def cuts(self, structure: Structure, plan: Plan) -> dict[str, Cut]:
+        """Return what cuts tensors of gates, model and projection to what a plan leaves, by "module.name".
 
-    def count_from(self, origin: dict[str, float]) -> None:
-        """Count from where the phase began, on a larger model."""
-        self.initial_cost, self.kept_share = origin["initial_cost"], origin["kept_share"]
-        self.share_to_remove = origin["share_to_remove"]
-
-    def pairs(self, smaller: GateLearner, plan: Plan) -> list[Pair]:
-        """Pair the parameters with those of what `on` returned for a plan."""
-        gates = (self.gates.log_alpha, smaller.gates.log_alpha, gate_cut(self.gates, plan.keep))
-        return [gates, *((each, each, _copied) for each in self.constraint.parameters())]
+        :param structure: of the model that the plan is for.
+        """
+        cuts: dict[str, Cut] = {
+            f"model.{spec.name}": partial(sliced, spec=spec, plan=plan) for spec in structure.parameters
+        }
+        cuts["gates.gates.log_alpha"] = gate_cut(self.gates, plan.keep)
+        if "hidden" in plan.keep:
+            cuts["projection.weight"] = lambda value: value[:, list(plan.keep["hidden"])]
+        return cuts
 
 
 def start_alike(parameters: Iterable[nn.Parameter]) -> None:
@@ -285,33 +293,12 @@ def check_steps(schedule: Schedule) -> list[int]:
     return [schedule.before + round(index * schedule.gated / _CHECKS) for index in range(1, _CHECKS)]
 
 
-def weight_pairs(model: PreTrainedModel, structure: Structure, small: PreTrainedModel, plan: Plan) -> Iterable[Pair]:
-    """Pair the parameters of a model with those of what a plan leaves of it; none of what is gone."""
-    specs = {spec.name: spec for spec in structure.parameters}
-    left = dict(small.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name in left:
-            spec = specs.get(name)
-            yield parameter, left[name], _copied if spec is None else partial(sliced, spec=spec, plan=plan)
-
-
-def projection_pairs(projection: nn.Linear | None, small: nn.Linear | None, plan: Plan) -> Iterable[Pair]:
-    """The same for the linear map of the layers' distillation."""
-    if projection is not None and small is not None:
-        kept = list(plan.keep["hidden"]) if "hidden" in plan.keep else slice(None)
-        yield projection.weight, small.weight, lambda value: value[:, kept].clone()
-        yield projection.bias, small.bias, _copied
-
-
-def transplant(old: Optimizer, new: Optimizer, pairs: Iterable[Pair]) -> None:
-    """Give the parameters of a new optimiser the moments that those in their places had, cut to size."""
-    for before, after, cut in pairs:
-        if before in old.state:
-            new.state[after] = {
-                name: cut(value) if isinstance(value, Tensor) and value.shape == before.shape and value.dim() else value
-                for name, value in old.state[before].items()
-            }
-
-
-def _copied(value: Tensor) -> Tensor:
-    return value.clone()
+def transplant(old: Modules, optimizer: Optimizer, new: Modules, onto: Optimizer, cuts: Mapping[str, Cut]) -> None:
+    """Give parameters in an optimiser the moments that those of the same names had in an old one, cut to size."""
+    for key, module in new.items():
+        was = dict(old[key].named_parameters())
+        for name, parameter in module.named_parameters():
+            cut = cuts.get(f"{key}.{name}", Tensor.clone)
+            for moment, value in optimizer.state.get(was[name], {}).items():
+                per_unit = isinstance(value, Tensor) and value.shape == was[name].shape
+                onto.state[parameter][moment] = cut(value) if per_unit else value

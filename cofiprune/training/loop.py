@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from cofiprune.training.arguments import check_weights
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.environment import metric_name
 from cofiprune.training.learner import GateLearner, average_gradients, start_alike
-from cofiprune.training.resolved import Rates
+from cofiprune.training.resolved import pruning_rates, recovery_rates
 
 if TYPE_CHECKING:
     from cofiprune.training.run import Run
@@ -29,18 +29,23 @@ _ASK_OTHERS = 10
 class Loop:
     """Trains the run's small model from wherever its state stands to the last step of a phase."""
 
-    def __init__(self, run: Run, *, total: int, rates: Rates, learner: GateLearner | None = None) -> None:
+    def __init__(self, run: Run, steps: int, learner: GateLearner | None = None) -> None:
         """Set up a phase.
 
         :param run: its state has the modules of the phase, and an optimiser of all that learns.
-        :param total: optimiser steps of the phase.
-        :param rates: learning rates of the optimiser's parameter groups at a step.
+        :param steps: optimiser steps of the phase.
         """
         self.run = run
         self.state = run.state
-        self.total = total
-        self.rates = rates
+        self.total = steps
         self.learner = learner
+        assert self.state.optimizer is not None
+        groups = len(self.state.optimizer.param_groups)
+        self.rates = (
+            recovery_rates(run.settings, steps, groups)
+            if learner is None
+            else pruning_rates(run.settings, learner.schedule, groups - len(learner.groups()))
+        )
         accelerator = run.accelerator
         # Alone, the model is used as it is: `prepare_model` would replace its forward for mixed precision, which
         # the autocast around each step does as well, and copies of the model would keep the replacement.
@@ -50,7 +55,6 @@ class Loop:
             # Gates and masks are read by the compiled forward pass as tensors from outside, so that a new sample of
             # the gates in every step compiles nothing anew. A new length of sequence does so once, for all lengths.
             self.model = torch.compile(self.model, backend=run.settings.torch_compile_backend)  # type: ignore[assignment]
-        assert self.state.optimizer is not None
         self.optimizer = accelerator.prepare_optimizer(self.state.optimizer)
         self.last_saved = self.state.total_steps
         others = [module for module in (learner, run.objective.projection) if module is not None]
@@ -263,15 +267,3 @@ class Loop:
         if self.learner is not None:
             self.learner.masks.unbind()
         accelerator.free_memory()
-
-
-def weight_groups(model: nn.Module, projection: nn.Module | None, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimiser's groups of all that learns but gates; matrices decay, biases and norms do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [each for each in trained if each.dim() > 1], "weight_decay": weight_decay},
-        {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if projection is not None:
-        groups.append({"params": list(projection.parameters()), "weight_decay": 0.0})
-    return groups

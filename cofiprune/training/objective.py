@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.batches import ROWS, Batches, model_inputs
+from cofiprune.data.batches import ROWS, Batches, model_inputs, to_model
 from cofiprune.data.tasks import IGNORED, Task, forward_names, label_names, supported_kwargs
 from cofiprune.distillation import (
     hidden_projection,
@@ -83,7 +82,8 @@ class Objective:
     def cut(self, keep: Sequence[int]) -> None:
         """Go on with a student that was compacted to some hidden dimensions."""
         if self.projection is not None:
-            self.projection = cut_projection(self.projection, keep)
+            weight, bias = self.projection.weight.detach(), self.projection.bias.detach()
+            self.projection = _linear(weight[:, list(keep)], bias)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
         """Return the parts of the loss, unweighted, and their weighted sum as `loss`.
@@ -114,14 +114,26 @@ class Objective:
         total = torch.stack([weights[name] * value.float() for name, value in parts.items()]).sum()
         return {**parts, "loss": total}
 
+    def remember(self, student: PreTrainedModel, batches: Batches, count: int) -> None:
+        """Fill the teacher's memory from the batches that were taken first, over all epochs, as it was filled then.
+
+        Its outputs depend, in the last digits, on what rows were padded to.
+        """
+        if self.teacher is None or not self.teacher.memory:
+            return
+        for epoch in range(-(-count // len(batches))):
+            for batch in itertools.islice(batches.epoch(epoch), count - epoch * len(batches)):
+                if not self.teacher.knows(batch[ROWS]):
+                    self.teacher.outputs(to_model(model_inputs(batch, student), student), batch[ROWS])
+
     def _teacher_parts(
         self, teacher: Teacher, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None
     ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
-        known = teacher.outputs(inputs, batch.get(ROWS))
+        theirs, targets = teacher.outputs(inputs, batch.get(ROWS))
         mask = batch.get("attention_mask")
         parts: dict[str, Tensor] = {}
-        ours, theirs = predictions(output), known.predictions
+        ours = predictions(output)
         # An encoder without a head predicts its states; when hidden dimensions or widths differ, only the
         # layer loss, which maps one to the other, can compare them.
         if [part.shape for part in ours] == [part.shape for part in theirs] and self.settings.distill_logits_weight:
@@ -136,13 +148,12 @@ class Objective:
             states = output.hidden_states[1:]
             parts["layers_loss"] = layerwise_loss(
                 states,
-                dict(zip(teacher.layers, known.states, strict=True)),
+                dict(zip(teacher.layers, targets, strict=True)),
                 self.projection,
                 how=self.settings.distill_layer_match,
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
-                reduction="sum",
             )
         if not parts:
             raise TrainingError(
@@ -162,14 +173,8 @@ def _counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
     return None
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Outputs of a teacher for a batch."""
-
-    predictions: tuple[Tensor, ...]
-    """As `cofiprune.distillation.predictions` returns them."""
-    states: tuple[Tensor, ...]
-    """S of [B, T, H]: outputs of the chosen layers."""
+Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Of a teacher for a batch: its predictions, and the states [B, T, H] of its S chosen layers."""
 
 
 class Teacher:
@@ -218,16 +223,15 @@ class Teacher:
         inputs = {name: value for name, value in inputs.items() if name in self.reads}
         output = self.model(**inputs, **self.options)
         states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
-        return Outputs(tuple(part.detach() for part in predictions(output)), states)
+        return tuple(part.detach() for part in predictions(output)), states
 
     def _remember(self, numbers: list[int], outputs: Outputs, mask: Tensor) -> None:
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         lengths = (mask.ne(0) * position).amax(1).tolist()
+        predicted, chosen = outputs
         for index, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
-            parts = [
-                part[index, :length].clone() if self.token_axis else part[index].clone() for part in outputs.predictions
-            ]
-            states = [state[index, :length].clone() for state in outputs.states]
+            parts = [part[index, :length].clone() if self.token_axis else part[index].clone() for part in predicted]
+            states = [state[index, :length].clone() for state in chosen]
             self._known[number] = (parts, states)
             self.used += sum(part.numel() * part.element_size() for part in (*parts, *states))
 
@@ -239,7 +243,7 @@ class Teacher:
             for rows in ([row[index] for row, _ in known] for index in range(len(known[0][0])))
         )
         states = tuple(_stack([row[index] for _, row in known], width) for index in range(len(self.layers)))
-        return Outputs(parts, states)
+        return parts, states
 
 
 def _stack(rows: list[Tensor], width: int) -> Tensor:
@@ -250,38 +254,27 @@ def _stack(rows: list[Tensor], width: int) -> Tensor:
     return out
 
 
+@torch.no_grad()
 def new_projection(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Batches, *, fitted: bool = False
 ) -> nn.Linear:
-    """Return the linear map from a student's states to a teacher's: the identity where they match, else fitted.
+    """Return the linear map from a student's states to a teacher's: the identity where they match.
+
+    A student of other or fewer dimensions or layers has no identity to start from: its last states are then fitted to
+    the teacher's on a few batches, by ridge regression with an intercept in float64.
 
     :param fitted: fit it in any case, because the student has changed since they matched.
     """
     width, wanted = hidden_width(student), hidden_width(teacher)
     if not fitted and width == wanted and student.config.num_hidden_layers == teacher.config.num_hidden_layers:
         return hidden_projection(width, wanted).to(student.device)
-    return fitted_projection(student, teacher, batches)
-
-
-@torch.no_grad()
-def fitted_projection(student: PreTrainedModel, teacher: PreTrainedModel, batches: Batches) -> nn.Linear:
-    """Return the map that takes the student's last states nearest to the teacher's on a few batches.
-
-    Ridge regression with an intercept in float64. A student of other or fewer dimensions than its teacher has
-    no identity to start from.
-    """
-    device = student.device
     gram: Tensor | None = None
     with evaluating(student):
         for batch in itertools.islice(batches, _FIT_BATCHES):
-            inputs = {name: value.to(device) for name, value in model_inputs(batch, student).items()}
-            ours = student(
-                **inputs, **supported_kwargs(student, output_hidden_states=True, return_dict=True)
-            ).hidden_states[-1]
-            read = {name: value for name, value in inputs.items() if name in forward_names(teacher)}
-            theirs = teacher(
-                **read, **supported_kwargs(teacher, output_hidden_states=True, return_dict=True)
-            ).hidden_states[-1]
+            inputs = {name: value.to(student.device) for name, value in model_inputs(batch, student).items()}
+            ours = _last_states(student, inputs)
+            reads = forward_names(teacher)
+            theirs = _last_states(teacher, {name: value for name, value in inputs.items() if name in reads})
             mask = inputs.get("attention_mask")
             if mask is not None and mask.shape == ours.shape[:2]:
                 ours, theirs = ours[mask.bool()], theirs[mask.bool()]
@@ -289,23 +282,25 @@ def fitted_projection(student: PreTrainedModel, teacher: PreTrainedModel, batche
             joined = torch.cat([ours, ours.new_ones(len(ours), 1), theirs], dim=1)
             gram = joined.T @ joined if gram is None else gram + joined.T @ joined
     assert gram is not None
-    width = hidden_width(student)
     inner, cross = gram[: width + 1, : width + 1], gram[: width + 1, width + 1 :]
     ridge = _RIDGE * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     solution = torch.linalg.solve(inner + ridge, cross).T.float()
-    projection = nn.Linear(width, hidden_width(teacher)).to(device)
-    projection.weight.copy_(solution[:, :-1])
-    projection.bias.copy_(solution[:, -1])
-    return projection
+    return _linear(solution[:, :-1], solution[:, -1])
 
 
-def cut_projection(projection: nn.Linear, keep: Sequence[int]) -> nn.Linear:
-    """Return a learned map for a student that was compacted to some hidden dimensions."""
-    small = hidden_projection(len(keep), projection.out_features, keep=None)
+def _last_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    options = supported_kwargs(model, output_hidden_states=True, return_dict=True)
+    states: Tensor = model(**inputs, **options).hidden_states[-1]
+    return states
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """Return a linear layer with these values, in float32."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0]).to(weight.device)
     with torch.no_grad():
-        small.weight.copy_(projection.weight[:, list(keep)])
-        small.bias.copy_(projection.bias)
-    return small.to(projection.weight.device)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
 
 
 def hidden_width(model: PreTrainedModel) -> int:

@@ -6,9 +6,8 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from cofiprune.accounting import layer_parameters
@@ -24,14 +23,11 @@ from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
 from cofiprune.training.arguments import check_learnable
-from cofiprune.training.learner import GateLearner, check_steps, projection_pairs, transplant, weight_pairs
-from cofiprune.training.loop import Loop, weight_groups
-from cofiprune.training.resolved import Schedule, pruning_rates, recovery_rates
+from cofiprune.training.learner import GateLearner, check_steps, transplant
+from cofiprune.training.loop import Loop
+from cofiprune.training.resolved import Schedule
 from cofiprune.training.run import Run
 from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
-
-if TYPE_CHECKING:
-    pass
 
 
 def prune_with_data(run: Run, target: Target) -> None:
@@ -157,27 +153,25 @@ def _progress(run: Run) -> Callable[[float], None]:
 def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
     """Learn gates and weights, or gates alone; decide what stays of the small model, and set its masks to that."""
     settings, steps = run.settings, schedule.before + schedule.gated
-    masks = attach_to(run.small, run.small_structure)
-    learner = GateLearner(masks, target, settings, schedule, layers_left=run.layers_left)
-    if run.saved is not None:
-        learner.count_from(run.state.extra["origin"])
-    elif settings.warm_start:
+    masks, origin = attach_to(run.small, run.small_structure), run.state.extra.get("origin")
+    learner = GateLearner(masks, target, settings, schedule, layers_left=run.layers_left, origin=origin)
+    if run.saved is None and settings.warm_start:
         learner.order(run.small, masks, run.batches)
-    run.state.extra["origin"] = learner.origin()
+    run.state.extra["origin"] = list(learner.origin)
     run.learn_from(fitted=False)
     run.state.begin("prune")
-    _optimise(run, learner)
+    run.learn(learner)
     run.go_on()
     checks = check_steps(schedule) if learner.shrinks() else []
     modules = [each for each in (run.small, run.objective.projection) if each is not None]
     with frozen(*([] if settings.trains_weights else modules)):
-        loop = _loop(run, learner, steps)
+        loop = Loop(run, steps, learner)
         while run.state.step < steps:
             found = learner.long_closed() if run.state.step in checks else None
             if found is not None:
                 loop.leave()  # a copy would keep what Accelerate has put on the model
                 learner = _shrunk(run, learner, found)
-                loop = _loop(run, learner, steps)
+                loop = Loop(run, steps, learner)
             loop.train(next(step for step in (*checks, steps) if step > run.state.step))
     decided = _decided(run, learner)
     if settings.repair is True:
@@ -185,20 +179,6 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
     else:
         learner.masks.set_plan(decided)
     return decided
-
-
-def _optimise(run: Run, learner: GateLearner) -> None:
-    """Set up the optimiser of a learner and of what it learns along with."""
-    settings, projection = run.settings, run.objective.projection
-    weights = weight_groups(run.small, projection, settings.weight_decay) if settings.trains_weights else []
-    optimizer = torch.optim.AdamW([*weights, *learner.groups()], lr=settings.learning_rate)
-    run.learn(optimizer, gates=learner)
-
-
-def _loop(run: Run, learner: GateLearner, steps: int) -> Loop:
-    assert run.state.optimizer is not None
-    trained = len(run.state.optimizer.param_groups) - len(learner.groups())
-    return Loop(run, total=steps, rates=pruning_rates(run.settings, learner.schedule, trained), learner=learner)
 
 
 def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
@@ -210,18 +190,13 @@ def _shrunk(run: Run, learner: GateLearner, plan: Plan) -> GateLearner:
     masks = attach_to(small, run.small_structure.cut(plan.kept))
     if not can_go_on(masks.structure, learner.target, run.settings):
         return learner
-    model, projection, optimizer = run.small, run.objective.projection, run.state.optimizer
+    modules, optimizer, cuts = run.state.modules, run.state.optimizer, learner.cuts(run.small_structure, plan)
     run.cut(plan, small)
     smaller = learner.on(masks, plan, layers_left=run.layers_left)
-    _optimise(run, smaller)
+    run.learn(smaller)
     assert optimizer is not None
     assert run.state.optimizer is not None
-    pairs = [
-        *weight_pairs(model, learner.masks.structure, small, plan),
-        *projection_pairs(projection, run.objective.projection, plan),
-        *learner.pairs(smaller, plan),
-    ]
-    transplant(optimizer, run.state.optimizer, pairs)
+    transplant(modules, optimizer, run.state.modules, run.state.optimizer, cuts)
     return smaller
 
 
@@ -263,9 +238,8 @@ def recover(run: Run, steps: int) -> None:
     run.settle(kept_share=_kept_share(run))
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
-    groups = weight_groups(run.small, run.objective.projection, run.settings.weight_decay)
     state.begin("recover")
-    run.learn(torch.optim.AdamW(groups, lr=run.settings.finetune_learning_rate))
+    run.learn()
     state.extra["steps"] = steps
     if run.target is not None:  # go on at the same place of the epoch
         taken = state.extra["taken"] if run.saved is not None else state.batches_seen
@@ -273,7 +247,7 @@ def recover(run: Run, steps: int) -> None:
         run.taken = [(before, taken)]
         state.batches_seen = round(taken * len(run.batches) / len(before))
     run.go_on()
-    Loop(run, total=steps, rates=recovery_rates(run.settings, steps, len(groups))).train()
+    Loop(run, steps).train()
     if state.best is not None:
         run.small.load_state_dict(state.best["model"])
 

@@ -6,7 +6,6 @@ something is decided. The model itself is written to once, when the run ends.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
-from torch.optim import Optimizer
 
 from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.compaction.slicing import compacted, write_back
-from cofiprune.data.batches import ROWS, Batch, Batches, RowBatches, model_inputs
+from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare
 from cofiprune.errors import SettingsError, TrainingError
@@ -31,7 +30,7 @@ from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import take_masks_off
-from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
+from cofiprune.training.checkpoint import SavedRun, identity, load_checkpoint
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import (
     Display,
@@ -44,6 +43,7 @@ from cofiprune.training.environment import (
     held_out,
     metric_name,
 )
+from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of, reached
@@ -165,19 +165,15 @@ class Run:
     def recovery_batches(self) -> Batches:
         """The batches of the recovery, which may have another size than the present ones."""
         size = self.settings.finetune_batch_size
-        return self.batches.resized(size) if isinstance(self.batches, RowBatches) else self.batches
+        return replace(self.batches, batch_size=size) if isinstance(self.batches, RowBatches) else self.batches
 
-    def identify(self, **identity: Any) -> None:
+    def identify(self, **more: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
-        teacher = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
         self.fingerprint = {
-            **identity,
-            "family": self.structure.family,
-            "sizes": sum(self.structure.sizes.values()),
+            **more,
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
-            "teacher": teacher,
-            "config": identifying(self.settings),
+            **identity(self.structure, "self" if self.teaches_itself else self.teacher, self.settings),
         }
         if self.resume and self.folder is not None:
             self.saved = load_checkpoint(self.folder, self.fingerprint)
@@ -261,19 +257,29 @@ class Run:
                 batches.with_rows = memory > 0
         self.objective = Objective(self.small, self.teacher, self.batches, self.settings, fitted=fitted, memory=memory)
 
-    def learn(self, optimizer: Optimizer, **more: nn.Module) -> None:
-        """Let an optimiser step what learns from now on.
-
-        :param more: modules that learn along with the model and the projection.
-        """
-        modules: dict[str, nn.Module] = {"model": self.small, **more}
-        if self.objective.projection is not None:
-            modules["projection"] = self.objective.projection
+    def learn(self, learner: GateLearner | None = None) -> None:
+        """Let an optimiser step what learns from now on: weights, the projection and, where there are some, gates."""
+        projection, groups = self.objective.projection, []
+        modules: dict[str, nn.Module] = {"model": self.small}
+        if learner is None or self.settings.trains_weights:
+            trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
+            matrices, vectors = ([each for each in trained if (each.dim() > 1) is many] for many in (True, False))
+            groups += [
+                {"params": matrices, "weight_decay": self.settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
+            if projection is not None:
+                groups.append({"params": list(projection.parameters()), "weight_decay": 0.0})
+        if learner is not None:
+            groups += learner.groups()
+            modules["gates"] = learner
+        if projection is not None:
+            modules["projection"] = projection
         # Whoever resumes may hand in the model of the run that was stopped, which is no longer what it was.
         dense = self.teacher if self.teaches_itself else self.model if self.target is not None else None
         if dense is not None:
             modules["dense"] = dense
-        self.state.modules, self.state.optimizer = modules, optimizer
+        self.state.modules, self.state.optimizer = modules, torch.optim.AdamW(groups)
         self.state.scaler = self.accelerator.scaler
 
     def go_on(self) -> None:
@@ -284,21 +290,10 @@ class Run:
         self.state.restore(saved.captured)
         if self.target is not None and self.teacher is not None and self.teaches_itself:
             self.model.load_state_dict(self.teacher.state_dict())
-        self._refill_memory()
+        with self.accelerator.autocast():
+            for batches, count in (*self.taken, (self.batches, self.state.batches_seen)):
+                self.objective.remember(self.small, batches, count)
         saved.restore_rng(self.accelerator.process_index)
-
-    def _refill_memory(self) -> None:
-        """Fill the teacher's memory as it was: its outputs depend, in the last digits, on what they were padded to."""
-        teacher = self.objective.teacher
-        if teacher is None or not teacher.memory:
-            return
-        for batches, count in (*self.taken, (self.batches, self.state.batches_seen)):
-            for batch in _first(batches, count):
-                if not teacher.knows(batch[ROWS]):
-                    inputs = model_inputs(batch, self.model)
-                    on_device = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
-                    with self.accelerator.autocast():
-                        teacher.outputs(on_device, batch[ROWS])
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Add an entry to the history, show it and hand it to the callbacks."""
@@ -333,12 +328,5 @@ class Run:
             "" if target is None else self.settings.method,
             self.reason,
             None if target is None else reached(target, self.model, self.structure, self.plan),
-            target is not None and self.settings.uniform,
             settings=self.settings,
         )
-
-
-def _first(batches: Batches, count: int) -> Iterator[Batch]:
-    """Give the batches that were taken first, over all epochs."""
-    for epoch in range(-(-count // len(batches))):
-        yield from itertools.islice(batches.epoch(epoch), count - epoch * len(batches))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cofiprune
-from cofiprune.compaction import restore
+from cofiprune.compaction.slicing import write_back
 from cofiprune.errors import PlanError
 from cofiprune.masking import masks_of
 from small import Batch, batch_of, build, logits, randomise
@@ -178,31 +178,32 @@ def test_a_plan_goes_before_attached_masks_and_serves_any_model_of_its_structure
     assert other.num_parameters() == small.num_parameters()
 
 
-def test_restore_is_the_inverse_of_slicing(model: PreTrainedModel, batch: Batch) -> None:
+def test_writing_back_is_the_inverse_of_slicing(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks)
     masks["layers.1.ffn"] = [0]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     plan, small = masks.plan(), cofiprune.compact(model)
-    restore(model, small, plan)
+    structure = cofiprune.structure(model)
+    write_back(model, structure, small, plan)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         for value in small.parameters():
             value.mul_(1.1)
-    restore(model, small, plan)
+    write_back(model, structure, small, plan)
     assert close(logits(model, batch), logits(small, batch))
     gone = "bert.encoder.layer.1.intermediate.dense.weight"
     assert torch.equal(model.state_dict()[gone], weights[gone])
     masks.detach()
     with pytest.raises(PlanError, match="units in the plan and 15 in the model"):
-        restore(small, small, plan)
+        write_back(small, cofiprune.structure(small), small, plan)
 
 
-def test_restore_after_fractional_masks_runs_under_the_hard_ones(model: PreTrainedModel, batch: Batch) -> None:
+def test_writing_back_after_fractional_masks_runs_under_the_hard_ones(model: PreTrainedModel, batch: Batch) -> None:
     masks = cofiprune.attach(model)
     randomise(masks, fractional=True)
     plan, small, masked = masks.plan(), cofiprune.compact(model), logits(model, batch)
-    restore(model, small, plan)
+    write_back(model, cofiprune.structure(model), small, plan)
     for name in masks:
         masks[name] = (masks[name] > 0).double()
     assert close(logits(model, batch), masked)
