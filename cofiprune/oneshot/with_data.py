@@ -163,7 +163,7 @@ class RoundPruning:
         )
         chosen = self.structure.select(self.units)
         may_empty = any(group.unit == "layer" for group in chosen)
-        blocks = [block for block in structure.blocks if block.inner in (structure if may_empty else inner)]
+        blocks = [block for block in structure.blocks if block.inner in inner or (may_empty and block.inner)]
         found = block_curves(small, structure, [block.gate for block in blocks], scored, seed=self.seed)
         for block in blocks:
             if block.gate not in found:
