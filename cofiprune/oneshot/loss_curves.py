@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.errors import DataError
-from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
+from cofiprune.oneshot.layerwise import Batch, linears, placed, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
@@ -100,10 +100,10 @@ def block_curves(
                 f"what passes {last[gate]} on the rows of the data set is not finite, so that there are no statistics "
                 "of it. Look for values that overflow in the rows or, in half precision, in the model"
             )
-    sides = {spec.name: spec.sides[1] for spec in structure.parameters if len(spec.sides) == 2}
+    sides = {path: spec.sides[1] for path, spec in linears(model, structure)}
     curves = {}
     for gate, found in moments.items():
-        side = sides[f"{last[gate]}.weight"]
+        side = sides[last[gate]]
         if side is not None:
             curves[gate] = curve(model.get_submodule(last[gate]), found, side)
     return curves
@@ -159,11 +159,8 @@ def _moments(seen: Iterable[Mapping[str, Sensitivity]]) -> dict[str, Moments]:
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:
     """Return the linear layers that read the stream: those of a block read the same, each of the head by itself."""
-    reading = {
-        spec.name.rpartition(".")[0]
-        for spec in structure.parameters
-        if len(spec.sides) == 2 and spec.sides[1] is not None and spec.sides[1].group == "hidden"
-    }
+    sides = {path: spec.sides[1] for path, spec in linears(model, structure)}
+    reading = {path for path, side in sides.items() if side is not None and side.group == "hidden"}
     found = {
         block.gate: [path for path in readers(model, structure, block) if path in reading] for block in structure.blocks
     }
