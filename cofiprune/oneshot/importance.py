@@ -114,7 +114,6 @@ def scores(
     before it has gone through all other units.
 
     :param importance: by group name, [n] of any scale per kind; for a block's gate, its importance among the blocks.
-    :param units: unit kinds that may be removed; None for all that the structure has.
     """
     chosen = {group.name: group for group in structure.select(units)}
     gates = [block.gate for block in structure.blocks if block.gate in chosen and block.inner in chosen]
