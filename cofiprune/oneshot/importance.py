@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, watching
-from cofiprune.oneshot.layerwise import Batch, linears, placed, valid_rows
+from cofiprune.oneshot.layerwise import Batch, linears, valid_rows
 from cofiprune.structure import Group, Kind, Side, Structure, UnitKind
 
 COARSE = 16
@@ -87,7 +88,7 @@ def activation_importance(model: nn.Module, structure: Structure, batches: Itera
     for batch in batches:
         before, after = {path: read(path, batch) for path in readers}, {path: leave(path, batch) for path in streams}
         with watching(model, before=before, after=after):
-            model(**placed(batch, model))
+            model(**to_model(batch, model))
     gates = {block.inner: block.gate for block in structure.blocks}
     shares: defaultdict[str, list[Tensor]] = defaultdict(list)
     found = {}

@@ -69,7 +69,8 @@ def calibration(model: PreTrainedModel, structure: Structure, batches: Iterable[
 
     :raises DataError: when there are fewer positions than a projection has inputs.
     """
-    widths = [model.get_parameter(f"{path}.weight").shape[1] for path in projections(model, structure).values()]
+    last = [path for paths in projections(model, structure).values() for path in paths]
+    widths = [model.get_parameter(f"{path}.weight").shape[1] for path in last]
     needed = max(widths, default=1)
     most = max(FIT_POSITIONS, FIT_PER_INPUT * needed)
     found, positions = first_batches(model, structure, (model_inputs(batch, model) for batch in batches), most)

@@ -101,7 +101,7 @@ def block_tables(structure: Structure, curves: Curves, cost: Cost, hidden: int, 
     whole = cost.exact(sizes)
     tables = []
     for block in structure.blocks:
-        inner = block.inner
+        inner = block.inner  # None where the units of a block are refused
         units = 1 if inner is None else sizes[inner]
         left = [whole] if inner is None else cost.along(sizes, inner, range(1, units + 1))
         saved = whole - np.array([cost.exact({**sizes, block.gate: 0}), *left], dtype=np.float64)
