@@ -161,22 +161,14 @@ def _rounded(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def hidden_projection(student_width: int, teacher_width: int, *, keep: Sequence[int] | None = None) -> nn.Linear:
+def hidden_projection(student_width: int, teacher_width: int) -> nn.Linear:
     """Return the linear layer W from student to teacher states: weight [Ht, Hs], bias 0; it is dropped after training.
 
     It starts as the identity, cut or padded with zeros where the widths differ.
-
-    :param keep: the teacher's dimension of each dimension of a compacted student; W starts as those columns of the
-        identity.
-    :raises TeacherError: if `keep` does not name `student_width` dimensions of the teacher.
     """
-    if keep is not None and (len(keep) != student_width or not all(0 <= unit < teacher_width for unit in keep)):
-        raise TeacherError(f"keep must name {student_width} dimensions below {teacher_width}; it has {len(keep)}")
-    kept = torch.tensor(range(min(student_width, teacher_width)) if keep is None else keep)
     projection = nn.Linear(student_width, teacher_width)
-    with torch.no_grad():
-        projection.bias.zero_()
-        projection.weight.zero_()[kept, torch.arange(len(kept))] = 1.0
+    nn.init.eye_(projection.weight)
+    nn.init.zeros_(projection.bias)
     return projection
 
 
@@ -265,9 +257,8 @@ def layerwise_loss(
     teacher_depth: int,
     mask: Tensor | None = None,
     alive: Tensor | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """Return the error of the student layers matched to the chosen teacher layers: a scalar, 0 if none is matched.
+    """Return the errors of the student layers matched to the chosen teacher layers, a sum; 0 if none is matched.
 
     With "same-index" and only the teacher's last layer, it is the error of the final token states.
 
@@ -278,7 +269,6 @@ def layerwise_loss(
     :param alive: [Ls] bool, see `match_layers`; None for all. Of another length where states are those of several
         layers; then any one counts for all.
     :param teacher_depth: Lt, the teacher's number of layers.
-    :param reduction: over the matched layers; the original sums over its four.
     """
     chosen = sorted(teacher_states)
     targets = torch.stack([teacher_states[layer] for layer in chosen])
@@ -290,5 +280,4 @@ def layerwise_loss(
     losses = None if how == "same-index" else layer_losses(students, targets, projection, mask)
     indices, valid = match_layers(losses, alive, how, layers=chosen, num_teacher_layers=teacher_depth)
     matched = _project(students.index_select(0, indices), projection.weight, projection.bias)
-    total = _state_errors(matched, targets, mask).masked_fill(~valid, 0.0).sum()
-    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+    return _state_errors(matched, targets, mask).masked_fill(~valid, 0.0).sum()

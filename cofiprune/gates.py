@@ -90,10 +90,10 @@ def fully_open_limit(size: int, *, temperature: float = TEMPERATURE, stretch: St
 
 
 def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Return a generator on `device` that is a function of (seed, step) alone.
+    """Return a generator on `device` that is a function of (seed, step) alone: the same on every rank.
 
-    Every rank of a distributed run and a resumed run draw the same noise at the same step. The two numbers are mixed by
-    SplitMix64 (Steele et al., 2014), because the CPU's generator uses only the low 32 bits of its seed.
+    The two numbers are mixed by SplitMix64 (Steele et al., 2014), because the CPU's generator uses only the low 32 bits
+    of its seed.
     """
     word = (1 << 64) - 1
     mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & word
@@ -165,7 +165,7 @@ class Gates(nn.Module):
         self.register_buffer("_start", start.clamp(-bounds, bounds).repeat_interleave(lengths), persistent=False)
         self.log_alpha = nn.Parameter(self._start.clone())
 
-    def _by_group(self, flat: Tensor) -> dict[str, Tensor]:
+    def by_group(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of a flat [U] tensor, one [n] per group."""
         return {group.name: part for group, part in zip(self.groups, torch.split(flat, self._sizes), strict=True)}
 
@@ -173,18 +173,17 @@ class Gates(nn.Module):
         """Return random gates [n] in [0, 1] by group: differentiable views of one flat draw.
 
         :param seed: the run's seed.
-        :param step: a number that is never used twice in a run; the noise depends on (seed, step) and on the type
-            of device only.
+        :param step: a number that is never used twice in a run.
         """
         device = self.log_alpha.device
         uniform = torch.rand(len(self.log_alpha), generator=noise_generator(seed, step, device), device=device)
-        return self._by_group(sample(self.log_alpha, uniform, temperature=self.temperature, stretch=self.stretch))
+        return self.by_group(sample(self.log_alpha, uniform, temperature=self.temperature, stretch=self.stretch))
 
     def deterministic(self) -> dict[str, Tensor]:
         """Return the gates [n] in [0, 1) by group for evaluation, without gradients."""
         return {
             name: deterministic(part, temperature=self.temperature, stretch=self.stretch)
-            for name, part in self._by_group(self.log_alpha.detach()).items()
+            for name, part in self.by_group(self.log_alpha.detach()).items()
         }
 
     def open_probability(self) -> Tensor:
@@ -225,7 +224,7 @@ class Gates(nn.Module):
             raise SettingsError(f"spread is {spread}; it must be at least 0 and finite")
         self._check(importance)
         self.log_alpha.copy_(self._start)
-        by_group = self._by_group(self.log_alpha)
+        by_group = self.by_group(self.log_alpha)
         for names in self._cohorts(importance):
             scores = torch.cat([importance[name].detach().to(self.log_alpha.device) for name in names])
             _, level, counts = torch.unique(scores, return_inverse=True, return_counts=True)
@@ -263,9 +262,6 @@ def gate_cut(gates: Gates, keep: Mapping[str, Sequence[int]]) -> Callable[[Tenso
 
     :param keep: kept indices by group.
     """
-    rows, first = [], 0
-    for group in gates.groups:
-        rows.append(torch.tensor(keep[group.name], dtype=torch.long) + first)
-        first += group.size
-    index = torch.cat(rows)
+    rows = gates.by_group(torch.arange(sum(group.size for group in gates.groups)))
+    index = torch.cat([part[list(keep[name])] for name, part in rows.items()])
     return lambda value: value.detach().index_select(0, index.to(value.device))

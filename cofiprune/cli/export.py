@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from cofiprune.cli.options import UsageError, at_least, one_of, writable_directo
 from cofiprune.errors import CofipruneError, explained
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _FORMATS = ("onnx",)
@@ -103,12 +103,12 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     # The exporter wraps whatever the modelling code raises.
     with explained(ExportError, f"torch cannot export this {type(model).__name__}", Exception):
         torch.onnx.export(
-            _by_position(model, list(inputs)),
-            tuple(inputs.values()),
+            model,
+            (),
             file,
-            input_names=list(inputs),
+            kwargs=inputs,
             output_names=names,
-            dynamic_shapes=(_open_dimensions(model, inputs),),
+            dynamic_shapes=_open_dimensions(model, inputs),
             opset_version=opset,
             dynamo=True,
             verbose=False,
@@ -152,31 +152,16 @@ def largest_difference(model: PreTrainedModel, file: Path) -> float:
     return found
 
 
-def _by_position(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:
-    """Wrap the model so that it takes and gives tensors in order, as a graph does."""
-    from torch import nn
-
-    class Positional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-            return tuple(_tensors(self.model(**dict(zip(names, values, strict=True)))).values())
-
-    return Positional().eval()
-
-
 def _tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     from torch import Tensor
 
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
 
-def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Sequence[dict[int, Any]]:
+def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
     """Name the dimensions of each input that the example does not fix."""
     import torch
 
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     text = model.main_input_name == "input_ids"
-    return tuple({0: batch, **({value.dim() - 1: sequence} if text else {})} for value in inputs.values())
+    return {name: {0: batch, **({value.dim() - 1: sequence} if text else {})} for name, value in inputs.items()}

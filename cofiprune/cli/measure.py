@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cofiprune.cli.loading import add_data_options, add_model_options, load, load_model, model_name, to_device
-from cofiprune.cli.options import UsageError, at_least, number, one_of
+from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.structure import UNIT_KINDS
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=at_least(1), nargs="+", default=[1, 32], metavar="N", help="(default: 1 32)")
     add("--seq-len", type=at_least(1), nargs="+", default=[128], metavar="N", help="tokens per example (default: 128)")
     add("--runs", type=at_least(1), metavar="N", help="timed passes (default: at least 5, and more within --seconds)")
-    add("--seconds", type=number, default=5.0, metavar="X", help="time for each size (default: 5)")
+    add("--seconds", type=float, default=5.0, metavar="X", help="time for each size (default: 5)")
     add("--threads", type=at_least(1), metavar="N", help="threads of the CPU (default: torch's own number)")
     add("--dtype", type=one_of(_PRECISIONS, "precision"), default="float32", metavar="{" + ",".join(_PRECISIONS) + "}",
         help="precision to measure in (default: float32)")  # fmt: skip

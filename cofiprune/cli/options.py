@@ -76,14 +76,10 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return whole
 
 
-def number(text: str) -> float:
-    """The type of an argument that is a number."""
-    return float(text)
-
-
-def numbers(text: str) -> list[float]:
-    """The type of an argument that is one or several numbers, joined by commas."""
-    return [float(part) for part in text.split(",")]
+def numbers(text: str) -> float | list[float]:
+    """The type of an argument that is one number, or several joined by commas."""
+    found = [float(part) for part in text.split(",")]
+    return found if len(found) > 1 else found[0]
 
 
 numbers.__name__ = "number"  # argparse names it when the text is none

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cofiprune.cli.loading import Loaded, add_data_options, add_model_options, load, load_model, model_name
-from cofiprune.cli.options import (
-    add_settings,
-    given_settings,
-    number,
-    numbers,
-    one_of,
-    writable_directory,
-)
+from cofiprune.cli.options import add_settings, given_settings, numbers, one_of, writable_directory
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
 from cofiprune.training.settings import DistillationSettings, GateSettings, TargetSettings, TrainingSettings
@@ -45,7 +38,7 @@ def add_prune_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     targets = parser.add_argument_group("targets (one at most)")
     for name, text in TARGETS.items():
-        kind = numbers if name == "target_sparsity" else number
+        kind = numbers if name == "target_sparsity" else float
         targets.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
@@ -72,7 +65,9 @@ def prune(options: argparse.Namespace) -> None:
     """Prune a model, save the smaller one, and print the result and its summary."""
     given = given_settings(options)
     config = PruneConfig.preset(options.preset, **given) if options.preset else PruneConfig.create(**given)
-    target = _target(options)
+    from cofiprune.selection.target import parse_target
+
+    target: dict[str, Any] = dict([parse_target({name: getattr(options, name) for name in TARGETS})])
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
     from cofiprune.training import prune as training
     from cofiprune.training.sweep import SweepResult
@@ -94,16 +89,6 @@ def finetune(options: argparse.Namespace) -> None:
 
     result = training.finetune(loaded.model, loaded.datasets["train_file"], **arguments)
     _save(result, result.model, loaded, arguments["output_dir"], {})
-
-
-def _target(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the target that was given, checked as far as that goes without the model."""
-    from cofiprune.selection.target import parse_target
-
-    asked = {name: getattr(options, name) for name in TARGETS}
-    if asked["target_sparsity"] is not None and len(asked["target_sparsity"]) == 1:
-        (asked["target_sparsity"],) = asked["target_sparsity"]
-    return dict([parse_target(asked)])
 
 
 def _prepare(

@@ -8,16 +8,16 @@ the same step.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cofiprune.data.rows import Batch as Batch
@@ -28,23 +28,23 @@ from cofiprune.errors import located
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Collate = Callable[[list[Any]], Batch]
 ROWS = "__rows__"
 """Key of the numbers of a batch's rows, [rows], where `with_rows` asks for them."""
 _MEGABATCH = 50
 """Batches that are sorted together; the value of transformers' LengthGroupedSampler."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Batches(ABC):
     """Batches on the CPU, epoch after epoch; iterating gives the first epoch."""
 
-    def __init__(self, task: Task, *, labelled: bool, seed: int) -> None:
-        self.task: Task = task
-        """Of the model's head: it says what the labels mean."""
-        self.labelled = labelled
-        """True for batches with labels, from which the model computes its loss."""
-        self.seed = seed
-        self._rank, self._processes = 0, 1
+    task: Task
+    """Of the model's head: it says what the labels mean."""
+    labelled: bool
+    """True for batches with labels, from which the model computes its loss."""
+    seed: int
+    rank: int = 0
+    processes: int = 1
 
     @property
     @abstractmethod
@@ -60,7 +60,7 @@ class Batches(ABC):
 
     def __len__(self) -> int:
         """Number of batches of a whole epoch in this process."""
-        return -(-self.total // self._processes)
+        return -(-self.total // self.processes)
 
     def shard(self, rank: int, processes: int) -> Self:
         """Return the part of one of several processes; every part has the same number of batches.
@@ -69,39 +69,22 @@ class Batches(ABC):
         """
         if not 0 <= rank < processes:
             raise ValueError(f"rank {rank} is not among {processes} processes")
-        part = copy.copy(self)
-        part._rank, part._processes = rank, processes
-        return part
+        return replace(self, rank=rank, processes=processes)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RowBatches(Batches):
     """Batches made of rows that can be read in any order."""
 
-    def __init__(
-        self,
-        rows: Sequence[Any],
-        collate: Collate,
-        task: Task,
-        *,
-        batch_size: int,
-        shuffle: bool,
-        labelled: bool,
-        seed: int = 0,
-        lengths: Sequence[int] | None = None,
-    ) -> None:
-        """Cut rows into batches.
-
-        :param collate: makes a batch of rows.
-        :param lengths: of each row, to group rows by; None to take them in order or shuffled.
-        """
-        super().__init__(task, labelled=labelled, seed=seed)
-        self.rows = rows
-        self.collate = collate
-        self.with_rows = False
-        """Set to True for batches that carry the numbers of their rows."""
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
+    rows: Sequence[Any]
+    collate: Callable[[list[Any]], Batch]
+    """Makes a batch of rows."""
+    batch_size: int
+    shuffle: bool
+    lengths: NDArray[np.int64] | None = None
+    """Of each row, to group rows by; None to take them in order or shuffled."""
+    with_rows: bool = False
+    """Set to True for batches that carry the numbers of their rows."""
 
     @property
     def total(self) -> int:
@@ -117,24 +100,16 @@ class RowBatches(Batches):
         if isinstance(self.collate, Padding):
             self.collate = replace(self.collate, multiple=multiple, longest=longest)
 
-    def resized(self, batch_size: int) -> Self:
-        """Return the same rows in batches of another size."""
-        part = copy.copy(self)
-        part.batch_size = batch_size
-        return part
-
     def indices(self, epoch: int = 0) -> list[list[int]]:
         """Return the rows of each batch of an epoch in this process."""
-        everything = np.arange(len(self.rows))
         if self.shuffle:
-            order = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, epoch, self._processes)
-        elif self.lengths is not None:
-            # The longest first: what does not fit into memory fails at once, not at the end.
-            order = _cut(everything[np.argsort(-self.lengths, kind="stable")], self.batch_size)
+            batches = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, epoch, self.processes)
         else:
-            order = _cut(everything, self.batch_size)
-        own = range(self._rank, len(self) * self._processes, self._processes)
-        return [order[position % len(order)].tolist() for position in own]
+            # The longest first: what does not fit into memory fails at once, not at the end.
+            order = np.arange(len(self.rows)) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
+            batches = _cut(order, self.batch_size)
+        own = range(self.rank, len(self) * self.processes, self.processes)
+        return [batches[position % len(batches)].tolist() for position in own]
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         for indices in self.indices(number)[start:]:
@@ -143,24 +118,15 @@ class RowBatches(Batches):
             yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LoaderBatches(Batches):
     """Batches of a DataLoader of the user's, in the loader's own order.
 
     The order is drawn from (seed, epoch), unless the loader has a generator or a sampler that goes its own way.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        accept: Callable[[Mapping[str, Any]], Batch],
-        task: Task,
-        *,
-        labelled: bool,
-        seed: int,
-    ) -> None:
-        super().__init__(task, labelled=labelled, seed=seed)
-        self.loader = loader
-        self.accept = accept
+    loader: DataLoader[Any]
+    accept: Callable[[Mapping[str, Any]], Batch]
 
     @property
     def total(self) -> int:
@@ -177,7 +143,7 @@ class LoaderBatches(Batches):
             set_epoch(number)
         # Past its end an epoch begins again, so that every process has the same number of batches.
         endless = itertools.chain.from_iterable(self._drawn(number) for _ in itertools.repeat(None))
-        own = itertools.islice(endless, self._rank, len(self) * self._processes, self._processes)
+        own = itertools.islice(endless, self.rank, len(self) * self.processes, self.processes)
         for position, batch in enumerate(itertools.islice(own, start, None), start):
             with located(f"in batch {position}: "):
                 accepted = self.accept(batch)
@@ -219,12 +185,13 @@ def shuffled(
     return [batch for chunk in mixed for batch in chunk]
 
 
-def to_model(batch: Batch, model: PreTrainedModel) -> Batch:
+def to_model(batch: Mapping[str, torch.Tensor], model: nn.Module) -> Batch:
     """Move a batch to a model's device, inputs that are not whole numbers in the model's own precision."""
+    weight = next(value for value in model.parameters() if value.is_floating_point())
     moved = {}
     for name, value in batch.items():
-        cast = value.is_floating_point() and name not in LABELS and value.dtype != model.dtype
-        moved[name] = value.to(model.device, model.dtype if cast else value.dtype, non_blocking=True)
+        cast = value.is_floating_point() and name not in LABELS
+        moved[name] = value.to(weight.device, weight.dtype if cast else value.dtype, non_blocking=True)
     return moved
 
 

@@ -89,8 +89,8 @@ def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatche
 
     if "input_ids" in columns:
         rows = checked(source.rows(columns.values()))
-        lengths = [row["input_ids"].shape[-1] for row in rows]
-        return cut(rows, padding, task, labelled=labelled, lengths=lengths)
+        lengths = np.array([row["input_ids"].shape[-1] for row in rows])
+        return cut(rows=rows, collate=padding, task=task, labelled=labelled, lengths=lengths)
     chosen = {new: old for new, old in columns.items() if new in label_names(model)}
     if chosen and source.columnar:  # all labels can be had without reading the inputs
         check(read(source.rows(chosen.values()), chosen, {}), model, task)
@@ -98,7 +98,7 @@ def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatche
     for start in range(0, ahead, _PEEK):
         with located(f"from row {start} on: "):
             checked(source[index] for index in range(start, min(start + _PEEK, ahead)))
-    return cut(source, lambda raw: padding(checked(raw)), task, labelled=labelled)
+    return cut(rows=source, collate=lambda raw: padding(checked(raw)), task=task, labelled=labelled)
 
 
 def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: Callable[..., RowBatches]) -> RowBatches:
@@ -117,14 +117,14 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
         chosen = {name: columns[name] for name in ("input_ids", "labels") if name == "input_ids" or numbers}
         rows = read(source.rows(chosen.values()), chosen, {})
         check(rows, model, "other")
-        lengths = [row["input_ids"].shape[-1] for row in rows]
+        lengths = np.array([row["input_ids"].shape[-1] for row in rows])
     # A collator that draws masks must not shift the training's draws.
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
     if "labels" in chosen and task == "classification":
         check(rows, model, task)
-    return cut(source, collate, task, labelled=_is_labelled(sample, model), lengths=lengths)
+    return cut(rows=source, collate=collate, task=task, labelled=_is_labelled(sample, model), lengths=lengths)
 
 
 def _from_loader(loader: DataLoader[Any], model: PreTrainedModel, seed: int) -> tuple[Batches, Batch]:
@@ -138,7 +138,8 @@ def _from_loader(loader: DataLoader[Any], model: PreTrainedModel, seed: int) -> 
     with torch.random.fork_rng(devices=[]), located("in the first batch: "):
         sample = accepted(next(iter(loader)), model)
     task, labelled = task_of(model, _first_row(sample)), _is_labelled(sample, model)
-    return LoaderBatches(loader, lambda batch: accepted(batch, model), task, labelled=labelled, seed=seed), sample
+    accept = partial(accepted, model=model)
+    return LoaderBatches(loader=loader, accept=accept, task=task, labelled=labelled, seed=seed), sample
 
 
 def accepted(batch: Mapping[str, Any], model: PreTrainedModel) -> Batch:

@@ -6,8 +6,7 @@ A block is thus timed inside the model's own forward pass, with the masks, posit
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +37,6 @@ _SECONDS = 1.0
 """For one width and one kind of block, in addition to the five runs of each size."""
 _LONG = 0.25
 """Seconds of a forward pass from which on one block is measured alone, and not many alike together."""
-
-Progress = Callable[[float], None]
-"""Called with the share that is done, in [0, 1]."""
-Stopwatch = Callable[[Sequence["PreTrainedModel"]], NDArray[np.float64]]
-"""From some models to the nanoseconds of their forward passes, [models, rounds], measured in turn."""
 
 
 def conditions_of(
@@ -77,9 +71,7 @@ def _cpu_name() -> str:
     return found or platform.processor() or platform.machine()
 
 
-def measure(
-    model: PreTrainedModel, structure: Structure, conditions: Conditions, on_progress: Progress | None = None
-) -> LatencyTable:
+def measure(model: PreTrainedModel, structure: Structure, conditions: Conditions) -> LatencyTable:
     """Measure a table; takes from seconds to a few minutes.
 
     :param model: without fractional masks; it is not changed.
@@ -88,47 +80,38 @@ def measure(
     levels = {name: _unit_levels(structure, blocks[0]) for name, blocks in alike.items()}
     grids: dict[str, list[list[float]]] = {name: [] for name in alike}
     fixed: list[float] = []
-    with timed(model, conditions) as stopwatch:
-        dense = float(np.median(stopwatch([compacted(model, structure, Plan.from_values(structure, {}))])))
-        together = 1 if dense > _LONG * 1e9 else len(structure.blocks)
-        for row, width in enumerate(conditions.widths):
-            empty = _with(model, structure, width, (), None)
-            without = []
-            for index, (name, blocks) in enumerate(alike.items()):
-                chosen = blocks[:together]
-                models = [empty, *(_with(model, structure, width, chosen, units) for units in levels[name])]
-                measured = stopwatch([_same_tables(empty, each, structure) for each in models])
-                first, *times = (float(time) for time in np.median(measured, axis=1))
-                grids[name].append([max(time - first, 0.0) / len(chosen) for time in times])
-                without.append(first)
-                if on_progress is not None:
-                    on_progress((row + (index + 1) / len(alike)) / len(conditions.widths))
-            fixed.append(float(np.median(without)))
+    dense = float(np.median(times_of([compacted(model, structure, Plan.from_values(structure, {}))], conditions)))
+    together = 1 if dense > _LONG * 1e9 else len(structure.blocks)
+    for width in conditions.widths:
+        empty = _with(model, structure, width, (), None)
+        without = []
+        for name, blocks in alike.items():
+            chosen = blocks[:together]
+            models = [empty, *(_with(model, structure, width, chosen, units) for units in levels[name])]
+            times = times_of([_same_tables(empty, each, structure) for each in models], conditions)
+            first, *others = np.median(times, axis=1).tolist()
+            grids[name].append([max(time - first, 0.0) / len(chosen) for time in others])
+            without.append(first)
+        fixed.append(float(np.median(without)))
     surfaces = {name: Surface(tuple(levels[name]), _rising(grids[name])) for name in alike}
     stands_for = {block.gate: name for name, blocks in alike.items() for block in blocks}
     return LatencyTable(conditions, dense, tuple(np.maximum.accumulate(fixed).tolist()), surfaces, stands_for)
 
 
-@contextmanager
-def timed(model: PreTrainedModel, conditions: Conditions, *, seconds: float = _SECONDS) -> Iterator[Stopwatch]:
-    """Give a stopwatch for models under some conditions.
+def times_of(
+    models: Sequence[PreTrainedModel], conditions: Conditions, *, seconds: float = _SECONDS
+) -> NDArray[np.float64]:
+    """Return the nanoseconds of forward passes, in turn: [models, rounds].
 
+    :param models: on one device, with one vocabulary.
     :param seconds: for all of them together, in addition to five rounds.
     """
-    with torch.inference_mode():
-        generator = torch.Generator().manual_seed(0)
-        inputs: dict[str, Any] = dict(
-            synthetic_inputs(model, batch_size=conditions.batch_size, seq_len=conditions.seq_len, generator=generator)
-        )
-
-        def stopwatch(models: Sequence[PreTrainedModel]) -> NDArray[np.float64]:
-            passes = [partial(each.to(model.device), **inputs) for each in models]  # type: ignore[arg-type]
-            own = model.device.type == "cpu" and torch.get_num_threads() == 1
-            with evaluating(*models):
-                rounds = in_turn(passes, model.device, seconds=seconds, warmup=2, own_time=own)
-            return 1e9 * np.asarray(rounds)
-
-        yield stopwatch
+    first = models[0]
+    inputs: Any = synthetic_inputs(first, batch_size=conditions.batch_size, seq_len=conditions.seq_len)
+    own_time = first.device.type == "cpu" and torch.get_num_threads() == 1
+    with torch.inference_mode(), evaluating(*models):
+        passes = [partial(each, **inputs) for each in models]
+        return 1e9 * np.asarray(in_turn(passes, first.device, seconds=seconds, warmup=2, own_time=own_time))
 
 
 def _alike(structure: Structure) -> dict[str, list[Block]]:

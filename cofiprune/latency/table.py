@@ -46,14 +46,6 @@ class Conditions:
     widths: tuple[int, ...]
     """Measured hidden sizes, ascending."""
 
-    def difference(self, other: Conditions) -> str | None:
-        """Return the first difference from other conditions in words, or None."""
-        for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
-                return f"{field.name} is {theirs} there and {ours} here"
-        return None
-
 
 @dataclass(frozen=True)
 class Surface:
@@ -86,20 +78,26 @@ class LatencyTable:
         path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path, conditions: Conditions) -> Self:
         """Read a table.
 
-        :raises TargetError: when the file is none, or one of another version.
+        :raises TargetError: when the file is none that can be read, or was measured under other conditions.
         """
         from pydantic import TypeAdapter  # imported late: only targets in time need it
 
         problem = f"{path} is no latency table that can be read; delete it"
         with explained(TargetError, problem, OSError, ValueError, KeyError, TypeError, AttributeError):
             entries = json.loads(path.read_text(encoding="utf-8"))
-            version = entries.pop("format_version")
+            if entries.pop("format_version") != FORMAT_VERSION:
+                raise ValueError(f"this version reads format {FORMAT_VERSION}")
             table: Self = TypeAdapter(cls).validate_python(entries)
-        if version != FORMAT_VERSION:
-            raise TargetError(f"{path} is a latency table in format {version}; this version reads {FORMAT_VERSION}")
+        for field in fields(Conditions):
+            ours, theirs = getattr(conditions, field.name), getattr(table.conditions, field.name)
+            if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
+                raise TargetError(
+                    f"the latency table in {path} was not measured for this: {field.name} is {theirs} there and {ours} "
+                    "here. Delete it to measure anew, or name another file in latency_cache"
+                )
         return table
 
 
@@ -134,7 +132,7 @@ class LatencyCost:
         total = float(np.interp(width, self.table.conditions.widths, self.table.fixed)) * self._scale
         for block in self.structure.blocks:
             if kept[block.gate]:
-                total += float(self._curve(block, width)[self._units(block, kept)])
+                total += float(self._curve(block, width)[kept.get(block.inner or "", -1)])  # without units, all
         return round(total)
 
     def along(self, kept: Mapping[str, int], name: str, counts: Sequence[int]) -> list[int]:
@@ -177,11 +175,6 @@ class LatencyCost:
 
     def _width(self, kept: Mapping[str, int]) -> int:
         return kept["hidden"] if "hidden" in self.structure else self.table.conditions.widths[-1]
-
-    def _units(self, block: Block, kept: Mapping[str, int]) -> int:
-        if block.inner is None or block.inner not in self.structure:
-            return self.table.surfaces[self.table.stands_for[block.gate]].units[-1]
-        return kept[block.inner]
 
     def _curve(self, block: Block, width: int) -> NDArray[np.float64]:
         """Nanoseconds of a block by its number of units: [1 + units]; 0 for none."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import TargetError
-from cofiprune.latency.measuring import Progress, measure, timed
+from cofiprune.latency.measuring import measure, times_of
 from cofiprune.latency.table import Conditions, LatencyCost, LatencyTable
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
@@ -54,7 +54,6 @@ def latency_target(
     conditions: Conditions,
     *,
     cache: str | Path | None = None,
-    on_progress: Progress | None = None,
 ) -> Target:
     """Make a target in time for the device that the model is on.
 
@@ -66,15 +65,14 @@ def latency_target(
     """
     if name == "target_speedup" and value <= 1:
         raise TargetError(f"target_speedup={value:g}: it is the dense model's time over the pruned one's, above 1")
-    table = table_for(model, structure, conditions, cache, on_progress)
+    table = table_for(model, structure, conditions, cache)
     dense = compacted(model, structure, Plan.from_values(structure, {}))
     total = round(table.dense)
 
     def measured(small: PreTrainedModel) -> float:
         """Median nanoseconds; for a speed-up in proportion to the dense model in the same round, of which a busy
         machine slows down both."""
-        with timed(dense, conditions, seconds=_SECONDS) as stopwatch:
-            ours, theirs = stopwatch([small, dense])
+        ours, theirs = times_of([small, dense], conditions, seconds=_SECONDS)
         return float(np.median(ours / theirs * total if name == "target_speedup" else ours))
 
     setting = f"at batch {conditions.batch_size} and length {conditions.seq_len} on {conditions.device}"
@@ -88,35 +86,25 @@ def cache_folder() -> Path:
 
 
 def table_for(
-    model: PreTrainedModel,
-    structure: Structure,
-    conditions: Conditions,
-    cache: str | Path | None = None,
-    on_progress: Progress | None = None,
+    model: PreTrainedModel, structure: Structure, conditions: Conditions, cache: str | Path | None = None
 ) -> LatencyTable:
     """Return the latency table of some conditions from the cache; one that is not there is measured and kept.
 
     :param cache: a folder, or one file that ends in `.json`; None for `cache_folder`.
     :raises TargetError: when that one file is of another device, length or model, or no table at all.
     """
-    place = cache_folder() if cache is None else Path(cache)
-    one_file = cache is not None and place.suffix == ".json"
-    digest = hashlib.sha256(json.dumps(asdict(conditions), sort_keys=True).encode()).hexdigest()
-    path = place if one_file else place / f"{digest[:16]}.json"
-    if path.exists():
-        try:
-            table = LatencyTable.load(path)
-            different = conditions.difference(table.conditions)
-            if different is None:
-                return table
-            raise TargetError(
-                f"the latency table in {path} was not measured for this: {different}. Delete it to measure anew, or "
-                "name another file in latency_cache"
-            )
-        except TargetError:
-            if one_file:
-                raise
-    table = measure(model, structure, conditions, on_progress)
+    path = cache_folder() if cache is None else Path(cache)
+    one_file = path.suffix == ".json"
+    if not one_file:
+        digest = hashlib.sha256(json.dumps(asdict(conditions), sort_keys=True).encode()).hexdigest()
+        path = path / f"{digest[:16]}.json"
+    try:
+        if path.exists():
+            return LatencyTable.load(path, conditions)
+    except TargetError:
+        if one_file:
+            raise
+    table = measure(model, structure, conditions)
     try:
         table.save(path)
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -53,6 +53,18 @@ class Size:
     """Multiply-accumulates for one example of `seq_len` tokens."""
     layer_macs: int
     """Multiply-accumulates of the encoder's layers."""
+
+    @staticmethod
+    def of(structure: Structure, kept: Mapping[str, int], seq_len: int) -> Size:
+        """Count the cost of a structure with some units left, by group."""
+        costs = (
+            accounting.model_parameters(structure),
+            accounting.layer_parameters(structure),
+            accounting.embedding_parameters(structure),
+            accounting.model_macs(structure, seq_len),
+            accounting.layer_macs(structure, seq_len),
+        )
+        return Size(*(cost.exact(kept) for cost in costs))
 
     @property
     def parameters_without_embeddings(self) -> int:
@@ -174,8 +186,8 @@ def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
         family=structure.family,
         seq_len=seq_len,
         state="masked" if masks is not None else "compacted" if recorded else "dense",
-        dense=Size(**_costs(structure, structure.sizes, seq_len)),
-        **_costs(structure, kept, seq_len),
+        dense=Size.of(structure, structure.sizes, seq_len),
+        **asdict(Size.of(structure, kept, seq_len)),
         hidden=units("hidden"),
         layers=tuple(
             LayerSummary(
@@ -203,14 +215,3 @@ def dense_structure(model: PreTrainedModel) -> Structure:
     with torch.device("meta"):
         skeleton = type(model)(config)
     return adapter.structure(skeleton, dense=True)
-
-
-def _costs(structure: Structure, kept: Mapping[str, int], seq_len: int) -> dict[str, int]:
-    costs = {
-        "parameters": accounting.model_parameters(structure),
-        "layer_parameters": accounting.layer_parameters(structure),
-        "embedding_parameters": accounting.embedding_parameters(structure),
-        "macs": accounting.model_macs(structure, seq_len),
-        "layer_macs": accounting.layer_macs(structure, seq_len),
-    }
-    return {name: cost.exact(kept) for name, cost in costs.items()}

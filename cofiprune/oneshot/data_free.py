@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from itertools import cycle
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ from torch import Tensor
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted, write_back
+from cofiprune.data.batches import to_model
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.data.tasks import supported_kwargs, task_of
 from cofiprune.distillation import logit_loss, predictions
-from cofiprune.errors import AdapterError, MaskError, SettingsError, TeacherError
+from cofiprune.errors import AdapterError
 from cofiprune.hooks import evaluating
-from cofiprune.masking import masks_of
 from cofiprune.oneshot.importance import activation_importance, scores, weight_importance, worth
-from cofiprune.oneshot.layerwise import Batch, counted, placed
+from cofiprune.oneshot.layerwise import Batch, first_batches
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
@@ -50,98 +51,71 @@ _HELD_OUT = 4
 """One position in so many, on top of the samples, is for measuring; as many again are enough for importance."""
 
 
-@dataclass(frozen=True)
-class OneShotReport:
-    """Outcome of pruning without data."""
-
-    plan: Plan
-    """Units that stay; without scales, and within 0.005 of the target."""
-    divergence_before: float | None = None
-    """Distance of the pruned model's outputs from the teacher's on held-out synthetic inputs, before the
-    reconstruction: a KL in nats for classes, a mean squared error for scores and states. None without a teacher."""
-    divergence_after: float | None = None
-    """The same after it; the same figure where it was rolled back."""
-
-    @property
-    def reconstructed(self) -> bool:
-        """True if weights were changed."""
-        return self.divergence_after != self.divergence_before
-
-
 def prune_data_free(
     model: PreTrainedModel,
     structure: Structure,
     target: Target,
     *,
-    teacher: PreTrainedModel | Literal["self"] | None = None,
+    teacher: PreTrainedModel | None = None,
     units: str | Sequence[UnitKind] | None = None,
     seed: int = 0,
     samples: int | None = None,
     reconstruct: bool = True,
-) -> OneShotReport:
+) -> Plan:
     """Choose what to remove without data, and reconstruct what is left.
 
-    The plan is not carried out: attach masks and set it, or pass it to `compact`. With a teacher, the kept units of
-    what was refitted are overwritten in place: the blocks' last projections and, where hidden dimensions go, the norms.
-    Everything else, removed units included, stays as it is. The result depends on the weights and the seed alone.
+    The plan is not carried out. With a teacher, the kept units of what was refitted are overwritten in place: the
+    blocks' last projections and, where hidden dimensions go, the norms. The outcome depends on weights and seed alone.
 
     :param model: without masks attached.
     :param target: one that can be reached with the units (`check_target`).
-    :param teacher: whose outputs the pruned model should have; "self" for the model as it is. A teacher of the same
-        structure is also what is reconstructed, block by block; otherwise that is the model as it is.
-    :param units: unit kinds that may be removed; None for all that the model has.
-    :param samples: positions (tokens, patches or frames) that statistics are taken over, at least 1; more are slower
-        and better. None takes 2048 to 6144, fewer for larger models.
+    :param teacher: whose outputs the pruned model should have, which may be the model itself. One of the same structure
+        is also what is reconstructed, block by block; otherwise that is the model as it is.
+    :param samples: positions (tokens, patches or frames) that statistics are taken over; None for 2048 to 6144, fewer
+        for larger models.
     :param reconstruct: whether what is left is refitted, with a teacher.
+    :return: what stays; without scales, and within 0.005 of the target.
     :raises DataError: when inputs cannot be made up for this model, with a teacher.
     """
-    _check(model, teacher, samples)
     importance = weight_importance(model, structure)
 
     def decide() -> Plan:
         ranked, lost = scores(structure, importance, units), worth(structure, importance, units)
-        return target.settle(
-            lambda goal: select(structure, ranked, goal, worth=lost), lambda plan: compacted(model, structure, plan)
-        )
+        plan_for = partial(select, structure, ranked, worth=lost)
+        return target.settle(plan_for, partial(compacted, model, structure))
 
     if teacher is None:
-        return OneShotReport(decide())
+        return decide()
     if samples is None:
         samples = min(max(_WORK // accounting.layer_parameters(structure).exact(structure.sizes), _FEWEST), _MOST)
     generator = torch.Generator().manual_seed(seed)
-    reference = model if isinstance(teacher, str) else teacher
-    with evaluating(model, reference):
+    with evaluating(model, teacher):
         batches = _synthetic(model, structure, samples, generator)
         held_out = _synthetic(model, structure, -(-samples // _HELD_OUT), generator)
         importance |= activation_importance(model, structure, batches[: -(-len(batches) // _HELD_OUT)])
         plan = decide()
-        return (
-            _reconstructed(model, structure, plan, reference, batches, held_out) if reconstruct else OneShotReport(plan)
-        )
+        if reconstruct:
+            small = compacted(model, structure, plan)
+            if _comes_nearer(small, plan, teacher, model, structure, batches, held_out):
+                write_back(model, structure, small, plan)
+    return plan
 
 
-def _reconstructed(
-    model: PreTrainedModel,
-    structure: Structure,
+def _comes_nearer(
+    small: PreTrainedModel,
     plan: Plan,
     teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    structure: Structure,
     batches: Sequence[Batch],
     held_out: Sequence[Batch],
-) -> OneShotReport:
-    """Reconstruct what a plan leaves, and write it into the model if its outputs come nearer to the teacher's."""
-    hidden = plan.keep.get("hidden")
-    wanted = _wanted(model, teacher, held_out)
-    small = compacted(model, structure, plan)
+) -> bool:
+    """Reconstruct what a plan leaves, and return whether its outputs come nearer to the teacher's."""
+    hidden, wanted = plan.keep.get("hidden"), _wanted(model, teacher, held_out)
     before = divergence(small, wanted, held_out, hidden=hidden)
-    source = model
-    if teacher is not model and _same_structure(teacher, structure):
-        source = teacher
+    source = teacher if _same_structure(teacher, structure) else model
     Reconstruction(source, structure, small, plan, batches).run()
-    after = divergence(small, wanted, held_out, hidden=hidden)
-    if not after < before:
-        return OneShotReport(plan, before, before)
-    write_back(model, structure, small, plan)
-    return OneShotReport(plan, before, after)
+    return divergence(small, wanted, held_out, hidden=hidden) < before
 
 
 def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
@@ -154,35 +128,20 @@ def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
 
 def _wanted(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
     """Return the teacher's outputs, or the model's own where the teacher's have another shape (an encoder's states)."""
-    theirs = outputs_of(teacher, batches)
-    if teacher is model:
-        return theirs
-    ours = outputs_of(model, batches[:1])[0]
+    theirs, (ours,) = outputs_of(teacher, batches), outputs_of(model, batches[:1])
     same = [part.shape for part in ours] == [part.shape for part in theirs[0]]
     return theirs if same else outputs_of(model, batches)
-
-
-def _check(model: PreTrainedModel, teacher: PreTrainedModel | str | None, samples: int | None) -> None:
-    if masks_of(model) is not None:
-        raise MaskError("masks are attached to this model already; compact it first, or call masks.detach()")
-    if isinstance(teacher, str) and teacher != "self":
-        raise TeacherError(f'teacher takes a model, "self" or None, not {teacher!r}')
-    if samples is not None and samples < 1:
-        raise SettingsError(f"samples is {samples}; statistics need at least 1 position")
 
 
 def _synthetic(model: PreTrainedModel, structure: Structure, samples: int, generator: torch.Generator) -> list[Batch]:
     """Make up batches with at least so many positions, every other one with padding."""
     limit = longest_sequence(model)
     seq_len = _LENGTH if limit is None else min(_LENGTH, limit)
-    batches: list[Batch] = []
-    found = 0
-    while found < samples:
-        padding = len(batches) % 2 == 0
-        batch = synthetic_inputs(model, batch_size=_BATCH, seq_len=seq_len, generator=generator, padding=padding)
-        batches.append(batch)
-        found += counted(model, structure, batch)
-    return batches
+    made = (
+        synthetic_inputs(model, batch_size=_BATCH, seq_len=seq_len, generator=generator, padding=padding)
+        for padding in cycle((True, False))
+    )
+    return first_batches(model, structure, made, samples)[0]
 
 
 @torch.no_grad()
@@ -192,7 +151,7 @@ def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs
     :raises TeacherError: when its output holds none that are known.
     """
     return [
-        predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
+        predictions(model(**to_model(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
     ]
 
 

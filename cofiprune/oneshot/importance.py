@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, watching
-from cofiprune.oneshot.layerwise import Batch, placed, valid_rows
-from cofiprune.structure import Group, Kind, Parameter, Side, Structure, UnitKind
+from cofiprune.oneshot.layerwise import Batch, valid_rows
+from cofiprune.structure import Group, Kind, Side, Structure, UnitKind
 
 COARSE = 16
 """Exponent by which hidden dimensions and whole blocks hold out longer: with half of the heads gone none go, with 90 %
@@ -47,8 +48,9 @@ def weight_importance(model: nn.Module, structure: Structure) -> dict[str, Tenso
             continue
         for dim, side in enumerate(spec.sides):
             if side is not None and side.role != "zero":
+                part = "scales" if len(spec.shape) == 1 else "reads" if dim else "writes"
                 rows = _by_unit(values[spec.name].detach().cpu().double().square(), dim, side)
-                squares[side.group][_part(spec, dim)].append(rows.sum(dim=(1, 2)))
+                squares[side.group][part].append(rows.sum(dim=(1, 2)))
     found = {}
     for name, parts in squares.items():
         shares = [torch.stack([_share(part) for part in same]).mean(0) for same in parts.values()]
@@ -67,8 +69,21 @@ def activation_importance(model: nn.Module, structure: Structure, batches: Itera
     """
     readers = {reader.module: reader for reader in _readers(model, structure)}
     streams = dict.fromkeys(structure.layers, 0.0)
+
+    def read(path: str, batch: Batch) -> Before:
+        return lambda module, args, kwargs: readers[path].add(valid_rows(args[0], batch))
+
+    def leave(path: str, batch: Batch) -> After:
+        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            streams[path] += float(valid_rows(states, batch).square().sum())
+
+        return add
+
     for batch in batches:
-        _observe(model, readers, streams, batch)
+        before, after = {path: read(path, batch) for path in readers}, {path: leave(path, batch) for path in streams}
+        with watching(model, before=before, after=after):
+            model(**to_model(batch, model))
     gates = {block.inner: block.gate for block in structure.blocks}
     shares: defaultdict[str, list[Tensor]] = defaultdict(list)
     found = {}
@@ -84,24 +99,6 @@ def activation_importance(model: nn.Module, structure: Structure, batches: Itera
     return {**found, **{name: torch.stack(parts).mean(0) for name, parts in shares.items()}}
 
 
-def _observe(model: nn.Module, readers: Mapping[str, _Reader], streams: dict[str, float], batch: Batch) -> None:
-    """Run a model on a batch, and add up what the readers read and the energy of the stream after each layer."""
-
-    def read(path: str) -> Before:
-        return lambda module, args, kwargs: readers[path].add(valid_rows(args[0], batch))
-
-    def leave(path: str) -> After:
-        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            streams[path] += float(valid_rows(states, batch).square().sum())
-
-        return add
-
-    before, after = {path: read(path) for path in readers}, {path: leave(path) for path in streams}
-    with watching(model, before=before, after=after):
-        model(**placed(batch, model))
-
-
 def scores(
     structure: Structure,
     importance: Mapping[str, Tensor],
@@ -115,11 +112,14 @@ def scores(
     :param importance: by group name, [n] of any scale per kind; for a block's gate, its importance among the blocks.
     :param units: unit kinds that may be removed; None for all that the structure has.
     """
-    chosen = structure.select(units)
-    names = {group.name for group in chosen}
-    inner = {block.gate: block.inner for block in structure.blocks if block.inner in names}
-    found = {name: torch.ones(1, dtype=torch.float64) for name in inner if name in names}
-    for alike in _alike(group for group in chosen if group.name not in found).values():
+    chosen = {group.name: group for group in structure.select(units)}
+    gates = [block.gate for block in structure.blocks if block.gate in chosen and block.inner in chosen]
+    found = {name: torch.ones(1, dtype=torch.float64) for name in gates}
+    same: defaultdict[tuple[Kind, int], list[Group]] = defaultdict(list)
+    for name, group in chosen.items():
+        if name not in found:
+            same[group.kind, group.size].append(group)
+    for alike in same.values():
         ranks = _rank(torch.cat([importance[group.name] for group in alike]))
         for group, rank in zip(alike, torch.split(ranks, [group.size for group in alike]), strict=True):
             best = importance[group.name].argmax()
@@ -194,13 +194,6 @@ def _readers(model: nn.Module, structure: Structure) -> Iterator[_Reader]:
             yield _Reader(path, side, centred=spec.gated)
 
 
-def _part(spec: Parameter, dim: int) -> str:
-    """The part that a parameter plays for the units along one of its dimensions."""
-    if len(spec.shape) == 1:
-        return "scales"
-    return "writes" if dim == 0 else "reads"
-
-
 def _by_unit(values: Tensor, dim: int, side: Side) -> Tensor:
     """Bring the units to the front: [n, b, everything else]."""
     rows = values.movedim(dim, 0).reshape(side.copies, side.units, side.block, -1)
@@ -223,11 +216,3 @@ def _order(values: Tensor) -> Tensor:
 def _rank(values: Tensor) -> Tensor:
     """The share of values below each, in (0, 1)."""
     return (_order(values) + 0.5) / len(values)
-
-
-def _alike(groups: Iterable[Group]) -> dict[tuple[Kind, int], list[Group]]:
-    """Collect groups of the same kind and size."""
-    found: defaultdict[tuple[Kind, int], list[Group]] = defaultdict(list)
-    for group in groups:
-        found[group.kind, group.size].append(group)
-    return found

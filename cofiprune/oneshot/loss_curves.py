@@ -17,19 +17,20 @@ Shapes: n inputs of a projection, u units of b inputs each, H outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.errors import DataError
-from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
+from cofiprune.oneshot.layerwise import Batch, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
-from cofiprune.structure import Block, Side, Structure
+from cofiprune.structure import Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,39 +84,44 @@ class Moments:
 
 def block_curves(
     model: PreTrainedModel, structure: Structure, gates: Sequence[str], batches: Sequence[Batch], *, seed: int
-) -> Iterator[tuple[Block, LossCurve]]:
-    """Give the curves of the inner units of some blocks.
+) -> dict[str, LossCurve]:
+    """Return the curves of the inner units of some blocks, by gate.
 
     :param gates: of the blocks; those without a last projection that can be watched have no curve.
     :param batches: on any device.
     :raises DataError: when statistics are not finite.
     """
-    last = {gate: path for gate, path in projections(model, structure).items() if gate in gates}
-    moments = {gate: Moments(*reversed(model.get_parameter(f"{path}.weight").shape)) for gate, path in last.items()}
-    for seen in sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed=seed):
-        for gate, what in seen.items():
-            moments[gate].add(what)
+    last = {gate: paths for gate, paths in projections(model, structure).items() if gate in gates}
+    every = [path for paths in last.values() for path in paths]
+    moments = _moments(sensitivity(model, {path: (path,) for path in every}, batches, seed=seed))
     # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
-    source = [gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())]
-    for gate in dict.fromkeys([*source, *last]):
-        found = moments.pop(gate)
-        if not found.finite:
+    source = [path for path, found in moments.items() if not bool(found.plain.isfinite().all())]
+    for path in (*source, *moments):
+        if not moments[path].finite:
             raise DataError(
-                f"what passes {last[gate]} on the rows of the data set is not finite, so that there are no statistics "
-                "of it. Look for values that overflow in the rows or, in half precision, in the model"
+                f"what passes {path} on the rows of the data set is not finite, so that there are no statistics of it. "
+                "Look for values that overflow in the rows or, in half precision, in the model"
             )
-        side = next(spec.sides[1] for spec in structure.parameters if spec.name == f"{last[gate]}.weight")
-        if side is not None and found.rows:  # weights that another module reads itself are not seen
-            block = next(block for block in structure.blocks if block.gate == gate)
-            yield block, curve(model.get_submodule(last[gate]), found, side)
+    sides = {spec.name: spec.sides[1] for spec in structure.parameters if len(spec.sides) == 2}
+    curves = {}
+    for gate, paths in last.items():
+        side = sides[f"{paths[0]}.weight"]
+        # Weights that another module reads itself are not seen.
+        if side is not None and all(path in moments for path in paths):
+            curves[gate] = curve({model.get_submodule(path): moments[path] for path in paths}, side)
+    return curves
 
 
-def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
-    """Remove the units of a projection one after the other.
+def curve(projections: Mapping[nn.Module, Moments], side: Side) -> LossCurve:
+    """Remove the units of one projection, or those that several share, one after the other.
 
-    :param moments: finite.
-    :param side: how the inputs of the projection divide into units.
+    :param projections: with their moments, which are finite.
+    :param side: how the inputs of each divide into units.
     """
+    return _removed([_state(module, moments, side) for module, moments in projections.items()], side.units)
+
+
+def _state(module: nn.Module, moments: Moments, side: Side) -> _State:
     assert isinstance(module, nn.Linear)
     inputs, outputs = moments.factors()
     bias = torch.zeros(module.out_features) if module.bias is None else module.bias
@@ -124,7 +130,7 @@ def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
     order_of = torch.arange(side.length).view(side.copies, side.units, side.block).transpose(0, 1).flatten()
     columns = torch.cat([order_of, torch.tensor([side.length])])
     inverse = torch.linalg.inv(inputs[columns][:, columns])
-    return _removed([_State(weight[:, columns], inverse, outputs, side.copies * side.block)], side.units)
+    return _State(weight[:, columns], inverse, outputs, side.copies * side.block)
 
 
 def hidden_curve(
@@ -138,18 +144,24 @@ def hidden_curve(
 
     :param batches: on any device.
     """
-    places = _places(model, structure, placed(batches[0], model))
+    places = _places(model, structure, to_model(batches[0], model))
+    moments = _moments(sensitivity(model, places, batches, seed=seed, of_inputs=True))
+    factors = [found.factors() for found in moments.values() if found.finite]
     width = structure["hidden"].size
-    moments = {place: Moments(width, width) for place in places}
-    for seen in sensitivity(model, places, batches, seed=seed, of_inputs=True):
-        for place, what in seen.items():
-            moments[place].add(what)
-    states = []
-    for found in moments.values():
-        if found.rows and found.finite:
-            inputs, outputs = found.factors()
-            states.append(_State(torch.eye(width, width + 1, dtype=torch.float64), torch.linalg.inv(inputs), outputs))
+    identity = torch.eye(width, width + 1, dtype=torch.float64)
+    states = [_State(identity, torch.linalg.inv(inputs), outputs) for inputs, outputs in factors]
     return _removed(states, width) if states else None
+
+
+def _moments(seen: Iterable[Mapping[str, Sensitivity]]) -> dict[str, Moments]:
+    """Sum up what is seen in the batches, by place."""
+    found: dict[str, Moments] = {}
+    for batch in seen:
+        for place, what in batch.items():
+            if place not in found:
+                found[place] = Moments(what.inputs.shape[1], what.gradients.shape[1])
+            found[place].add(what)
+    return found
 
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import model_inputs
 from cofiprune.errors import DataError, TargetError
-from cofiprune.oneshot.layerwise import Batch, counted, projections
+from cofiprune.oneshot.layerwise import Batch, first_batches, projections
 from cofiprune.oneshot.loss_curves import block_curves, hidden_curve
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
@@ -51,11 +51,10 @@ def check_one_shot(structure: Structure, target: Target, units: str | Sequence[U
 
     :raises TargetError: saying what can be reached.
     """
-    kinds = tuple({group.unit for group in structure.select(units) if group.kind != "hidden"})
     if not can_start(structure, units):
         raise TargetError('one shot on data cuts heads and feed-forward dimensions: units must include "head" or '
                           '"intermediate"')  # fmt: skip
-    check_target(structure, target, kinds)
+    check_target(structure, target, tuple({group.unit for group in structure.select(units)} - {"hidden"}))
 
 
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
@@ -68,10 +67,11 @@ def calibration(model: PreTrainedModel, structure: Structure, batches: Iterable[
 
     :raises DataError: when there are fewer positions than a projection has inputs.
     """
-    widths = [model.get_parameter(f"{path}.weight").shape[1] for path in projections(model, structure).values()]
+    last = [path for paths in projections(model, structure).values() for path in paths]
+    widths = [model.get_parameter(f"{path}.weight").shape[1] for path in last]
     needed = max(widths, default=1)
     most = max(FIT_POSITIONS, FIT_PER_INPUT * needed)
-    found, positions = _first(model, structure, (model_inputs(batch, model) for batch in batches), most)
+    found, positions = first_batches(model, structure, (model_inputs(batch, model) for batch in batches), most)
     if positions < needed:
         raise DataError(
             f"the data set has {positions} positions (tokens, patches or frames) that are no padding; the statistics "
@@ -116,7 +116,7 @@ class RoundPruning:
         :return: what is kept, in terms of the model, and the smaller, reconstructed model.
         """
         report = on_progress or (lambda share: None)
-        weights = None
+        weights = {}
         if self.reconstruct:
             weights = position_weights(self.model, self.structure, self.batches, seed=self.seed)
         plan, structure = Plan.from_values(self.structure, {}), self.structure
@@ -158,40 +158,29 @@ class RoundPruning:
 
     def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[str, LossCurve]]:
         """Give the curves of the groups of which some units may go."""
-        scored, inner = _first(small, structure, self.batches, SCORED_POSITIONS)[0], _inner(self.structure, self.units)
+        scored, inner = (
+            first_batches(small, structure, self.batches, SCORED_POSITIONS)[0],
+            _inner(self.structure, self.units),
+        )
         chosen = self.structure.select(self.units)
         may_empty = any(group.unit == "layer" for group in chosen)
-        gates = [
-            block.gate for block in structure.blocks if block.inner in inner or (may_empty and block.inner in structure)
-        ]
-        for block, found in block_curves(small, structure, gates, scored, seed=self.seed):
-            assert block.inner is not None
-            if block.inner in inner:
-                yield block.inner, found if may_empty else found.keeping(1)
+        blocks = [block for block in structure.blocks if block.inner in (structure if may_empty else inner)]
+        found = block_curves(small, structure, [block.gate for block in blocks], scored, seed=self.seed)
+        for block in blocks:
+            if block.gate not in found:
+                continue
+            curve = found[block.gate]
+            if block.inner is not None and block.inner in inner:
+                yield block.inner, curve if may_empty else curve.keeping(1)
             if may_empty:
-                yield block.gate, LossCurve((0,), found.loss[-1:])
+                yield block.gate, LossCurve((0,), curve.loss[-1:])
         if self.units is not None and any(group.kind == "hidden" for group in chosen):
             stream = hidden_curve(small, structure, scored, seed=self.seed)
             if stream is not None:
                 yield "hidden", stream.keeping(max(self.structure["hidden"].size // NARROWEST, 2))
 
 
-def _first(
-    model: PreTrainedModel, structure: Structure, batches: Iterable[Batch], most: int
-) -> tuple[list[Batch], int]:
-    """Return the first batches with so many positions, and how many they have."""
-    found: list[Batch] = []
-    positions = 0
-    for batch in batches:
-        found.append(batch)
-        positions += counted(model, structure, batch)
-        if positions >= most:
-            break
-    return found, positions
-
-
 def _inner(structure: Structure, units: str | Sequence[UnitKind] | None) -> list[str]:
-    """Names of the groups inside blocks that may be cut and have something to cut, from the bottom to the top."""
-    chosen = {group.name for group in structure.select(units) if group.size}
-    names = [block.inner for block in structure.blocks if block.inner in chosen]
-    return [name for name in names if name is not None and structure[name].layer is not None]
+    """Names of the groups inside blocks that may be cut, from the bottom to the top."""
+    chosen = {group.name for group in structure.select(units)}
+    return [block.inner for block in structure.blocks if block.inner is not None and block.inner in chosen]

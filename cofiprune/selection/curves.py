@@ -7,7 +7,7 @@ table for each block holds all that a choice of sizes has to know.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cofiprune.accounting import Cost
-from cofiprune.structure import Block, Structure
+from cofiprune.structure import Block, Structure, UnitKind
 
 Array = NDArray[np.float64]
 
@@ -101,7 +101,7 @@ def block_tables(structure: Structure, curves: Curves, cost: Cost, hidden: int, 
     whole = cost.exact(sizes)
     tables = []
     for block in structure.blocks:
-        inner = block.inner if block.inner in structure else None
+        inner = block.inner  # None where the units of a block are refused
         units = 1 if inner is None else sizes[inner]
         left = [whole] if inner is None else cost.along(sizes, inner, range(1, units + 1))
         saved = whole - np.array([cost.exact({**sizes, block.gate: 0}), *left], dtype=np.float64)
@@ -134,9 +134,9 @@ def hidden_sizes(structure: Structure, curves: Curves, step: int = 1) -> NDArray
     return np.flatnonzero(allowed)
 
 
-def uncritical(structure: Structure, names: Iterable[str]) -> dict[str, LossCurve]:
-    """Return curves of groups of which every unit may go and counts the same."""
-    return {name: LossCurve.of(torch.ones(structure[name].size)) for name in names}
+def uncritical(structure: Structure, units: str | Sequence[UnitKind] | None) -> dict[str, LossCurve]:
+    """Return curves of the groups of some unit kinds: every unit may go and counts the same."""
+    return {group.name: LossCurve.of(torch.ones(group.size)) for group in structure.select(units)}
 
 
 def sizes_of(structure: Structure, hidden: int, units: Sequence[int] | None = None) -> dict[str, int]:
@@ -147,7 +147,6 @@ def sizes_of(structure: Structure, hidden: int, units: Sequence[int] | None = No
     sizes = {**structure.sizes, **({"hidden": hidden} if "hidden" in structure else {})}
     for block, count in zip(structure.blocks, units or (), strict=units is not None):
         sizes[block.gate] = min(count, 1)
-        if block.inner in structure:
-            assert block.inner is not None
+        if block.inner is not None:
             sizes[block.inner] = count
     return sizes

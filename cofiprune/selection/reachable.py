@@ -26,10 +26,13 @@ class Reachable:
     """The sparsities that a choice of units can give."""
 
     highest: float
-    fine: bool
-    """True if steps are so small that everything between 0 and `highest` is within the tolerance."""
     levels: tuple[float, ...]
-    """The sparsities that can be had, ascending, where steps are large; empty when `fine`."""
+    """The sparsities that can be had, ascending; empty where everything up to `highest` is within the tolerance."""
+
+    @property
+    def fine(self) -> bool:
+        """True if steps are so small that everything up to `highest` is within the tolerance."""
+        return not self.levels
 
     def nearest(self, target: float) -> tuple[float, ...]:
         """Return the reachable sparsities around a target."""
@@ -50,18 +53,18 @@ def reachable(
 
     :param units: unit kinds; None for all that the structure has.
     """
-    curves = uncritical(structure, (group.name for group in structure.select(units)))
-    total = cost.exact(structure.sizes)
-    fewest = int(hidden_sizes(structure, curves)[0])
-    least = [int(table.allowed[0]) for table in block_tables(structure, curves, cost, fewest)]
-    highest = 1 - cost.exact(sizes_of(structure, fewest, least)) / total
+    curves = uncritical(structure, units)
+    widths = hidden_sizes(structure, curves)
+    least = [int(table.allowed[0]) for table in block_tables(structure, curves, cost, int(widths[0]))]
+    highest = 1 - cost.exact(sizes_of(structure, int(widths[0]), least)) / cost.exact(structure.sizes)
     reached = np.zeros(RESOLUTION + 1, dtype=bool)
-    for hidden in _order(spread(hidden_sizes(structure, curves), FINE_LEVELS).tolist()):
-        reached |= _saved(structure, curves, cost, hidden)
+    tried = spread(widths, FINE_LEVELS)
+    for hidden in dict.fromkeys([*tried[[0, -1]], *tried[::16], *tried]):  # a few are enough where steps are small
+        reached |= _saved(structure, curves, cost, int(hidden))
         steps = np.flatnonzero(reached)
         if np.diff(np.union1d(steps, [0, round(highest * RESOLUTION)])).max() <= 2 * _slack(structure, tolerance):
-            return Reachable(highest, True, ())
-    return Reachable(highest, False, tuple((steps / RESOLUTION).tolist()))
+            return Reachable(highest, ())
+    return Reachable(highest, tuple((steps / RESOLUTION).tolist()))
 
 
 def check_target(structure: Structure, target: Target, units: str | Sequence[UnitKind] | None = None) -> None:
@@ -70,55 +73,43 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     :param structure: of the dense model, or of a smaller one that is to go on from where it is.
     :raises TargetError: saying what is reachable.
     """
-    cost = target.cost(structure)
+    cost, model = target.cost(structure), f"this {structure.family} model"
     total = cost.exact(structure.sizes)
-    groups = structure.select(units)
+    removable = {group.unit for group in structure.select(units)}
     if not layer_parameters(structure).exact(structure.sizes):
-        raise TargetError(f"nothing is left in the layers of this {structure.family} model that could be removed")
+        raise TargetError(f"nothing is left in the layers of {model} that could be removed")
     if target.budget >= total:
-        raise TargetError(f"{target}: this {structure.family} model is there already, with {target.text(total)}")
+        raise TargetError(f"{target}: {model} is there already, with {target.text(total)}")
     if target.uniform:
-        uniform_sizes(structure, uncritical(structure, (group.name for group in groups)), target)
+        uniform_sizes(structure, uncritical(structure, units), target)
+        return
     share = target.removed(structure)
     found = reachable(structure, cost, units, target.tolerance)
-    kinds = [unit for unit in UNIT_KINDS if any(group.unit == unit for group in groups)]
-    chosen = f"units {', '.join(kinds)}"
+    kinds, others = ([kind for kind in UNIT_KINDS if (kind in removable) is chosen] for chosen in (True, False))
+    chosen = f"units {', '.join(kinds)} on {model}"
     if share > found.highest + target.tolerance:
-        raise TargetError(
-            f"{target} cannot be reached with {chosen} on this {structure.family} model: "
-            f"removing all that can go gives {target.text((1 - found.highest) * total)}"
-        )
+        everything = target.text((1 - found.highest) * total)
+        raise TargetError(f"{target} cannot be reached with {chosen}: removing all that can go gives {everything}")
     off = 0.0 if found.fine else min(abs(level - share) for level in found.levels) * RESOLUTION
     if off > _slack(structure, target.tolerance):
         near = " and ".join(target.text((1 - level) * total) for level in found.nearest(share))
-        others = [unit for unit in UNIT_KINDS if unit not in kinds]
         more = f". More is reachable with other units too: {', '.join(others)}" if others else ""
         raise TargetError(
-            f"{target} cannot be reached within {target.tolerance:.2g} with {chosen} on this {structure.family} model, "
-            f"where they go in large steps; reachable next to it: {near}{more}"
+            f"{target} cannot be reached within {target.tolerance:.2g} with {chosen}, where they go in large steps; "
+            f"reachable next to it: {near}{more}"
         )
 
 
 def _saved(structure: Structure, curves: Curves, cost: Cost, hidden: int) -> NDArray[np.bool_]:
     """Return whether each step of the cost can be saved with so many hidden dimensions: [1 + RESOLUTION]."""
     step = cost.exact(structure.sizes) / RESOLUTION
-    tables = block_tables(structure, curves, cost, hidden)
-    rows = [(table, spread(table.allowed, FINE_LEVELS)) for table in tables]
+    rows = [(table, spread(table.allowed, FINE_LEVELS)) for table in block_tables(structure, curves, cost, hidden)]
     best, _ = least_losses([(table.saved[row], table.loss[row]) for table, row in rows], step)
     found = np.zeros(RESOLUTION + 1, dtype=bool)
     first = RESOLUTION - round(cost.exact(sizes_of(structure, hidden)) / step)
     best = best[: RESOLUTION + 1 - first]  # roundings of all blocks together may exceed the whole
     found[first : first + len(best)] = np.isfinite(best)
     return found
-
-
-def _order(sizes: list[int]) -> list[int]:
-    """Reorder sizes: both ends, then the middle between any two, and so on."""
-    places, stride = [len(sizes) - 1, 0], 2 ** len(sizes).bit_length()
-    while stride > 1:
-        places += range(stride // 2, len(sizes), stride)
-        stride //= 2
-    return [sizes[place] for place in dict.fromkeys(places)]
 
 
 def _slack(structure: Structure, tolerance: float) -> float:

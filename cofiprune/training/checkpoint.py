@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from cofiprune.errors import CheckpointError
+from cofiprune.structure import Structure
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.state import RunState
 
 FORMAT_VERSION = 3
 """2 held the state of Python's and numpy's generators in another form, 1 the dense model only where it was no longer
 the one that learns."""
+_KEPT = 2
 _STATE, _META = "state.pt", "meta.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps", "latency_cache", "pad_to_multiple_of"}
@@ -118,10 +120,9 @@ def save_checkpoint(
     fingerprint: dict[str, Any],
     *,
     rank: int = 0,
-    keep: int = 2,
     wait: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint below `folder` and drop all but the newest `keep`.
+    """Write a checkpoint below `folder` and drop all but the two newest.
 
     :param fingerprint: plain values that a resumed run must have in common with this one.
     :param wait: returns when every process has called it: a checkpoint is complete when all have written their part.
@@ -134,7 +135,7 @@ def save_checkpoint(
     if rank:
         return target
     write_state(target, state, fingerprint)
-    for _, old in _checkpoints(folder)[:-keep]:
+    for _, old in _checkpoints(folder)[:-_KEPT]:
         shutil.rmtree(old)
     return target
 
@@ -158,8 +159,20 @@ def has_checkpoints(folder: Path) -> bool:
 
 def identifying(config: PruneConfig) -> dict[str, Any]:
     """Return the settings that a resumed run must have in common with the one that was saved, as plain values."""
-    kept = config.model_dump(exclude=_MAY_CHANGE)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+    return config.model_dump(mode="json", exclude=_MAY_CHANGE)
+
+
+def identity(structure: Structure, teacher: Any, config: PruneConfig) -> dict[str, Any]:
+    """Return what any resumed run must have in common with the one that was saved, as plain values.
+
+    :param teacher: a model, "self" or None.
+    """
+    return {
+        "family": structure.family,
+        "sizes": sum(structure.sizes.values()),
+        "teacher": teacher if teacher is None or isinstance(teacher, str) else type(teacher).__name__,
+        "config": identifying(config),
+    }
 
 
 def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], problem: str, otherwise: str) -> None:

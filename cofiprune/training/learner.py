@@ -184,10 +184,10 @@ class GateLearner(nn.Module):
         """
         self.masks.unbind()
         scores, values = {}, {}
-        for group, part in self._parts(self.gates.log_alpha.detach()):
-            limit = self.gates.limit_of(group)
-            scores[group.name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / limit
-            values[group.name] = torch.sigmoid(0.8 * part / self.settings.gate_temperature)
+        parts = self.gates.by_group(self.gates.log_alpha.detach())
+        for group, (name, part) in zip(self.gates.groups, parts.items(), strict=True):
+            scores[name] = part.clamp(-COFI_LIMIT, COFI_LIMIT) + _TIE_BREAK * part / self.gates.limit_of(group)
+            values[name] = torch.sigmoid(0.8 * part / self.settings.gate_temperature)
         structure, worth = self.masks.structure, self._worth()
 
         def plan_for(target: Target) -> Plan:
@@ -198,8 +198,8 @@ class GateLearner(nn.Module):
     def _worth(self) -> dict[str, Tensor]:
         """Return what gates expect to keep with each unit: the chance that it is there, times its share of the cost."""
         structure, found = self.masks.structure, {}
-        parts = self._parts(self.gates.open_probability().detach())
-        chances = {group.name: chance.double().cpu() for group, chance in parts}
+        parts = self.gates.by_group(self.gates.open_probability().detach())
+        chances = {name: chance.double().cpu() for name, chance in parts.items()}
         sizes = structure.sizes
         dense = self.cost.exact(sizes)
         for block in structure.blocks:
@@ -214,10 +214,6 @@ class GateLearner(nn.Module):
             costs = (dense - self.cost.exact({**sizes, "hidden": 1})) / dense
             found["hidden"] = chances["hidden"] * costs / sizes["hidden"]
         return found
-
-    def _parts(self, flat: Tensor) -> Iterable[tuple[Any, Tensor]]:
-        """Pair each group of the gates with its part of a flat tensor [U]."""
-        return zip(self.gates.groups, torch.split(flat, [group.size for group in self.gates.groups]), strict=True)
 
     # Closed gates.
 
@@ -237,7 +233,7 @@ class GateLearner(nn.Module):
         self.masks.unbind()
         values = torch.cat(list(self.gates.deterministic().values()))
         self.closed.copy_(torch.where(values == 0, self.closed + 1, 0))
-        kept = {group.name: part for group, part in self._parts((self.closed < _PATIENCE).float().cpu())}
+        kept = self.gates.by_group((self.closed < _PATIENCE).float().cpu())
         if "hidden" in kept and not bool(kept["hidden"].any()):
             return None
         plan = Plan.from_values(self.masks.structure, kept)

@@ -154,7 +154,6 @@ class Objective:
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
-                reduction="sum",
             )
         if not parts:
             raise TrainingError(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
-from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to
-from cofiprune.oneshot import prune_data_free
+from cofiprune.oneshot.data_free import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
@@ -128,7 +126,7 @@ def _check_reachable(structure: Structure, targets: Sequence[Target], config: Pr
     :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
     """
     structure.select(config.one_shot_units)
-    one_shot = on_data and config.method in ("one-shot", "auto")
+    one_shot = on_data and config.decides_in_one_shot
     units = config.one_shot_units or config.units if one_shot else config.units
     for target in targets:
         (check_one_shot if one_shot else check_target)(structure, target, units)
@@ -140,7 +138,7 @@ def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure
     if not config.uniform:
         return config
     units = uniform_units(model, structure, config.units)
-    if config.units is None and config.method in ("one-shot", "auto"):
+    if config.units is None and config.decides_in_one_shot:
         units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
     return PruneConfig.create(config, units=units)
 
@@ -181,21 +179,19 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
-    with nullcontext() if teacher is None else evaluating(teacher):
-        report = prune_data_free(
-            model, run.structure, target,
-            teacher=teacher, units=settings.units, seed=settings.seed, reconstruct=settings.repair is not False,
-        )  # fmt: skip
+    plan = prune_data_free(
+        model, run.structure, target,
+        teacher=teacher, units=settings.units, seed=settings.seed, reconstruct=settings.repair is not False,
+    )  # fmt: skip
     masks = attach_to(model, run.structure)
-    masks.set_plan(report.plan)
+    masks.set_plan(plan)
     result = PruneResult(
         model,
-        report.plan,
+        plan,
         masks.sparsity(),
         masks.model_sparsity(),
         method="no data",
-        target=reached(target, model, run.structure, report.plan),
-        uniform=settings.uniform,
+        target=reached(target, model, run.structure, plan),
         settings=settings,
     )
     if evaluate is not None:

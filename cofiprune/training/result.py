@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_PARTS = {
+    "blocks": (".attention", ".ffn"),
+    "heads": (".heads",),
+    "intermediate": (".intermediate",),
+    "hidden": ("hidden",),
+}
+"""What a result counts, by the endings of the groups' names."""
+
+
 @dataclass(frozen=True)
 class TargetReport:
     """The target of a run, and what came of it."""
@@ -93,10 +102,13 @@ class PruneResult(Report):
 
     target: TargetReport | None = None
     """The target and its outcome; None for `finetune`."""
-    uniform: bool = False
-    """Every layer has the same shape, so that the smaller model loads without cofiprune."""
     settings: ResolvedSettings = field(kw_only=True)
     """The settings that were used, with a value for every setting that was left open."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
+        return self.target is not None and self.settings.uniform
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
         """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.
@@ -105,22 +117,19 @@ class PruneResult(Report):
         """
         return compact(self.model, uniform=self.uniform, fuse=fuse)
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
         kept, sizes = self.plan.kept, self.plan.sizes
-        blocks = [name for name in kept if name.endswith((".attention", ".ffn"))]
-        rows = [
-            ("model", f"{type(self.model).__name__} ({self.plan.family})"),
-            *([] if self.target is None or self.target.name == "target_sparsity" else [("target", str(self.target))]),
-            ("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"),
-            ("blocks", f"{sum(kept[name] for name in blocks)} of {len(blocks)} kept"),
-        ]
-        for kind in ("heads", "intermediate"):
-            names = [name for name in kept if name.endswith(f".{kind}")]
+        rows = [("model", f"{type(self.model).__name__} ({self.plan.family})")]
+        if self.target is not None and self.target.name != "target_sparsity":
+            rows.append(("target", str(self.target)))
+        rows.append(("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"))
+        for part, endings in _PARTS.items():
+            names = [name for name in kept if name.endswith(endings)]
             if names:
-                total = sum(sizes[name] for name in names)
-                rows.append((kind, f"{sum(kept[name] for name in names)} of {total} kept"))
-        if "hidden" in kept:
-            rows.append(("hidden", f"{kept['hidden']} of {sizes['hidden']} kept"))
+                left, total = (sum(units[name] for name in names) for units in (kept, sizes))
+                rows.append((part, f"{left} of {total} kept"))
         rows += [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in self.metrics.items()]
         if self.method:
             rows.append(("method", self.reason or self.method))
@@ -128,9 +137,4 @@ class PruneResult(Report):
             rows.append(("time", f"{self.seconds / 60:.1f} min, {len(self.history)} history entries"))
         if self.best_step is not None:
             rows.append(("weights", f"of step {self.best_step}, chosen by the evaluation set"))
-        return rows
-
-    def __rich__(self) -> RenderableType:
-        from rich.console import Group
-
-        return Group("PruneResult", entries_table(self._rows()))
+        return Group("PruneResult", entries_table(rows))

@@ -30,7 +30,7 @@ from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import take_masks_off
-from cofiprune.training.checkpoint import SavedRun, identifying, load_checkpoint
+from cofiprune.training.checkpoint import SavedRun, identity, load_checkpoint
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import (
     Display,
@@ -165,19 +165,15 @@ class Run:
     def recovery_batches(self) -> Batches:
         """The batches of the recovery, which may have another size than the present ones."""
         size = self.settings.finetune_batch_size
-        return self.batches.resized(size) if isinstance(self.batches, RowBatches) else self.batches
+        return replace(self.batches, batch_size=size) if isinstance(self.batches, RowBatches) else self.batches
 
-    def identify(self, **identity: Any) -> None:
+    def identify(self, **more: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
-        teacher = None if self.teacher is None else "self" if self.teaches_itself else type(self.teacher).__name__
         self.fingerprint = {
-            **identity,
-            "family": self.structure.family,
-            "sizes": sum(self.structure.sizes.values()),
+            **more,
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
-            "teacher": teacher,
-            "config": identifying(self.settings),
+            **identity(self.structure, "self" if self.teaches_itself else self.teacher, self.settings),
         }
         if self.resume and self.folder is not None:
             self.saved = load_checkpoint(self.folder, self.fingerprint)
@@ -332,6 +328,5 @@ class Run:
             "" if target is None else self.settings.method,
             self.reason,
             None if target is None else reached(target, self.model, self.structure, self.plan),
-            target is not None and self.settings.uniform,
             settings=self.settings,
         )

@@ -189,6 +189,8 @@ def measure_pace(
 ) -> Pace:
     """Time a few training steps of a model, and its teacher on the same rows; weights and random state stay.
 
+    All processes go by what the first one measures.
+
     :param batches: of this process, from the first one on.
     :param target: the sparsity that one shot would go to.
     """
@@ -205,7 +207,9 @@ def measure_pace(
         step = seconds(partial(_step, model))
     asked = 0.0 if teacher is None else seconds(partial(_teach, teacher))
     rows = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
-    return Pace(step, asked, steps_per_epoch, rows * one_shot_steps(rounds(1 - target)) * step)
+    measured = [Pace(step, asked, steps_per_epoch, rows * one_shot_steps(rounds(1 - target)) * step)]
+    broadcast_object_list(measured)
+    return measured[0]
 
 
 def _step(model: PreTrainedModel, batch: Batch) -> None:
@@ -276,11 +280,10 @@ def _prune(
     on_progress: Progress | None,
 ) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome."""
-    processes = PartialState()
     rows = calibration(model, structure, batches)
     outcome: list[Any] = [None]
     small: PreTrainedModel | None = None
-    if processes.is_main_process:
+    if PartialState().is_main_process:
         try:
             with evaluating(model):
                 pruning = RoundPruning(
@@ -291,16 +294,14 @@ def _prune(
             outcome = [plan.to_dict()]
         except (DataError, TargetError) as error:
             outcome = [error]  # the others wait for what comes of it
-    if processes.num_processes > 1:
-        broadcast_object_list(outcome)
+    broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     plan = Plan.from_dict(outcome[0])
     if small is None:
         small = compacted(model, structure, plan)
-    if processes.num_processes > 1:
-        for parameter in small.parameters():
-            broadcast(parameter.data)
+    for parameter in small.parameters():
+        broadcast(parameter.data)
     return small, plan
 
 

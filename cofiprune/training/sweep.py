@@ -18,7 +18,7 @@ import numpy as np
 from cofiprune.accounting import amount
 from cofiprune.compaction.slicing import write_back
 from cofiprune.errors import CheckpointError, SettingsError
-from cofiprune.latency.measuring import conditions_of, timed
+from cofiprune.latency.measuring import conditions_of, times_of
 from cofiprune.latency.table import Conditions
 from cofiprune.masking import attach_to
 from cofiprune.measure.report import Report, rich_table
@@ -203,8 +203,7 @@ def _next(
         replace(run, model=copy.deepcopy(current), structure=structure, target=target, output_dir=runs, resume=goes_on)
     )
     small, kept_of_all = result.compact(), plan.then(result.plan.hard)
-    with timed(small, conditions) as stopwatch:
-        latency = float(np.median(stopwatch([small]))) / 1e6
+    latency = float(np.median(times_of([small], conditions))) / 1e6
     point = SweepPoint(
         target=target.requested,
         sparsity=1 - target.kept_share(run.structure.cut(kept_of_all.kept)),

@@ -8,6 +8,7 @@ import torch
 
 import cofiprune
 from cofiprune.errors import DataError, SettingsError
+from processes import launch, outputs
 from toy import assert_masked_is_compacted, unlabelled
 
 
@@ -109,6 +110,19 @@ def test_a_time_budget_is_spent_and_too_short_a_one_is_refused(toy, monkeypatch)
     result = cofiprune.prune(student, unlabelled(64), time_budget="10m", **arguments)
     assert result.history[-1]["phase"] == "recover"
     assert "epochs of recovery" in result.reason
+
+
+@pytest.mark.slow
+def test_processes_go_by_one_measurement():
+    program = """
+import cofiprune, toy
+
+arguments = {"target_sparsity": 0.6, "method": "auto", "time_budget": 20, "batch_size": 8, "progress": False}
+print("picked", cofiprune.prune(toy.bert(), toy.rows(64), **arguments).reason)
+"""
+    first, second = (text.partition("picked")[2] for text in outputs(launch(program, processes=2)))
+    assert "epochs of recovery" in first
+    assert first == second
 
 
 def test_gates_need_rows_for_their_repair_and_say_how_many(toy):

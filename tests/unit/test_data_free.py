@@ -10,9 +10,8 @@ import torch
 from cofiprune import accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance.specimens import specimen, tiny_config, unit_choices
-from cofiprune.errors import DataError, MaskError, SettingsError, TargetError, TeacherError
-from cofiprune.oneshot import prune_data_free
-from cofiprune.oneshot.data_free import divergence, outputs_of
+from cofiprune.errors import DataError, TargetError
+from cofiprune.oneshot.data_free import divergence, outputs_of, prune_data_free
 from cofiprune.oneshot.importance import activation_importance, scores, weight_importance
 from cofiprune.oneshot.layerwise import Layerwise, counted, projections, valid_rows
 from cofiprune.oneshot.reconstruction import Reconstruction
@@ -30,7 +29,7 @@ def bert(name="BertForSequenceClassification", **settings):
 
 def pruned(model, share, teacher="self", *, samples=SAMPLES, **settings):
     structure = structure_of(model)
-    target = Target.of(structure, share)
+    target, teacher = Target.of(structure, share), model if teacher == "self" else teacher
     return prune_data_free(model, structure, target, teacher=teacher, samples=samples, **settings)
 
 
@@ -44,7 +43,7 @@ def test_the_sparsity_is_exact_for_every_choice_of_units(units):
             check_target(structure, Target.of(structure, target), units)
         except TargetError:
             continue
-        plan = pruned(model, target, None, units=units).plan
+        plan = pruned(model, target, None, units=units)
         assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(target, abs=0.005)
         chosen = {group.name for group in structure.select(units)}
         cut = {name for name, size in structure.sizes.items() if len(plan.keep[name]) < size}
@@ -58,14 +57,14 @@ def test_the_sparsity_is_exact_for_every_choice_of_units(units):
 def test_the_sparsity_is_exact_with_a_teacher(target):
     model = bert()
     structure, cost = cost_of(model)
-    report = pruned(model, target)
-    assert accounting.sparsity(cost, structure, report.plan.kept) == pytest.approx(target, abs=0.005)
-    assert not report.plan.scale
+    plan = pruned(model, target)
+    assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(target, abs=0.005)
+    assert not plan.scale
 
 
 def test_no_block_goes_while_others_have_units_to_spare():
     model = bert(num_hidden_layers=3)
-    plan = pruned(model, 0.6, None).plan
+    plan = pruned(model, 0.6, None)
     assert all(plan.kept[block.gate] == 1 for block in structure_of(model).blocks)
     shares = [plan.kept[name] / size for name, size in plan.sizes.items() if name.endswith("intermediate")]
     assert max(shares) - min(shares) < 0.25
@@ -80,23 +79,20 @@ def test_reconstruction_brings_outputs_nearer_on_inputs_that_it_has_not_seen(fam
     config.intermediate_size = 64
     dense = specimen(AutoModel.from_config(config), rng())
     model = copy.deepcopy(dense)
-    report = pruned(model, 0.4, dense)
-    assert report.reconstructed
-    assert report.divergence_after < report.divergence_before
+    plan = pruned(model, 0.4, dense)
     unseen = padded_batches(dense, seed=77)
     theirs = outputs_of(dense, unseen)
-    hidden = report.plan.keep["hidden"]
-    cut = divergence(compact(dense, report.plan), theirs, unseen, hidden=hidden)
-    assert divergence(compact(model, report.plan), theirs, unseen, hidden=hidden) < cut
+    hidden = plan.keep["hidden"]
+    cut = divergence(compact(dense, plan), theirs, unseen, hidden=hidden)
+    assert divergence(compact(model, plan), theirs, unseen, hidden=hidden) < cut
 
 
 def test_only_kept_weights_of_the_last_projections_change():
     model = bert()
     before = snapshot(model)
-    report = pruned(model, 0.6)
-    assert report.reconstructed
+    plan = pruned(model, 0.6)
     structure = structure_of(model)
-    paths = set(projections(model, structure).values())
+    paths = {path for paths in projections(model, structure).values() for path in paths}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert {name.rpartition(".")[0] for name in changed} <= paths
@@ -104,7 +100,7 @@ def test_only_kept_weights_of_the_last_projections_change():
         if spec.name in changed and len(spec.shape) == 2:
             kept = torch.zeros(spec.shape, dtype=torch.bool)
             rows, columns = (
-                [unit * side.block + item for unit in report.plan.keep[side.group] for item in range(side.block)]
+                [unit * side.block + item for unit in plan.keep[side.group] for item in range(side.block)]
                 for side in spec.sides
             )
             kept[torch.tensor(rows).unsqueeze(1), torch.tensor(columns)] = True
@@ -114,11 +110,11 @@ def test_only_kept_weights_of_the_last_projections_change():
 
 def test_the_masked_model_and_the_compacted_one_agree_afterwards():
     model = bert()
-    report = pruned(model, 0.6)
+    plan = pruned(model, 0.6)
     unseen = padded_batches(model)
-    small = outputs_of(compact(model, report.plan), unseen)
+    small = outputs_of(compact(model, plan), unseen)
     with attach(model) as masks:
-        masks.set_plan(report.plan)
+        masks.set_plan(plan)
         for (ours,), (theirs,) in zip(outputs_of(model, unseen), small, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
@@ -126,9 +122,7 @@ def test_the_masked_model_and_the_compacted_one_agree_afterwards():
 def test_without_a_teacher_no_weight_changes():
     model = bert()
     before = snapshot(model)
-    report = pruned(model, 0.6, None)
-    assert report.divergence_before is report.divergence_after is None
-    assert not report.reconstructed
+    pruned(model, 0.6, None)
     assert is_unchanged(model, before)
 
 
@@ -137,11 +131,11 @@ def test_the_seed_decides():
     for seed in (1, 1, 2):
         model = bert()
         torch.manual_seed(len(runs))
-        report = pruned(model, 0.5, seed=seed)
-        runs.append((report, snapshot(model)))
+        plan = pruned(model, 0.5, seed=seed)
+        runs.append((plan, snapshot(model)))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
-    assert runs[0][0].divergence_before != runs[2][0].divergence_before
+    assert any(not torch.equal(value, runs[2][1][name]) for name, value in runs[0][1].items())
 
 
 def test_the_mode_of_every_module_and_the_global_generator_stay():
@@ -166,9 +160,7 @@ def test_a_reconstruction_that_does_harm_is_rolled_back(monkeypatch):
     monkeypatch.setattr(Reconstruction, "run", harm)
     model = bert()
     before = snapshot(model)
-    report = pruned(model, 0.5)
-    assert report.divergence_after == report.divergence_before
-    assert not report.reconstructed
+    pruned(model, 0.5)
     assert is_unchanged(model, before)
 
 
@@ -196,7 +188,7 @@ def test_heads_alone_up_to_the_last_one():
     target = 1 - cost.exact({**structure.sizes, "layers.0.attention": 0, "layers.1.attention": 0}) / cost.exact(
         structure.sizes
     )
-    plan = pruned(model, target, units="head").plan
+    plan = pruned(model, target, units="head")
     assert plan.keep["layers.0.heads"] == plan.keep["layers.1.heads"] == ()
     assert plan.kept["layers.0.intermediate"] == 48
 
@@ -204,7 +196,7 @@ def test_heads_alone_up_to_the_last_one():
 def test_padding_does_not_enter_the_statistics():
     model = bert()
     structure = structure_of(model)
-    plan = pruned(model, 0.5, None).plan
+    plan = pruned(model, 0.5, None)
     batches = padded_batches(model)
     longer = [padded(batch, 30, fill=7) for batch in batches]
     assert [counted(model, structure, batch) for batch in batches] == [
@@ -246,7 +238,7 @@ def test_layer_by_layer_sees_what_a_forward_pass_computes():
     structure = structure_of(model)
     batches = padded_batches(model)
     inputs = {}
-    wanted = projections(model, structure)
+    wanted = {gate: path for gate, (path,) in projections(model, structure).items()}
     handles = [
         model.get_submodule(path).register_forward_hook(
             lambda module, args, output, gate=gate: inputs.setdefault(gate, []).append(args[0])
@@ -301,38 +293,33 @@ def test_scores_compare_across_groups():
 def test_a_teacher_of_another_structure_is_asked_for_its_outputs_only():
     teacher = bert(hidden_size=32, num_attention_heads=2, seed=4)
     model = bert()
-    report = pruned(model, 0.4, teacher)
-    assert report.divergence_after <= report.divergence_before
+    assert pruned(model, 0.4, teacher).sizes == structure_of(model).sizes
     encoder = bert("BertModel")
-    report = pruned(encoder, 0.4, bert("BertModel", hidden_size=32))
-    assert report.divergence_after < report.divergence_before
+    before = snapshot(encoder)
+    pruned(encoder, 0.4, bert("BertModel", hidden_size=32))
+    assert not is_unchanged(encoder, before), "its own states take the place of the teacher's"
 
 
 def test_a_compacted_model_is_pruned_again():
     model = bert()
     first = pruned(model, 0.3)
-    small = compact(model, first.plan)
+    small = compact(model, first)
     structure, cost = cost_of(small)
     second = pruned(small, 0.5)
-    assert accounting.sparsity(cost, structure, second.plan.kept) == pytest.approx(0.5, abs=0.005)
+    assert accounting.sparsity(cost, structure, second.kept) == pytest.approx(0.5, abs=0.005)
 
 
 def test_a_model_in_half_precision():
     model = bert("BertForMaskedLM").bfloat16()
-    report = pruned(model, 0.5)
-    assert report.divergence_after <= report.divergence_before
+    dense, unseen = copy.deepcopy(model), padded_batches(model, seed=77)
+    plan, theirs = pruned(model, 0.5), outputs_of(dense, unseen)
+    assert divergence(compact(model, plan), theirs, unseen) < divergence(compact(dense, plan), theirs, unseen)
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
-def test_wrong_use_is_refused_before_anything_changes():
+def test_inputs_that_cannot_be_made_up_are_refused_before_anything_changes():
     model = bert()
     before = snapshot(model)
-    with pytest.raises(SettingsError, match="samples is 0"):
-        pruned(model, 0.5, None, samples=0)
-    with pytest.raises(TeacherError, match="'selve'"):
-        pruned(model, 0.5, "selve")
-    with attach(model), pytest.raises(MaskError, match="attached"):
-        pruned(model, 0.5, None)
     model.main_input_name = "bytes"
     with pytest.raises(DataError, match="'bytes'"):
         pruned(model, 0.5)

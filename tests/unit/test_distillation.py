@@ -207,16 +207,6 @@ def test_projection_starts_as_the_identity_on_what_both_have(student: int, teach
     assert torch.equal(hidden_projection(student, teacher)(x), expected)
 
 
-def test_projection_of_a_compacted_student_puts_each_dimension_back_in_its_place() -> None:
-    keep = [1, 2, 5]
-    full = torch.zeros(2, 6)
-    full[:, keep] = torch.randn(2, 3)
-    assert torch.equal(hidden_projection(3, 6, keep=keep)(full[:, keep]), full)
-    for wrong in ([0, 1], [0, 1, 6]):
-        with pytest.raises(TeacherError, match="3 dimensions below 6"):
-            hidden_projection(3, 6, keep=wrong)
-
-
 def test_layer_losses_are_the_mean_squared_errors_of_all_pairs() -> None:
     students, teachers = states(3, 6, 0), states(2, 4, 1)
     projection = torch.nn.Linear(6, 4)
@@ -287,7 +277,7 @@ def test_with_no_layer_alive_the_loss_is_zero_and_differentiable(how: LayerMatch
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(("depth", "width"), [(6, 4), (3, 4), (12, 4), (6, 3), (6, 7)])
-def test_layerwise_loss_is_the_mean_over_its_matches_for_any_depth_and_width(
+def test_layerwise_loss_is_the_sum_over_its_matches_for_any_depth_and_width(
     how: LayerMatch, depth: int, width: int
 ) -> None:
     students, teachers = states(depth, width, 0), states(6, 4, 1)
@@ -297,9 +287,8 @@ def test_layerwise_loss_is_the_mean_over_its_matches_for_any_depth_and_width(
     losses = layer_losses(torch.stack(students), torch.stack(teachers)[list(layers)], projection, MASK)
     indices, valid = match_layers(losses, alive, how, layers=layers, num_teacher_layers=6)
     matched = losses.gather(1, indices[:, None])[:, 0][valid]
-    settings = {"how": how, "mask": MASK, "alive": alive}
-    assert torch.allclose(layerwise_loss(students, teachers, projection, **settings), matched.mean())
-    assert torch.allclose(layerwise_loss(students, teachers, projection, reduction="sum", **settings), matched.sum())
+    loss = layerwise_loss(students, teachers, projection, how=how, mask=MASK, alive=alive)
+    assert torch.allclose(loss, matched.sum())
 
 
 @pytest.mark.parametrize("how", HOW)

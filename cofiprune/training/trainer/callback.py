@@ -28,13 +28,13 @@ from cofiprune.training.arguments import (
     take_masks_off,
     target_for,
 )
-from cofiprune.training.checkpoint import SavedRun
+from cofiprune.training.checkpoint import SavedRun, identity
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of
 from cofiprune.training.start import one_shot
-from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again, used_settings
+from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again
 from cofiprune.training.trainer.forward import RemainingMasks
 from cofiprune.training.trainer.run import CallbackRun, bring_in, load_beside
 
@@ -186,14 +186,10 @@ class PruningCallback(TrainerCallback):
 
     def _saved(self, args: Any, state: Any, model: PreTrainedModel, structure: Structure) -> SavedRun | None:
         """Note what a resumed run must have in common with this one; return what it goes on from, if it does."""
-        kind = None if self.teacher is None else "self" if self.teacher == "self" else type(self.teacher).__name__
         self._fingerprint = {
             "target_sparsity": self.target,
-            "family": structure.family,
-            "sizes": sum(structure.sizes.values()),
             "max_steps": state.max_steps,
-            "teacher": kind,
-            "config": used_settings(self.config),
+            **identity(structure, self.teacher, self.config),
         }
         return load_beside(args, state.global_step, self._fingerprint, model) if state.global_step else None
 

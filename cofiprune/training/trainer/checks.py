@@ -36,7 +36,7 @@ def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> Pru
     }
     check_taken("PruningCallback", settings, CALLBACK, decided)
     made = PruneConfig.create(config, **settings)
-    used = used_settings(made)
+    used = made.model_dump(include=set(names_of(*CALLBACK)))
     defaults = PruneConfig()
     unused = sorted(name for name, value in made if name not in used and value != getattr(defaults, name))
     if unused:
@@ -47,12 +47,6 @@ def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> Pru
             stacklevel=3,
         )
     return PruneConfig(**used)
-
-
-def used_settings(config: PruneConfig) -> dict[str, Any]:
-    """The settings that a callback goes by, as plain values."""
-    values = config.model_dump(include=set(names_of(*CALLBACK)))
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def check_arguments(args: Any, state: Any, model: nn.Module, *, taught: bool) -> None:
