@@ -6,7 +6,6 @@ carries it out), and canonical: a block with a closed gate, or without inner uni
 
 from __future__ import annotations
 
-import json
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from cofiprune.errors import PlanError, explained
+from cofiprune.errors import PlanError
+from cofiprune.files import STRICT, check_format, read_json, validated, write_json
 from cofiprune.structure import Structure
 
 _FORMAT_VERSION = 1
@@ -31,6 +31,8 @@ class _Masks(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """The kept indices of every group of a model."""
+
+    __pydantic_config__ = STRICT
 
     family: str
     """The `model_type` it was made for."""
@@ -101,9 +103,32 @@ class Plan:
         extra = [name for name in self.sizes if name not in structure]
         if extra:
             raise PlanError(f"the plan names the group {extra[0]!r}, which the model does not have")
+        self._check_values("the plan")
+        for block in structure.without_units(self.kept):
+            for member in (block.gate, block.inner):
+                if member is not None and self.keep[member]:
+                    raise PlanError(f"the plan keeps units of {member!r}, a part of a block that it removes")
+
+    def _check_values(self, what: str) -> None:
+        """Check what holds for the plan of any model: kept indices and factors in their ranges, for every group.
+
+        :param what: the plan's name in messages.
+        :raises PlanError: naming the first group that is at fault.
+        """
+        for name in {**self.sizes, **self.keep, **self.scale}:
+            if name not in self.sizes or name not in self.keep:
+                raise PlanError(f"{what} has no {'sizes' if name in self.keep else 'kept indices'} of group {name!r}")
         for name, indices in self.keep.items():
-            if list(indices) != sorted(set(indices)) or any(not 0 <= index < self.sizes[name] for index in indices):
-                raise PlanError(f"kept indices of {name!r} must ascend within 0..{self.sizes[name] - 1}: {indices}")
+            size = self.sizes[name]
+            if size < 1:
+                raise PlanError(f"{what} says that group {name!r} has {size} units")
+            if list(indices) != sorted(set(indices)) or any(not 0 <= index < size for index in indices):
+                raise PlanError(f"{what} keeps indices of {name!r} that do not ascend within 0..{size - 1}: {indices}")
+        for name, factors in self.scale.items():
+            if len(factors) != len(self.keep[name]) or not all(0 < factor <= 1 for factor in factors):
+                raise PlanError(f"{what} must scale each kept unit of {name!r} by a factor in (0, 1]: {factors}")
+        if self.keep.get("hidden", (0,)) == ():
+            raise PlanError(f"{what} removes every hidden dimension; at least one must stay")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, as `save` writes them."""
@@ -134,7 +159,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -142,26 +167,22 @@ class Plan:
 
         :raises PlanError: when the file is missing, is not a plan, or comes from a newer version.
         """
-        with explained(PlanError, f"{path} is not a readable plan", OSError, ValueError):
-            payload: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls.from_dict(payload, str(path))
+        return cls.from_dict(read_json(Path(path), PlanError, f"{path} is not a readable plan"), str(path))
 
     @classmethod
-    def from_dict(cls, payload: dict[str, Any], path: str = "the plan") -> Self:
+    def from_dict(cls, payload: Mapping[str, Any], path: str = "the plan") -> Self:
         """Make a plan from the values of `to_dict`.
 
         :param path: its name in error messages.
         :raises PlanError: when it is no plan, or comes from a newer version.
         """
-        version = payload.get("format_version") if isinstance(payload, dict) else None
-        if not isinstance(version, int):
-            raise PlanError(f"{path} is not a plan: it states no format_version")
-        if version > _FORMAT_VERSION:
-            raise PlanError(f"{path} is a plan in format {version}; this version reads formats up to {_FORMAT_VERSION}")
-        with explained(PlanError, f"{path} lacks a part of a plan", KeyError, AttributeError, TypeError):
-            keep = {name: tuple(indices) for name, indices in payload["keep"].items()}
-            scale = {name: tuple(factors) for name, factors in payload["scale"].items()}
-            return cls(payload["family"], payload["sizes"], keep, scale)
+        entries = dict(payload) if isinstance(payload, Mapping) else {}
+        check_format(entries.pop("format_version", None), _FORMAT_VERSION, PlanError, f"{path} is not a readable plan")
+        if "scale" not in entries:  # has a default for plans that are made in Python
+            raise PlanError(f"{path} is not a readable plan: scale: Field required")
+        plan = validated(cls, entries, PlanError, f"{path} is not a readable plan")
+        plan._check_values(path)
+        return plan
 
     def __str__(self) -> str:
         lines = [f"Plan for a {self.family} model"]

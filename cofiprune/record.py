@@ -7,10 +7,14 @@ The sizes that are left are recorded one number per group under `quantization_co
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.errors import CheckpointError
+from cofiprune.files import STRICT, check_format, validated
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,7 +33,10 @@ def sizes_to_record(sizes: Mapping[str, int]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, size in sizes.items():
         layer, _, kind = name.rpartition(".")
-        record[kind] = [*record.get(kind, []), size] if layer else size
+        if layer:
+            record.setdefault(kind, []).append(size)
+        else:
+            record[kind] = size
     return record
 
 
@@ -50,7 +57,7 @@ def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> 
     :param table: the family's table as plain values, where no installed adapter has it.
     """
     entries = {**_COMMON, "sizes": sizes_to_record(sizes)}
-    return entries if table is None else {**entries, "table": dict(table)}
+    return entries if table is None else {**entries, "table": dict(table), "table_checksum": _checksum(table)}
 
 
 def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
@@ -58,20 +65,21 @@ def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
 
     :param parts: their configurations, with a record each, by the paths of their modules.
     """
-    recorded = {
-        path: {name: value for name, value in _entries(config).items() if name not in _COMMON}
-        for path, config in parts.items()
-    }
+    recorded = {}
+    for path, config in parts.items():
+        entries = _entries(config)
+        assert entries is not None
+        recorded[path] = {name: value for name, value in asdict(entries).items() if value}
     return {**_COMMON, "parts": recorded}
 
 
 def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
     """Return the group sizes recorded in a configuration, or None for a model that is not compacted.
 
-    :raises CheckpointError: when the record was written by a newer version of this package.
+    :raises CheckpointError: when the record is damaged, or was written by a newer version of this package.
     """
-    sizes = _entries(config).get("sizes")
-    return None if sizes is None else record_to_sizes(sizes)
+    entries = _entries(config)
+    return None if entries is None or entries.sizes is None else record_to_sizes(entries.sizes)
 
 
 def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
@@ -79,7 +87,8 @@ def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:
 
     :raises CheckpointError: as `recorded_sizes`.
     """
-    return _entries(config).get("table")
+    entries = _entries(config)
+    return None if entries is None else entries.table
 
 
 def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -88,20 +97,44 @@ def recorded_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
     :raises CheckpointError: as `recorded_sizes`.
     """
     entries = _entries(config)
-    common = {name: entries[name] for name in _COMMON if name in entries}
-    return {path: {**common, **part} for path, part in entries.get("parts", {}).items()}
+    parts = {} if entries is None else entries.parts
+    return {path: {**_COMMON, **part} for path, part in parts.items()}
 
 
-def _entries(config: PretrainedConfig) -> Mapping[str, Any]:
-    """The record of this package in a configuration; empty where there is none."""
-    stored = getattr(config, "quantization_config", None) or {}
-    entries: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
-    if entries.get("quant_method") != METHOD:
-        return {}
-    version = entries.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"this model was compacted in format {version!r}; this version of cofiprune reads formats up to "
-            f"{FORMAT_VERSION}. Upgrade cofiprune to load it."
-        )
-    return entries
+@dataclass(frozen=True)
+class _Record:
+    """What `quantization_config` says, but for its method and format."""
+
+    __pydantic_config__ = STRICT
+
+    sizes: dict[str, int | list[int]] | None = None
+    table: dict[str, Any] | None = None
+    table_checksum: str = ""
+    """Empty in records of earlier versions. A table decides what is cut, and few of its faults show in a shape."""
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = record_to_sizes(self.sizes or {})
+        if any(size < 0 for size in sizes.values()) or sizes.get("hidden") == 0:
+            raise ValueError(f"sizes must not be negative, and hidden dimensions must stay: {self.sizes}")
+        if (not sizes) == (not self.parts):
+            raise ValueError("it states either sizes or parts")
+        if self.table_checksum and self.table_checksum != _checksum(self.table):
+            raise ValueError("its table was changed")
+
+
+def _checksum(table: Mapping[str, Any] | None) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _entries(config: PretrainedConfig) -> _Record | None:
+    """The record of this package in a configuration, or None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    entries = dict(stored if isinstance(stored, Mapping) else stored.to_dict())
+    if entries.pop("quant_method", None) != METHOD:
+        return None
+    problem = "the record of a compacted model in config.json cannot be read"
+    check_format(entries.pop("format_version", None), FORMAT_VERSION, CheckpointError, problem)
+    return validated(_Record, entries, CheckpointError, problem)

@@ -7,8 +7,10 @@ configuration. The result is an ordinary model, which can be saved, trained and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import SafetensorError, safe_open
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -19,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cofiprune.adapter import adapter_for
 from cofiprune.compaction.slicing import reshape_skeleton
-from cofiprune.errors import CheckpointError
+from cofiprune.errors import CheckpointError, explained
 from cofiprune.record import METHOD, record_of_parts, recorded_parts, recorded_sizes
 
 if TYPE_CHECKING:
@@ -48,11 +50,11 @@ class CompactedLoader(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         model.config.quantization_config = self.quantization_config.to_dict()
         own, parts = recorded_sizes(model.config), recorded_parts(model.config)
-        if own is None and not parts:
-            raise CheckpointError("the configuration names the method 'cofiprune' but records no sizes")
         if own is not None:
             reshape_skeleton(model, adapter_for(model).structure(model, dense=True), own)
         for path, entry in parts.items():
@@ -60,7 +62,19 @@ class CompactedLoader(HfQuantizer):
             part.config.quantization_config = entry
             reshape_skeleton(part, adapter_for(part).structure(part, dense=True), recorded_sizes(part.config) or {})
         self.shapes = _shapes(model)
+        self._check(_shapes_in(checkpoint_files or ()))
         return model
+
+    def _check(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the shapes of weights with those of the skeleton, by their names in it.
+
+        :raises CheckpointError: naming the first that differs.
+        """
+        for name, shape in self.shapes.items():
+            if found.get(name, shape) != shape:
+                raise CheckpointError(
+                    f"weight {name!r} has shape {found[name]}; the recorded sizes and the configuration say {shape}"
+                )
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Remove what marks the model as quantised.
@@ -68,12 +82,7 @@ class CompactedLoader(HfQuantizer):
         :raises CheckpointError: when weights do not have the recorded shapes; older releases of transformers do not
             check, where there is a quantisation method.
         """
-        for name, shape in _shapes(model).items():
-            if shape != self.shapes.get(name, shape):
-                raise CheckpointError(
-                    f"weight {name!r} has shape {shape}; the recorded sizes and the configuration say "
-                    f"{self.shapes[name]}"
-                )
+        self._check(_shapes(model))
         model.config.quantization_config = self.quantization_config.to_dict()
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
@@ -129,6 +138,19 @@ def _part(model: PreTrainedModel, path: str) -> PreTrainedModel:
     except AttributeError:
         raise CheckpointError(f"sizes are recorded for {path!r}, which {type(model).__name__} does not have") from None
     return cast("PreTrainedModel", part)
+
+
+def _shapes_in(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in safetensors files, without reading their values."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            with (
+                explained(CheckpointError, f"{file} is damaged", SafetensorError, OSError),
+                safe_open(file, "pt") as opened,
+            ):
+                found.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+    return found
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

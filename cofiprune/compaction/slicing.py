@@ -95,11 +95,20 @@ def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
 def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
     """Cut a model on the meta device to the shapes of a compacted one, in place.
 
-    :raises PlanError: when the structure does not have a recorded group, or has fewer units of it.
+    :param kept: units of every group; groups of a kind that it does not name keep all of theirs.
+    :raises PlanError: when that fits no compacted model of this structure.
     """
     for name, size in kept.items():
-        if name not in structure or size > structure[name].size:
+        if name not in structure or not 0 <= size <= structure[name].size:
             raise PlanError(f"recorded size {size} for group {name!r} does not fit this {structure.family} model")
+    kinds = {name.rpartition(".")[2] for name in kept}
+    for name in structure:
+        if name not in kept and name.rpartition(".")[2] in kinds:
+            raise PlanError(f"no size is recorded for group {name!r} of this {structure.family} model")
+    kept = {**structure.sizes, **kept}
+    for block in structure.blocks:
+        if block.inner is not None and (kept[block.gate] == 0) != (kept[block.inner] == 0):
+            raise PlanError(f"the recorded sizes of {block.gate!r} and {block.inner!r} do not go together")
     new: dict[int, nn.Parameter] = {}
     for spec, parameter in _parameters(model, structure):
         shape = spec.cut(kept).shape

@@ -10,30 +10,24 @@ N positions of a batch that are not padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.fusion import is_linear
 from cofiprune.masking import entry_of
-from cofiprune.structure import Block, BlockExit, Structure
+from cofiprune.structure import Block, BlockExit, Parameter, Structure
 
 Batch = Mapping[str, Tensor]
-
-
-def placed(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    """Return a batch on the device of a model, floating inputs in its precision."""
-    weight = next(model.parameters())
-    return {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-        for name, value in batch.items()
-    }
 
 
 def valid_rows(states: Tensor, batch: Batch) -> Tensor:
@@ -68,7 +62,7 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
         raise StopForward
 
     with suppress(StopForward), watching(model, before={structure.layers[0]: enter}):
-        model(**placed(batch, model))
+        model(**to_model(batch, model))
     return seen[0]
 
 
@@ -86,8 +80,11 @@ def first_batches(
     return found, number
 
 
-def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """Return the path of every block's last projection, by the name of the gate, where that is one `nn.Linear`."""
+def projections(model: nn.Module, structure: Structure) -> dict[str, tuple[str, ...]]:
+    """Return the paths of every block's last projections, by the name of the gate, where they are `nn.Linear`s.
+
+    There are several where one block stands for two networks of a layer, as in a conformer.
+    """
     found = {}
     for block in structure.blocks:
         paths = [
@@ -95,21 +92,27 @@ def projections(model: nn.Module, structure: Structure) -> dict[str, str]:
             for spec in structure.parameters
             if spec.gated and spec.gate == block.gate and len(spec.shape) == 2
         ]
-        if len(paths) == 1 and isinstance(model.get_submodule(paths[0]), nn.Linear):
-            found[block.gate] = paths[0]
+        if paths and all(isinstance(model.get_submodule(path), nn.Linear) for path in paths):
+            found[block.gate] = tuple(paths)
     return found
+
+
+def linears(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Parameter]]:
+    """Give the path and the weight of every `nn.Linear`."""
+    for spec in structure.parameters:
+        path, _, name = spec.name.rpartition(".")
+        if name == "weight" and len(spec.shape) == 2 and isinstance(model.get_submodule(path), nn.Linear):
+            yield path, spec
 
 
 def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
     """Return the paths of the `nn.Linear`s of a block that come before its last projection."""
-    last = {spec.name for spec in structure.parameters if spec.gated}
-    found = []
-    for spec in structure.parameters:
-        path, _, name = spec.name.rpartition(".")
-        inside = spec.gate == block.gate and spec.name not in last and name == "weight" and len(spec.shape) == 2
-        if inside and spec.sides[0] is not None and is_linear(model.get_submodule(path)):
-            found.append(path)
-    return found
+    inside = [
+        path
+        for path, spec in linears(model, structure)
+        if spec.gate == block.gate and not spec.gated and spec.sides[0] is not None
+    ]
+    return [path for path in inside if is_linear(model.get_submodule(path))]
 
 
 @dataclass
@@ -123,11 +126,64 @@ class Activations:
     entry: Tensor | None = None
     """[B, T, H]: what the block's exit adds the output to, where the module is a block's last projection; None when the
     residual is added elsewhere."""
+    more: list[Activations] = field(default_factory=list)
+    """Of further calls in the same pass: DeBERTa-v3 maps its relative positions by the maps of its tokens."""
 
     @property
     def sum(self) -> Tensor:
         """[B, T, H]: the residual stream after the block where that is known, the block's output elsewhere."""
         return self.outputs if self.entry is None else self.outputs + self.entry
+
+    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the inputs [N, n] and sums [N, H] of all calls, without padding."""
+        every = (self, *self.more)
+        return (
+            torch.cat([valid_rows(each.inputs, batch) for each in every]),
+            torch.cat([valid_rows(each.sum, batch) for each in every]),
+        )
+
+
+class _Record:
+    """What passes some modules in one forward pass, which is stopped when all of it has been seen."""
+
+    def __init__(self, paths: Sequence[str], exits: Mapping[str, BlockExit], times: Mapping[str, int]) -> None:
+        self.exits = exits
+        self.pending = Counter[str | BlockExit]([*paths, *exits.values()])
+        self.pending.update({path: count - 1 for path, count in times.items()})
+        self._calls: dict[str, list[Activations]] = {}
+        self._entries: dict[str, Tensor] = {}
+
+    def arrived(self, what: str | BlockExit) -> None:
+        """Note a call."""
+        self.pending.subtract([what])
+        if all(left <= 0 for left in self.pending.values()):
+            raise StopForward
+
+    def called(self, path: str) -> After:
+        """Return what records the calls of a module."""
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            # Copies: what is run afterwards may add the residual in place.
+            self._calls.setdefault(path, []).append(Activations(args[0].clone(), output.clone()))
+            self.arrived(path)
+
+        return note
+
+    def entered(self, path: str, exit: BlockExit) -> Before:
+        """Return what records the entry into a block's exit."""
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._entries[path] = entry_of(exit, args, kwargs).clone()
+            self.arrived(exit)
+
+        return note
+
+    def activations(self) -> dict[str, Activations]:
+        """Return what was seen, by path."""
+        return {
+            path: replace(first, entry=self._entries.get(path), more=more)
+            for path, (first, *more) in self._calls.items()
+        }
 
 
 class Layerwise:
@@ -135,63 +191,50 @@ class Layerwise:
 
     def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Batch]) -> None:
         """Start below the first layer."""
-        self.batches = [placed(batch, model) for batch in batches]
+        self.batches = [to_model(batch, model) for batch in batches]
         self.model = model
         self.layers = structure.layers
         exits = {block.gate: block.exit for block in structure.blocks if block.exit.residual}
-        self._exits = {path: exits[gate] for gate, path in projections(model, structure).items() if gate in exits}
+        alone = {gate: paths[0] for gate, paths in projections(model, structure).items() if len(paths) == 1}
+        self._exits = {path: exits[gate] for gate, path in alone.items() if gate in exits}
         self.depth = 0
         """Index of the current layer; the ones below are not run any more."""
         self._below: list[Any] = [None] * len(batches)
         self._above: list[Any] = [None] * len(batches)
 
     @torch.no_grad()
-    def look(self, index: int, wanted: Sequence[str] = (), *, settle: bool = False) -> dict[str, Activations]:
+    def look(
+        self,
+        index: int,
+        wanted: Sequence[str] = (),
+        *,
+        settle: bool = False,
+        times: Mapping[str, int] = MappingProxyType({}),
+    ) -> dict[str, Activations]:
         """Run the model on a batch, no further than is needed to see what passes some linear layers and norms.
 
         :param wanted: their paths, of the current layer or outside of the layers.
         :param settle: run the current layer to its end and keep its output, for when the walk goes up.
+        :param times: calls to wait for, by path, where that is not one.
         :return: by path; nothing of modules that are not called.
         """
-        exits = {path: self._exits[path] for path in wanted if path in self._exits}
         layers = [self.layers[self.depth]] if settle else []
-        parts: dict[str, dict[str, Tensor]] = {path: {} for path in wanted}
-        pending = {*wanted, *exits.values(), *layers}
-
-        def arrived(what: str | BlockExit) -> None:
-            pending.discard(what)
-            if not pending:
-                raise StopForward
-
-        def called(path: str) -> After:
-            def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                # Copies: what is run afterwards may add the residual in place.
-                parts[path].update(inputs=args[0].clone(), outputs=output.clone())
-                arrived(path)
-
-            return note
-
-        def entered(path: str, exit: BlockExit) -> Before:
-            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-                parts[path]["entry"] = entry_of(exit, args, kwargs).clone()
-                arrived(exit)
-
-            return note
+        record = _Record([*wanted, *layers], {path: self._exits[path] for path in wanted if path in self._exits}, times)
 
         def settled(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if layers[0] in pending:  # of a layer that is applied several times in a row, the first
+            if record.pending[layers[0]] > 0:  # of a layer that is applied several times in a row, the first
                 self._above[index] = output
-            arrived(layers[0])
+            record.arrived(layers[0])
 
-        before = {exit.module: entered(path, exit) for path, exit in exits.items()}
-        after = {**{path: called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
+        before = {exit.module: record.entered(path, exit) for path, exit in record.exits.items()}
+        after = {**{path: record.called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
         with ExitStack() as replaced:
             for path in self.layers[: self.depth]:
                 layer, below = self.model.get_submodule(path), self._below[index]
                 replaced.enter_context(replaced_forward(layer, lambda *args, below=below, **kwargs: below))
             with suppress(StopForward), watching(self.model, before=before, after=after):
                 self.model(**self.batches[index])
-        return {path: Activations(**seen) for path, seen in parts.items() if "inputs" in seen}
+        return record.activations()
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.errors import DataError
-from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
+from cofiprune.oneshot.layerwise import Batch, linears, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
@@ -90,31 +91,37 @@ def block_curves(
     :param batches: on any device.
     :raises DataError: when statistics are not finite.
     """
-    last = {gate: path for gate, path in projections(model, structure).items() if gate in gates}
-    moments = _moments(sensitivity(model, {gate: (path,) for gate, path in last.items()}, batches, seed=seed))
+    last = {gate: paths for gate, paths in projections(model, structure).items() if gate in gates}
+    every = [path for paths in last.values() for path in paths]
+    moments = _moments(sensitivity(model, {path: (path,) for path in every}, batches, seed=seed))
     # Gradients carry what is not finite down to the blocks before; the inputs say where it comes from.
-    source = [gate for gate, found in moments.items() if not bool(found.plain.isfinite().all())]
-    for gate in (*source, *moments):
-        if not moments[gate].finite:
+    source = [path for path, found in moments.items() if not bool(found.plain.isfinite().all())]
+    for path in (*source, *moments):
+        if not moments[path].finite:
             raise DataError(
-                f"what passes {last[gate]} on the rows of the data set is not finite, so that there are no statistics "
-                "of it. Look for values that overflow in the rows or, in half precision, in the model"
+                f"what passes {path} on the rows of the data set is not finite, so that there are no statistics of it. "
+                "Look for values that overflow in the rows or, in half precision, in the model"
             )
-    sides = {spec.name: spec.sides[1] for spec in structure.parameters if len(spec.sides) == 2}
+    sides = {path: spec.sides[1] for path, spec in linears(model, structure)}
     curves = {}
-    for gate, found in moments.items():
-        side = sides[f"{last[gate]}.weight"]
-        if side is not None:
-            curves[gate] = curve(model.get_submodule(last[gate]), found, side)
+    for gate, paths in last.items():
+        side = sides[paths[0]]
+        # Weights that another module reads itself are not seen.
+        if side is not None and all(path in moments for path in paths):
+            curves[gate] = curve({model.get_submodule(path): moments[path] for path in paths}, side)
     return curves
 
 
-def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
-    """Remove the units of a projection one after the other.
+def curve(projections: Mapping[nn.Module, Moments], side: Side) -> LossCurve:
+    """Remove the units of one projection, or those that several share, one after the other.
 
-    :param moments: finite.
-    :param side: how the inputs of the projection divide into units.
+    :param projections: with their moments, which are finite.
+    :param side: how the inputs of each divide into units.
     """
+    return _removed([_state(module, moments, side) for module, moments in projections.items()], side.units)
+
+
+def _state(module: nn.Module, moments: Moments, side: Side) -> _State:
     assert isinstance(module, nn.Linear)
     inputs, outputs = moments.factors()
     bias = torch.zeros(module.out_features) if module.bias is None else module.bias
@@ -123,7 +130,7 @@ def curve(module: nn.Module, moments: Moments, side: Side) -> LossCurve:
     order_of = torch.arange(side.length).view(side.copies, side.units, side.block).transpose(0, 1).flatten()
     columns = torch.cat([order_of, torch.tensor([side.length])])
     inverse = torch.linalg.inv(inputs[columns][:, columns])
-    return _removed([_State(weight[:, columns], inverse, outputs, side.copies * side.block)], side.units)
+    return _State(weight[:, columns], inverse, outputs, side.copies * side.block)
 
 
 def hidden_curve(
@@ -137,7 +144,7 @@ def hidden_curve(
 
     :param batches: on any device.
     """
-    places = _places(model, structure, placed(batches[0], model))
+    places = _places(model, structure, to_model(batches[0], model))
     moments = _moments(sensitivity(model, places, batches, seed=seed, of_inputs=True))
     factors = [found.factors() for found in moments.values() if found.finite]
     width = structure["hidden"].size
@@ -159,11 +166,8 @@ def _moments(seen: Iterable[Mapping[str, Sensitivity]]) -> dict[str, Moments]:
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:
     """Return the linear layers that read the stream: those of a block read the same, each of the head by itself."""
-    reading = {
-        spec.name.rpartition(".")[0]
-        for spec in structure.parameters
-        if len(spec.sides) == 2 and spec.sides[1] is not None and spec.sides[1].group == "hidden"
-    }
+    sides = {path: spec.sides[1] for path, spec in linears(model, structure)}
+    reading = {path for path, side in sides.items() if side is not None and side.group == "hidden"}
     found = {
         block.gate: [path for path in readers(model, structure, block) if path in reading] for block in structure.blocks
     }

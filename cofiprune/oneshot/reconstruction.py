@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cofiprune.compaction.slicing import positions
 from cofiprune.hooks import watching
 from cofiprune.inference.fusion import is_linear
-from cofiprune.oneshot.layerwise import Batch, Layerwise, projections, readers, valid_rows
+from cofiprune.oneshot.layerwise import Batch, Layerwise, projections, readers
 from cofiprune.oneshot.regression import AffineFit, LeastSquares
 from cofiprune.plan import Plan
 from cofiprune.structure import Block, Parameter, Structure
@@ -56,9 +56,9 @@ class Reconstruction:
     """The cut, in terms of the reference."""
     batches: Sequence[Batch]
     weights: Mapping[str, Sequence[Tensor]] | None = None
-    """Weights of the positions of real data, [N] for each batch, by gate; without an entry all count alike. The linear
-    layers that read the stream, and those of the head, are then refitted too, each with the ridge that held-out rows
-    choose. None for synthetic inputs."""
+    """Weights of the positions of real data, [N] for each batch, by the path of a last projection; without an entry all
+    count alike. The linear layers that read the stream, and those of the head, are then refitted too, each with the
+    ridge that held-out rows choose. None for synthetic inputs."""
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> None:
         """Refit the small model in place, from the bottom to the top.
@@ -102,7 +102,7 @@ class Reconstruction:
             reads = self.weights is not None and not self.structure.applications
             linears = [
                 readers(self.small, self._small_structure, block) if reads else [],
-                [small[block.gate]] if block.gate in small and block.gate in dense else [],
+                small.get(block.gate, ()) if block.gate in dense else (),
             ]
             learning = [[path for path in paths if self._learns(path)] for paths in linears]
             stages = [*learning, *norms] if block.exit.residual else [*norms, *learning]
@@ -133,40 +133,44 @@ class Reconstruction:
         targets: dict[str, list[Tensor]] = {path: [] for paths in stages for path in paths}
         if not targets and not settle:
             return
+        times: dict[str, int] = {}
         for index, batch in enumerate(above.batches):
             for path, seen in above.look(index, list(targets), settle=settle).items():
-                side = self._weights_of[path].sides[0]
-                rows = valid_rows(seen.sum, batch)
+                side, times[path] = self._weights_of[path].sides[0], 1 + len(seen.more)
+                _, rows = seen.rows(batch)
                 targets[path].append(rows if side is None else rows[:, positions(side, self.plan.keep[side.group])])
         for paths in stages:
-            self._fit(walk, paths, targets)
+            self._fit(walk, paths, targets, {path: count for path, count in times.items() if path in paths})
         for index in range(len(walk.batches)) if settle else ():
             walk.look(index, settle=True)
 
-    def _fit(self, walk: Layerwise, paths: Sequence[str], targets: Mapping[str, Sequence[Tensor]]) -> None:
-        """Fit linear layers to what is missing in their outputs; scale and shift norms to be right on average."""
+    def _fit(
+        self,
+        walk: Layerwise,
+        paths: Sequence[str],
+        targets: Mapping[str, Sequence[Tensor]],
+        times: Mapping[str, int],
+    ) -> None:
+        """Fit linear layers to what is missing in their outputs; scale and shift norms to be right on average.
+
+        :param times: how often each is called in a pass.
+        """
         modules = {path: self.small.get_submodule(path) for path in paths}
         norms = {path: AffineFit(self._small_structure.sizes["hidden"]) for path in paths if path in self._norms}
         linears = {path: LeastSquares.of(modules[path]) for path in paths if path not in norms}
         for index, batch in enumerate(walk.batches):
-            for path, seen in walk.look(index, paths).items():
-                found = valid_rows(seen.sum, batch)
+            for path, seen in walk.look(index, paths, times=times).items():
+                inputs, found = seen.rows(batch)
                 wanted = targets[path][index].to(found)
                 if path in norms:
                     norms[path].add(found, wanted)
                 else:
-                    inputs = valid_rows(seen.inputs, batch)
-                    linears[path].add(inputs, wanted - found, self._position_weights(path, index))
+                    weights = (self.weights or {}).get(path)
+                    linears[path].add(inputs, wanted - found, None if weights is None else weights[index])
         for path, norm in norms.items():
             norm.correct(modules[path])
         for path, linear in linears.items():
             linear.correct(modules[path], RIDGE if self.weights is None else None)
-
-    def _position_weights(self, path: str, index: int) -> Tensor | None:
-        """Return the weights of the positions for a block's last projection; None for other layers."""
-        spec = self._weights_of[path]
-        weights = self.weights.get(spec.gate or "") if self.weights and spec.gated else None
-        return None if weights is None else weights[index]
 
 
 def norms_of(structure: Structure, block: Block) -> list[str]:

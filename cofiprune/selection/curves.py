@@ -101,13 +101,12 @@ def block_tables(structure: Structure, curves: Curves, cost: Cost, hidden: int, 
     whole = cost.exact(sizes)
     tables = []
     for block in structure.blocks:
-        inner = block.inner if block.inner in structure else None
+        inner = block.inner  # None where the units of a block are refused
         units = 1 if inner is None else sizes[inner]
         left = [whole] if inner is None else cost.along(sizes, inner, range(1, units + 1))
         saved = whole - np.array([cost.exact({**sizes, block.gate: 0}), *left], dtype=np.float64)
         loss = np.full(units + 1, np.inf)
-        if inner in curves:
-            assert inner is not None
+        if inner is not None and inner in curves:
             loss = curves[inner].by_size
             if structure[inner].kind == "intermediate":
                 loss = np.where(np.arange(units + 1) % step == 0, loss, np.inf)
@@ -147,7 +146,6 @@ def sizes_of(structure: Structure, hidden: int, units: Sequence[int] | None = No
     sizes = {**structure.sizes, **({"hidden": hidden} if "hidden" in structure else {})}
     for block, count in zip(structure.blocks, units or (), strict=units is not None):
         sizes[block.gate] = min(count, 1)
-        if block.inner in structure:
-            assert block.inner is not None
+        if block.inner is not None:
             sizes[block.inner] = count
     return sizes

@@ -327,6 +327,5 @@ class Run:
             "" if target is None else self.settings.method,
             self.reason,
             None if target is None else reached(target, self.model, self.structure, self.plan),
-            target is not None and self.settings.uniform,
             settings=self.settings,
         )

@@ -46,7 +46,7 @@ def test_losses_are_what_the_best_refit_cannot_put_back(block):
     )
     moments = moments_of(inputs, torch.randn(400, 5, generator=generator))
     module = nn.Linear(units * block, 5)
-    found = curve(module, moments, Side("x", units, block=block))
+    found = curve({module: moments}, Side("x", units, block=block))
     assert sorted(found.order) == list(range(units))
     for count in range(1, units + 1):
         gone = [unit * block + part for unit in found.order[:count] for part in range(block)]
@@ -61,8 +61,8 @@ def test_units_that_lie_in_several_copies_are_put_together():
     with torch.no_grad():
         together.weight.copy_(module.weight[:, by_unit])
         together.bias.copy_(module.bias)
-    found = curve(module, moments_of(inputs, gradients), Side("x", 3, copies=2, block=2))
-    same = curve(together, moments_of(inputs[:, by_unit], gradients), Side("x", 3, block=4))
+    found = curve({module: moments_of(inputs, gradients)}, Side("x", 3, copies=2, block=2))
+    same = curve({together: moments_of(inputs[:, by_unit], gradients)}, Side("x", 3, block=4))
     assert found.order == same.order
     assert found.loss == pytest.approx(same.loss, rel=1e-4)  # sums of float32 in another order
 
@@ -72,7 +72,7 @@ def test_the_first_unit_to_go_is_the_cheapest_of_all():
     moments = moments_of(torch.randn(300, 8, generator=generator), torch.randn(300, 4, generator=generator))
     torch.manual_seed(0)
     module = nn.Linear(8, 4)
-    found = curve(module, moments, Side("x", 8))
+    found = curve({module: moments}, Side("x", 8))
     alone = [refitted_loss(module, moments, [unit]) for unit in range(8)]
     assert alone[found.order[0]] == min(alone)
 
@@ -84,7 +84,7 @@ def test_of_two_units_that_say_the_same_only_one_goes_cheaply():
     moments = moments_of(inputs, torch.randn(500, 3, generator=rng(1)))
     module = nn.Linear(4, 3)
     nn.init.ones_(module.weight)
-    found = curve(module, moments, Side("x", 4))
+    found = curve({module: moments}, Side("x", 4))
     assert found.order[0] in (0, 1)
     assert found.order[1] in (2, 3)
     assert found.loss[0] < 0.01 * found.loss[1]
@@ -96,7 +96,7 @@ def test_dead_and_constant_inputs_cost_next_to_nothing():
     moments = moments_of(inputs, torch.randn(500, 3, generator=rng(1)))
     module = nn.Linear(5, 3)
     nn.init.ones_(module.weight)  # the ridge costs a little by the size of the weights: the same for every input
-    found = curve(module, moments, Side("x", 5))
+    found = curve({module: moments}, Side("x", 5))
     assert set(found.order[:2]) == {1, 3}
     assert found.loss[1] < 1e-2 * found.loss[2]
     assert all(0 <= loss < float("inf") for loss in found.loss)
@@ -104,5 +104,5 @@ def test_dead_and_constant_inputs_cost_next_to_nothing():
 
 def test_answers_that_do_not_depend_on_a_block_let_all_of_it_go():
     moments = moments_of(torch.randn(50, 4, generator=rng()), torch.zeros(50, 3))
-    found = curve(nn.Linear(4, 3), moments, Side("x", 4))
+    found = curve({nn.Linear(4, 3): moments}, Side("x", 4))
     assert found.loss[-1] == pytest.approx(0, abs=1e-20)

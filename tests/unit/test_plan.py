@@ -78,11 +78,18 @@ def test_fractions_survive_a_file_exactly(model: PreTrainedModel, tmp_path: Path
     [
         ("", "is not a readable plan"),
         ("{", "is not a readable plan"),
-        ("[]", "is not a plan: it states no format_version"),
-        ("{}", "is not a plan: it states no format_version"),
-        ('{"format_version": 2}', "is a plan in format 2; this version reads formats up to 1"),
-        ('{"format_version": 1, "family": "bert"}', "lacks a part of a plan: 'keep'"),
-        ('{"format_version": 1, "family": "bert", "sizes": {}, "keep": 3, "scale": {}}', "lacks a part of a plan"),
+        ("[]", "it holds a list instead of an object"),
+        ("{}", "it states no format_version"),
+        ('{"format_version": 2}', "it is in format 2, this version of cofiprune reads formats up to 1"),
+        ('{"format_version": 1, "family": "bert", "scale": {}}', "sizes: Field required"),
+        ('{"format_version": 1, "family": "bert", "sizes": {}, "keep": 3, "scale": {}}', "keep: "),
+        ('{"format_version": 1, "family": "b", "sizes": {"hidden": 2.5}, "keep": {}, "scale": {}}', "sizes.hidden: "),
+        ('{"format_version": 1, "family": "b", "sizes": {"hidden": 2}, "keep": {}, "scale": {}}', "no kept indices"),
+        ('{"format_version": 1, "family": "b", "sizes": {"hidden": 2}, "keep": {"hidden": []}, "scale": {}}', "every"),
+        (
+            '{"format_version": 1, "family": "b", "sizes": {"x": 2}, "keep": {"x": [0]}, "scale": {"x": [NaN]}}',
+            r"by a factor in \(0, 1\]",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -114,7 +121,7 @@ def test_indices_that_do_not_ascend_within_the_group_are_refused(
     plan: Plan, model: PreTrainedModel, indices: tuple[int, ...]
 ) -> None:
     broken = replace(plan, keep={**plan.keep, "layers.0.heads": indices})
-    with pytest.raises(PlanError, match=r"kept indices of 'layers.0.heads' must ascend within 0..3"):
+    with pytest.raises(PlanError, match=r"keeps indices of 'layers.0.heads' that do not ascend within 0..3"):
         cofiprune.compact(model, broken)
 
 
