@@ -83,7 +83,7 @@ class Target:
         else:
             budget = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}.get(name, requested)
         target = cls(name, requested, cost, total, budget, **settings)
-        if budget >= total:
+        if 0 < total <= budget:  # where nothing is left to remove, `check_target` says so
             raise TargetError(
                 f"{name}={requested:g}: the model takes {target.text(total)} already; a target lies below that"
             )
