@@ -11,7 +11,7 @@ N positions of a batch that are not padding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.fusion import is_linear
 from cofiprune.masking import entry_of
-from cofiprune.structure import Block, BlockExit, Structure
+from cofiprune.structure import Block, BlockExit, Parameter, Structure
 
 Batch = Mapping[str, Tensor]
 
@@ -97,16 +97,22 @@ def projections(model: nn.Module, structure: Structure) -> dict[str, tuple[str, 
     return found
 
 
-def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
-    """Return the paths of the `nn.Linear`s of a block that come before its last projection."""
-    last = {spec.name for spec in structure.parameters if spec.gated}
-    found = []
+def linears(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Parameter]]:
+    """Give the path and the weight of every `nn.Linear`."""
     for spec in structure.parameters:
         path, _, name = spec.name.rpartition(".")
-        inside = spec.gate == block.gate and spec.name not in last and name == "weight" and len(spec.shape) == 2
-        if inside and spec.sides[0] is not None and is_linear(model.get_submodule(path)):
-            found.append(path)
-    return found
+        if name == "weight" and len(spec.shape) == 2 and isinstance(model.get_submodule(path), nn.Linear):
+            yield path, spec
+
+
+def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
+    """Return the paths of the `nn.Linear`s of a block that come before its last projection."""
+    inside = [
+        path
+        for path, spec in linears(model, structure)
+        if spec.gate == block.gate and not spec.gated and spec.sides[0] is not None
+    ]
+    return [path for path in inside if is_linear(model.get_submodule(path))]
 
 
 @dataclass
