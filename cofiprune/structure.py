@@ -212,6 +212,8 @@ class ConfigSizes:
     intermediate: str = "intermediate_size"
     head_dim: str | None = None
     """The setting that states the width of a head; None where it is the hidden size over the number of heads."""
+    by_layer: tuple[str, ...] = ()
+    """Parameters of the encoder with as many columns for each layer: those of removed layers go with them."""
 
 
 @dataclass(frozen=True)
