@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.errors import AdapterError
+from cofiprune.errors import AdapterError, located
 from cofiprune.family import (
     HEADS,
     HIDDEN,
@@ -97,11 +97,8 @@ class Adapter:
         """
         recorded = None if dense else recorded_sizes(model.config)
         family = self.describe(model.config)
-        try:
+        with located(f"adapter of {model.config.model_type!r} on {type(model).__name__}: ", AdapterError):
             found = Resolver(model, family, recorded).structure()
-        except AdapterError as error:
-            who = f"adapter of {model.config.model_type!r} on {type(model).__name__}"
-            raise AdapterError(f"{who}: {error}") from error
         return replace(found, table=family_entries(family)) if self.stored else found
 
 

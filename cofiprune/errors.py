@@ -77,12 +77,12 @@ def explained(error: type[CofipruneError], problem: str, *kinds: type[Exception]
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
-    """Begin the message of a data error with where it was found."""
+def located(where: str, kind: type[CofipruneError] = DataError) -> Iterator[None]:
+    """Begin the messages of one kind of error with where it was found."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{where}{error}") from None
+    except kind as error:
+        raise kind(f"{where}{error}") from error.__cause__
 
 
 def one_line(error: Exception) -> str:

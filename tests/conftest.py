@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -35,3 +38,12 @@ def started_by_hand() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def example() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a program of the examples by name, without a network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield import_module

@@ -30,7 +30,7 @@ from cofiprune.conformance.specimens import (
     tiny_config,
     unit_choices,
 )
-from cofiprune.errors import AdapterError, LawError, StructureError
+from cofiprune.errors import AdapterError, LawError, StructureError, located
 from cofiprune.refusals import has_decoder
 from cofiprune.structure import UNIT_KINDS, Structure
 
@@ -211,32 +211,23 @@ def check_laws(
         loaded; "" where that was possible.
     :raises LawError: at the first law that does not hold.
     """
-    try:
-        return _checked(subject, generator, choices, quick=quick)
-    except LawError as error:
-        raise LawError(f"{type(subject.model).__name__} ({subject.structure.family}): {error}") from error
-
-
-def _checked(
-    subject: Subject, generator: torch.Generator, choices: Collection[Choice], *, quick: bool
-) -> tuple[list[tuple[Case, float]], str]:
-    laws.check_structure(subject)
-    laws.check_applications(subject)
-    tolerance = EXACT if laws.check_ones(subject) <= EXACT else ROUNDED
-    unsaved = ""
-    if not quick:
-        check_blocks(subject)
-        unsaved = laws.unsaved(subject.model)
+    unsaved, differences = "", []
     kinds = len({group.unit for group in subject.structure.groups})
-    differences = []
-    for case in cases(subject.structure, generator):
-        if case.choice in choices and (not quick or case.label.startswith("random")):
-            reload = case.reload and not quick and not unsaved
-            differences.append((case, laws.check_case(subject, case, tolerance, reload=reload)))
-            if len(case.choice) == kinds and not quick:
-                laws.check_cut(subject, case)
-    if not quick:
-        laws.check_gradients(subject, generator)
+    with located(f"{type(subject.model).__name__} ({subject.structure.family}): ", LawError):
+        laws.check_structure(subject)
+        laws.check_applications(subject)
+        tolerance = EXACT if laws.check_ones(subject) <= EXACT else ROUNDED
+        if not quick:
+            check_blocks(subject)
+            unsaved = laws.unsaved(subject.model)
+        for case in cases(subject.structure, generator):
+            if case.choice in choices and (not quick or case.label.startswith("random")):
+                reload = case.reload and not quick and not unsaved
+                differences.append((case, laws.check_case(subject, case, tolerance, reload=reload)))
+                if len(case.choice) == kinds and not quick:
+                    laws.check_cut(subject, case)
+        if not quick:
+            laws.check_gradients(subject, generator)
     return differences, unsaved
 
 

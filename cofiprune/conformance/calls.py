@@ -43,6 +43,16 @@ class Call:
         """The first tensor that it is given."""
         return next((value for value in (*self.args, *self.kwargs.values()) if value is not None), None)
 
+    @property
+    def reads(self) -> int:
+        """Length of the last dimension that it is given; 0 without a tensor."""
+        return 0 if self.entry is None else self.entry.shape[-1]
+
+    @property
+    def writes(self) -> int:
+        """Length of the last dimension that it returns; 0 without a tensor."""
+        return 0 if self.output is None else self.output.shape[-1]
+
 
 @dataclass(frozen=True)
 class Crash:

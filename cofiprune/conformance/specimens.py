@@ -41,33 +41,15 @@ Choice = tuple[UnitKind, ...]
 
 # Different numbers for different things, so that a mistaken axis does not fit by chance.
 _SIZES: Mapping[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 34,
-    "hidden_dim": 34,
-    "d_ff": 34,
-    "encoder_ffn_dim": 34,
-    "d_kv": 6,
-    "embedding_size": 24,
-    "max_position_embeddings": 32,
-    "type_vocab_size": 2,
-    "image_size": 8,
-    "patch_size": 4,
-    "encoder_stride": 4,
-    "num_mel_bins": 8,
-    "max_length": 16,
-    "max_source_positions": 8,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "conv_dim": (6, 6),
-    "conv_kernel": (4, 3),
-    "conv_stride": (2, 2),
-    "num_frames": 4,
-    "coordinate_size": 4,
-    "shape_size": 4,
-}
+    "num_hidden_layers": 2, "num_attention_heads": 4, "d_kv": 6,
+    "hidden_size": 24, "embedding_size": 24, "coordinate_size": 4, "shape_size": 4,
+    "intermediate_size": 34, "hidden_dim": 34, "d_ff": 34, "encoder_ffn_dim": 34,
+    "vocab_size": 40, "max_position_embeddings": 32, "type_vocab_size": 2,
+    "image_size": 8, "patch_size": 4, "encoder_stride": 4, "num_frames": 4,
+    "num_mel_bins": 8, "max_length": 16, "max_source_positions": 8,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    "conv_dim": (6, 6), "conv_kernel": (4, 3), "conv_stride": (2, 2),
+}  # fmt: skip
 # For models that divide their hidden dimensions further than by heads: by groups, or among coordinates.
 _WIDE = dict.fromkeys(("hidden_size", "embedding_size"), 192) | dict.fromkeys(
     ("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim"), 136

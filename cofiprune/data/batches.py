@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cofiprune.data.rows import Batch as Batch
@@ -184,12 +185,13 @@ def shuffled(
     return [batch for chunk in mixed for batch in chunk]
 
 
-def to_model(batch: Batch, model: PreTrainedModel) -> Batch:
+def to_model(batch: Mapping[str, torch.Tensor], model: nn.Module) -> Batch:
     """Move a batch to a model's device, inputs that are not whole numbers in the model's own precision."""
+    weight = next(value for value in model.parameters() if value.is_floating_point())
     moved = {}
     for name, value in batch.items():
-        cast = value.is_floating_point() and name not in LABELS and value.dtype != model.dtype
-        moved[name] = value.to(model.device, model.dtype if cast else value.dtype, non_blocking=True)
+        cast = value.is_floating_point() and name not in LABELS
+        moved[name] = value.to(weight.device, weight.dtype if cast else value.dtype, non_blocking=True)
     return moved
 
 

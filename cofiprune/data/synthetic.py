@@ -32,13 +32,14 @@ def synthetic_inputs(
     configuration's; `seq_len` then means nothing.
 
     :param seq_len: tokens, or frames of audio after the model's own downsampling.
-    :param generator: on the CPU; the global one by default.
+    :param generator: on the CPU; by default one with a seed of 0, so that inputs are the same every time.
     :param padding: give token rows random lengths from a quarter of `seq_len` up, padded at the end; one row is
         full. Otherwise every row is, under an attention mask of ones.
     :raises DataError: when the model cannot read `seq_len` tokens, or reads inputs of an unknown kind.
     """
     if batch_size < 1 or seq_len < 1:
         raise DataError(f"batch_size and seq_len must be at least 1, not {batch_size} and {seq_len}")
+    generator = generator or torch.Generator().manual_seed(0)
     kind = model.main_input_name
     if kind == "input_ids":
         inputs = _tokens(model, batch_size, seq_len, generator, padding)
@@ -65,7 +66,7 @@ def ordinary_ids(model: PreTrainedModel) -> Tensor:
 
 
 def _tokens(
-    model: PreTrainedModel, batch_size: int, seq_len: int, generator: torch.Generator | None, padding: bool
+    model: PreTrainedModel, batch_size: int, seq_len: int, generator: torch.Generator, padding: bool
 ) -> dict[str, Tensor]:
     limit = longest_sequence(model)
     if limit is not None and seq_len > limit:

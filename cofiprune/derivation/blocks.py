@@ -148,7 +148,7 @@ def _split(leaves: Sequence[Call], entry: Tensor) -> list[Draft]:
             current.readers.append(call)
         else:
             before = next((norm for norm in reversed(loose) if same(norm.output, value)), None)
-            wrote = any(inner.output is not None and inner.output.shape[-1] == width for inner in current.inner)
+            wrote = any(inner.writes == width for inner in current.inner)
             if before is not None and current.readers and wrote:
                 loose.remove(before)
                 _settle(current, loose)

@@ -132,9 +132,7 @@ class _Part:
 
     @property
     def width(self) -> int:
-        entry = self.drafts[0].writer.entry
-        assert entry is not None
-        return entry.shape[-1]
+        return self.drafts[0].writer.reads
 
 
 class _Derivation:
@@ -151,8 +149,8 @@ class _Derivation:
         self.layers = [f"{self.list}.{name}" for name, _ in model.get_submodule(self.list).named_children()]
         self.attention, self.ffn = self._parts()
         self.width = self.attention.drafts[0].entries[0].shape[-1]
-        readers = [call.output.shape[-1] for call in self.attention.drafts[0].readers if call.output is not None]
-        narrow = min(self.attention.width, *readers)  # keys and values may be shared
+        # Keys and values may be shared.
+        narrow = min(self.attention.width, *(call.writes for call in self.attention.drafts[0].readers))
         self.settings = find_settings(model.config, self.width, self.attention.width, self.ffn.width, narrow)
 
     def run(self) -> Derived:
@@ -188,17 +186,12 @@ class _Derivation:
                 "each of its tokens sees those before it only, and its kind generates: it is a decoder, and cofiprune "
                 "prunes encoders"
             )
-        kinds: tuple[tuple[Kind, int], ...] = (("heads", first), ("intermediate", 1 - first))
-        attention, ffn = (
-            _Part(
-                kind,
-                [each[place] for each in drafts],
-                [each[1 - place] for each in drafts],
-                [each[place] for each in bypasses],
-            )
-            for kind, place in kinds
-        )
-        return attention, ffn
+
+        def part(kind: Kind, place: int) -> _Part:
+            own, others = ([each[at] for each in drafts] for at in (place, 1 - place))
+            return _Part(kind, own, others, [each[place] for each in bypasses])
+
+        return part("heads", first), part("intermediate", 1 - first)
 
     def _with_blocks(self) -> Family:
         """The table with both blocks: of the choices that are left the first with which the law holds."""
@@ -221,10 +214,7 @@ class _Derivation:
         units = self.settings.units(self.model.config)[part.kind]
         queries = self.settings.queries(self.model.config) if part.kind == "heads" else 1
         inner = Inner(part.kind, units, units * queries, part.width)
-        fused = any(
-            call.output is not None and call.output.shape[-1] in (2 * inner.width, 3 * inner.width)
-            for call in part.drafts[0].readers
-        )
+        fused = any(call.writes in (2 * inner.width, 3 * inner.width) for call in part.drafts[0].readers)
         for spelt in (inner, replace(inner, interleaved=True)) if fused else (inner,):
             merged = _merged([self._table(part, index, spelt) for index in range(len(self.layers))], self.layers)
             layer = self.model.get_submodule(self.layers[-1])
@@ -256,10 +246,9 @@ class _Derivation:
         """Add the modules around the layers, and allow hidden dimensions where the law then holds for them."""
         drafts = [*self.attention.drafts, *self.ffn.drafts]
         writers = [call.path for draft in drafts for call in (draft.writer, *draft.norms)]
-        around = find_surroundings(self.model, self.batch, self.layers, self.base, self.width, writers)
+        stem, head = find_surroundings(self.model, self.batch, self.layers, self.base, self.width, writers)
         refused = {unit: why for unit, why in family.refused.items() if unit != "hidden"}
-        heads = {type(self.model).__name__: tuple(around.head)}
-        wide = replace(family, stem=tuple(around.stem), heads=heads, refused=refused)
+        wide = replace(family, stem=stem, heads={type(self.model).__name__: head}, refused=refused)
         problem = self._problem(wide, ("hidden",))
         return replace(wide, refused={**refused, "hidden": problem}) if problem else wide
 

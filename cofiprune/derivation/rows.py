@@ -140,9 +140,7 @@ def block_rows(
         elif call is block.writer:
             rows[name] = stored_as(call.module, projection(name, reads=Axis(inner.kind)))
         elif call in block.readers:
-            assert call.output is not None
-            writes = inner.axis(call.output.shape[-1])
-            rows[name] = stored_as(call.module, linear(name, reads=HIDDEN, writes=writes))
+            rows[name] = stored_as(call.module, linear(name, reads=HIDDEN, writes=inner.axis(call.writes)))
         elif is_matrix(call.module):
             # Where it ran before, on the stream, this is another use of it.
             writes, reads = [inner.axis(length) for length in weight_shape(call.module)[:2]]

@@ -71,7 +71,9 @@ def _file(model_type: str, derived: Derived) -> str:
     blocks = {"attention": _Code("ATTENTION"), "ffn": _Code("FFN")}
     table = {**vars(family), **blocks, "config": ConfigSizes(**stated), "sizes": computed}
     blocks_text = "\n".join(["ATTENTION = " + _text(family.attention), "FFN = " + _text(family.ffn)])
-    lines = _text(partial(Family, **{name: value for name, value in table.items() if value != {}}), "    ")
+    lines = _text(
+        partial(Family, **{name: value for name, value in table.items() if value not in ({}, ConfigSizes())}), "    "
+    )
     text = f'{blocks_text}\n\n\n@family("{model_type}")\ndef adapter(config):\n    return {lines}\n'
     used = "".join(f"    {name},\n" for name in adapter.__all__ if re.search(rf"(?<![\w.\"]){name}\b(?!=)", text))
     return (

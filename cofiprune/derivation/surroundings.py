@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,31 +27,20 @@ _ZEROED = [1, 4, 5]
 """Hidden dimensions that are zeroed to see which modules read them."""
 
 
-@dataclass
-class Surroundings:
-    """Rows of the stem, relative to the encoder, and of the head, relative to the model."""
-
-    stem: list[Weights] = field(default_factory=list)
-    head: list[Weights] = field(default_factory=list)
-
-
 def find_surroundings(
     model: PreTrainedModel, batch: Batch, layers: Sequence[str], base: str, width: int, writers: Sequence[str]
-) -> Surroundings:
-    """Describe everything outside the layers.
+) -> tuple[tuple[Weights, ...], tuple[Weights, ...]]:
+    """Describe everything outside the layers: the stem, relative to the encoder, and the head, relative to the model.
 
     :param base: path of the encoder.
     :param width: hidden dimensions.
     :param writers: paths of the last matrices of all blocks, and of the norms in the layers.
     """
-    found = Surroundings()
-    for row in _Outside(model, batch, layers, width, writers).rows():
-        if base and not inside(row.modules, base):
-            found.head.append(row)
-        else:
-            local = row.modules.removeprefix(base).lstrip(".")
-            found.stem.append(replace(row, modules=local, optional=bool(base)))
-    return found
+    rows = list(_Outside(model, batch, layers, width, writers).rows())
+    head = tuple(row for row in rows if base and not inside(row.modules, base))
+    stem = (row for row in rows if row not in head)
+    local = (replace(row, modules=row.modules.removeprefix(base).lstrip("."), optional=bool(base)) for row in stem)
+    return tuple(local), head
 
 
 class _Outside:
@@ -142,7 +131,7 @@ class _Outside:
         if isinstance(module, nn.Embedding):
             return embedding(call.path) if id(module.weight) in self.tables else None
         if is_norm(call):
-            if call.entry is None or call.entry.shape[-1] != self.width:
+            if call.reads != self.width:
                 return None
             if call.path in written_on:
                 return norm(call.path, kind=norm_kind(call), read_by=self._reader(call))
@@ -160,30 +149,28 @@ class _Outside:
             return None
         return stored_as(module, linear(call.path, reads=reads, writes=writes, rows=self._vectors(call)))
 
-    def _zeroed_call(self, call: Call) -> Call | None:
-        """The same call in the model with zeroed dimensions."""
-        return self.zeroed.get((call.path, call.start))
+    def _zeroed_run(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        """Input and output of the same call in the model with zeroed dimensions."""
+        found = self.zeroed.get((call.path, call.start))
+        return (None, None) if found is None else (found.entry, found.output)
 
     def _reads(self, call: Call) -> bool:
         """Tell whether the input of a module has zeros in the zeroed dimensions."""
-        zeroed = self._zeroed_call(call)
-        return zeroed is not None and _has_zeros(zeroed.entry, self.width)
+        return _has_zeros(self._zeroed_run(call)[0], self.width)
 
     def _copies(self, call: Call) -> int:
         """The number of sets of hidden dimensions that a matrix reads, side by side."""
-        zeroed = self._zeroed_call(call)
-        if zeroed is None or zeroed.entry is None or zeroed.entry.shape[-1] % self.width:
+        entry, _ = self._zeroed_run(call)
+        if entry is None or entry.shape[-1] % self.width:
             return 0
-        parts = torch.split(zeroed.entry, self.width, dim=-1)
+        parts = torch.split(entry, self.width, dim=-1)
         return len(parts) if all(_has_zeros(part, self.width) for part in parts) else 0
 
     def _writes(self, call: Call) -> bool:
-        zeroed = self._zeroed_call(call)
-        if zeroed is None or zeroed.output is None:
-            return False
+        _, output = self._zeroed_run(call)
         # A convolution over an image has its channels second.
-        moved = zeroed.output.movedim(1, -1) if zeroed.output.dim() > 2 else None
-        return _has_zeros(zeroed.output, self.width) or _has_zeros(moved, self.width)
+        moved = output.movedim(1, -1) if output is not None and output.dim() > 2 else None
+        return _has_zeros(output, self.width) or _has_zeros(moved, self.width)
 
     def _vectors(self, call: Call) -> tuple[int, int]:
         """On how many vectors per example a matrix acts, as a multiple of the tokens and a remainder."""
@@ -203,7 +190,7 @@ class _Outside:
             if weight is None or id(weight) not in self.tables or isinstance(call.module, nn.Embedding):
                 continue
             for each in reversed([other for other in after if other.end < call.start]):
-                if call.entry is None or each.output is None or each.output.shape[-1] != self.width:
+                if each.writes != self.width:
                     break
                 found.add(each.path)
                 if is_matrix(each.module) or self._reads(each):

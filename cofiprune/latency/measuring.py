@@ -21,6 +21,7 @@ from cofiprune.hooks import evaluating
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_to_record
+from cofiprune.selection.curves import sizes_of
 from cofiprune.structure import Block, Structure
 from cofiprune.timing import in_turn
 
@@ -83,7 +84,7 @@ def measure(model: PreTrainedModel, structure: Structure, conditions: Conditions
     dense = float(np.median(times_of([compacted(model, structure, Plan.from_values(structure, {}))], conditions)))
     together = 1 if dense > _LONG * 1e9 else len(structure.blocks)
     for width in conditions.widths:
-        empty = _with(model, structure, width, (), None)
+        empty = _with(model, structure, width)
         without = []
         for name, blocks in alike.items():
             chosen = blocks[:together]
@@ -106,10 +107,8 @@ def times_of(
     :param models: on one device, with one vocabulary.
     :param seconds: for all of them together, in addition to five rounds.
     """
-    first, generator = models[0], torch.Generator().manual_seed(0)
-    inputs: dict[str, Any] = dict(
-        synthetic_inputs(first, batch_size=conditions.batch_size, seq_len=conditions.seq_len, generator=generator)
-    )
+    first = models[0]
+    inputs: Any = synthetic_inputs(first, batch_size=conditions.batch_size, seq_len=conditions.seq_len)
     own_time = first.device.type == "cpu" and torch.get_num_threads() == 1
     with torch.inference_mode(), evaluating(*models):
         passes = [partial(each, **inputs) for each in models]
@@ -120,27 +119,17 @@ def _alike(structure: Structure) -> dict[str, list[Block]]:
     """Blocks of one shape, by the gate of the first among them."""
     found: dict[Any, list[Block]] = {}
     for block in structure.blocks:
-        if block.gate not in structure:
-            continue
         shapes = tuple(spec.shape for spec in structure.parameters if spec.gate == block.gate)
-        size = structure[block.inner].size if block.inner is not None and block.inner in structure else 1
+        size = structure.sizes.get(block.inner or "", 1)
         found.setdefault((structure[block.gate].kind, size, block.pairwise, shapes), []).append(block)
     return {blocks[0].gate: blocks for blocks in found.values()}
 
 
 def _with(
-    model: PreTrainedModel, structure: Structure, width: int, blocks: Sequence[Block], units: int | None
+    model: PreTrainedModel, structure: Structure, width: int, blocks: Sequence[Block] = (), units: int = 0
 ) -> PreTrainedModel:
     """A smaller model of some width, with `units` units in some blocks and no other blocks."""
-    names = {block.gate for block in blocks}
-    kept: dict[str, int] = {}
-    for block in structure.blocks:
-        if block.gate in structure:
-            kept[block.gate] = int(block.gate in names)
-        if block.inner is not None and block.inner in structure and block.gate in names and units is not None:
-            kept[block.inner] = units
-    if "hidden" in structure:
-        kept["hidden"] = width
+    kept = sizes_of(structure, width, [units if block in blocks else 0 for block in structure.blocks])
     masks = {name: (torch.arange(structure[name].size) < count).double() for name, count in kept.items()}
     return compacted(model, structure, Plan.from_values(structure, masks))
 
@@ -163,9 +152,7 @@ def _widths(structure: Structure, cut_hidden: bool) -> tuple[int, ...]:
 
 
 def _unit_levels(structure: Structure, block: Block) -> list[int]:
-    if block.inner is None or block.inner not in structure:
-        return [1]
-    size = structure[block.inner].size
+    size = structure.sizes.get(block.inner or "", 1)
     if size <= _FEW:
         return list(range(1, size + 1))
     return sorted({1, *(_round(share * size, size) for share in _UNIT_SHARES)})

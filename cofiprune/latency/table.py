@@ -169,8 +169,7 @@ class LatencyCost:
         """The blocks that the model still has, by the surface of their times."""
         found: dict[str, list[Block]] = {}
         for block in self.structure.blocks:
-            if block.gate in self.structure:
-                found.setdefault(self.table.stands_for[block.gate], []).append(block)
+            found.setdefault(self.table.stands_for[block.gate], []).append(block)
         return [(blocks, self.table.surfaces[name]) for name, blocks in found.items()]
 
     def _width(self, kept: Mapping[str, int]) -> int:

@@ -70,8 +70,7 @@ def latency_target(
     total = round(table.dense)
 
     def measured(small: PreTrainedModel) -> float:
-        """Median nanoseconds; for a speed-up in proportion to the dense model in the same round, of which a busy
-        machine slows down both."""
+        # In proportion to the dense model in the same round: a busy machine slows down both.
         ours, theirs = times_of([small, dense], conditions, seconds=_SECONDS)
         return float(np.median(ours / theirs * total if name == "target_speedup" else ours))
 

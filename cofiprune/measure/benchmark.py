@@ -147,7 +147,7 @@ def benchmark(
     if model.main_input_name == "pixel_values":
         lengths = lengths[:1]
     for one in pair:  # a length that is too much for a model is known before anything is timed
-        synthetic_inputs(one, batch_size=1, seq_len=max(lengths), generator=torch.Generator())
+        synthetic_inputs(one, batch_size=1, seq_len=max(lengths))
     described = [(one, _structure_or_none(one)) for one in pair]
     timer = partial(in_turn, device=model.device, runs=runs, seconds=seconds)
     with cpu_threads(threads), reading(*pair), torch.inference_mode():
@@ -168,8 +168,7 @@ def _row(
     """Time one or two models on one size of batch."""
     passes, seen, macs = [], [], []
     for model, structure in described:
-        generator = torch.Generator().manual_seed(0)
-        inputs = synthetic_inputs(model, batch_size=size, seq_len=length, generator=generator)
+        inputs = synthetic_inputs(model, batch_size=size, seq_len=length)
         passes.append(partial(model, **inputs))
         seen.append(length)
         if structure is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted, write_back
+from cofiprune.data.batches import to_model
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.data.tasks import supported_kwargs, task_of
@@ -27,7 +28,7 @@ from cofiprune.distillation import logit_loss, predictions
 from cofiprune.errors import AdapterError
 from cofiprune.hooks import evaluating
 from cofiprune.oneshot.importance import activation_importance, scores, weight_importance, worth
-from cofiprune.oneshot.layerwise import Batch, first_batches, placed
+from cofiprune.oneshot.layerwise import Batch, first_batches
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
 from cofiprune.selection.by_score import select
@@ -150,7 +151,7 @@ def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs
     :raises TeacherError: when its output holds none that are known.
     """
     return [
-        predictions(model(**placed(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
+        predictions(model(**to_model(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
     ]
 
 

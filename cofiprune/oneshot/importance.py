@@ -22,15 +22,16 @@ Shapes: n units of a group, b elements of a unit, N positions of a batch that ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, watching
-from cofiprune.oneshot.layerwise import Batch, placed, valid_rows
+from cofiprune.oneshot.layerwise import Batch, linears, valid_rows
 from cofiprune.structure import Group, Kind, Side, Structure, UnitKind
 
 COARSE = 16
@@ -66,7 +67,12 @@ def activation_importance(model: nn.Module, structure: Structure, batches: Itera
 
     A block's own is the energy of its output relative to that of the residual stream after its layer.
     """
-    readers = {reader.module: reader for reader in _readers(model, structure)}
+    readers = {
+        path: _Reader(path, side, centred=spec.gated)
+        for path, spec in linears(model, structure)
+        # A matrix whose columns are zeroed reads something else beside the units (relative positions).
+        if structure.in_layers(spec) and (side := spec.sides[1]) is not None and side.role != "zero"
+    }
     streams = dict.fromkeys(structure.layers, 0.0)
 
     def read(path: str, batch: Batch) -> Before:
@@ -82,7 +88,7 @@ def activation_importance(model: nn.Module, structure: Structure, batches: Itera
     for batch in batches:
         before, after = {path: read(path, batch) for path in readers}, {path: leave(path, batch) for path in streams}
         with watching(model, before=before, after=after):
-            model(**placed(batch, model))
+            model(**to_model(batch, model))
     gates = {block.inner: block.gate for block in structure.blocks}
     shares: defaultdict[str, list[Tensor]] = defaultdict(list)
     found = {}
@@ -109,7 +115,6 @@ def scores(
     before it has gone through all other units.
 
     :param importance: by group name, [n] of any scale per kind; for a block's gate, its importance among the blocks.
-    :param units: unit kinds that may be removed; None for all that the structure has.
     """
     chosen = {group.name: group for group in structure.select(units)}
     gates = [block.gate for block in structure.blocks if block.gate in chosen and block.inner in chosen]
@@ -180,17 +185,6 @@ class _Reader:
         weight = model.get_parameter(f"{self.module}.weight")
         columns = _by_unit(weight.detach().cpu().double(), 1, self.side)  # [n, b, outputs]
         return (gram * (columns @ columns.transpose(1, 2))).sum(dim=(1, 2)).clamp(min=0)
-
-
-def _readers(model: nn.Module, structure: Structure) -> Iterator[_Reader]:
-    for spec in structure.parameters:
-        path, _, name = spec.name.rpartition(".")
-        if name != "weight" or not structure.in_layers(spec) or len(spec.sides) != 2:
-            continue
-        side = spec.sides[1]
-        # A matrix whose columns are zeroed reads something else beside the units (relative positions).
-        if side is not None and side.role != "zero" and isinstance(model.get_submodule(path), nn.Linear):
-            yield _Reader(path, side, centred=spec.gated)
 
 
 def _by_unit(values: Tensor, dim: int, side: Side) -> Tensor:

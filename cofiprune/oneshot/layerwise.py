@@ -11,7 +11,7 @@ N positions of a batch that are not padding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -21,21 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.fusion import is_linear
 from cofiprune.masking import entry_of
-from cofiprune.structure import Block, BlockExit, Structure
+from cofiprune.structure import Block, BlockExit, Parameter, Structure
 
 Batch = Mapping[str, Tensor]
-
-
-def placed(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    """Return a batch on the device of a model, floating inputs in its precision."""
-    weight = next(model.parameters())
-    return {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-        for name, value in batch.items()
-    }
 
 
 def valid_rows(states: Tensor, batch: Batch) -> Tensor:
@@ -70,7 +62,7 @@ def counted(model: nn.Module, structure: Structure, batch: Batch) -> int:
         raise StopForward
 
     with suppress(StopForward), watching(model, before={structure.layers[0]: enter}):
-        model(**placed(batch, model))
+        model(**to_model(batch, model))
     return seen[0]
 
 
@@ -105,16 +97,22 @@ def projections(model: nn.Module, structure: Structure) -> dict[str, tuple[str, 
     return found
 
 
-def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
-    """Return the paths of the `nn.Linear`s of a block that come before its last projection."""
-    last = {spec.name for spec in structure.parameters if spec.gated}
-    found = []
+def linears(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Parameter]]:
+    """Give the path and the weight of every `nn.Linear`."""
     for spec in structure.parameters:
         path, _, name = spec.name.rpartition(".")
-        inside = spec.gate == block.gate and spec.name not in last and name == "weight" and len(spec.shape) == 2
-        if inside and spec.sides[0] is not None and is_linear(model.get_submodule(path)):
-            found.append(path)
-    return found
+        if name == "weight" and len(spec.shape) == 2 and isinstance(model.get_submodule(path), nn.Linear):
+            yield path, spec
+
+
+def readers(model: nn.Module, structure: Structure, block: Block) -> list[str]:
+    """Return the paths of the `nn.Linear`s of a block that come before its last projection."""
+    inside = [
+        path
+        for path, spec in linears(model, structure)
+        if spec.gate == block.gate and not spec.gated and spec.sides[0] is not None
+    ]
+    return [path for path in inside if is_linear(model.get_submodule(path))]
 
 
 @dataclass
@@ -193,7 +191,7 @@ class Layerwise:
 
     def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Batch]) -> None:
         """Start below the first layer."""
-        self.batches = [placed(batch, model) for batch in batches]
+        self.batches = [to_model(batch, model) for batch in batches]
         self.model = model
         self.layers = structure.layers
         exits = {block.gate: block.exit for block in structure.blocks if block.exit.residual}

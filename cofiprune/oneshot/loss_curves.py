@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.batches import to_model
 from cofiprune.errors import DataError
-from cofiprune.oneshot.layerwise import Batch, placed, projections, readers
+from cofiprune.oneshot.layerwise import Batch, linears, projections, readers
 from cofiprune.oneshot.reconstruction import head_linears
 from cofiprune.oneshot.sensitivity import Sensitivity, sensitivity
 from cofiprune.selection.curves import LossCurve
@@ -101,10 +102,10 @@ def block_curves(
                 f"what passes {path} on the rows of the data set is not finite, so that there are no statistics of it. "
                 "Look for values that overflow in the rows or, in half precision, in the model"
             )
-    sides = {spec.name: spec.sides[1] for spec in structure.parameters if len(spec.sides) == 2}
+    sides = {path: spec.sides[1] for path, spec in linears(model, structure)}
     curves = {}
     for gate, paths in last.items():
-        side = sides[f"{paths[0]}.weight"]
+        side = sides[paths[0]]
         # Weights that another module reads itself are not seen.
         if side is not None and all(path in moments for path in paths):
             curves[gate] = curve({model.get_submodule(path): moments[path] for path in paths}, side)
@@ -143,7 +144,7 @@ def hidden_curve(
 
     :param batches: on any device.
     """
-    places = _places(model, structure, placed(batches[0], model))
+    places = _places(model, structure, to_model(batches[0], model))
     moments = _moments(sensitivity(model, places, batches, seed=seed, of_inputs=True))
     factors = [found.factors() for found in moments.values() if found.finite]
     width = structure["hidden"].size
@@ -165,11 +166,8 @@ def _moments(seen: Iterable[Mapping[str, Sensitivity]]) -> dict[str, Moments]:
 
 def _places(model: PreTrainedModel, structure: Structure, batch: Batch) -> dict[str, list[str]]:
     """Return the linear layers that read the stream: those of a block read the same, each of the head by itself."""
-    reading = {
-        spec.name.rpartition(".")[0]
-        for spec in structure.parameters
-        if len(spec.sides) == 2 and spec.sides[1] is not None and spec.sides[1].group == "hidden"
-    }
+    sides = {path: spec.sides[1] for path, spec in linears(model, structure)}
+    reading = {path for path, side in sides.items() if side is not None and side.group == "hidden"}
     found = {
         block.gate: [path for path in readers(model, structure, block) if path in reading] for block in structure.blocks
     }

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.batches import model_inputs
+from cofiprune.data.batches import model_inputs, to_model
 from cofiprune.data.tasks import supported_kwargs
 from cofiprune.distillation import predictions
 from cofiprune.hooks import After, Before, evaluating, frozen, watching
 from cofiprune.masks import MaskRegistry
-from cofiprune.oneshot.layerwise import Batch, placed, projections, valid_rows
+from cofiprune.oneshot.layerwise import Batch, projections, valid_rows
 from cofiprune.structure import Structure
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def sensitivity(
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for batch in batches:
-        inputs, gradients = _probed(model, places, placed(batch, model), generator, of_inputs=of_inputs)
+        inputs, gradients = _probed(model, places, to_model(batch, model), generator, of_inputs=of_inputs)
         yield {place: _of(inputs[place], gradient, batch) for place, gradient in gradients.items()}
 
 
@@ -101,7 +101,7 @@ def measured_importance(
         try:
             for batch in itertools.islice(batches, limit):
                 masks.bind(values)
-                projected = _projected(model, placed(model_inputs(batch, model), model), generator)
+                projected = _projected(model, to_model(model_inputs(batch, model), model), generator)
                 gradients = torch.autograd.grad(projected, list(values.values()))
                 for name, gradient in zip(values, gradients, strict=True):
                     squares[name] += gradient.square()

@@ -42,6 +42,8 @@ FIT_POSITIONS, FIT_PER_INPUT = 10_000, 4
 widest."""
 SCORED_POSITIONS = 6_000
 """Positions that the curves are measured on."""
+INNER = ("heads", "intermediate")
+"""Kinds of groups that are cut unit by unit, by what is left taking over."""
 NARROWEST = 8
 """One hidden dimension in so many stays: norms over a handful leave nothing to reconstruct."""
 
@@ -59,7 +61,7 @@ def check_one_shot(structure: Structure, target: Target, units: str | Sequence[U
 
 def can_start(structure: Structure, units: str | Sequence[UnitKind] | None) -> bool:
     """Return whether the unit kinds include what this method cuts: heads or feed-forward dimensions."""
-    return bool(_inner(structure, units))
+    return any(group.kind in INNER for group in structure.select(units))
 
 
 def calibration(model: PreTrainedModel, structure: Structure, batches: Iterable[Mapping[str, Tensor]]) -> list[Batch]:
@@ -158,13 +160,11 @@ class RoundPruning:
 
     def _curves(self, small: PreTrainedModel, structure: Structure) -> Iterator[tuple[str, LossCurve]]:
         """Give the curves of the groups of which some units may go."""
-        scored, inner = (
-            first_batches(small, structure, self.batches, SCORED_POSITIONS)[0],
-            _inner(self.structure, self.units),
-        )
+        scored, _ = first_batches(small, structure, self.batches, SCORED_POSITIONS)
         chosen = self.structure.select(self.units)
+        inner = {group.name for group in chosen if group.kind in INNER}
         may_empty = any(group.unit == "layer" for group in chosen)
-        blocks = [block for block in structure.blocks if block.inner in (structure if may_empty else inner)]
+        blocks = [block for block in structure.blocks if block.inner in inner or (may_empty and block.inner)]
         found = block_curves(small, structure, [block.gate for block in blocks], scored, seed=self.seed)
         for block in blocks:
             if block.gate not in found:
@@ -178,9 +178,3 @@ class RoundPruning:
             stream = hidden_curve(small, structure, scored, seed=self.seed)
             if stream is not None:
                 yield "hidden", stream.keeping(max(self.structure["hidden"].size // NARROWEST, 2))
-
-
-def _inner(structure: Structure, units: str | Sequence[UnitKind] | None) -> list[str]:
-    """Names of the groups inside blocks that may be cut, from the bottom to the top."""
-    chosen = {group.name for group in structure.select(units)}
-    return [block.inner for block in structure.blocks if block.inner is not None and block.inner in chosen]

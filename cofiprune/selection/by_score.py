@@ -28,9 +28,7 @@ def select(
     values: Mapping[str, Tensor] | None = None,
     worth: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """Choose the plan that leaves as much of a cost as the target says, keeping the units with the highest scores.
-
-    Scores of all groups are compared with one another.
+    """Choose the plan that meets a target, keeping the units with the highest scores, whatever their group.
 
     :param structure: of the dense model, or of a smaller one that is to go on from where it is.
     :param scores: by group name, [units]; groups that are not named stay whole.

@@ -106,8 +106,7 @@ def block_tables(structure: Structure, curves: Curves, cost: Cost, hidden: int, 
         left = [whole] if inner is None else cost.along(sizes, inner, range(1, units + 1))
         saved = whole - np.array([cost.exact({**sizes, block.gate: 0}), *left], dtype=np.float64)
         loss = np.full(units + 1, np.inf)
-        if inner in curves:
-            assert inner is not None
+        if inner is not None and inner in curves:
             loss = curves[inner].by_size
             if structure[inner].kind == "intermediate":
                 loss = np.where(np.arange(units + 1) % step == 0, loss, np.inf)

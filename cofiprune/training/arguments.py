@@ -239,7 +239,7 @@ def counted_length(model: PreTrainedModel, config: PruneConfig) -> int:
 
 
 def _macs(model: PreTrainedModel, structure: Structure, length: int, value: float) -> Target:
-    inputs = synthetic_inputs(model, batch_size=1, seq_len=length, generator=torch.Generator())
+    inputs = synthetic_inputs(model, batch_size=1, seq_len=length)
     seq_len = seen_length(model, structure, inputs, length)
     setting = f"at {seq_len} tokens"
     cost = partial(accounting.model_macs, seq_len=seq_len)

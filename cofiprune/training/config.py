@@ -36,6 +36,11 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
         return self.one_shot_share > 0 and self.pre_finetune_epochs == 0
 
     @property
+    def decides_in_one_shot(self) -> bool:
+        """Whether one shot prunes all of the way; what "auto" picks always does."""
+        return self.method in ("one-shot", "auto")
+
+    @property
     def trains_weights(self) -> bool:
         """Whether the weights learn along with the gates."""
         return self.method not in ("gates", "one-shot")

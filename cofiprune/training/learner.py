@@ -102,13 +102,13 @@ class GateLearner(nn.Module):
         applied = [index for index, times in enumerate(structure.applications) for _ in range(times)]
         self.applied = torch.tensor(applied or range(len(structure.layers)), device=device)
 
-    def order(self, model: PreTrainedModel, masks: MaskRegistry, batches: Batches) -> None:
+    def order(self, model: PreTrainedModel, batches: Batches) -> None:
         """Let the gates start in the order of their units' importance, measured on a few batches.
 
-        :param model: that learns, or that computes the same; `masks` are attached to it, all ones.
+        :param model: that learns, under masks that are all ones.
         """
         names = [group.name for group in self.gates.groups]
-        importance = measured_importance(model, masks, names, batches, seed=self.settings.seed)
+        importance = measured_importance(model, self.masks, names, batches, seed=self.settings.seed)
         self.gates.initialise_from(importance, spread=self.settings.warm_start_spread)
 
     def groups(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,25 +178,24 @@ Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """Of a teacher for a batch: its predictions, and the states [B, T, H] of its S chosen layers."""
 
 
+@dataclass(eq=False)
 class Teacher:
     """Runs a teacher, or remembers what it put out."""
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int], *, token_axis: bool, memory: int) -> None:
-        """Set up a memory.
+    model: PreTrainedModel
+    layers: Sequence[int]
+    """The S layers whose outputs are wanted."""
+    token_axis: bool
+    """Whether the predictions have one: [B, T, ...] instead of [B, ...]."""
+    memory: int
+    """Bytes that it may remember; 0 for none."""
+    used: int = 0
+    _known: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
-        :param layers: the S layers whose outputs are wanted.
-        :param token_axis: whether the predictions have one: [B, T, ...] instead of [B, ...].
-        :param memory: bytes that it may grow to; 0 for none.
-        """
-        self.token_axis = token_axis
-        self.reads = set(forward_names(model))
-        self.options = supported_kwargs(model, output_hidden_states=bool(layers), return_dict=True)
-        self.model = model
-        self.layers = tuple(layers)
-        self.depth = int(model.config.num_hidden_layers)
-        self.memory = memory
-        self.used = 0
-        self._known: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    def __post_init__(self) -> None:
+        self.reads = set(forward_names(self.model))
+        self.options = supported_kwargs(self.model, output_hidden_states=bool(self.layers), return_dict=True)
+        self.depth = int(self.model.config.num_hidden_layers)
 
     def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
         """Return the teacher's outputs for a batch.
@@ -206,12 +206,11 @@ class Teacher:
         mask = inputs.get("attention_mask")
         if rows is None or not self.memory or mask is None or mask.dim() != 2:
             return self._run(inputs)
-        numbers = rows.tolist()
         if self.knows(rows):
-            return self._recall(numbers, mask)
+            return self._recall(rows.tolist(), mask.shape[1])
         outputs = self._run(inputs)
         if self.used < self.memory:
-            self._remember(numbers, outputs, mask)
+            self._remember(rows.tolist(), outputs, mask)
         return outputs
 
     def knows(self, rows: Tensor) -> bool:
@@ -233,10 +232,9 @@ class Teacher:
             parts = [part[index, :length].clone() if self.token_axis else part[index].clone() for part in predicted]
             states = [state[index, :length].clone() for state in chosen]
             self._known[number] = (parts, states)
-            self.used += sum(part.numel() * part.element_size() for part in (*parts, *states))
+            self.used += sum(part.nbytes for part in (*parts, *states))
 
-    def _recall(self, numbers: list[int], mask: Tensor) -> Outputs:
-        width = mask.shape[1]
+    def _recall(self, numbers: list[int], width: int) -> Outputs:
         known = [self._known[number] for number in numbers]
         parts = tuple(
             _stack(rows, width) if self.token_axis else torch.stack(rows)

@@ -156,7 +156,7 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
     masks, origin = attach_to(run.small, run.small_structure), run.state.extra.get("origin")
     learner = GateLearner(masks, target, settings, schedule, layers_left=run.layers_left, origin=origin)
     if run.saved is None and settings.warm_start:
-        learner.order(run.small, masks, run.batches)
+        learner.order(run.small, run.batches)
     run.state.extra["origin"] = list(learner.origin)
     run.learn_from(fitted=False)
     run.state.begin("prune")

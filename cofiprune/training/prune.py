@@ -126,7 +126,7 @@ def _check_reachable(structure: Structure, targets: Sequence[Target], config: Pr
     :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
     """
     structure.select(config.one_shot_units)
-    one_shot = on_data and config.method in ("one-shot", "auto")
+    one_shot = on_data and config.decides_in_one_shot
     units = config.one_shot_units or config.units if one_shot else config.units
     for target in targets:
         (check_one_shot if one_shot else check_target)(structure, target, units)
@@ -138,7 +138,7 @@ def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure
     if not config.uniform:
         return config
     units = uniform_units(model, structure, config.units)
-    if config.units is None and config.method in ("one-shot", "auto"):
+    if config.units is None and config.decides_in_one_shot:
         units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
     return PruneConfig.create(config, units=units)
 
@@ -192,7 +192,6 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
         masks.model_sparsity(),
         method="no data",
         target=reached(target, model, run.structure, plan),
-        uniform=settings.uniform,
         settings=settings,
     )
     if evaluate is not None:

@@ -131,7 +131,7 @@ def _durations(config: PruneConfig, facts: Facts) -> dict[str, float]:
     rising, frozen = FROM_ONE_SHOT if started else FROM_DENSE
     # Inside a Trainer all is counted in its steps, which are shared out whole.
     unit = 1 if facts.trainer_steps is None else facts.steps_per_epoch
-    length = 0.0 if config.method in ("one-shot", "auto") else config.pruning_epochs
+    length = 0.0 if config.decides_in_one_shot else config.pruning_epochs
     if facts.trainer_steps is not None:
         length = facts.trainer_steps - round(config.pre_finetune_epochs * unit)
     warmup = rising * length if config.sparsity_warmup_epochs is None else config.sparsity_warmup_epochs * unit

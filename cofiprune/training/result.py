@@ -102,10 +102,13 @@ class PruneResult(Report):
 
     target: TargetReport | None = None
     """The target and its outcome; None for `finetune`."""
-    uniform: bool = False
-    """Every layer has the same shape, so that the smaller model loads without cofiprune."""
     settings: ResolvedSettings = field(kw_only=True)
     """The settings that were used, with a value for every setting that was left open."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
+        return self.target is not None and self.settings.uniform
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
         """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.

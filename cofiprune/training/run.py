@@ -263,10 +263,9 @@ class Run:
         modules: dict[str, nn.Module] = {"model": self.small}
         if learner is None or self.settings.trains_weights:
             trained = [parameter for parameter in self.small.parameters() if parameter.requires_grad]
-            matrices, vectors = ([each for each in trained if (each.dim() > 1) is many] for many in (True, False))
             groups += [
-                {"params": matrices, "weight_decay": self.settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
+                {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.settings.weight_decay},
+                {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
             ]
             if projection is not None:
                 groups.append({"params": list(projection.parameters()), "weight_decay": 0.0})
@@ -328,6 +327,5 @@ class Run:
             "" if target is None else self.settings.method,
             self.reason,
             None if target is None else reached(target, self.model, self.structure, self.plan),
-            target is not None and self.settings.uniform,
             settings=self.settings,
         )

@@ -17,19 +17,13 @@ from cofiprune.plan import Plan
 
 BATCH, LENGTH = 32, 64
 MINILM: Mapping[str, int] = {
-    "vocab_size": 30522,
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
+    "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
     "intermediate_size": 1536,
-}
+}  # fmt: skip
 """The geometry of MiniLM-L6."""
 BERT_LARGE: Mapping[str, int] = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-}
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+}  # fmt: skip
 HEADS = (2, 0, 3, 0, 0, 2, 3, 0, 2, 0, 3, 0)
 FFN = (150, 142, 118, 0, 131, 96, 149, 88, 0, 145, 133, 104)
 HIDDEN = 600

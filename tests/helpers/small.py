@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 import cofiprune
 from cofiprune import MaskRegistry, accounting
@@ -33,10 +35,10 @@ def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **set
     return specimens.specimen(cls(cls.config_class(**{**SIZES, **settings})), rng(seed)).to(dtype)
 
 
-def bert(cls: type = BertForSequenceClassification, *, seed: int = 0, **settings: Any) -> Any:
+def bert(name: str = "BertForSequenceClassification", *, seed: int = 0, **settings: Any) -> Any:
     """A BERT as transformers initialises it."""
     torch.manual_seed(seed)
-    return cls(BertConfig(**{**SIZES, **settings})).eval()
+    return getattr(transformers, name)(BertConfig(**{**SIZES, **settings})).eval()
 
 
 def batch_of(model: PreTrainedModel, seed: int = 0) -> Batch:
@@ -91,3 +93,37 @@ def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
 def is_unchanged(model: torch.nn.Module, before: Mapping[str, Tensor]) -> bool:
     after = model.state_dict()
     return list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def trace(model: Any) -> dict[str, Any]:
+    """What a function that only reads must not change."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    return {
+        "modes": {name: module.training for name, module in modules.items()},
+        "hooks": {name: _hooks(module) for name, module in modules.items()},
+        "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
+        "classes": {name: type(module) for name, module in modules.items()},
+        "gradients": {name: (id(p.grad), p.grad.sum().item()) for name, p in parameters.items() if p.grad is not None},
+        "learning": {name: p.requires_grad for name, p in parameters.items()},
+        "weights": {name: (id(p), p._version, p.double().nan_to_num().sum().item()) for name, p in parameters.items()},
+        "buffers": {name: value.double().sum().item() for name, value in model.named_buffers()},
+        # A loss on labels makes transformers note which one it took.
+        "config": {name: value for name, value in model.config.to_dict().items() if name != "problem_type"},
+        "torch's random state": torch.get_rng_state().tolist(),
+        "numpy's random state": str(np.random.get_state()),
+        "python's random state": random.getstate(),
+        "gradients are on": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _hooks(module: torch.nn.Module) -> list[tuple[int, ...]]:
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [tuple(map(id, hooks.values())) for hooks in kinds]
+
+
+def assert_no_trace(model: torch.nn.Module, before: dict[str, Any]) -> None:
+    after = trace(model)
+    for name, value in before.items():
+        assert after[name] == value, name

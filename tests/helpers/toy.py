@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig
 
 import cofiprune
 from cofiprune.hooks import evaluating
@@ -26,9 +27,9 @@ def config(**changes: Any) -> BertConfig:
     return BertConfig(**{**settings, **changes})
 
 
-def bert(cls: type = BertForSequenceClassification, *, seed: int = 0, **changes: Any) -> Any:
+def bert(name: str = "BertForSequenceClassification", *, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    return cls(config(**changes))
+    return getattr(transformers, name)(config(**changes))
 
 
 def rows(count: int = 48, *, seed: int = 0, labels: Callable[[list[int]], Any] | None = None) -> list[dict[str, Any]]:

@@ -3,9 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -105,12 +102,3 @@ def watch() -> Iterator[Callable[[torch.nn.Module], list[Step]]]:
     yield begin
     for handle in handles:
         handle.remove()
-
-
-@pytest.fixture(scope="session")
-def example() -> Iterator[Callable[[str], ModuleType]]:
-    """Import a program of the examples by name, without a network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "examples")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield import_module

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -29,13 +29,9 @@ Capsys = pytest.CaptureFixture[str]
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "a", "film", "with", "music", "who", "made", "it")
 SIZES: dict[str, Any] = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 32,
-    "max_position_embeddings": 24,
-}
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 32, "max_position_embeddings": 24,
+}  # fmt: skip
 REVIEWS = [
     {"sentence": f"a {word} film with {other} music", "label": int(word in GOOD)}
     for word in (*GOOD, *BAD)
@@ -236,22 +232,28 @@ def test_prune_without_data_warns_in_one_line(place: Path, tmp_path: Path, capsy
     assert json.loads((tmp_path / "result.json").read_text())["sparsity"] == pytest.approx(0.3, abs=0.005)
 
 
-def test_a_pretrained_model_gets_a_head_for_the_labels_of_the_data(tmp_path: Path, capsys: Capsys) -> None:
-    save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "base")
-    topics = [{"text": f"{word} film", "label": word} for word in GOOD]
-    file = write_csv(tmp_path / "topics.csv", topics)
-    arguments = ("--train-file", file, "--output-dir", tmp_path / "out", "--epochs", "1")
-    assert cli.main(["finetune", *map(str, (tmp_path / "base", *arguments))]) == 0
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert [model.config.id2label[index] for index in range(3)] == sorted(GOOD)
-
-
 TAGGED = [{"tokens": ["a", "good", "film"], "ner_tags": ["O", "B", "O"]}, {"tokens": ["music"], "ner_tags": ["B"]}]
 ANSWERED = [
     {"question": "who made it", "context": "a good film", "answers": {"text": ["good"], "answer_start": [2]}},
     {"question": "who made it", "context": "music", "answers": {"text": [], "answer_start": []}},
 ]
+TOPICS = [{"text": f"{word} film", "label": word} for word in GOOD]
 IDS = [{"input_ids": [2, 5, 3], "label": 1}, {"input_ids": [2, 6, 7, 3], "label": 0}]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "labels"),
+    [("sequence-classification", TOPICS, sorted(GOOD)), ("token-classification", TAGGED * 4, ["B", "O"])],
+    ids=["topics", "tags"],
+)
+def test_a_pretrained_model_gets_a_head_for_the_labels_of_the_data(
+    task: str, rows: list[dict[str, Any]], labels: list[str], tmp_path: Path
+) -> None:
+    save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "base")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ("--task", task, "--train-file", tmp_path / "rows.json", "--output-dir", tmp_path / "out", "--epochs=1")
+    assert cli.main(["finetune", *map(str, (tmp_path / "base", *arguments))]) == 0
+    assert list(AutoConfig.from_pretrained(tmp_path / "out").id2label.values()) == labels
 
 
 @pytest.mark.filterwarnings("default")
@@ -368,12 +370,3 @@ def test_arguments_are_understood_before_anything_heavy_is_imported(arguments: l
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
     assert done.stdout.endswith("heavy: []\n")
-
-
-def test_words_with_tags_train_a_token_classifier(tmp_path: Path) -> None:
-    save(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "base")
-    (tmp_path / "rows.json").write_text(json.dumps(TAGGED * 4))
-    arguments = ("--task", "token-classification", "--train-file", tmp_path / "rows.json", "--epochs", "1")
-    assert cli.main(["finetune", *map(str, (tmp_path / "base", *arguments, "--output-dir", tmp_path / "out"))]) == 0
-    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
-    assert model.config.id2label == {0: "B", 1: "O"}

@@ -26,11 +26,9 @@ from cofiprune.errors import CheckpointError
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "cofi"
 SAMPLES = (
-    "bert4-binary-released",
-    "bert4-soft_binhidden-full_zs",
-    "roberta4-binary-released",
+    "bert4-binary-released", "bert4-soft_binhidden-full_zs", "roberta4-binary-released",
     "roberta4-soft_binhidden-full_zs",
-)
+)  # fmt: skip
 SEQUENCE, ANSWER = "ForSequenceClassification", "ForQuestionAnswering"
 AUTO = {SEQUENCE: AutoModelForSequenceClassification, ANSWER: AutoModelForQuestionAnswering}
 KINDS = [(family, head) for family in ("bert", "roberta") for head in (SEQUENCE, ANSWER)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +25,9 @@ EXAMPLE = ROOT / "examples" / "custom_adapter.py"
 PAGE = ROOT / "docs" / "how-to" / "add-an-adapter.md"
 
 
-@pytest.fixture(scope="module")
-def example() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        yield importlib.import_module("custom_adapter")
+@pytest.fixture(scope="module", name="example")
+def _example(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("custom_adapter")
 
 
 @pytest.fixture(scope="module")

@@ -92,14 +92,9 @@ WORDS = [*SPECIAL, "a", "an", "the", "film", "story", "plot", "is", "and", "of",
 def small_model(**sizes: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     settings = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-        "num_labels": 2,
-    }
+        "vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 64, "num_labels": 2,
+    }  # fmt: skip
     return transformers.BertForSequenceClassification(transformers.BertConfig(**{**settings, **sizes}))
 
 
@@ -140,28 +135,18 @@ def namespace() -> dict[str, Any]:
 
 
 # What stands for the sizes of a real run, and for what would have to be downloaded: text on a page, text that is run.
+EXAMPLES = {'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})"}
+TINY = {
+    "docstring_rows()": "docstring_rows(16, 8)",
+    "import docstring_rows, minilm": "import docstring_rows, tiny_bert",
+    "minilm()": 'tiny_bert(__import__("pathlib").Path("tiny"), 0)',
+    "[:2400]": "[:64]",
+    "batch_size=(1, 32)": "batch_size=(1,), runs=2",
+}
 STAND_INS: dict[str, dict[str, str]] = {
-    "docs/how-to/add-an-adapter.md": {
-        'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
-    },
-    "docs/tutorial.md": {
-        'sys.path.insert(0, "examples")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
-        "docstring_rows()": "docstring_rows(16, 8)",
-        "import docstring_rows, minilm": "import docstring_rows, tiny_bert",
-        "minilm()": 'tiny_bert(__import__("pathlib").Path("tiny"), 0)',
-        "[:2400]": "[:64]",
-        "epochs=3": "epochs=1",
-        "epochs=2": "epochs=1",
-        "batch_size=(1, 32)": "batch_size=(1,), runs=2",
-    },
-    "examples/notebooks/quickstart.ipynb": {
-        'sys.path.insert(0, "..")': f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
-        "docstring_rows()": "docstring_rows(16, 8)",
-        "import docstring_rows, minilm": "import docstring_rows, tiny_bert",
-        "minilm()": 'tiny_bert(__import__("pathlib").Path("tiny"), 0)',
-        "[:2400]": "[:64]",
-        "batch_size=(1, 32)": "batch_size=(1,), runs=2",
-    },
+    "docs/how-to/add-an-adapter.md": EXAMPLES,
+    "docs/tutorial.md": {**EXAMPLES, **TINY, "epochs=3": "epochs=1", "epochs=2": "epochs=1"},
+    "examples/notebooks/quickstart.ipynb": {**TINY, 'sys.path.insert(0, "..")': next(iter(EXAMPLES.values()))},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,19 +28,13 @@ from transformers import (
 )
 
 import cofiprune
+from cofiprune.conformance.specimens import tiny_config
+from small import batch_of, rng
 
 ROOT = Path(__file__).resolve().parents[2]
 SST2 = ROOT.parent / "shared" / "data" / "sst2" / "validation.parquet"
 PITCHES = (220, 440, 880, 1760)
 RATE, SAMPLES = 16_000, 800
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[Any]:
-    """Import a module of the examples by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        yield importlib.import_module
 
 
 def prune_and_reload(
@@ -59,6 +53,14 @@ def prune_and_reload(
     assert torch.allclose(cut, loaded, atol=1e-6)
     assert cofiprune.summary(again).sparsity == result.sparsity == pytest.approx(target, abs=0.01)
     return again  # type: ignore[no-any-return]
+
+
+def test_a_family_without_an_adapter(tmp_path: Path) -> None:
+    transformers.set_seed(0)
+    model = transformers.NystromformerForSequenceClassification(tiny_config("nystromformer"))
+    ids = torch.randint(1, 40, (48, 9), generator=rng())
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row[0] > 20)} for row in ids]
+    prune_and_reload(model, rows, 0.6, tmp_path, AutoModelForSequenceClassification, batch_of(model))
 
 
 @pytest.mark.skipif(not SST2.is_file(), reason="the real data is not here")
@@ -105,24 +107,11 @@ def listener() -> PreTrainedModel:
     """A small model of the kind of wav2vec 2.0 that tells the pitches apart."""
     transformers.set_seed(0)
     config = Wav2Vec2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        conv_dim=(16, 32),
-        conv_kernel=(32, 4),
-        conv_stride=(8, 4),
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        classifier_proj_size=16,
-        num_labels=len(PITCHES),
-        apply_spec_augment=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        feat_proj_dropout=0.0,
-        final_dropout=0.0,
-        layerdrop=0.0,
-    )
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=(16, 32),
+        conv_kernel=(32, 4), conv_stride=(8, 4), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16, num_labels=len(PITCHES), apply_spec_augment=False, hidden_dropout=0.0,
+        attention_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0, layerdrop=0.0,
+    )  # fmt: skip
     return Wav2Vec2ForSequenceClassification(config)
 
 

@@ -86,16 +86,11 @@ def test_a_list_that_cannot_be_meant_is_an_error_before_anything_runs(targets: l
         cofiprune.prune(bert(), rows(), target_sparsity=targets, units=("head",), **SETTINGS)
 
 
-def test_one_shot_on_data_gives_a_family() -> None:
-    result = cofiprune.prune(
-        bert(), rows(80), target_sparsity=[0.3, 0.6], method="one-shot", target_seq_len=16, progress=False
-    )
+@pytest.mark.filterwarnings("ignore:pruning without data")
+@pytest.mark.parametrize("data", [None, rows(80)], ids=["no data", "data"])
+def test_one_shot_gives_a_family(data: list[dict[str, Any]] | None) -> None:
+    settings: dict[str, Any] = {} if data is None else {"method": "one-shot"}
+    result = cofiprune.prune(bert(), data, target_sparsity=(0.3, 0.6), target_seq_len=16, progress=False, **settings)
     assert [point.sparsity for point in result] == pytest.approx([0.3, 0.6], abs=0.005)
     for larger, smaller in pairwise(result):
         assert all(set(smaller.plan.keep[name]) <= set(larger.plan.keep[name]) for name in larger.plan.keep)
-
-
-def test_without_data_too() -> None:
-    with pytest.warns(UserWarning, match="without data"):
-        result = cofiprune.prune(bert(), target_sparsity=(0.3, 0.5), target_seq_len=16)
-    assert [point.sparsity for point in result] == pytest.approx([0.3, 0.5], abs=0.005)

@@ -7,18 +7,6 @@ import math
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
 
 import cofiprune
 from cofiprune.accounting import layer_parameters
@@ -26,6 +14,7 @@ from cofiprune.masking import masks_of
 from cofiprune.measure.evaluation import evaluate
 from cofiprune.selection.reachable import reachable
 from cofiprune.structure import UNIT_KINDS
+from small import build
 from toy import INPUTS, assert_masked_is_compacted, collate, logits, spans, with_checkpointing
 
 CHOICES = [choice for size in range(1, 5) for choice in itertools.combinations(UNIT_KINDS, size)]
@@ -81,19 +70,18 @@ def next_words(ids):
 
 
 HEADS = {
-    "sequence classification": (BertForSequenceClassification, {"num_labels": 3}, lambda ids: {"labels": len(ids) % 3}),
-    "token classification": (
-        BertForTokenClassification, {"num_labels": 3}, lambda ids: {"labels": [i % 3 for i in ids]}),
-    "question answering": (BertForQuestionAnswering, {}, spans),
-    "regression": (BertForSequenceClassification, {"num_labels": 1}, lambda ids: {"labels": len(ids) / 10}),
+    "sequence classification": ("ForSequenceClassification", {"num_labels": 3}, lambda ids: {"labels": len(ids) % 3}),
+    "token classification": ("ForTokenClassification", {"num_labels": 3}, lambda ids: {"labels": [i % 3 for i in ids]}),
+    "question answering": ("ForQuestionAnswering", {}, spans),
+    "regression": ("ForSequenceClassification", {"num_labels": 1}, lambda ids: {"labels": len(ids) / 10}),
     "several numbers": (
-        BertForSequenceClassification, {"num_labels": 2, "problem_type": "regression"},
+        "ForSequenceClassification", {"num_labels": 2, "problem_type": "regression"},
         lambda ids: {"labels": [len(ids) / 10, 0.5]}),
-    "multi-label": (BertForSequenceClassification, {"num_labels": 3}, lambda ids: {"labels": [1.0, 0.0, len(ids) % 2]}),
-    "masked language model": (BertForMaskedLM, {}, next_words),
-    "next sentence": (BertForNextSentencePrediction, {}, lambda ids: {"labels": len(ids) % 2}),
-    "pre-training": (BertForPreTraining, {}, lambda ids: {**next_words(ids), "next_sentence_label": len(ids) % 2}),
-    "encoder": (BertModel, {}, lambda ids: {}),
+    "multi-label": ("ForSequenceClassification", {"num_labels": 3}, lambda ids: {"labels": [1.0, 0.0, len(ids) % 2]}),
+    "masked language model": ("ForMaskedLM", {}, next_words),
+    "next sentence": ("ForNextSentencePrediction", {}, lambda ids: {"labels": len(ids) % 2}),
+    "pre-training": ("ForPreTraining", {}, lambda ids: {**next_words(ids), "next_sentence_label": len(ids) % 2}),
+    "encoder": ("Model", {}, lambda ids: {}),
 }  # fmt: skip
 
 
@@ -101,7 +89,7 @@ HEADS = {
 @pytest.mark.parametrize("labels", ["labels", "no labels"])
 def test_every_head_can_be_pruned(toy, head, labels):
     cls, settings, label = HEADS[head]
-    model = toy.bert(cls, **settings)
+    model = toy.bert(f"Bert{cls}", **settings)
     rows = toy.rows(32, labels=label if labels == "labels" else lambda ids: {})
     result = run(toy, student=model, rows=rows, teacher="self")
     logged = [entry for entry in result.history if "loss" in entry]
@@ -109,13 +97,13 @@ def test_every_head_can_be_pruned(toy, head, labels):
     assert all(("label_loss" in entry) == labelled for entry in logged)
     assert all("layers_loss" in entry for entry in logged)
     assert all("logits_loss" in entry for entry in logged if entry["phase"] == "prune")
-    if cls is BertForMaskedLM:
+    if cls == "ForMaskedLM":
         for one in (model, result.compact()):
             assert one.cls.predictions.decoder.weight is one.bert.embeddings.word_embeddings.weight
 
 
 def test_multiple_choice_can_be_pruned(toy):
-    model = toy.bert(BertForMultipleChoice)
+    model = toy.bert("BertForMultipleChoice")
     dense = copy.deepcopy(model)
     rows = [
         {"input_ids": [row["input_ids"], other["input_ids"], [2, 7]], "labels": index % 3}
@@ -160,8 +148,8 @@ TEACHERS = {
     "shallower": lambda toy: toy.bert(seed=3, num_hidden_layers=1),
     "wider": lambda toy: toy.bert(seed=3, hidden_size=24),
     "compacted": lambda toy: cofiprune.compact(toy.teacher, half_of(toy.teacher)),
-    "of another family": lambda toy: DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=16, max_position_embeddings=16)
+    "of another family": lambda toy: build(
+        "DistilBertForSequenceClassification", dtype=torch.float32, hidden_size=16, max_position_embeddings=16
     ),
 }
 MATCHES = {"self": ["ordered"], "none": ["ordered"], "of another family": ["nearest"]}
@@ -485,10 +473,10 @@ def test_pruning_twice_takes_the_masks_off_first(toy):
 
 def test_a_batch_without_a_label_that_counts_is_no_loss_that_is_no_number(toy):
     tasks = {
-        BertForMaskedLM: lambda ids: {"labels": [-100] * len(ids)},
-        BertForTokenClassification: lambda ids: {"labels": [-100] * len(ids)},
-        BertForQuestionAnswering: lambda ids: {"start_positions": 99, "end_positions": 99},
-        BertForSequenceClassification: lambda ids: {"labels": -100},
+        "BertForMaskedLM": lambda ids: {"labels": [-100] * len(ids)},
+        "BertForTokenClassification": lambda ids: {"labels": [-100] * len(ids)},
+        "BertForQuestionAnswering": lambda ids: {"start_positions": 99, "end_positions": 99},
+        "BertForSequenceClassification": lambda ids: {"labels": -100},
     }
     for cls, label in tasks.items():
         model = toy.bert(cls)

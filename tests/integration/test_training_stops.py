@@ -26,19 +26,10 @@ pytestmark = pytest.mark.usefixtures("started_by_hand")
 
 def settings_of(toy, **changes):
     return {
-        "target_sparsity": 0.6,
-        "teacher": toy.teacher,
-        "eval_dataset": toy.rows(16, seed=2),
-        "epochs": 3,
-        "freeze_epochs": 1,
-        "finetune_epochs": 2,
-        "batch_size": 16,
-        "learning_rate": 2e-3,
-        "logging_steps": 4,
-        "checkpoint_steps": 2,
-        "progress": False,
-        **changes,
-    }
+        "target_sparsity": 0.6, "teacher": toy.teacher, "eval_dataset": toy.rows(16, seed=2), "epochs": 3,
+        "freeze_epochs": 1, "finetune_epochs": 2, "batch_size": 16, "learning_rate": 2e-3, "logging_steps": 4,
+        "checkpoint_steps": 2, "progress": False, **changes,
+    }  # fmt: skip
 
 
 def prune(toy, student=None, rows=None, **changes):

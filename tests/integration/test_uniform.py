@@ -67,34 +67,23 @@ def test_the_results_load_without_cofiprune(tmp_path: Path) -> None:
 def test_heads_go_with_hidden_dimensions_where_the_configuration_ties_them() -> None:
     with pytest.warns(UserWarning, match="without data"):
         result = cofiprune.prune(
-            new("BertForTokenClassification", **BERT),
-            target_sparsity=0.71,
-            uniform=True,
+            new("BertForTokenClassification", **BERT), target_sparsity=0.71, uniform=True,
             units=("head", "hidden", "layer"),
-        )
+        )  # fmt: skip
     small = result.compact()
     assert small.config.hidden_size == 8 * small.config.num_attention_heads < 32
     inputs = specimens.inputs(small, torch.Generator().manual_seed(1))
     assert torch.allclose(small(**inputs).logits, cofiprune.compact(result.model)(**inputs).logits, atol=1e-10)
 
 
-def test_gates_end_in_one_shape() -> None:
+@pytest.mark.parametrize("settings", [{"teacher": "self", "epochs": 1, "finetune_epochs": 1}, {"method": "one-shot"}])
+def test_a_run_on_data_ends_in_one_shape(settings: dict[str, Any]) -> None:
     model = new("BertForSequenceClassification", **BERT).float()
-    rows = [{"input_ids": torch.randint(5, 50, (9,)), "labels": n % 3} for n in range(24)]
-    result = cofiprune.prune(
-        model, rows, target_sparsity=0.6, uniform=True, teacher="self", epochs=1, finetune_epochs=1, progress=False
-    )
-    small = result.compact()
-    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
-    assert torch.allclose(small.eval()(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5)
-
-
-def test_one_shot_on_data_ends_in_one_shape() -> None:
-    model = new("BertForSequenceClassification", **BERT).float()
-    rows = [{"input_ids": torch.randint(5, 50, (16,))} for _ in range(64)]
-    result = cofiprune.prune(model, rows, target_sparsity=0.6, uniform=True, method="one-shot", progress=False)
+    rows = [{"input_ids": torch.randint(5, 50, (16,)), "labels": n % 3} for n in range(64)]
+    result = cofiprune.prune(model, rows, target_sparsity=0.6, uniform=True, progress=False, **settings)
     assert result.sparsity == pytest.approx(0.6, abs=0.005)
-    assert result.compact().config.hidden_size == 32
+    small, inputs = result.compact(), {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert torch.allclose(small.eval()(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5)
 
 
 def test_what_no_plain_configuration_can_say_is_an_error() -> None:
@@ -113,12 +102,3 @@ def test_what_no_plain_configuration_can_say_is_an_error() -> None:
     deberta = new("DebertaV2ForSequenceClassification", **BERT)
     with pytest.raises(PlanError, match="deberta-v2"):
         cofiprune.prune(deberta, target_sparsity=0.3, uniform=True)
-
-
-def test_round_sizes() -> None:
-    with pytest.warns(UserWarning, match="without data"):
-        result = cofiprune.prune(new("BertForSequenceClassification", **BERT), target_sparsity=0.5, round_to=4)
-    assert result.sparsity == pytest.approx(0.5, abs=0.005)
-    for name, kept in result.plan.kept.items():
-        if name == "hidden" or name.endswith(".intermediate"):
-            assert kept % 4 == 0, name

@@ -130,11 +130,3 @@ def test_expected_cost_is_the_mean_over_gates() -> None:
     expected = cost.expected(torch.stack([row.sum() for row in probability.values()])).item()
     standard_error = sampled.std().item() / len(counts) ** 0.5
     assert abs(sampled.mean().item() - expected) < 4 * standard_error
-
-
-def test_sparsity_is_the_removed_share() -> None:
-    structure = cofiprune.structure(build("BertModel"))
-    cost = accounting.layer_parameters(structure)
-    assert accounting.sparsity(cost, structure, structure.sizes) == 0
-    gone = dict.fromkeys(structure.sizes, 0)
-    assert accounting.sparsity(cost, structure, gone) == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import cofiprune
-from cofiprune.adapter import Adapter, adapter_for, family, known_families, norm
+from cofiprune.adapter import Adapter, adapter_for, family, norm
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune_adapters.bert import adapter as bert
 from small import build
@@ -33,10 +33,6 @@ def test_a_registered_adapter_takes_precedence(register: Register) -> None:
 def test_what_is_no_adapter_is_not_registered(adapter: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         cofiprune.register_adapter(adapter)
-
-
-def test_our_own_families_are_known() -> None:
-    assert {"bert", "roberta", "xlm-roberta", "camembert", "deberta", "deberta-v2"} <= set(known_families())
 
 
 def test_a_layer_list_elsewhere_is_an_error() -> None:

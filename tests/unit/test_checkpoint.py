@@ -23,12 +23,9 @@ from small import batch_of, build
 RELATIVE = {"relative_attention": True, "pos_att_type": "c2p|p2c"}
 
 HARD = {
-    "hidden": [0.0] * 6 + [1.0] * 18,
-    "layers.0.heads": [1.0, 0.0, 1.0, 0.0],
-    "layers.1.attention": [0.0],
-    "layers.1.intermediate": [1.0] * 9 + [0.0] * 25,
-    "layers.2.ffn": [0.0],
-}
+    "hidden": [0.0] * 6 + [1.0] * 18, "layers.0.heads": [1.0, 0.0, 1.0, 0.0], "layers.1.attention": [0.0],
+    "layers.1.intermediate": [1.0] * 9 + [0.0] * 25, "layers.2.ffn": [0.0],
+}  # fmt: skip
 
 
 @pytest.fixture

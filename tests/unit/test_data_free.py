@@ -9,16 +9,15 @@ import torch
 
 from cofiprune import accounting, attach, compact
 from cofiprune.adapter import structure as structure_of
-from cofiprune.conformance.specimens import specimen, tiny_config, unit_choices
-from cofiprune.errors import DataError, TargetError
+from cofiprune.conformance.specimens import specimen, tiny_config
+from cofiprune.errors import DataError
 from cofiprune.oneshot.data_free import divergence, outputs_of, prune_data_free
 from cofiprune.oneshot.importance import activation_importance, scores, weight_importance
 from cofiprune.oneshot.layerwise import Layerwise, counted, projections, valid_rows
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.plan import Plan
-from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
-from small import build, cost_of, is_unchanged, padded, padded_batches, rng, snapshot
+from small import build, cost_of, is_unchanged, padded, padded_batches, rng, snapshot, trace
 
 SAMPLES = 600
 
@@ -31,26 +30,6 @@ def pruned(model, share, teacher="self", *, samples=SAMPLES, **settings):
     structure = structure_of(model)
     target, teacher = Target.of(structure, share), model if teacher == "self" else teacher
     return prune_data_free(model, structure, target, teacher=teacher, samples=samples, **settings)
-
-
-@pytest.mark.parametrize("units", unit_choices(), ids="+".join)
-def test_the_sparsity_is_exact_for_every_choice_of_units(units):
-    model = bert(num_hidden_layers=3)
-    structure, cost = cost_of(model)
-    tried = 0
-    for target in (0.05, 0.2, 0.35, 0.5, 0.66, 0.8, 0.9, 0.97):
-        try:
-            check_target(structure, Target.of(structure, target), units)
-        except TargetError:
-            continue
-        plan = pruned(model, target, None, units=units)
-        assert accounting.sparsity(cost, structure, plan.kept) == pytest.approx(target, abs=0.005)
-        chosen = {group.name for group in structure.select(units)}
-        cut = {name for name, size in structure.sizes.items() if len(plan.keep[name]) < size}
-        gone = {name for block in structure.blocks if not plan.keep[block.gate] for name in (block.gate, block.inner)}
-        assert cut <= chosen | gone
-        tried += 1
-    assert tried or units == ("layer",)
 
 
 @pytest.mark.parametrize("target", [0.3, 0.9])
@@ -138,17 +117,13 @@ def test_the_seed_decides():
     assert any(not torch.equal(value, runs[2][1][name]) for name, value in runs[0][1].items())
 
 
-def test_the_mode_of_every_module_and_the_global_generator_stay():
+def test_all_but_the_weights_stays():
     model = bert().train()
     model.bert.encoder.layer[0].eval()
-    modes = [module.training for module in model.modules()]
-    torch.manual_seed(3)
-    noise = torch.get_rng_state()
+    before = trace(model)
     pruned(model, 0.5)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), noise)
-    assert not any("forward" in module.__dict__ for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    after = trace(model)
+    assert {name for name in before if before[name] != after[name]} == {"weights"}
 
 
 def test_a_reconstruction_that_does_harm_is_rolled_back(monkeypatch):

@@ -12,14 +12,9 @@ import cofiprune
 
 def test_parameters_and_modules_that_a_layer_holds_go_with_their_block(tmp_path: Path) -> None:
     config = BeitConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=34,
-        image_size=8,
-        patch_size=4,
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=34, image_size=8, patch_size=4,
         use_relative_position_bias=True,
-    )
+    )  # fmt: skip
     model = BeitModel(config).eval()
     images = torch.randn(2, 3, 8, 8)
     with cofiprune.attach(model) as masks, torch.no_grad():

@@ -29,13 +29,9 @@ from small import Batch, batch_of, build, randomise
 EXACT = 1e-12
 
 FAMILIES = (
-    "BertForTokenClassification",
-    "RobertaForTokenClassification",
-    "DistilBertForTokenClassification",
-    "DebertaV2ForTokenClassification",
-    "T5EncoderModel",
-    "ViTForImageClassification",
-)
+    "BertForTokenClassification", "RobertaForTokenClassification", "DistilBertForTokenClassification",
+    "DebertaV2ForTokenClassification", "T5EncoderModel", "ViTForImageClassification",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from small import bert as new_bert
 SCHEDULE = Schedule(steps_per_epoch=10, before=5, ramp=10, gated=20, after=5)
 
 
-bert = partial(new_bert, BertModel, intermediate_size=48)
+bert = partial(new_bert, "BertModel", intermediate_size=48)
 
 
 def gating(model: PreTrainedModel, target: float = 0.9, *, share: float = 1.0) -> GateLearner:

@@ -203,24 +203,18 @@ def test_a_run_is_pruned_to_a_speed_up(speedup: float, units: Any, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("device")
-def test_one_shot_on_data_ends_at_a_time(tmp_path: Path) -> None:
-    rows = [{"input_ids": torch.randint(5, 50, (16,))} for _ in range(64)]
-    result = cofiprune.prune(
-        bert(**LARGER), rows, target_latency_ms=8, method="one-shot", latency_cache=str(tmp_path), progress=False
-    )
-    assert result.target is not None
-    assert result.target.reached == pytest.approx(8, rel=0.03)
-
-
-@pytest.mark.usefixtures("device")
-def test_gates_end_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_latency_ms": 8, "method": "one-shot"},
+        {"target_speedup": 2, "teacher": "self", "epochs": 1, "finetune_epochs": 1},
+    ],
+)
+def test_a_run_on_data_ends_at_a_time(settings: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"input_ids": torch.randint(5, 50, (16,)), "labels": index % 2} for index in range(64)]
-    result = cofiprune.prune(
-        bert(**LARGER), rows, target_speedup=2, teacher="self", epochs=1, finetune_epochs=1, progress=False,
-        latency_cache=str(tmp_path),
-    )  # fmt: skip
+    result = cofiprune.prune(bert(**LARGER), rows, latency_cache=str(tmp_path), progress=False, **settings)
     assert result.target is not None
-    assert result.target.reached == pytest.approx(2, rel=0.03)
+    assert result.target.reached == pytest.approx(next(iter(settings.values())), rel=0.03)
 
 
 @pytest.mark.usefixtures("device")

@@ -6,12 +6,10 @@ about, and else about a family of transformers.
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,8 +36,6 @@ from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.deberta import adapter as deberta
 from cofiprune_adapters.mpnet import adapter as mpnet
 from cofiprune_adapters.t5 import adapter as t5
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 Change = Callable[[Family], Family]
 
@@ -328,10 +324,8 @@ LIES: dict[str, Lie] = {
 
 
 @pytest.fixture(scope="module")
-def toy() -> Iterator[Adapter]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("custom_adapter").adapter
+def toy(example: Callable[[str], ModuleType]) -> Adapter:
+    return example("custom_adapter").adapter
 
 
 def check(lie: Lie, toy: Adapter) -> None:

@@ -6,16 +6,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel, SplinterConfig, SplinterModel
 
 import cofiprune
 from cofiprune import MaskRegistry, Plan
-from cofiprune.conformance.specimens import inputs
-from small import build
+from small import assert_no_trace, batch_of, build, trace
 
 ROWS = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": 1}]
 
@@ -28,7 +25,7 @@ def _attach_and_detach(model: PreTrainedModel) -> None:
 READS: dict[str, Callable[[Any], object]] = {
     "structure": cofiprune.structure,
     "adapter_for": cofiprune.adapter_for,
-    "check_adapter": lambda model: cofiprune.check_adapter(model, units="layer", batch=_batch(model)),
+    "check_adapter": lambda model: cofiprune.check_adapter(model, units="layer", batch=batch_of(model)),
     "summary": cofiprune.summary,
     "benchmark": lambda model: cofiprune.benchmark(model, batch_size=1, seq_len=8, runs=1),
     "evaluate": lambda model: cofiprune.evaluate(model, ROWS),
@@ -64,49 +61,13 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return model
 
 
-def _batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return dict(inputs(model, torch.Generator().manual_seed(0)))
-
-
-def trace(model: PreTrainedModel) -> dict[str, Any]:
-    """What a function that only reads must not change."""
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    return {
-        "modes": {name: module.training for name, module in modules.items()},
-        "hooks": {name: _hooks(module) for name, module in modules.items()},
-        "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
-        "classes": {name: type(module) for name, module in modules.items()},
-        "gradients": {name: (id(p.grad), p.grad.sum().item()) for name, p in parameters.items() if p.grad is not None},
-        "learning": {name: p.requires_grad for name, p in parameters.items()},
-        "weights": {name: (id(p), p._version, p.sum().item()) for name, p in parameters.items()},
-        "buffers": {name: value.double().sum().item() for name, value in model.named_buffers()},
-        "config": model.config.to_dict(),
-        "torch's random state": torch.get_rng_state().tolist(),
-        "numpy's random state": str(np.random.get_state()),
-        "python's random state": random.getstate(),
-        "gradients are on": torch.is_grad_enabled(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _hooks(module: nn.Module) -> list[tuple[int, ...]]:
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return [tuple(map(id, hooks.values())) for hooks in kinds]
-
-
-def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for name, value in before.items():
-        assert after[name] == value, name
-
-
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
 def test_a_function_that_reads_a_model(model: PreTrainedModel, read: Callable[[Any], object], request: Any) -> None:
     if read is READS["evaluate"] and "derived" in request.node.callspec.id:
         pytest.skip("its task has no metrics")
     before = trace(model)
     read(model)
-    assert_unchanged(before, trace(model))
+    assert_no_trace(model, before)
 
 
 @pytest.mark.parametrize("read", READS_OF_MASKS.values(), ids=READS_OF_MASKS.keys())
@@ -115,4 +76,4 @@ def test_a_function_that_reads_masks(model: PreTrainedModel, read: Callable[[Mas
         masks["layers.0.heads"] = [0, 1, 0.5, 1]
         before = trace(model)
         read(masks)
-        assert_unchanged(before, trace(model))
+        assert_no_trace(model, before)

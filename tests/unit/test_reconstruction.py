@@ -10,7 +10,7 @@ from torch import nn
 
 from cofiprune import compact
 from cofiprune.adapter import structure as structure_of
-from cofiprune.oneshot.layerwise import placed
+from cofiprune.data.batches import to_model
 from cofiprune.oneshot.loss_curves import hidden_curve
 from cofiprune.oneshot.reconstruction import Reconstruction, norms_outside
 from cofiprune.oneshot.regression import AffineFit
@@ -83,7 +83,7 @@ def test_hidden_dimensions_go_where_they_are_asked_for_and_the_budget_is_met(mak
 @pytest.mark.parametrize(("make", "rows"), [(bert, padded_batches), (vit, lambda model: images())], ids=["post", "pre"])
 def test_repair_brings_a_narrower_model_nearer(make, rows):
     model = make()
-    batches = [placed(batch, model) for batch in rows(model)]
+    batches = [to_model(batch, model) for batch in rows(model)]
     structure = structure_of(model)
     order = hidden_curve(model, structure, batches, seed=0).order
     values = torch.ones(24, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_the_norms_stay_where_no_hidden_dimension_goes():
 
 def test_norms_outside_of_the_layers_are_told_apart_by_when_they_run():
     model = bert()
-    batch = placed(padded_batches(model)[0], model)
+    batch = to_model(padded_batches(model)[0], model)
     assert norms_outside(model, structure_of(model), batch) == (["bert.embeddings.LayerNorm"], [])
     model = vit()
     assert norms_outside(model, structure_of(model), images()[0]) == ([], ["vit.layernorm"])

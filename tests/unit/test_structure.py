@@ -17,16 +17,9 @@ def structure() -> Structure:
 
 def test_groups_come_in_canonical_order_with_their_sizes(structure: Structure) -> None:
     assert dict(structure.sizes) == {
-        "hidden": 24,
-        "layers.0.attention": 1,
-        "layers.0.heads": 4,
-        "layers.0.ffn": 1,
-        "layers.0.intermediate": 34,
-        "layers.1.attention": 1,
-        "layers.1.heads": 4,
-        "layers.1.ffn": 1,
-        "layers.1.intermediate": 34,
-    }
+        "hidden": 24, "layers.0.attention": 1, "layers.0.heads": 4, "layers.0.ffn": 1, "layers.0.intermediate": 34,
+        "layers.1.attention": 1, "layers.1.heads": 4, "layers.1.ffn": 1, "layers.1.intermediate": 34,
+    }  # fmt: skip
     assert list(structure) == list(structure.sizes)
     assert len(structure) == 9
     assert structure["layers.1.heads"].layer == 1

@@ -160,7 +160,7 @@ class PruningCallback(TrainerCallback):
         share = 1 - sparsity(layer_parameters(structure), structure, plan.kept)
         learner = GateLearner(RemainingMasks(masks, plan), target, settings, schedule, layers_left=share)
         if settings.warm_start and saved is None and rows is not None:
-            learner.order(model, learner.masks, rows)
+            learner.order(model, rows)
         return learner
 
     def _facts(self, args: Any, state: Any, structure: Structure, *, labelled: bool) -> Facts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,55 +41,47 @@ def undoing(undo: ExitStack) -> Iterator[None]:
         raise
 
 
+@dataclass(eq=False)
 class ForwardHooks:
     """Lets a model's training forwards run under samples of the gates and, with a teacher, changes their loss.
 
     Forwards in evaluation mode, or without gradients, run under the gates' deterministic values, and their loss is
-    the model's own.
+    the model's own. The hooks go with the masks that the gates set.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        learner: GateLearner,
-        objective: Objective | None,
-        state: RunState,
-        args: Any,
-        undo: ExitStack,
-    ) -> None:
-        """Install the hooks; they go with the masks that the gates set.
+    model: PreTrainedModel
+    learner: GateLearner
+    objective: Objective | None
+    """The loss with a teacher; None to leave the model's loss alone."""
+    state: RunState
+    """Gets the parts of the loss."""
+    args: Any
+    """The Trainer's."""
+    undo: ExitStack
 
-        :param objective: the loss with a teacher; None to leave the model's loss alone.
-        :param state: gets the parts of the loss.
-        :param args: the Trainer's arguments.
-        """
-        self.model = model
-        self.learner = learner
-        self.objective = objective
-        self.state = state
-        self.args = args
-        self.undo = undo
-        self.gated = False
-        """The gates are learning now."""
-        self.step = 0
-        self.share = 1.0
-        """Weight of a micro-batch in the loss of its step, where the Trainer does not divide by itself."""
-        self.teacher_used = False
-        """A backward pass has gone through the objective since `begin`."""
-        self.draws = 0
-        """Samples that were drawn in this step."""
-        self._settled = False
-        self._counted = False
-        self._wants_states = False
+    gated: bool = False
+    """The gates are learning now."""
+    step: int = 0
+    share: float = 1.0
+    """Weight of a micro-batch in the loss of its step, where the Trainer does not divide by itself."""
+    teacher_used: bool = False
+    """A backward pass has gone through the objective since `begin`."""
+    draws: int = 0
+    """Samples that were drawn in this step."""
+    _settled: bool = False
+    _counted: bool = False
+    _wants_states: bool = False
+
+    def __post_init__(self) -> None:
         # Functions, unlike methods, are not copied with the model: a copy's hooks find that it is not this model.
-        before = model.register_forward_pre_hook(
+        before = self.model.register_forward_pre_hook(
             lambda module, args, kwargs: self._before(module, args, kwargs), with_kwargs=True
         )
-        after = model.register_forward_hook(
+        after = self.model.register_forward_hook(
             lambda module, args, kwargs, output: self._after(module, kwargs, output), with_kwargs=True
         )
         self._handles = [before, after]
-        learner.masks.on_detach += [handle.remove for handle in self._handles]
+        self.learner.masks.on_detach += [handle.remove for handle in self._handles]
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,40 +36,34 @@ FOLDER = "cofiprune"
 """The folder added to a checkpoint of the Trainer."""
 
 
+@dataclass(eq=False)
 class CallbackRun:
     """Gates, multipliers and projection for the model of a Trainer, and their optimiser."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        learner: GateLearner,
-        teacher: PreTrainedModel | None,
-        batches: Batches | None,
-        args: Any,
-        undo: ExitStack,
-    ) -> None:
-        """Set up the optimiser, the same on every process, and the hooks.
+    model: PreTrainedModel
+    learner: GateLearner
+    """On the masks of what one shot has left of the model."""
+    teacher: PreTrainedModel | None
+    """In eval mode until `finish`."""
+    batches: Batches | None
+    """Of the Trainer's rows, where there is a teacher."""
+    args: Any
+    """The Trainer's."""
+    undo: ExitStack
+    """Makes the model what it was; closed when the first step goes wrong."""
+    plan: Plan | None = None
+    """What stays, once it is decided."""
 
-        :param learner: on the masks of what one shot has left of the model.
-        :param teacher: put into eval mode until `finish`.
-        :param batches: of the Trainer's rows, where there is a teacher.
-        :param args: the Trainer's arguments.
-        :param undo: makes the model what it was; closed when the first step goes wrong.
-        """
-        self.model = model
+    def __post_init__(self) -> None:
+        """Set up the optimiser, the same on every process, and the hooks."""
+        learner, objective = self.learner, None
         assert isinstance(learner.masks, RemainingMasks)
         self.masks = learner.masks
-        self.learner = learner
-        self.args = args
-        self.undo = undo
-        self.plan: Plan | None = None
-        self.begun = time.monotonic()
-        """Less the seconds of the parts before it was resumed."""
+        self.begun = time.monotonic()  # less the seconds of the parts before it was resumed
         self._teacher_mode = ExitStack()
-        objective = None
-        if teacher is not None and batches is not None:
-            self._teacher_mode.enter_context(evaluating(teacher.to(model.device)))  # type: ignore[arg-type]
-            objective = Objective(model, teacher, batches, learner.settings)
+        if self.teacher is not None and self.batches is not None:
+            self._teacher_mode.enter_context(evaluating(self.teacher.to(self.model.device)))  # type: ignore[arg-type]
+            objective = Objective(self.model, self.teacher, self.batches, learner.settings)
         groups = learner.groups()
         modules: dict[str, nn.Module] = {"gates": learner}
         if objective is not None and objective.projection is not None:
@@ -79,7 +74,7 @@ class CallbackRun:
         extra = {"start": self.masks.start.to_dict(), "plan": None}
         self.state = RunState("prune", modules, self.optimizer, extra=extra)
         start_alike(self.learned)
-        self.hooks = ForwardHooks(model, learner, objective, self.state, args, undo)
+        self.hooks = ForwardHooks(self.model, learner, objective, self.state, self.args, self.undo)
 
     @property
     def seconds(self) -> float:
