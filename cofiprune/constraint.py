@@ -41,9 +41,8 @@ def target_at(step: int, *, target: float, warmup_steps: int, start: float = 0.0
 class Constraint(nn.Module):
     """The term lambda_1 (s - t) + lambda_2 (s - t)^2, with multipliers that start at 0.
 
-    Add the term to the loss, and `ascent_group` to the optimiser's groups of weights and gates: one backward pass and
-    one step then descend in those and ascend here. The gradients of the multipliers, s - t and (s - t)^2, are at most 1
-    and need no clipping.
+    Add the term to the loss, and `ascent_group` to the optimiser's groups: one step then descends in weights and gates,
+    and ascends here. The gradients of the multipliers, s - t and (s - t)^2, are at most 1 and need no clipping.
 
     >>> constraint = Constraint()
     >>> optimizer = torch.optim.AdamW([constraint.ascent_group(learning_rate=0.01)])
@@ -68,8 +67,5 @@ class Constraint(nn.Module):
         return self.lambda_1 * gap + self.lambda_2 * gap.square()
 
     def ascent_group(self, learning_rate: float) -> dict[str, Any]:
-        """Return an optimiser's parameter group that ascends: no weight decay, which would pull towards no constraint.
-
-        :param learning_rate: the gates' own in the original, 0.01.
-        """
+        """Return an optimiser's group that ascends; without weight decay, which would pull towards no constraint."""
         return {"params": list(self.parameters()), "lr": learning_rate, "maximize": True, "weight_decay": 0.0}

@@ -148,9 +148,7 @@ def _mean_over(mask: Tensor | None, losses: Tensor) -> Tensor:
 
 
 def teacher_layers(num_teacher_layers: int, count: int = 4) -> tuple[int, ...]:
-    """Choose the teacher layers to distil: `count` of them, or all if there are fewer, evenly spaced up to the last.
-
-    For 12 layers these are the 3rd, 6th, 9th and 12th, as in CoFi.
+    """Choose `count` teacher layers to distil, or all if there are fewer, evenly spaced up to the last as in CoFi.
 
     :raises SettingsError: if a number is below 1.
 
@@ -183,9 +181,7 @@ def hidden_projection(student_width: int, teacher_width: int) -> nn.Linear:
 def layer_losses(
     student_states: Tensor, teacher_states: Tensor, projection: nn.Linear, mask: Tensor | None = None
 ) -> Tensor:
-    """Return the mean squared error [S, Ls] of every projected student state against every teacher state.
-
-    For matching layers; it has no gradient.
+    """Return the mean squared error [S, Ls] of every projected student state against every teacher state, no gradient.
 
     :param student_states: [Ls, B, T, Hs]; under masks, 0 in removed hidden dimensions.
     :param teacher_states: [S, B, T, Ht].

@@ -77,9 +77,8 @@ def fully_open_limit(size: int, *, temperature: float = TEMPERATURE, stretch: St
     """Return the bound on |log_alpha| of a group of `size` units: the original's, or more where that is too low.
 
     At the original's bound, log(100), P(z = 0) is 0.002, which is 1.5 of 768 units: such a group could never be fully
-    open, not even before learning. Here a group at its bound expects at most 1/4 of a unit to be 0, which rounds to
-    none. The bound is no higher than necessary, because saturated gates learn more slowly: 4.61 up to 123 units, 6.43
-    for 768, 7.82 for 3072.
+    open. Here a group at its bound expects at most 1/4 of a unit to be 0, which rounds to none. The bound is no higher
+    than necessary, because saturated gates learn more slowly.
 
     >>> round(fully_open_limit(12), 2), round(fully_open_limit(768), 2)
     (4.61, 6.43)
@@ -209,11 +208,9 @@ class Gates(nn.Module):
     def initialise_from(self, importance: Mapping[str, Tensor], *, spread: float = 1.0) -> None:
         """Set every gate to its initial location, less important units up to `spread` lower.
 
-        The most important unit of a group keeps the initial log_alpha, the least important one starts `spread` below
-        it, the others in between by rank (units of equal importance share their mean rank), so that sparsity pressure
-        closes unimportant units first. Groups of one unit are ranked with the others of their kind. With the default
-        limit and initial values and a spread of at most 1, every group is still fully open: the spread multiplies its
-        expected zeros by (e - 1) or little more.
+        The most important unit of a group keeps the initial log_alpha, the others follow by rank (equal ones share
+        their mean rank), so that sparsity pressure closes unimportant units first. Groups of one unit are ranked with
+        the others of their kind. With the default limit and a spread of at most 1, every group is still fully open.
 
         :param importance: [n] by group name, on any scale; a missing group keeps its initial value.
         :param spread: in units of log_alpha, at least 0.

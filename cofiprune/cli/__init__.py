@@ -73,14 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # what was printed has gone to `head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (CofipruneError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        return _say("error", error, MISTAKE)
     except Exception as error:
         if debug:
             traceback.print_exc()
-            return FAILED
+        if isinstance(error, CofipruneError | OSError):
+            return _say("error", error, MISTAKE)
         return _say(f"internal error, --debug shows where: {type(error).__name__}", error, FAILED)
 
 

@@ -20,7 +20,7 @@ from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
 from cofiprune.data.checks import check
 from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
 from cofiprune.data.tasks import Task, label_names, task_of
-from cofiprune.errors import DataError, located
+from cofiprune.errors import DataError, explained, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,10 +151,8 @@ def accepted(batch: Mapping[str, Any], model: PreTrainedModel) -> Batch:
         raise DataError(f"a batch must be a dict of tensors for the model; found {type(batch).__name__}")
     columns = find_columns(batch, model)
     check_columns(columns, batch, model)
-    try:
+    with explained(DataError, "a batch must be a dict of tensors for the model", TypeError, ValueError, RuntimeError):
         tensors = {new: torch.as_tensor(batch[old]) for new, old in columns.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"a batch must be a dict of tensors for the model: {error}") from error
     task = task_of(model, _first_row(tensors))
     per_row = {name: value.detach().cpu() for name, value in tensors.items() if value.dim()}
     rows = [dict(zip(per_row, cells, strict=True)) for cells in zip(*per_row.values(), strict=False)]

@@ -5,6 +5,7 @@ Rows of tokens are held as one int32 array per cell and padded when a batch is m
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -163,17 +164,16 @@ def read(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], fills: M
     for index, raw in enumerate(rows):
         row = {new: raw[old] for new, old in columns.items() if raw.get(old) is not None}
         if found and row.keys() != found[0].keys():
-            raise DataError(_other_columns(row, found[0], index))
+            name = min(row.keys() ^ found[0].keys())
+            differs = f"lacks {name!r}, which row 0 has" if name in found[0] else f"has {name!r}, which row 0 lacks"
+            raise DataError(f"row {index} {differs}; every row needs the same columns")
         arrays: Row = {}
         for name, value in row.items():
             try:
                 arrays[name] = as_array(value, fills.get(name, 0))
             except (TypeError, ValueError) as error:
-                text = repr(value)
-                shown = text if len(text) <= 60 else text[:57] + "..."
-                raise DataError(
-                    f"row {index}: {name!r} must hold numbers; found {type(value).__name__} {shown}"
-                ) from error
+                shown = f"{type(value).__name__} {reprlib.repr(value)}"
+                raise DataError(f"row {index}: {name!r} must hold numbers; found {shown}") from error
         found.append(_trimmed(arrays))
     return found
 
@@ -240,10 +240,3 @@ def _per_token(rows: Sequence[Row]) -> tuple[str, ...]:
     names = tuple(name for name in columns if all(row[name].shape == row["input_ids"].shape for row in rows))
     others = (cell.shape for name, cell in first.items() if name not in names)
     return () if any(ids.shape[-1] in shape for shape in others) else names
-
-
-def _other_columns(row: Mapping[str, Any], first: Mapping[str, Any], index: int) -> str:
-    missing = next((name for name in first if name not in row), None)
-    added = next((name for name in row if name not in first), None)
-    differs = f"lacks {missing!r}, which row 0 has" if missing else f"has {added!r}, which row 0 lacks"
-    return f"row {index} {differs}; every row needs the same columns"

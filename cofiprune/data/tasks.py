@@ -195,8 +195,9 @@ class Labels:
         if label is None or label == "":
             raise DataError(f"{where} has no label")
         text = str(label)
-        if text in ids or text.casefold() in ids:
-            return ids.get(text, ids.get(text.casefold()))
+        known_id = ids.get(text, ids.get(text.casefold()))
+        if known_id is not None:
+            return known_id
         value = _number(label)
         if value is None or (self.names and value != int(value)):
             known = f"among {', '.join(self.names[:8])}" if self.names else "a number, which this model predicts"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cofiprune.conformance.calls import Call, calls_of, holding, inside, near, same
 from cofiprune.conformance.exits import bypassing
@@ -78,7 +78,9 @@ def find_bypasses(
         (boundary.output, second.readers[0].path, False),
         (boundary.entry, boundary.path, True),
     ):
-        left, right = _with_boundary(first, second, boundary, in_front=in_front)
+        behind, before = ([], [boundary]) if in_front else ([boundary], [])
+        left = replace(first, norms=[*first.norms, *behind])
+        right = replace(second, norms=[*before, *second.norms[1:]])
         found = []
         for span in (
             _Span(left, right, first.entries[0], between, seen_at, given=True),
@@ -88,27 +90,17 @@ def find_bypasses(
             bypass = next((each for each in tried if span.is_unchanged(model, batch, each)), None)
             if bypass is None:
                 break
-            own = model.get_submodule(layer).named_parameters(recurse=False)
-            held = tuple(name for name, value in own if _silences(model, batch, span, value))
-            found.append(replace(bypass, held=held))
+            held = []
+            for name, value in model.get_submodule(layer).named_parameters(recurse=False):
+                with holding(value, torch.zeros_like(value)):
+                    # Where nothing is written without it, it scales all that the block writes.
+                    if span.is_unchanged(model, batch):
+                        held.append(name)
+            found.append(replace(bypass, held=tuple(held)))
         if len(found) == 2:
             first.norms, second.norms = left.norms, right.norms
             return found[0], found[1]
     return None
-
-
-def _with_boundary(first: Draft, second: Draft, norm: Call, *, in_front: bool) -> tuple[Draft, Draft]:
-    """The two blocks, the norm between them belonging to the second or to the first one."""
-    others = [call for call in second.norms if call is not norm]
-    if in_front:
-        return first, replace(second, norms=[norm, *others])
-    return replace(first, norms=[*first.norms, norm]), replace(second, norms=others)
-
-
-def _silences(model: PreTrainedModel, batch: Batch, span: _Span, value: nn.Parameter) -> bool:
-    """Tell whether a block writes nothing when one parameter is zero: a scale of all that it writes."""
-    with holding(value, torch.zeros_like(value)):
-        return span.is_unchanged(model, batch)
 
 
 def _candidates(calls: Sequence[Call], layer: str, span: _Span) -> Iterator[Bypass]:
@@ -132,17 +124,20 @@ def _candidates(calls: Sequence[Call], layer: str, span: _Span) -> Iterator[Bypa
         yield _complete(span, apart, exit)
 
 
+def _exit(call: Call, argument: int = 0, keyword: str | None = None, *, residual: bool = True) -> BlockExit:
+    return BlockExit(call.path, argument, keyword, call.outputs, residual, call.wrapped)
+
+
 def _exit_with(call: Call, value: Tensor) -> BlockExit | None:
     """The module as one that returns a tensor among its arguments; None when it is not given that."""
     names = [name for name in inspect.signature(call.module.forward).parameters if name != "self"]
     for index, given in enumerate(call.args):
         if given is not None and same(given, value):
             named = names[index] if index < len(names) and names[index] not in ("args", "kwargs", "input") else None
-            return BlockExit(call.path, index, named, call.outputs, wrapped=call.wrapped)
+            return _exit(call, index, named)
     for name, given in call.kwargs.items():
         if same(given, value):
-            index = names.index(name) if name in names else 0
-            return BlockExit(call.path, index, name, call.outputs, wrapped=call.wrapped)
+            return _exit(call, names.index(name) if name in names else 0, name)
     return None
 
 
@@ -151,13 +146,12 @@ def _zero_exit(call: Call, span: _Span) -> BlockExit | None:
     if call.output is None or call.output.shape != span.entry.shape:
         return None
     for value in (*span.block.entries, *call.args, *call.kwargs.values()):
-        if value is not None and value.shape == call.output.shape:
-            exit = _exit_with(call, value)
-            if exit is not None:
-                return replace(exit, residual=False)
+        exit = _exit_with(call, value) if value is not None and value.shape == call.output.shape else None
+        if exit is not None:
+            return replace(exit, residual=False)
     if call.args and call.args[0] is not None:
         # The modules bypassed before it hand the states on, so that it is given them then.
-        return BlockExit(call.path, outputs=call.outputs, wrapped=call.wrapped, residual=False)
+        return _exit(call, residual=False)
     return None
 
 
@@ -174,9 +168,8 @@ def _complete(span: _Span, apart: Sequence[Call], exit: BlockExit, *bypassed: Bl
             for call in apart
             if inside(leaf.path, call.path) and not any(inside(each.module, call.path) for each in gone)
         )
-        first = next((index for index, value in enumerate(outer.args) if value is not None), None)
-        if first == 0:
-            more.append(BlockExit(outer.path, outputs=outer.outputs, wrapped=outer.wrapped))
+        if outer.args and outer.args[0] is not None:
+            more.append(_exit(outer))
         elif outer.kwargs:
-            more.append(BlockExit(outer.path, 0, next(iter(outer.kwargs)), outer.outputs, wrapped=outer.wrapped))
+            more.append(_exit(outer, 0, next(iter(outer.kwargs))))
     return Bypass(exit, (*bypassed, *more))

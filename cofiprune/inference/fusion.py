@@ -77,8 +77,6 @@ class FusedLinear(nn.Linear):
     """An `nn.Linear` whose product, without gradients, may be one with those of its siblings."""
 
     siblings: Siblings | None = None
-    place: int = 0
-    """Among the siblings."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _ordinary(input):
@@ -101,22 +99,22 @@ class FusedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
+@dataclass(eq=False, repr=False)
 class Siblings:
     """Linear layers that read the same tensor, and the storage that their weights are views of.
 
     Shapes: n inputs, m outputs of all siblings together.
     """
 
-    def __init__(self, members: Sequence[FusedLinear]) -> None:
-        self.members = tuple(members)
-        self.tied: _Tied | None = None
-        self.pending: _Pending | None = None
+    members: tuple[FusedLinear, ...]
+    tied: _Tied | None = None
+    pending: _Pending | None = None
 
     def piece(self, module: FusedLinear, states: Tensor) -> Tensor | None:
         """Return a sibling's output [..., its outputs]; None when it has to compute it itself."""
-        place = module.place
-        if self.members[place] is not module:
+        if module not in self.members:
             return None  # a replica, with other weights
+        place = self.members.index(module)
         pending = self.pending
         if pending is not None and pending.of(states):
             found = pending.pieces.pop(place, None)
@@ -205,10 +203,10 @@ def _tied(members: Sequence[nn.Linear]) -> _Tied | None:
     """Make the weights and biases of some layers views of one storage; None where they cannot be."""
     parameters = [value for member in members for value in member._parameters.values() if value is not None]
     first = parameters[0]
-    for value in parameters:
-        alike = value.dtype == first.dtype and value.device == first.device and value.layout == torch.strided
-        if type(value) is not nn.Parameter or not alike or value.device.type == "meta" or value.is_inference():
-            return None
+    kinds = {(type(value), value.dtype, value.device, value.layout) for value in parameters}
+    ordinary = type(first) is nn.Parameter and first.layout == torch.strided and first.device.type != "meta"
+    if len(kinds) > 1 or not ordinary or any(value.is_inference() for value in parameters):
+        return None
     if len({id(value) for value in parameters}) < len(parameters):
         return None
     weights = [member.weight for member in members]
@@ -234,17 +232,15 @@ def _ordinary(states: Tensor) -> bool:
 
 
 def _join(members: Sequence[nn.Module]) -> None:
-    linears = [member for member in members if isinstance(member, FusedLinear)]
-    siblings = Siblings(linears)
+    siblings = Siblings(tuple(member for member in members if isinstance(member, FusedLinear)))
     if siblings.tie() is not None:
-        for place, member in enumerate(linears):
-            member.__dict__.update(siblings=siblings, place=place)
+        for member in siblings.members:
+            member.siblings = siblings
 
 
 def _separate(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FusedLinear:
-            module.__dict__.pop("place", None)
             siblings = module.__dict__.pop("siblings", None)
             if siblings is not None:
                 siblings.separate()

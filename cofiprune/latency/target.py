@@ -71,7 +71,7 @@ def latency_target(
 
     def measured(small: PreTrainedModel) -> float:
         # In proportion to the dense model in the same round: a busy machine slows down both.
-        ours, theirs = times_of([small, dense], conditions, seconds=_SECONDS)
+        theirs, ours = times_of([dense, small], conditions, seconds=_SECONDS)
         return float(np.median(ours / theirs * total if name == "target_speedup" else ours))
 
     setting = f"at batch {conditions.batch_size} and length {conditions.seq_len} on {conditions.device}"
@@ -115,8 +115,8 @@ def table_for(
 def best_multiple(model: PreTrainedModel, structure: Structure, *, rows: int) -> int:
     """Return the smallest multiple for sizes at which a unit takes about as little time as at any.
 
-    Kernels process rows and columns in tiles, whose size depends on the processor, the precision and the number of
-    rows. A size between two multiples of it costs as much as the next one, or more.
+    Kernels work in tiles, whose size depends on the processor, the precision and the number of rows. A size between two
+    multiples of it costs as much as the next one, or more.
 
     :param rows: of the activations: batch size times length.
     """
@@ -128,10 +128,7 @@ def best_multiple(model: PreTrainedModel, structure: Structure, *, rows: int) ->
 
 
 def cheapest(times: Mapping[int, float], candidates: Sequence[int]) -> int:
-    """Return the smallest candidate whose sizes take about as little time per unit as those of any.
-
-    :param times: seconds by size.
-    """
+    """Return the smallest candidate whose sizes take about as little time per unit as those of any, by seconds."""
     per_unit = {each: float(np.mean([times[size] / size for size in sizes_of(each)])) for each in candidates}
     least = min(per_unit.values())
     return min(each for each, value in per_unit.items() if value <= (1 + _GAIN) * least)

@@ -62,11 +62,8 @@ class BenchmarkRow:
     baseline: Timing | None
     ideal_speedup: float | None
     """Ratio of multiply-accumulates; None without a baseline, or for a family without an adapter."""
-
-    @property
-    def speedup(self) -> float | None:
-        """Baseline's median over the model's; None without a baseline."""
-        return None if self.baseline is None else self.baseline.median_ms / self.model.median_ms
+    speedup: float | None
+    """Baseline's median over the model's; None without a baseline."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,9 +81,7 @@ class BenchmarkReport(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
-        entries = asdict(self)
-        entries["rows"] = [{**asdict(row), "speedup": row.speedup} for row in self.rows]
-        return entries
+        return asdict(self)
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -174,9 +169,11 @@ def _row(
         if structure is not None:
             seen[-1] = seen_length(model, structure, inputs, length)
             macs.append(accounting.model_macs(structure, seen[-1]).exact(structure.sizes))
-    first, *others = (Timing.of(times, size) for times in timer(passes))
+    ours, *baselines = (Timing.of(times, size) for times in timer(passes))
+    baseline = baselines[0] if baselines else None
     ideal = macs[1] / macs[0] if len(macs) == 2 and all(macs) else None
-    return BenchmarkRow(size, seen[0], first, others[0] if others else None, ideal)
+    speedup = None if baseline is None else baseline.median_ms / ours.median_ms
+    return BenchmarkRow(size, seen[0], ours, baseline, ideal, speedup)
 
 
 def seen_length(model: PreTrainedModel, structure: Structure, inputs: Mapping[str, Tensor], asked: int) -> int:

@@ -63,10 +63,7 @@ class LeastSquares:
         return None if solution is None else (solution[:-1].T, solution[-1])
 
     def chosen_ridge(self, *, bias: bool = True) -> float:
-        """The ridge whose solution on the one part of the rows fits the other best; the strongest where there is none.
-
-        Batches of fewer than five rows leave nothing to choose by.
-        """
+        """The ridge whose fit to one part of the rows does best on the other; the strongest where that is empty."""
         best, chosen = float("inf"), RIDGES[-1]
         both = bool((self.gram[:, -1, -1] > 0).all())  # the sum of the rows' weights
         for ridge in RIDGES if both else ():

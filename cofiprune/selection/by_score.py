@@ -7,6 +7,7 @@ until nothing smaller would come nearer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 
 import torch
@@ -39,13 +40,11 @@ def select(
     """
     flat = {name: scores[name].detach().double().cpu() for name in structure if name in scores}
     cost = target.cost(structure)
-    sizes, kept = structure.sizes, {}
+    kept: dict[str, Tensor] = {}
     if not target.needs_levels(structure):
-        wanted = round(target.budget)
-        kept = _threshold(structure, flat, cost, wanted)
-        _trim(structure, flat, cost, wanted, kept)
-        sizes = _counts(structure, kept)
-    if not kept or not target.is_met(structure, sizes):
+        kept = _threshold(structure, flat, cost, round(target.budget))
+        _trim(structure, flat, cost, round(target.budget), kept)
+    if not kept or not target.is_met(structure, _counts(structure, kept)):
         lowest = min(float(score.min()) for score in flat.values())
         lost = worth or {name: score - lowest for name, score in flat.items()}
         curves = {name: LossCurve.of(lost[name], score) for name, score in flat.items()}
@@ -68,7 +67,6 @@ def _counts(structure: Structure, kept: Mapping[str, Tensor]) -> dict[str, int]:
 def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: int) -> dict[str, Tensor]:
     """Keep the units above the lowest threshold whose plan costs no less than what is wanted."""
     levels = torch.unique(torch.cat(list(scores.values())))
-    low, high = 0, len(levels) - 1
 
     def keep(index: int) -> dict[str, Tensor]:
         found = {name: score >= levels[index] for name, score in scores.items()}
@@ -76,13 +74,10 @@ def _threshold(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, w
             found["hidden"] = scores["hidden"] >= scores["hidden"].max()
         return found
 
-    while low < high:
-        middle = (low + high + 1) // 2
-        if cost.exact(_counts(structure, keep(middle))) >= wanted:
-            low = middle
-        else:
-            high = middle - 1
-    return keep(low)
+    def costs_less(index: int) -> bool:
+        return cost.exact(_counts(structure, keep(index))) < wanted
+
+    return keep(bisect_left(range(1, len(levels)), True, key=costs_less))
 
 
 def _trim(structure: Structure, scores: Mapping[str, Tensor], cost: Cost, wanted: int, kept: dict[str, Tensor]) -> None:

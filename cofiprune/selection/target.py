@@ -67,10 +67,7 @@ class Target:
 
     @classmethod
     def of(cls, structure: Structure, share: float, *, round_to: int = 1) -> Target:
-        """A share of the parameters of the encoder's layers to remove.
-
-        :param structure: of the model that the share is counted from.
-        """
+        """A share to remove of the parameters that the encoder's layers have in some structure."""
         total = layer_parameters(structure).exact(structure.sizes)
         return cls.create("target_sparsity", share, layer_parameters, total, round_to=round_to)
 
@@ -86,7 +83,7 @@ class Target:
         else:
             budget = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}.get(name, requested)
         target = cls(name, requested, cost, total, budget, **settings)
-        if budget >= total:
+        if 0 < total <= budget:  # where nothing is left to remove, `check_target` says so
             raise TargetError(
                 f"{name}={requested:g}: the model takes {target.text(total)} already; a target lies below that"
             )
@@ -98,10 +95,7 @@ class Target:
         return max(TOLERANCE, self.slack * self.budget / self.total)
 
     def tie_width(self, here: float) -> float:
-        """Distance from the budget, in units of the cost, within which the choice that loses the least is taken.
-
-        :param here: the cost of the model that is cut.
-        """
+        """Distance from the budget within which the choice that loses the least is taken, for a model of some cost."""
         return _NEAR_IN_TIME * self.budget if self.slack else _NEAR * here
 
     def needs_levels(self, structure: Structure) -> bool:
@@ -131,10 +125,7 @@ class Target:
         return abs(self.cost(structure).exact(sizes) - self.budget) <= self.tolerance * self.total
 
     def check(self, structure: Structure, sizes: Mapping[str, int]) -> None:
-        """Make sure that sizes meet the target.
-
-        :raises TargetError: when they do not.
-        """
+        """Raise a `TargetError` where sizes do not meet the target."""
         if not self.is_met(structure, sizes):
             raise TargetError(f"the nearest plan to {self} has {self.text(self.cost(structure).exact(sizes))}")
 

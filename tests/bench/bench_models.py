@@ -80,13 +80,9 @@ def token_rows(lengths: Iterable[int]) -> Rows:
 
 def batch_of(rows: Rows) -> dict[str, Tensor]:
     """Pad rows to the longest of them."""
-    width = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        mask[index, : len(row["input_ids"])] = 1
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    labels = torch.tensor([row["labels"] for row in rows])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
     return {name: value.to(device()) for name, value in batch.items()}
 
 

@@ -12,6 +12,10 @@ from processes import launch, outputs
 from toy import assert_masked_is_compacted, unlabelled
 
 
+def prune(student, rows, **settings):
+    return cofiprune.prune(student, rows, **{"target_sparsity": 0.6, "batch_size": 8, "progress": False, **settings})
+
+
 def divergence(toy, model):
     batch = {"input_ids": torch.tensor([row["input_ids"][:4] for row in toy.rows(64, seed=3)])}
     with torch.no_grad():
@@ -23,10 +27,7 @@ def test_gates_alone_train_no_weights_and_need_no_labels(toy, share):
     student = toy.student()
     flags = [parameter.requires_grad for parameter in student.parameters()]
     before = toy.snapshot(student)
-    result = cofiprune.prune(
-        student, unlabelled(64), target_sparsity=0.6, method="gates", epochs=2, batch_size=8,
-        one_shot_share=share, repair=False, progress=False,
-    )  # fmt: skip
+    result = prune(student, unlabelled(64), method="gates", epochs=2, one_shot_share=share, repair=False)
     assert abs(result.sparsity - 0.6) <= 0.005
     assert result.method == "gates"
     assert {entry["phase"] for entry in result.history} <= {"one-shot", "prune"}
@@ -37,11 +38,10 @@ def test_gates_alone_train_no_weights_and_need_no_labels(toy, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_what_gates_leave_is_refitted(toy, share):
-    settings = {"target_sparsity": 0.6, "method": "gates", "epochs": 2, "batch_size": 8, "one_shot_share": share}
     found = []
     for repair in (False, None):
         student = toy.student()
-        result = cofiprune.prune(student, unlabelled(128), repair=repair, progress=False, **settings)
+        result = prune(student, unlabelled(128), method="gates", epochs=2, one_shot_share=share, repair=repair)
         small = result.compact()
         assert not result.plan.scale or repair is False
         assert_masked_is_compacted(student, small)
@@ -50,19 +50,14 @@ def test_what_gates_leave_is_refitted(toy, share):
 
 
 def test_recovery_follows_gates_where_it_is_asked_for(toy):
-    result = cofiprune.prune(
-        toy.student(), unlabelled(64), target_sparsity=0.6, method="gates", epochs=1, finetune_epochs=1,
-        batch_size=8, logging_steps=1, progress=False,
-    )  # fmt: skip
+    result = prune(toy.student(), unlabelled(64), method="gates", epochs=1, finetune_epochs=1, logging_steps=1)
     assert "recover" in {entry["phase"] for entry in result.history}
 
 
 def test_repair_after_gates_and_weights_keeps_the_law(toy):
     student = toy.student()
-    result = cofiprune.prune(
-        student, toy.rows(64), target_sparsity=0.6, teacher=toy.teacher, epochs=1, freeze_epochs=0, finetune_epochs=0,
-        batch_size=8, repair=True, progress=False,
-    )  # fmt: skip
+    brief = {"epochs": 1, "freeze_epochs": 0, "finetune_epochs": 0}
+    result = prune(student, toy.rows(64), teacher=toy.teacher, repair=True, **brief)
     assert abs(result.sparsity - 0.6) <= 0.005
     assert not result.plan.scale
     assert_masked_is_compacted(student, result.compact())
@@ -129,27 +124,21 @@ def test_gates_need_rows_for_their_repair_and_say_how_many(toy):
     student = toy.student()
     before = toy.snapshot(student)
     with pytest.raises(DataError, match="at least 48"):
-        cofiprune.prune(
-            student, toy.rows(2), target_sparsity=0.6, method="gates", epochs=1, batch_size=2, progress=False
-        )
+        prune(student, toy.rows(2), method="gates", epochs=1, batch_size=2)
     assert toy.is_unchanged(student, before)
 
 
 def test_recovery_follows_one_shot_where_it_is_asked_for(toy, tmp_path):
-    settings = {"target_sparsity": 0.6, "method": "one-shot", "batch_size": 8, "progress": False}
-    rows = unlabelled(64)
-    whole = cofiprune.prune(toy.student(), rows, finetune_epochs=2, checkpoint_steps=5, output_dir=tmp_path, **settings)
+    rows, saved = unlabelled(64), {"finetune_epochs": 2, "checkpoint_steps": 5, "output_dir": tmp_path}
+    whole = prune(toy.student(), rows, method="one-shot", **saved)
     assert whole.history[0]["phase"] == "one-shot"
     assert {entry["phase"] for entry in whole.history[1:]} == {"recover"}
     assert abs(whole.sparsity - 0.6) <= 0.005
     assert whole.history[-1]["epoch"] == 2
-    bare = cofiprune.prune(toy.student(), rows, **settings)
+    bare = prune(toy.student(), rows, method="one-shot")
     assert bare.plan == whole.plan
     assert not toy.is_unchanged(whole.compact(), toy.snapshot(bare.compact()))
     last = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    again = cofiprune.prune(
-        toy.student(), rows, finetune_epochs=2, checkpoint_steps=5, output_dir=tmp_path, resume=True, **settings
-    )
+    again = prune(toy.student(), rows, method="one-shot", resume=True, **saved)
     assert last.is_dir()
-    states = [result.compact().state_dict() for result in (whole, again)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert toy.is_unchanged(again.compact(), toy.snapshot(whole.compact()))

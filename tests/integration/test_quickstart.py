@@ -97,12 +97,9 @@ def test_the_weights_of_the_package_are_verified(
 def quickstart(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the script as a user does."""
     return subprocess.run(
-        [sys.executable, EXAMPLES / "quickstart.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=500,
+        [sys.executable, EXAMPLES / "quickstart.py", *arguments], capture_output=True, text=True, timeout=500,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

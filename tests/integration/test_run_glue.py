@@ -247,12 +247,9 @@ def test_two_processes_prune_together(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     command += [str(EXAMPLES / "run_glue.py"), "--task", "sst2", "--tiny", "--no-benchmark", "--target-sparsity", "0.5"]
     done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*command, "--output-dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved in") == 1  # by the main process alone
     assert json.loads((tmp_path / "out" / "result.json").read_text())["sparsity"] == pytest.approx(0.5, abs=0.005)

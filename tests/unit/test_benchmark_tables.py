@@ -127,12 +127,9 @@ def test_only_what_passed_and_was_measured_whole_is_written(tmp_path: Path) -> N
     (tmp_path / "test_some.py").write_text(SOME, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tables", str(page), str(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
     assert "3 failed, 2 passed" in done.stdout
     assert "no place for table 'elsewhere'" in done.stdout
     written = page.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from cofiprune import Adapter, check_adapter
 from cofiprune.adapter import Family
-from cofiprune.conformance import specimens
+from cofiprune.conformance.specimens import unit_choices
 from cofiprune.errors import AdapterError, StructureError
 from cofiprune_adapters.bert import adapter as bert
 from cofiprune_adapters.deberta import adapter as deberta
@@ -98,14 +98,5 @@ def test_seeds_choose_other_masks_and_models() -> None:
     assert reports[0].largest_difference != reports[2].largest_difference
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "deberta", "deberta-v2", "vit", "distilbert", "wav2vec2"])
-def test_small_models_of_many_kinds_can_be_built_and_run(model_type: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    model = specimens.specimen(transformers.AutoModel.from_config(specimens.tiny_config(model_type)), generator)
-    assert model.num_parameters() < 50_000
-    found = specimens.outputs(model, specimens.inputs(model, generator))
-    assert all(value.dtype == torch.float64 and bool(value.isfinite().all()) for value in found.values())
-
-
 def test_there_are_fifteen_choices_of_units() -> None:
-    assert len(set(specimens.unit_choices())) == 15
+    assert len(set(unit_choices())) == 15

@@ -47,13 +47,10 @@ _SPEED = ("_runtime", "_per_second", "_preparation_time")
 class PruningCallback(TrainerCallback):
     """Prunes the model of a `transformers.Trainer` while it trains.
 
-    Gates, the sparsity constraint and, with a teacher, distillation run inside the Trainer's steps, whatever its loop
-    does besides. As in `cofiprune.prune` part of the model goes in one shot when training begins (`one_shot_share`).
-    The target rises over the first eighth of the steps; then the structure is decided, at exactly the target, and the
-    rest trains what is left. The model ends with masks of zeros and ones attached, for
-    `cofiprune.compact(model)`.
-
-    After training `result` holds a `PruneResult`.
+    Gates, the sparsity constraint and, with a teacher, distillation run inside the Trainer's steps. As in
+    `cofiprune.prune` part of the model goes in one shot when training begins (`one_shot_share`). The target rises over
+    the first eighth of the steps; then the structure is decided, at exactly the target, and the rest trains what is
+    left. The model ends with masks attached, for `cofiprune.compact(model)`, and `result` holds a `PruneResult`.
     """
 
     def __init__(
