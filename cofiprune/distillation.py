@@ -33,13 +33,20 @@ PredictionKind = Literal[
 ]
 LayerMatch = Literal["nearest", "ordered", "same-index"]
 
-_FIELDS = (("start_logits", "end_logits"), ("logits",), ("prediction_logits",), ("last_hidden_state",))
+_FIELDS = (
+    ("start_logits", "end_logits"),
+    ("logits",),
+    ("prediction_logits",),
+    ("last_hidden_state",),
+    ("pooler_output",),
+)
 
 
 def predictions(output: Any) -> tuple[Tensor, ...]:
     """Return the predictions of a `ModelOutput` of transformers, or a dict like it.
 
-    These are the first that it has of: start_logits and end_logits, logits, prediction_logits, last_hidden_state.
+    These are the first that it has of: start_logits and end_logits, logits, prediction_logits, last_hidden_state,
+    pooler_output.
 
     :raises TeacherError: if it has none of them.
     """

@@ -179,6 +179,8 @@ class Family:
     uniform: bool = False
     """True if smaller values of these settings build the smaller model that compaction leaves; not where layers differ
     by their position, for instance."""
+    compacted_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the configuration of a compacted model has instead, where the family's own would not load it."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Unit kinds ("head", "intermediate" or "hidden") that cannot be pruned exactly for this configuration,
     with the reason. A block can always be removed."""

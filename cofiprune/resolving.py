@@ -112,6 +112,7 @@ class Resolver:
             embeddings=tuple(self.tables),
             refused=self.refused,
             extra=tuple(_placed(each, path) for path in paths for each in family.extra.exits),
+            compacted_settings=family.compacted_settings,
             config_sizes=family.config if family.uniform else None,
         )
 

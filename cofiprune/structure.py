@@ -212,6 +212,8 @@ class ConfigSizes:
     intermediate: str = "intermediate_size"
     head_dim: str | None = None
     """The setting that states the width of a head; None where it is the hidden size over the number of heads."""
+    by_layer: tuple[str, ...] = ()
+    """Parameters of the encoder with as many columns for each layer: those of removed layers go with them."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,8 @@ class Structure(Mapping[str, Group]):
     """The family's table as plain values, if a compacted model has to carry it."""
     extra: tuple[BlockExit, ...] = ()
     """Exits into the residual stream of the parts of layers that belong to no block, and always stay."""
+    compacted_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the configuration of a compacted model has instead of the dense model's."""
     config_sizes: ConfigSizes | None = None
     """How the configuration states the sizes; None where it cannot state smaller ones, the same in every layer."""
 
@@ -264,7 +268,7 @@ class Structure(Mapping[str, Group]):
         return hash((self.family, self.groups, self.parameters))
 
     def _missing(self, name: str) -> str:
-        kind = name.rpartition(".")[2]
+        kind = str(name).rpartition(".")[2]
         reason = self.refused.get(_KIND_OF_UNIT.get(kind, kind))  # type: ignore[call-overload]
         if reason:
             return f"{self.family} has no group {name!r}: {reason}"

@@ -10,6 +10,7 @@ from cofiprune_adapters.vit import ATTENTION, FFN, embeddings
 def adapter(config: PretrainedConfig) -> Family:
     return Family(
         layers="layers",
+        uniform=True,
         stem=(*embeddings("cls_token", "distillation_token", "position_embeddings", others=2), norm("layernorm")),
         attention=ATTENTION,
         ffn=FFN,

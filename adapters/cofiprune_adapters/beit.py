@@ -21,6 +21,7 @@ def adapter(config: PretrainedConfig) -> Family:
     """BEiT with its heads for images; the heads for segmentation keep their hidden dimensions."""
     return Family(
         layers="layers",
+        uniform=True,
         stem=(
             *embeddings("cls_token", "mask_token", "position_embeddings"),
             norm("layernorm"),

@@ -62,6 +62,7 @@ def pair(
     return Family(
         encoder=encoder,
         layers="encoder.layers",
+        uniform=not refused,  # the pooling head of SigLIP is as wide as a feed-forward block
         stem=stem,
         attention=ATTENTION,
         ffn=FFN,

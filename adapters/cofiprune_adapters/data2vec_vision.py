@@ -52,6 +52,7 @@ def adapter(config: PretrainedConfig) -> Family:
     """Data2Vec's image encoder, bare and for classification; the head for segmentation keeps its hidden dimensions."""
     return Family(
         layers="encoder.layer",
+        uniform=True,
         stem=(
             *embeddings("cls_token", "mask_token", "position_embeddings"),
             norm("layernorm", optional=True),

@@ -38,6 +38,7 @@ def adapter(config: PretrainedConfig) -> Family:
     talking = getattr(config, "talking_head", False)
     return Family(
         layers="encoder.layer",
+        uniform=True,
         stem=(*embeddings(config), POSITIONS),
         attention=replace(
             bert.ATTENTION,

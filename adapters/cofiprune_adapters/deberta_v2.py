@@ -24,6 +24,7 @@ def adapter(config: PretrainedConfig) -> Family:
     pooler = (linear("pooler.dense", reads=HIDDEN, rows=(0, 1)),)
     return Family(
         layers="encoder.layer",
+        uniform=not getattr(config, "conv_kernel_size", 0),
         stem=(
             *embeddings(config),
             POSITIONS,

@@ -50,6 +50,8 @@ def adapter(config: PretrainedConfig) -> Family:
         layers="transformer.layer",
         config=ConfigSizes(layers="n_layers", hidden="dim", heads="n_heads", intermediate="hidden_dim"),
         uniform=True,
+        # transformers would fill the table of positions anew, in the width of the dense model.
+        compacted_settings={"sinusoidal_pos_embds": False} if config.sinusoidal_pos_embds else {},
         stem=(embedding("embeddings.{word,position}_embeddings"), norm("embeddings.LayerNorm")),
         attention=ATTENTION,
         ffn=FFN,

@@ -15,6 +15,7 @@ def adapter(config: PretrainedConfig) -> Family:
     wide = config.embedding_size == config.hidden_size
     return Family(
         layers="encoder.layer",
+        uniform=True,
         stem=narrow_stem("embeddings.{word,position,token_type}_embeddings", wide=wide),
         attention=bert.ATTENTION,
         ffn=bert.FFN,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from cofiprune.adapter import HIDDEN, BlockExit, Family, embedding, family, linear, norm
+from cofiprune.adapter import HIDDEN, BlockExit, ConfigSizes, Family, embedding, family, linear, norm
 from cofiprune_adapters import bert, roberta
 
 ATTENTION, FFN = bert.pre_norm("attention.LayerNorm", "LayerNorm")
@@ -19,6 +19,8 @@ def adapter(config: PretrainedConfig) -> Family:
     """Every head that transformers has for it, protein folding aside."""
     return Family(
         layers="encoder.layer",
+        config=ConfigSizes(by_layer=("contact_head.regression.weight",)),
+        uniform=True,
         stem=(
             embedding("embeddings.word_embeddings"),
             embedding("embeddings.position_embeddings", optional=True),

@@ -26,6 +26,7 @@ def adapter(config: PretrainedConfig) -> Family:
     tables = "embeddings.{word_embeddings,pronunciation_embed,shape_embed}"
     return Family(
         layers="encoder.layer",
+        uniform=True,
         stem=(
             embedding(tables, writes=None if joined else HIDDEN),
             embedding("embeddings.{position,token_type}_embeddings"),

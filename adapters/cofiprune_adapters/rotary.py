@@ -51,7 +51,7 @@ def post_norm(config: PretrainedConfig) -> Family:
     ffn = PLAIN_FFN if config.model_type == "jina_embeddings_v3" else FFN
     return Family(
         layers="layers",
-        config=ConfigSizes(head_dim="head_dim"),
+        config=ConfigSizes(head_dim="head_dim" if hasattr(config, "head_dim") else None),
         uniform=True,
         stem=(
             embedding("embeddings.word_embeddings"),
@@ -92,6 +92,7 @@ def eurobert(config: PretrainedConfig) -> Family:
     return Family(
         layers="layers",
         config=ConfigSizes(heads="num_key_value_heads"),
+        uniform=True,
         stem=(embedding("embed_tokens"), norm("norm", kind="rms", read_by="lm_head.weight")),
         attention=BlockTable(
             rows=(norm("input_layernorm", kind="rms"), *ATTENTION),

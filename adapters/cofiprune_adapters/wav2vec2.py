@@ -66,6 +66,7 @@ def adapter(config: PretrainedConfig) -> Family:
     stable = getattr(config, "do_stable_layer_norm", False)
     return Family(
         layers="encoder.layers",
+        uniform=True,
         stem=(
             *features(config, factor),
             linear("feature_projection{,.projection}", rows=(factor, 0), optional=True),

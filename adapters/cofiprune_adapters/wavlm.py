@@ -43,6 +43,7 @@ def adapter(config: PretrainedConfig) -> Family:
     table = embedding("encoder.layers.0.attention.rel_attn_embed", writes=None)
     return replace(
         plain,
+        uniform=False,  # the first layer has a table that the others do not
         stem=(*plain.stem, table),
         attention=attention(config, plain.attention),
         refused={**plain.refused, "head": NARROW},

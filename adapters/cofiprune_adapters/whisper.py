@@ -49,7 +49,10 @@ def adapter(config: PretrainedConfig) -> Family:
     return Family(
         encoder="encoder",
         layers="layers",
-        config=ConfigSizes(heads="encoder_attention_heads", intermediate="encoder_ffn_dim"),
+        config=ConfigSizes(
+            layers="encoder_layers", hidden="d_model", heads="encoder_attention_heads", intermediate="encoder_ffn_dim"
+        ),
+        uniform=True,
         # The first convolution makes two rows of what the second makes one.
         stem=(linear("conv1", rows=(2, 0)), linear("conv2"), embedding("embed_positions"), norm("layer_norm")),
         attention=ATTENTION,

@@ -21,7 +21,12 @@ __all__ = ["compact"]
 
 
 def compact(
-    model: PreTrainedModel, plan: Plan | None = None, *, uniform: bool = False, fuse: bool = False
+    model: PreTrainedModel,
+    plan: Plan | None = None,
+    *,
+    uniform: bool = False,
+    fuse: bool = False,
+    plain: bool = False,
 ) -> PreTrainedModel:
     """Return a smaller copy of a model, without the units that a plan removes.
 
@@ -31,6 +36,7 @@ def compact(
     :param fuse: for inference: linear layers that read the same tensor are computed in one product, and float32
         products on a CPU by the faster library. Weights, names and saved files are the same, outputs equal within
         rounding. A model loaded from a file is not fused; compact it again to fuse it.
+    :param plain: an earlier name of `uniform`.
     :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are those of the
         masked model; `model` itself is left as it was.
     :raises PlanError: when the plan belongs to another model, or cannot be written into a configuration.
@@ -39,7 +45,7 @@ def compact(
     if plan is None:
         plan = Plan.from_values(structure, masks_of(model) or {})
     plan.check(structure)
-    small = (uniform_copy if uniform else compacted)(model, structure, plan)
+    small = (uniform_copy if uniform or plain else compacted)(model, structure, plan)
     if fuse:
         fuse_linears(small, structure.layers)  # of a uniform model, the first ones
     return small

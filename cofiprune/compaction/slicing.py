@@ -150,6 +150,8 @@ def finish(
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(recorded_sizes(model.config) or {}), **kept}
         model.config.quantization_config = record(sizes, structure.table)
+        for name, value in structure.compacted_settings.items():
+            setattr(model.config, name, value)
 
 
 def _follow_shape(module: nn.Module) -> None:

@@ -100,6 +100,9 @@ def uniform_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> Pr
         if not gone or not name.startswith(gone):
             before = next((path for path in moved if name.startswith(path)), "")
             tensors[moved.get(before, "") + name.removeprefix(before)] = value
+    for name in [name for name in tensors if name.endswith(names.by_layer)]:
+        columns = tensors[name].unflatten(-1, (len(structure.layers), -1))
+        tensors[name] = columns[..., layers, :].flatten(-2)
     uniform.to_empty(device=model.device)
     uniform.to(dtype=model.dtype)  # type: ignore[call-arg]
     with torch.random.fork_rng(devices=[]):

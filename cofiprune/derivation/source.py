@@ -66,7 +66,7 @@ class _Code(str):
 def _file(model_type: str, derived: Derived) -> str:
     family, expressions = derived.family, derived.settings.expressions
     settings = {kind: text.removeprefix("config.") for kind, text in expressions.items()}
-    stated: dict[Any, str] = {kind: name for kind, name in settings.items() if name.isidentifier()}
+    stated: dict[Any, Any] = {kind: name for kind, name in settings.items() if name.isidentifier()}
     computed = {kind: _Code(text) for kind, text in expressions.items() if kind not in stated}
     blocks = {"attention": _Code("ATTENTION"), "ffn": _Code("FFN")}
     table = {**vars(family), **blocks, "config": ConfigSizes(**stated), "sizes": computed}

@@ -104,14 +104,14 @@ def times_of(
 ) -> NDArray[np.float64]:
     """Return the nanoseconds of forward passes, in turn: [models, rounds].
 
-    :param models: on one device, with one vocabulary.
+    :param models: with one vocabulary; all are moved to the device of the first.
     :param seconds: for all of them together, in addition to five rounds.
     """
     first = models[0]
     inputs: Any = synthetic_inputs(first, batch_size=conditions.batch_size, seq_len=conditions.seq_len)
     own_time = first.device.type == "cpu" and torch.get_num_threads() == 1
     with torch.inference_mode(), evaluating(*models):
-        passes = [partial(each, **inputs) for each in models]
+        passes = [partial(each.to(first.device), **inputs) for each in models]  # type: ignore[arg-type]
         return 1e9 * np.asarray(in_turn(passes, first.device, seconds=seconds, warmup=2, own_time=own_time))
 
 

@@ -71,7 +71,7 @@ def latency_target(
 
     def measured(small: PreTrainedModel) -> float:
         # In proportion to the dense model in the same round: a busy machine slows down both.
-        ours, theirs = times_of([small, dense], conditions, seconds=_SECONDS)
+        theirs, ours = times_of([dense, small], conditions, seconds=_SECONDS)
         return float(np.median(ours / theirs * total if name == "target_speedup" else ours))
 
     setting = f"at batch {conditions.batch_size} and length {conditions.seq_len} on {conditions.device}"

@@ -144,19 +144,31 @@ def unpublished() -> Iterator[tuple[str, tuple[str, Mapping[str, Any]]]]:
 CASES = {**PUBLISHED, **dict(unpublished())}
 
 
+# Families with defaults for which no model is small, or none that runs.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "bros": {"hidden_size": 192, "intermediate_size": 136},
+    "vivit": {"tubelet_size": [2, 4, 4]},
+}
+
+
 def model_of(name: str) -> PreTrainedModel:
     """A random model of a case: a classifier where the family has one, else the encoder."""
     model_type, settings = CASES[name]
+    settings = {**SETTINGS.get(model_type, {}), **settings}
     config = specimens.tiny_config(model_type, **settings)
     classes = specimens.head_classes(config)
     endings = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "Model", "")
     if "t5" in model_type:  # its classifiers have a decoder
         endings = ("EncoderModel",)
     cls = next(cls for ending in endings for cls in classes if cls.__name__.endswith(ending))
-    return specimens.specimen(cls(config), torch.Generator().manual_seed(0)).float()
+    model = specimens.specimen(cls(config), torch.Generator().manual_seed(0)).float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            torch.nn.init.zeros_(module.weight[module.padding_idx].detach())  # as transformers loads it
+    return model
 
 
-def rows_of(model: PreTrainedModel, count: int = 24) -> list[dict[str, Any]]:
+def rows_of(model: PreTrainedModel, count: int = 36) -> list[dict[str, Any]]:
     """Rows without padding for a model's inputs; with labels of two classes where it has a head for them."""
     generator = torch.Generator().manual_seed(1)
     labelled = "labels" in batches.label_names(model)
