@@ -91,7 +91,7 @@ def read_state(folder: Path, fingerprint: dict[str, Any], otherwise: str) -> Sav
     :raises CheckpointError: when it is of another version, or of another run.
     """
     problem = f"{folder} is damaged"
-    found = read_json(folder / _META, DamagedError, f"{problem}: its {_META} cannot be read")
+    found = read_json(folder / _META, DamagedError, f"{problem}: {_META} cannot be read")
     stated = found.get("format_version")
     if isinstance(stated, int) and stated != FORMAT_VERSION:
         age = "a newer" if stated > FORMAT_VERSION else "an older"
