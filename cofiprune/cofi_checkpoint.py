@@ -197,7 +197,8 @@ def _dense_model(
     folder: Path, entries: dict[str, Any], task_head: str | None, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     """Build the dense model of the configuration, with random weights."""
-    architecture = next(iter(entries.get("architectures") or ()), "")
+    listed = entries.get("architectures")
+    architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
     ending = task_head or "".join(re.findall(r"For[A-Z]\w*$", architecture))
     auto = getattr(transformers, f"AutoModel{ending}", None)
     if not ending.startswith("For") or auto is None:
