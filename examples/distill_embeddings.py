@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = copy.deepcopy(model)
     rows = tokenise([{"text": text} for text in texts], tokenizer, model, max_length=options.max_length)
     goal = {"target_sparsity": options.target_sparsity, "teacher": "self", "config": config, "output_dir": folder}
-    result = cofiprune.prune(model, rows, **goal, resume=options.resume and any(folder.glob("checkpoint-*")))
+    result = cofiprune.prune(model, rows, **goal, resume="auto" if options.resume else False)
     result.compact().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     student = AutoModel.from_pretrained(folder).to(model.device)

@@ -67,7 +67,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
+    add(
+        "--resume", nargs="?", const=True, default=False, choices=["auto"],
+        help="go on from the newest checkpoint in the output directory; with 'auto', where there is one",
+    )  # fmt: skip
     add_data_options(parser, train=True)
 
 
