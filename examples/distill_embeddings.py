@@ -61,7 +61,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
     add("--text-column", nargs="+", help="columns of texts (default: those of a known name)")
     add("--split-sentences", action="store_true", help="take sentences instead of whole texts; scraps are left out")
     add("--sts-file", help="pairs with a score, such as STS-B: sentence1, sentence2, score")
-    add("--pooling", choices=("mean", "cls"), help="how a vector is made (default: what the model's folder says)")
+    add("--pooling", choices=("mean", "cls"), help="how a vector is measured (default: what the model's folder says, which "
+        "is copied along; else the mean, which SentenceTransformer takes for a folder that says nothing)")  # fmt: skip
     add("--keep-hidden", action=argparse.BooleanOptionalAction, default=True,
         help="keep the width of the vectors, so that they compare with the teacher's (default: on)")  # fmt: skip
     add("--max-length", type=int, default=64, help="tokens to which texts are cut (default: 64)")
@@ -233,10 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = options.model or (tiny_bert(folder / "tiny-model", config.seed) if options.tiny else minilm())
     beside = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=MODULES)
     modules = read_modules(beside)
-    stated = pooling_of(beside, modules)
-    pooling = options.pooling or stated
-    if pooling != stated:
-        print(f"measured with {pooling}; what is saved pools as before, by {stated}")
+    pooling = options.pooling or pooling_of(beside, modules)
     if pooling not in ("mean", "cls"):
         sys.exit(f"the model pools by {pooling!r}; what can be measured is mean and cls (--pooling)")
     fixed = [module["kind"] for module in modules if module["kind"] not in OF_ANY_WIDTH]
