@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
     add("--split-sentences", action="store_true", help="take sentences instead of whole texts; scraps are left out")
     add("--sts-file", help="pairs with a score, such as STS-B: sentence1, sentence2, score")
     add("--pooling", choices=("mean", "cls"), help="how a vector is measured (default: what the model's folder says, "
-        "which is copied along; else the mean, which SentenceTransformer takes for a folder that says nothing)")  # fmt: skip
+        "which is copied along; else the mean, as SentenceTransformer)")  # fmt: skip
     add("--keep-hidden", action=argparse.BooleanOptionalAction, default=True,
         help="keep the width of the vectors, so that they compare with the teacher's (default: on)")  # fmt: skip
     add("--max-length", type=int, default=64, help="tokens to which texts are cut (default: 64)")
