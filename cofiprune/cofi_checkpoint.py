@@ -158,7 +158,8 @@ def _entries(file: Path) -> dict[str, Any]:
     """Read the entries of a configuration."""
     with explained(CheckpointError, f"{file} is damaged, it is not JSON", OSError, ValueError):
         entries = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(entries, dict) or not isinstance(entries.get("model_type"), str):
+    expected = {"model_type": str, "architectures": list | None}
+    if not isinstance(entries, dict) or not all(isinstance(entries.get(name), kind) for name, kind in expected.items()):
         raise CheckpointError(f"{file} is not a model's configuration: it has no model_type")
     if "quantization_config" in entries:
         raise CheckpointError(f"{file.parent} is not a directory of the original CoFi; load it by from_pretrained")
@@ -197,8 +198,7 @@ def _dense_model(
     folder: Path, entries: dict[str, Any], task_head: str | None, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     """Build the dense model of the configuration, with random weights."""
-    listed = entries.get("architectures")
-    architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+    architecture = str(next(iter(entries.get("architectures") or ()), ""))
     ending = task_head or "".join(re.findall(r"For[A-Z]\w*$", architecture))
     auto = getattr(transformers, f"AutoModel{ending}", None)
     if not ending.startswith("For") or auto is None:
