@@ -132,11 +132,11 @@ def save_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     torch.save(_rng_state(), target / f"rng-{rank}.pt")
     wait()
-    if rank:
-        return target
-    write_state(target, state, fingerprint)
-    for _, old in _checkpoints(folder)[:-_KEPT]:
-        shutil.rmtree(old)
+    if not rank:
+        write_state(target, state, fingerprint)
+        for _, old in _checkpoints(folder)[:-_KEPT]:
+            shutil.rmtree(old)
+    wait()  # whoever ends now does not take the others with it while they write
     return target
 
 
