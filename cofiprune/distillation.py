@@ -42,21 +42,23 @@ _FIELDS = (
 )
 
 
-def predictions(output: Any) -> tuple[Tensor, ...]:
+def predictions(output: Any, order: Sequence[int] | None = None) -> tuple[Tensor, ...]:
     """Return the predictions of a `ModelOutput` of transformers, or a dict like it.
 
     These are the first that it has of: start_logits and end_logits, logits, prediction_logits, last_hidden_state,
     pooler_output.
 
+    :param order: the places of the classes in the order in which they are wanted; None for as they are.
     :raises TeacherError: if it has none of them.
     """
     fields = output if isinstance(output, Mapping) else {}
     for names in _FIELDS:
         if all(isinstance(fields.get(name), Tensor) for name in names):
-            return tuple(fields[name] for name in names)
-    found = ", ".join(map(str, fields)) or type(output).__name__
+            found = tuple(fields[name] for name in names)
+            return found if order is None else tuple(part[..., list(order)] for part in found)
+    present = ", ".join(map(str, fields)) or type(output).__name__
     wanted = ", ".join(" + ".join(names) for names in _FIELDS)
-    raise TeacherError(f"cannot tell what this model predicts: its output has {found}; looked for {wanted}")
+    raise TeacherError(f"cannot tell what this model predicts: its output has {present}; looked for {wanted}")
 
 
 def logit_loss(

@@ -54,6 +54,10 @@ class CheckpointError(CofipruneError, ValueError):
     """A checkpoint that is missing, damaged, of another run or of a newer version."""
 
 
+class StorageError(CheckpointError, OSError):
+    """A file that cannot be written: no space left, or no permission."""
+
+
 class TrainingError(CofipruneError, RuntimeError):
     """Training that cannot go on, for example a loss that is not a number."""
 

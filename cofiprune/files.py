@@ -8,13 +8,15 @@ number in quotes is no number, and an entry that nobody knows is an error.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cofiprune.errors import CofipruneError, explained
+from cofiprune.errors import CofipruneError, StorageError, explained, one_line
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -22,18 +24,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STRICT = {"extra": "forbid"}
+_SEAL = "checksum"
 
 
 def write(path: Path, content: Callable[[Path], Any]) -> None:
     """Write a file so that it is complete or not there, also after a power cut.
 
     :param content: writes it to the path that it gets.
+    :raises StorageError: when that fails; what the name stood for is still there then.
     """
     partial = path.with_name(f"{path.name}.partial")
-    content(partial)
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
+    try:
+        content(partial)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        with suppress(OSError):
+            partial.unlink()
+        raise StorageError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
@@ -52,6 +61,45 @@ def read_json(path: Path, error: type[CofipruneError], problem: str) -> dict[str
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__} instead of an object")
     return cast("dict[str, Any]", found)
+
+
+def write_sealed(path: Path, entries: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Write plain values with a checksum of them, by `write`; for files that nobody is to edit."""
+    write_json(path, {**entries, _SEAL: _seal(entries)}, indent=indent)
+
+
+def read_sealed(path: Path, error: type[CofipruneError], problem: str) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    :raises error: when the file cannot be read, or says anything else than what was written.
+    """
+    entries = read_json(path, error, problem)
+    if entries.pop(_SEAL, None) != _seal(entries):
+        raise error(f"{problem}: its checksum is not that of its content")
+    return entries
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sums(folder: Path, sums: Mapping[str, str], error: type[CofipruneError], problem: str) -> None:
+    """Compare files with checksums that were taken of them.
+
+    :param sums: by name in the folder.
+    :raises error: naming the first file that is missing or another.
+    """
+    for name, expected in sums.items():
+        with explained(error, f"{problem}: {name} cannot be read", OSError):
+            found = checksum(folder / name)
+        if found != expected:
+            raise error(f"{problem}: {name} is not as it was written")
+
+
+def _seal(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def validated(cls: type[T], entries: Mapping[str, Any], error: type[CofipruneError], problem: str) -> T:

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from bundled import docstring_rows, minilm, tiny_bert
+from huggingface_hub import snapshot_download
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -40,6 +41,8 @@ SETTINGS = "--learning-rate 5e-4 --finetune-learning-rate 1e-3 --batch-size 32"
 TINY = "--epochs 1 --finetune-epochs 1 --batch-size 16"
 FEWEST, MOST = 10, 1000
 """Held-out texts: the similarities of all pairs of them are compared, half a million at most."""
+MODULES = ("*.json", "[0-9]*_*/*")
+"""Files that come along with a model on the hub."""
 OF_ANY_WIDTH = ("Transformer", "Pooling", "Normalize")
 """Modules of sentence-transformers that do not mind a width other than the one that they were saved with."""
 
@@ -58,7 +61,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
     add("--text-column", nargs="+", help="columns of texts (default: those of a known name)")
     add("--split-sentences", action="store_true", help="take sentences instead of whole texts; scraps are left out")
     add("--sts-file", help="pairs with a score, such as STS-B: sentence1, sentence2, score")
-    add("--pooling", choices=("mean", "cls"), help="how a vector is made (default: what the model's folder says)")
+    add("--pooling", choices=("mean", "cls"), help="how a vector is measured (default: what the model's folder says, "
+        "which is copied along; else the mean, as SentenceTransformer)")  # fmt: skip
     add("--keep-hidden", action=argparse.BooleanOptionalAction, default=True,
         help="keep the width of the vectors, so that they compare with the teacher's (default: on)")  # fmt: skip
     add("--max-length", type=int, default=64, help="tokens to which texts are cut (default: 64)")
@@ -228,8 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     folder = options.output_dir
     source = options.model or (tiny_bert(folder / "tiny-model", config.seed) if options.tiny else minilm())
-    modules = read_modules(source)
-    pooling = options.pooling or pooling_of(source, modules)
+    beside = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=MODULES)
+    modules = read_modules(beside)
+    pooling = options.pooling or pooling_of(beside, modules)
     if pooling not in ("mean", "cls"):
         sys.exit(f"the model pools by {pooling!r}; what can be measured is mean and cls (--pooling)")
     fixed = [module["kind"] for module in modules if module["kind"] not in OF_ANY_WIDTH]
@@ -242,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = copy.deepcopy(model)
     rows = tokenise([{"text": text} for text in texts], tokenizer, model, max_length=options.max_length)
     goal = {"target_sparsity": options.target_sparsity, "teacher": "self", "config": config, "output_dir": folder}
-    result = cofiprune.prune(model, rows, **goal, resume=options.resume and any(folder.glob("checkpoint-*")))
+    result = cofiprune.prune(model, rows, **goal, resume="auto" if options.resume else False)
     result.compact().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     student = AutoModel.from_pretrained(folder).to(model.device)
@@ -251,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return vectors(model, tokenizer, texts, pooling, options.max_length)
 
     dense, pruned = embed(held_out, teacher.to(model.device)), embed(held_out)
-    copy_modules(source, folder, modules, pruned.shape[1])
+    copy_modules(beside, folder, modules, pruned.shape[1])
     kept = result.plan.keep.get("hidden", range(dense.shape[1]))
     found = {"sparsity": cofiprune.summary(student).sparsity, "dimensions": pruned.shape[1], "pooling": pooling}
     found |= agreement(dense, pruned, kept)

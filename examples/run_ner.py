@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return found
 
     def place(folder: Path) -> dict[str, Any]:
-        return {"output_dir": folder, "resume": options.resume and any(folder.glob("checkpoint-*"))}
+        return {"output_dir": folder, "resume": "auto" if options.resume else False}
 
     watched = {"eval_dataset": rows[""], "compute_metrics": scores}
     if options.teacher == "train":

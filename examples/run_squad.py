@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {name: value for name, value in found.items() if name.endswith(("exact_match", "f1"))}
 
     def place(folder: Path) -> dict[str, Any]:
-        return {"output_dir": folder, "resume": options.resume and any(folder.glob("checkpoint-*"))}
+        return {"output_dir": folder, "resume": "auto" if options.resume else False}
 
     watched = {"eval_dataset": rows, "compute_metrics": scores}
     if options.teacher == "train":

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {f"{name} accuracy": cofiprune.evaluate(model, part)["accuracy"] for name, part in rows.items()}
 
     def place(folder: Path) -> dict[str, Any]:
-        return {"output_dir": folder, "resume": options.resume and any(folder.glob("checkpoint-*"))}
+        return {"output_dir": folder, "resume": "auto" if options.resume else False}
 
     watched = {"eval_dataset": rows["validation"]}
     if options.teacher == "train":

@@ -25,6 +25,7 @@ _PACKAGE = Path(__file__).parents[1]
 # How messages of the package name arguments, and how they are named here.
 _SPELLED_HERE = {
     "resume=True": "--resume",
+    "resume='auto'": "--resume auto",
     "resume=False and another output_dir": "another --output-dir",
     "train_dataset: ": "--train-file: ",
     "eval_dataset: ": "--validation-file: ",

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.cli.loading import add_task_option, load_model, load_tokenizer
+from cofiprune.cli.beside import Beside
+from cofiprune.cli.loading import TASKS, add_task_option, load_config, load_model, load_tokenizer, task_by_architecture
 from cofiprune.cli.options import UsageError, at_least, one_of, writable_directory
 from cofiprune.errors import CofipruneError, explained
 
@@ -68,7 +69,12 @@ def export(options: argparse.Namespace) -> None:
     out = Path(options.out).expanduser()
     is_file = out.suffix == ".onnx"
     folder = writable_directory(str(out.parent if is_file else out))
-    model = load_model(options.model, options.task)
+    config, beside = load_config(options.model), Beside.of(options.model)
+    if not is_file:
+        beside.refuse_a_part()
+    stated = task_by_architecture(config)
+    task = options.task or ("feature-extraction" if beside.pools else stated) or next(iter(TASKS))
+    model = load_model(options.model, task, config=config)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (out.name if is_file else "model.onnx")
     names = write_onnx(model, file, opset=options.opset)
@@ -77,6 +83,7 @@ def export(options: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(options.model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        beside.for_task(task, stated, tokenised=tokenizer is not None).copy_to(folder, model.config)
     print(f"saved {file} ({file.stat().st_size / 1e6:.1f} MB), outputs {', '.join(names)}")
     if find_spec("onnxruntime") is None:
         print("not compared with torch: onnxruntime is not installed")

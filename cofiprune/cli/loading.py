@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cofiprune.cli.beside import Beside, apart
 from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
 from cofiprune.data.tasks import IGNORED, task_by_name
@@ -42,6 +43,7 @@ class Loaded:
 
     model: PreTrainedModel
     task: str
+    beside: Beside
     tokenizer: Any = None
     """None for a model without one."""
     datasets: dict[str, list[Row]] = field(default_factory=dict)
@@ -115,7 +117,8 @@ def load_model(
 
     config = config or load_config(name)
     task = task or task_by_architecture(config) or next(iter(TASKS))
-    auto = getattr(transformers, f"AutoModel{TASKS[task]}")
+    alone = not TASKS[task] and str(next(iter(config.architectures or ()), "")).endswith("EncoderModel")  # T5's
+    auto = getattr(transformers, f"AutoModel{'ForTextEncoding' if alone else TASKS[task]}")
     original = (Path(name) / "pytorch_model.bin").is_file()
     hint = f" (if the original CoFi wrote it, read it by: cofiprune convert {name} OUT)" if original else ""
     # Missing files, shapes that differ, a task that the family does not have.
@@ -187,7 +190,8 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     given = {"train_file": getattr(options, "train_file", None), "validation_file": options.validation_file}
     config = load_config(name)
     files = {option: load_rows(path) for option, path in given.items() if path is not None}
-    task = options.task or _task(config, files)
+    beside = Beside.of(name)
+    task = options.task or _task("feature-extraction" if beside.pools else task_by_architecture(config), files)
     kind = task_by_name(TASKS[task]) or "embedding"
     named = {column: getattr(options, column) for column in _COLUMNS}
     columns = {
@@ -198,7 +202,7 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     rows, chosen = next(((files[option], columns[option]) for option in files), ([], TextColumns(None)))
     _set_head(config, options, task, _labels(rows, chosen, task))
     model = load_model(name, task, config=config, new_head=trained)
-    loaded = Loaded(model, task, load_tokenizer(options.tokenizer or name))
+    loaded = Loaded(model, task, beside, load_tokenizer(options.tokenizer or name))
     needs_tokenizer = any(chosen.text is not None for chosen in columns.values())
     if needs_tokenizer and loaded.tokenizer is None:
         raise DataError(f"{options.tokenizer or name} has no tokenizer for the text; name one by --tokenizer")
@@ -215,6 +219,8 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
 def _check_directory(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "modules.json").is_file():
+            raise CheckpointError(apart(path))
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
             raise CheckpointError(f"{name} holds no model: it has no config.json; in it: {found}")
@@ -226,9 +232,9 @@ def _check_directory(name: str) -> None:
         raise CheckpointError(f"there is no directory {name}")
 
 
-def _task(config: PretrainedConfig, files: Mapping[str, list[Row]]) -> str:
+def _task(stated: str | None, files: Mapping[str, list[Row]]) -> str:
     """Return what the model was saved for; a pretrained one with labelled texts is for classifying them."""
-    stated = task_by_architecture(config) or next(iter(TASKS))
+    stated = stated or next(iter(TASKS))
     labels = [row.get("label") for rows in files.values() for row in rows[:1]]
     if stated in ("masked-lm", "feature-extraction") and any(isinstance(label, str | int | float) for label in labels):
         return "sequence-classification"

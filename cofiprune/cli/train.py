@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cofiprune.cli.loading import Loaded, add_data_options, add_model_options, load, load_model, model_name
+from cofiprune.cli.loading import (
+    Loaded,
+    add_data_options,
+    add_model_options,
+    load,
+    load_config,
+    load_model,
+    model_name,
+    task_by_architecture,
+)
 from cofiprune.cli.options import add_settings, given_settings, numbers, one_of, writable_directory
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
@@ -57,7 +67,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
+    add(
+        "--resume", nargs="?", const=True, default=False, choices=["auto"],
+        help="go on from the newest checkpoint in the output directory; with 'auto', where there is one",
+    )  # fmt: skip
     add_data_options(parser, train=True)
 
 
@@ -101,6 +114,11 @@ def _prepare(
 
     set_seed(config.seed)
     loaded = load(options, labelled=labelled, trained=trained)
+    stated, tokenised = task_by_architecture(loaded.model.config), loaded.tokenizer is not None
+    loaded.beside.refuse_a_part()
+    loaded.beside = loaded.beside.for_task(loaded.task, stated, tokenised=tokenised)
+    if loaded.beside.readers and not trained:
+        config = _without_hidden(config, loaded)
     teacher: Teacher = None
     if taught_by is not None:
         teacher = "self" if taught_by == "self" else load_model(taught_by, loaded.task)
@@ -115,6 +133,28 @@ def _prepare(
     }
 
 
+def _without_hidden(config: PruneConfig, loaded: Loaded) -> PruneConfig:
+    """Leave hidden dimensions whole, because modules behind the encoder have weights for all of them.
+
+    :raises SettingsError: when they are asked for by name.
+    """
+    from cofiprune.adapter import structure
+    from cofiprune.compaction.uniform_config import config_names
+    from cofiprune.training.resolved import unit_kinds
+
+    found = structure(loaded.model)
+    kinds = unit_kinds(found)
+    tied = config.uniform and config_names(loaded.model, found).head_dim is None  # fewer heads are a smaller width
+    left = tuple(unit for unit in kinds if unit != "hidden" and not (unit == "head" and tied))
+    readers = f"{' and '.join(loaded.beside.readers)} behind the encoder reads all of its hidden dimensions"
+    if "hidden" in (*(config.units or ()), *(config.one_shot_units or ())):
+        raise SettingsError(f"{readers}: leave hidden out of the units, --units {' '.join(left)}")
+    if config.units is not None or left == kinds:
+        return config
+    warnings.warn(f"{readers}, which stay: --units {' '.join(left)}", UserWarning, stacklevel=4)
+    return PruneConfig.create(config, units=left)
+
+
 def _save(result: PruneResult, model: PreTrainedModel, loaded: Loaded, folder: Path, target: dict[str, Any]) -> None:
     """Write the model, its tokenizer, the plan and the result, and print the result."""
     from accelerate import PartialState
@@ -126,6 +166,7 @@ def _save(result: PruneResult, model: PreTrainedModel, loaded: Loaded, folder: P
     model.save_pretrained(folder)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
+    loaded.beside.copy_to(folder, model.config)
     result.plan.save(folder / "plan.json")
     entries = {
         **target,
@@ -148,6 +189,8 @@ def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
     for point in result:
         if loaded.tokenizer is not None and point.folder is not None:
             loaded.tokenizer.save_pretrained(point.folder)
+        if point.folder is not None:
+            loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
     if find_spec("matplotlib") is not None:
         result.plot(folder / "curve.png")
     print(f"{result}\n\nsaved in {folder}")

@@ -8,6 +8,7 @@ not have tasks of their own: `ViTForImageClassification` classifies, whatever it
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,6 +88,26 @@ def classes_of(model: PreTrainedModel) -> int:
 def outputs_of(model: PreTrainedModel) -> int:
     """Number of outputs of a model's head: classes, or numbers predicted."""
     return model.config.num_labels or 0
+
+
+def class_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of a head's classes in the order of its outputs, in lower case; empty where they say nothing.
+
+    Numbers, names that are given twice and those that transformers gives to classes without one say nothing, nor do
+    those in the configuration of a model whose outputs are no classes: spans, words, choices or states.
+    """
+    if task_of(model) in ("embedding", "question-answering", "masked-lm", "multiple-choice"):
+        return ()
+    named = {int(index): str(label).strip().casefold() for index, label in (model.config.id2label or {}).items()}
+    names = tuple(named[index] for index in sorted(named))
+    unnamed = all(re.fullmatch(r"(label)?[\s_-]*\d+", name) for name in names)
+    return () if unnamed or len(set(names)) != outputs_of(model) else names
+
+
+def class_order(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
+    """Return the place in a teacher's outputs of each class of a student, by name; None where it is the student's."""
+    ours, theirs = class_names(student), class_names(teacher)
+    return None if ours == theirs or set(ours) != set(theirs) else [theirs.index(name) for name in ours]
 
 
 def label_names(model: PreTrainedModel) -> tuple[str, ...]:

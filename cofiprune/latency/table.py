@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cofiprune.errors import TargetError, explained
+from cofiprune.errors import TargetError
+from cofiprune.files import check_format, read_sealed, validated, write_sealed
 from cofiprune.structure import Block, Structure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no checksum."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class LatencyTable:
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = {"format_version": FORMAT_VERSION, **asdict(self)}
-        path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        write_sealed(path, {"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, path: Path, conditions: Conditions) -> Self:
@@ -83,14 +84,10 @@ class LatencyTable:
 
         :raises TargetError: when the file is none that can be read, or was measured under other conditions.
         """
-        from pydantic import TypeAdapter  # imported late: only targets in time need it
-
         problem = f"{path} is no latency table that can be read; delete it"
-        with explained(TargetError, problem, OSError, ValueError, KeyError, TypeError, AttributeError):
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            if entries.pop("format_version") != FORMAT_VERSION:
-                raise ValueError(f"this version reads format {FORMAT_VERSION}")
-            table: Self = TypeAdapter(cls).validate_python(entries)
+        entries = read_sealed(path, TargetError, problem)
+        check_format(entries.pop("format_version", None), FORMAT_VERSION, TargetError, problem)
+        table = validated(cls, entries, TargetError, problem)
         for field in fields(Conditions):
             ours, theirs = getattr(conditions, field.name), getattr(table.conditions, field.name)
             if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):

@@ -22,7 +22,7 @@ from torch import Tensor
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import TargetError
 from cofiprune.latency.measuring import measure, times_of
-from cofiprune.latency.table import Conditions, LatencyCost, LatencyTable
+from cofiprune.latency.table import FORMAT_VERSION, Conditions, LatencyCost, LatencyTable
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
@@ -95,7 +95,7 @@ def table_for(
     path = cache_folder() if cache is None else Path(cache)
     one_file = path.suffix == ".json"
     if not one_file:
-        digest = hashlib.sha256(json.dumps(asdict(conditions), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([FORMAT_VERSION, asdict(conditions)], sort_keys=True).encode()).hexdigest()
         path = path / f"{digest[:16]}.json"
     try:
         if path.exists():

@@ -23,7 +23,7 @@ from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import to_model
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.data.tasks import supported_kwargs, task_of
+from cofiprune.data.tasks import class_order, supported_kwargs, task_of
 from cofiprune.distillation import logit_loss, predictions
 from cofiprune.errors import AdapterError
 from cofiprune.hooks import evaluating
@@ -128,7 +128,7 @@ def _same_structure(teacher: PreTrainedModel, structure: Structure) -> bool:
 
 def _wanted(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
     """Return the teacher's outputs, or the model's own where the teacher's have another shape (an encoder's states)."""
-    theirs, (ours,) = outputs_of(teacher, batches), outputs_of(model, batches[:1])
+    theirs, (ours,) = outputs_of(teacher, batches, class_order(model, teacher)), outputs_of(model, batches[:1])
     same = [part.shape for part in ours] == [part.shape for part in theirs[0]]
     return theirs if same else outputs_of(model, batches)
 
@@ -145,13 +145,14 @@ def _synthetic(model: PreTrainedModel, structure: Structure, samples: int, gener
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
-    """Return the predictions of a model to each batch.
+def outputs_of(model: PreTrainedModel, batches: Sequence[Batch], order: Sequence[int] | None = None) -> list[Outputs]:
+    """Return the predictions of a model to each batch, with its classes in an order.
 
     :raises TeacherError: when its output holds none that are known.
     """
     return [
-        predictions(model(**to_model(batch, model), **supported_kwargs(model, return_dict=True))) for batch in batches
+        predictions(model(**to_model(batch, model), **supported_kwargs(model, return_dict=True)), order)
+        for batch in batches
     ]
 
 

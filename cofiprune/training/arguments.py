@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from cofiprune.compaction.uniform_config import config_names
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import check, longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.data.tasks import supported_kwargs, task_of
+from cofiprune.data.tasks import class_names, supported_kwargs, task_of
 from cofiprune.errors import DataError, SettingsError, TeacherError, TrainingError
 from cofiprune.latency.measuring import conditions_of
 from cofiprune.latency.target import best_multiple, latency_target
@@ -196,7 +197,37 @@ def resolve_teacher(
             f"{type(student).__name__}"
         )
     check_weights(teacher, "the teacher", error=TeacherError)
+    _compare_classes(student, teacher)
     return teacher
+
+
+def _compare_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Say how the classes of a teacher are matched with those of its student, where their names are not the same.
+
+    :raises TeacherError: when some names are the same and stand for other classes.
+    """
+    ours, theirs = class_names(student), class_names(teacher)
+    if ours == theirs or not (ours and theirs):
+        return
+    both = f"the teacher's are {_listed(theirs)}, the student's {_listed(ours)}"
+    if set(ours) == set(theirs):
+        if task_of(student) == "other":  # whose outputs may have their classes anywhere
+            raise TeacherError(f"teacher and student have the same classes in another order: {both}")
+        warnings.warn(
+            f"the classes are in another order, and are matched by their names: {both}", UserWarning, stacklevel=4
+        )
+        return
+    advice = "If they mean the same in this order, give both models one config.id2label and config.label2id"
+    moved = next((name for name in ours if name in theirs and theirs.index(name) != ours.index(name)), None)
+    if moved is not None:
+        raise TeacherError(f"the classes are not the same, and {moved!r} is at another place: {both}. {advice}.")
+    warnings.warn(
+        f"the classes have other names, and are matched by their order: {both}. {advice}", UserWarning, stacklevel=4
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} others" if names[4:] else "")
 
 
 def target_for(model: PreTrainedModel, structure: Structure, config: PruneConfig, name: str, value: float) -> Target:

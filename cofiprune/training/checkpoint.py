@@ -1,38 +1,39 @@
 """Checkpoints on disk: how the state of a run is written, found, read, and told from that of another run.
 
 A state is a folder of two files: `state.pt` (tensors and plain values, read with `weights_only=True`) and `meta.json`,
-written last, which makes the folder complete. `write_state` and `read_state` are the only ones that know them. In the
-checkpoint of a run, `rng-{rank}.pt` of each process lies next to them.
+with the checksums of the others, written last, which makes the folder complete. `write_state` and `read_state` are the
+only ones that know them. In the checkpoint of a run, `rng-{rank}.pt` of each process lies next to them.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from cofiprune.errors import CheckpointError
-from cofiprune.structure import Structure
-from cofiprune.training.config import PruneConfig
+from cofiprune.errors import CheckpointError, StorageError, explained
+from cofiprune.files import check_sums, checksum, read_json, read_sealed, write, write_sealed
+from cofiprune.training.identity import check_same
+from cofiprune.training.processes import together
 from cofiprune.training.state import RunState
 
-FORMAT_VERSION = 3
-"""2 held the state of Python's and numpy's generators in another form, 1 the dense model only where it was no longer
-the one that learns."""
+FORMAT_VERSION = 4
+"""3 had no checksums; 2 held the state of Python's and numpy's generators in another form; 1 held the dense model only
+where it was no longer the one that learns."""
+Resume = bool | Literal["auto"]
+"""Whether a run goes on from a checkpoint: "auto" where there is one."""
 _KEPT = 2
-_STATE, _META = "state.pt", "meta.json"
+_STATE, _META, _STOPPED = "state.pt", "meta.json", "stopped.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps", "latency_cache", "pad_to_multiple_of"}
-"""Settings that say nothing about the run, or that come from the machine."""
+_OTHERWISE = ", or start afresh with resume=False and another output_dir."
 
 
 def write_state(folder: Path, state: RunState, fingerprint: dict[str, Any]) -> None:
@@ -48,15 +49,10 @@ def write_state(folder: Path, state: RunState, fingerprint: dict[str, Any]) -> N
         "extra": state.extra,
         "fingerprint": fingerprint,
     }
-    _write(folder / _STATE, lambda path: torch.save(state.capture(), path))
-    _write(folder / _META, lambda path: path.write_text(json.dumps(meta), encoding="utf-8"))
-
-
-def _write(path: Path, content: Callable[[Path], Any]) -> None:
-    """Write a file so that it is either complete or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    content(partial)
-    os.replace(partial, path)
+    (folder / _META).unlink(missing_ok=True)
+    write(folder / _STATE, lambda path: torch.save(state.capture(), path))
+    sums = {file.name: checksum(file) for file in sorted(folder.glob("*.pt"))}
+    write_sealed(folder / _META, {**meta, "checksums": sums})
 
 
 @dataclass(frozen=True)
@@ -67,16 +63,15 @@ class SavedRun:
     phase: str
     extra: dict[str, Any]
     captured: dict[str, Any]
+    fingerprint: dict[str, Any]
 
     def restore_rng(self, rank: int = 0) -> None:
         """Put the random number generators of a process back to where they were.
 
-        :raises CheckpointError: when its part of the checkpoint is missing or damaged.
+        :raises CheckpointError: when its part of the checkpoint is missing.
         """
-        try:
+        with explained(CheckpointError, f"{self.folder} is damaged: its rng-{rank}.pt cannot be read", Exception):
             _set_rng_state(torch.load(self.folder / f"rng-{rank}.pt", weights_only=True))
-        except Exception as error:  # torch.load raises errors of many kinds
-            raise CheckpointError(f"{self.folder} is damaged: its rng-{rank}.pt cannot be read ({error})") from error
 
 
 def has_state(folder: Path) -> bool:
@@ -84,34 +79,33 @@ def has_state(folder: Path) -> bool:
     return (folder / _META).exists()
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not as it was written."""
+
+
 def read_state(folder: Path, fingerprint: dict[str, Any], otherwise: str) -> SavedRun:
     """Read what `write_state` wrote.
 
     :param otherwise: what else can be done, for the end of messages: ", or ...".
-    :raises CheckpointError: when it is damaged, of another version, or of another run.
+    :raises DamagedError: when a file is not as it was written.
+    :raises CheckpointError: when it is of another version, or of another run.
     """
-    try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        version = int(meta["format_version"])
-        if version == FORMAT_VERSION:
-            phase, extra, saved = str(meta["phase"]), dict(meta["extra"]), dict(meta["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged: its {_META} cannot be read ({error!r})") from error
-    if version != FORMAT_VERSION:
-        age = "a newer" if version > FORMAT_VERSION else "an older"
-        advice = "" if version > FORMAT_VERSION else f". Finish that run with the version that began it{otherwise}"
+    problem = f"{folder} is damaged"
+    found = read_json(folder / _META, DamagedError, f"{problem}: {_META} cannot be read")
+    stated = found.get("format_version")
+    if isinstance(stated, int) and stated != FORMAT_VERSION:
+        age = "a newer" if stated > FORMAT_VERSION else "an older"
+        advice = "" if stated > FORMAT_VERSION else f". Finish that run with the version that began it{otherwise}"
         raise CheckpointError(
-            f"{folder} was written in format {version} by {age} cofiprune; this version reads format "
+            f"{folder} was written in format {stated} by {age} cofiprune; this version reads format "
             f"{FORMAT_VERSION}{advice}"
         )
-    check_same(fingerprint, saved, f"{folder} is of another run", otherwise)
-    try:
+    meta = read_sealed(folder / _META, DamagedError, f"{problem}: {_META}")
+    check_same(fingerprint, meta["fingerprint"], f"{folder} is of another run", otherwise)
+    check_sums(folder, meta["checksums"], DamagedError, problem)
+    with explained(DamagedError, f"{problem}: its {_STATE} cannot be read", Exception):
         captured = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: its {_STATE} cannot be read ({error})") from error
-    if not isinstance(captured, dict):
-        raise CheckpointError(f"{folder} is damaged: its {_STATE} holds a {type(captured).__name__}")
-    return SavedRun(folder, phase, extra, captured)
+    return SavedRun(folder, meta["phase"], meta["extra"], captured, meta["fingerprint"])
 
 
 def save_checkpoint(
@@ -120,86 +114,71 @@ def save_checkpoint(
     fingerprint: dict[str, Any],
     *,
     rank: int = 0,
-    wait: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint below `folder` and drop all but the two newest.
+    """Write a checkpoint below `folder` and drop all but the two newest. Every process of a run writes its part.
 
     :param fingerprint: plain values that a resumed run must have in common with this one.
-    :param wait: returns when every process has called it: a checkpoint is complete when all have written their part.
     :return: the checkpoint's own folder.
     """
     target = folder / f"checkpoint-{state.total_steps}"
-    target.mkdir(parents=True, exist_ok=True)
-    torch.save(_rng_state(), target / f"rng-{rank}.pt")
-    wait()
-    if not rank:
-        write_state(target, state, fingerprint)
-        for _, old in _checkpoints(folder)[:-_KEPT]:
+    with together():
+        target.mkdir(parents=True, exist_ok=True)
+        write(target / f"rng-{rank}.pt", lambda path: torch.save(_rng_state(), path))
+    with together():  # whoever ends after it does not take the others with it while they write
+        if not rank:
+            write_state(target, state, fingerprint)
+        for _, old in [] if rank else _checkpoints(folder)[:-_KEPT]:
+            (old / _META).unlink()  # first, so that what is left of a folder does not count as whole
             shutil.rmtree(old)
-    wait()  # whoever ends now does not take the others with it while they write
     return target
 
 
 def load_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> SavedRun:
-    """Read the newest complete checkpoint below `folder`.
+    """Read the newest checkpoint below `folder` that is whole; of damaged ones it warns.
 
-    :raises CheckpointError: when there is none, or it is damaged, of another version, or of another run.
+    :raises CheckpointError: when there is none, or it is of another version or of another run.
     """
-    found = _checkpoints(folder)
-    if not found:
-        started = " (an incomplete one is left of a run that was cut off)" if has_checkpoints(folder) else ""
-        raise CheckpointError(f"nothing to resume in {folder}: it has no complete checkpoint-* folder{started}")
-    return read_state(found[-1][1], fingerprint, ", or start afresh with resume=False and another output_dir.")
+    damaged: list[DamagedError] = []
+    for _, newest in reversed(_checkpoints(folder)):
+        try:
+            saved = read_state(newest, fingerprint, _OTHERWISE)
+        except DamagedError as error:
+            damaged.append(error)
+            continue
+        for problem in damaged:
+            warnings.warn(f"{problem}; the run goes on from {newest.name}", UserWarning, stacklevel=2)
+        return saved
+    if damaged:
+        raise damaged[0]
+    raise CheckpointError(
+        f"nothing to resume in {folder}: it has no complete checkpoint-* folder. resume='auto' starts afresh then"
+    )
+
+
+def note_stop(folder: Path, model: str, left: str) -> None:
+    """Note a digest of the model that a stopped run has left beside that of the model which it began with.
+
+    Whoever goes on may hand in either.
+    """
+    with suppress(StorageError):
+        write_sealed(folder / _STOPPED, {"model": model, "left": left})
+
+
+def begun_with(folder: Path, model: str) -> str:
+    """Return the digest of the model that a run began with, by that of a model that is handed in to go on.
+
+    :raises CheckpointError: when what `note_stop` wrote cannot be read.
+    """
+    file = folder / _STOPPED
+    if not file.exists():
+        return model
+    noted = read_sealed(file, CheckpointError, f"{file} is damaged; delete it")
+    return str(noted["model"]) if noted["left"] == model else model
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Return whether a folder holds checkpoints of some run, complete or not."""
-    return folder.is_dir() and any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
-
-
-def identifying(config: PruneConfig) -> dict[str, Any]:
-    """Return the settings that a resumed run must have in common with the one that was saved, as plain values."""
-    return config.model_dump(mode="json", exclude=_MAY_CHANGE)
-
-
-def identity(structure: Structure, teacher: Any, config: PruneConfig) -> dict[str, Any]:
-    """Return what any resumed run must have in common with the one that was saved, as plain values.
-
-    :param teacher: a model, "self" or None.
-    """
-    return {
-        "family": structure.family,
-        "sizes": sum(structure.sizes.values()),
-        "teacher": teacher if teacher is None or isinstance(teacher, str) else type(teacher).__name__,
-        "config": identifying(config),
-    }
-
-
-def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], problem: str, otherwise: str) -> None:
-    """Make sure that a checkpoint is of the run that is to go on.
-
-    :param asked: the fingerprint of that run, `saved` the one of the checkpoint.
-    :param problem: the beginning of the message where they differ.
-    :raises CheckpointError: naming the first value that differs, down to single settings.
-    """
-    difference = _first_difference(asked, saved)
-    if difference is not None:
-        name, wanted, was = difference
-        raise CheckpointError(
-            f"{problem}: its {name} is {was!r}, asked for {wanted!r}. Resume with the same arguments{otherwise}"
-        )
-
-
-def _first_difference(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    for name, value in asked.items():
-        other = saved.get(name)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            inner = _first_difference({**dict.fromkeys(other), **value}, other)
-            if inner is not None:
-                return inner
-        elif value != other:
-            return name, value, other
-    return None
+    """Return whether a folder holds complete checkpoints of some run."""
+    return bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

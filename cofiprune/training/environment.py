@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch import nn
 
 from cofiprune.data.prepare import prepare
 from cofiprune.data.tasks import label_names
-from cofiprune.errors import CheckpointError, DataError, SettingsError, suggest
+from cofiprune.errors import CheckpointError, DataError, SettingsError, one_line, suggest
 from cofiprune.measure.evaluation import evaluate_batches
-from cofiprune.training.checkpoint import has_checkpoints
+from cofiprune.training.checkpoint import Resume, has_checkpoints
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.processes import by_first, check_processes, together
 
@@ -79,19 +80,25 @@ def check_compile(config: PruneConfig, device: torch.device) -> None:
         ) from error
 
 
-def check_output_dir(output_dir: str | Path | None, *, resume: bool) -> Path | None:
-    """Make sure that checkpoints can be written, and that none of another run are in the way.
+def check_output_dir(output_dir: str | Path | None, *, resume: Resume) -> Path | None:
+    """Make sure that checkpoints can be written, and that none of another run are in the way; make the folder.
 
-    :raises SettingsError: when the folder cannot be made, or is missing where a run is to be resumed.
+    :raises SettingsError: when files cannot be written there, or it is missing where a run is to be resumed.
     :raises CheckpointError: when a new run would mix its checkpoints with those of an earlier one.
     """
     if output_dir is None:
         if resume:
-            raise SettingsError("resume=True needs the output_dir that holds the checkpoints")
+            raise SettingsError(f"resume={resume} needs the output_dir that holds the checkpoints")
         return None
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output_dir={str(output_dir)!r} is a file; it takes a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(f"output_dir={str(output_dir)!r} cannot be written to: {one_line(error)}") from error
     if not resume and has_checkpoints(folder):
         raise CheckpointError(
             f"{folder} holds checkpoints of an earlier run: pass resume=True to go on with that run, or choose "

@@ -222,8 +222,7 @@ class Loop:
         if self.learner is not None:
             self.learner.masks.unbind()
         self.last_saved = state.total_steps
-        rank, wait = run.accelerator.process_index, run.accelerator.wait_for_everyone
-        save_checkpoint(run.folder, state, run.fingerprint, rank=rank, wait=wait)
+        save_checkpoint(run.folder, state, run.fingerprint, rank=run.accelerator.process_index)
 
     def _interrupted(self) -> bool:
         """Return whether this process, or any other of the run, was asked to stop."""

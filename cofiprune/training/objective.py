@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.data.batches import REPEATED, ROWS, Batches, model_inputs, to_model
-from cofiprune.data.tasks import IGNORED, Task, forward_names, label_names, supported_kwargs
+from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs
 from cofiprune.distillation import (
     hidden_projection,
     layerwise_loss,
@@ -74,7 +74,8 @@ class Objective:
             layers = teacher_layers(teacher.config.num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
-            self.teacher = Teacher(teacher, layers, token_axis=self.task in _TOKEN_AXIS, memory=memory)
+            order = class_order(student, teacher)
+            self.teacher = Teacher(teacher, layers, self.task in _TOKEN_AXIS, memory, order)
         self.options = supported_kwargs(student, output_hidden_states=self.distils_layers, return_dict=True)
 
     @property
@@ -225,6 +226,8 @@ class Teacher:
     """Whether the predictions have one: [B, T, ...] instead of [B, ...]."""
     memory: int
     """Bytes that it may remember; 0 for none."""
+    order: Sequence[int] | None = None
+    """The place in its predictions of each class of the student; None where that is the student's."""
     used: int = 0
     _known: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
@@ -258,7 +261,7 @@ class Teacher:
         inputs = {name: value for name, value in inputs.items() if name in self.reads}
         output = self.model(**inputs, **self.options)
         states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
-        return tuple(part.detach() for part in predictions(output)), states
+        return tuple(part.detach() for part in predictions(output, self.order)), states
 
     def _remember(self, numbers: list[int], outputs: Outputs, mask: Tensor) -> None:
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)

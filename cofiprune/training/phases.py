@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from cofiprune.accounting import layer_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import evaluating, frozen
 from cofiprune.masking import attach_to, masks_of
 from cofiprune.measure.summary import dense_structure
@@ -101,7 +101,7 @@ def pick_method(run: Run, target: Target) -> None:
     config = run.config
     saved = None if run.folder is None else run.folder / "choice.json"
     if run.resume and saved is not None and saved.exists():
-        choice = Choice(**json.loads(saved.read_text()))
+        choice = Choice(**read_sealed(saved, CheckpointError, f"{saved} is damaged; start afresh in another folder"))
     elif config.time_budget is None:
         choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
     else:
@@ -109,8 +109,7 @@ def pick_method(run: Run, target: Target) -> None:
         pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
         choice = choose(pace, config.time_budget, share=1 - target.share)
     if saved is not None and run.accelerator.is_main_process:
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(asdict(choice)))
+        write_sealed(saved, asdict(choice))
     settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs, "time_budget": None}
     run.config = config.model_copy(update=settings)
     run.settle()

@@ -17,8 +17,9 @@ from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
+from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.environment import check_output_dir, held_out
+from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
@@ -55,7 +56,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
     output_dir: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> PruneResult | SweepResult:
@@ -86,7 +87,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
-    :param resume: go on from the newest checkpoint in `output_dir`.
+    :param resume: True to go on from the newest checkpoint in `output_dir`, "auto" to do so where there is one and to
+        start afresh where there is none.
     :param callbacks: functions that are called with each entry of the history.
     :param settings: fields of `PruneConfig`, on top of `config`.
     :raises CofipruneError: for wrong arguments, before anything is changed.
@@ -151,7 +153,7 @@ def _prune(run: Run) -> PruneResult:
         return _prune_data_free(run, target)
     if config.trains:
         check_trainable(run.model, gated=config.method != "one-shot")
-    elif run.resume:
+    elif run.resume is True:
         raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
     run.prepare()
     if config.method == "auto":
@@ -163,9 +165,9 @@ def _prune(run: Run) -> PruneResult:
 def _prune_data_free(run: Run, target: Target) -> PruneResult:
     """Prune in one shot without data."""
     model, teacher, config = run.model, run.teacher, run.config
-    if run.resume:
+    if run.resume is True:
         raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
-    folder = check_output_dir(run.output_dir, resume=False)
+    folder, first = check_output_dir(run.output_dir, resume=False), accelerator_for(config).is_main_process
     evaluate = held_out(model, run.eval_dataset, config, run.collator, run.compute_metrics)
     take_masks_off(model, stacklevel=5)
     source = "the weights alone" if teacher is None else "the weights and the teacher's outputs on synthetic inputs"
@@ -196,8 +198,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result
 
@@ -212,7 +213,7 @@ def finetune(  # noqa: PLR0913  # like prune
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
     output_dir: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> PruneResult:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from cofiprune.compaction import compact
 from cofiprune.compaction.slicing import compacted
+from cofiprune.errors import PlanError
+from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, entries_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
@@ -111,11 +113,19 @@ class PruneResult(Report):
         return self.target is not None and self.settings.uniform
 
     def compact(self, *, fuse: bool = False) -> PreTrainedModel:
-        """Return the smaller model: `cofiprune.compact(result.model)`, with `uniform=True` where the run had it.
+        """Return the smaller model that the plan leaves, with `uniform=True` where the run had it.
 
         :param fuse: as in `cofiprune.compact`.
+        :raises PlanError: when the model has other masks by now, of a later run for example: its weights have been
+            trained for those.
         """
-        return compact(self.model, uniform=self.uniform, fuse=fuse)
+        masks = masks_of(self.model)
+        if masks is not None and Plan.from_masks(masks) != self.plan:
+            raise PlanError(
+                "the masks on the model are no longer those of this result: it was pruned again, or they were changed. "
+                "cofiprune.compact(model) gives what they leave; prune a copy of the model to keep both"
+            )
+        return compact(self.model, self.plan, uniform=self.uniform, fuse=fuse)
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group

@@ -23,14 +23,14 @@ from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare
-from cofiprune.errors import SettingsError, TrainingError
+from cofiprune.errors import SettingsError, StorageError, TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to, masks_of
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import take_masks_off
-from cofiprune.training.checkpoint import SavedRun, identity, load_checkpoint
+from cofiprune.training.checkpoint import Resume, SavedRun, begun_with, has_checkpoints, load_checkpoint, note_stop
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import (
     Display,
@@ -43,6 +43,7 @@ from cofiprune.training.environment import (
     held_out,
     metric_name,
 )
+from cofiprune.training.identity import digest_of_model, digest_of_rows, identity
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 from cofiprune.training.processes import noticing, together
@@ -74,7 +75,7 @@ class Run:
     compute_metrics: Callable[[Any], dict[str, float]] | None
     output_dir: str | Path | None
     callbacks: Sequence[Callback]
-    resume: bool
+    resume: Resume
 
     # Set up by `prepare`.
     batches: Batches = field(init=False)
@@ -124,6 +125,8 @@ class Run:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
         self.callbacks = check_callbacks(self.callbacks)
         self.folder = check_output_dir(self.output_dir, resume=self.resume)
+        if self.resume == "auto":
+            self.resume = self.folder is not None and has_checkpoints(self.folder)
         self.accelerator = accelerator_for(config)
         check_compile(config, self.accelerator.device)
         set_seed(config.seed, device_specific=True)
@@ -172,13 +175,19 @@ class Run:
 
     def identify(self, **more: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""
+        if self.folder is None:
+            return
+        own = identity(self.model, "self" if self.teaches_itself else self.teacher, self.settings)
         self.fingerprint = {
             **more,
+            "teacher": own["teacher"],  # first: settings that are left open follow from it
+            **own,
+            "rows": digest_of_rows(self.calibration),
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
-            **identity(self.structure, "self" if self.teaches_itself else self.teacher, self.settings),
         }
-        if self.resume and self.folder is not None:
+        if self.resume:
+            self.fingerprint["model"] = begun_with(self.folder, self.fingerprint["model"])
             self.saved = load_checkpoint(self.folder, self.fingerprint)
 
     @contextmanager
@@ -192,15 +201,18 @@ class Run:
             if metric is not None and self.evaluate is not None:
                 metric_name(metric, self.evaluate(self.model))
             if self.target is not None:
-                take_masks_off(self.model, quietly=self.resume, stacklevel=6)
+                take_masks_off(self.model, quietly=bool(self.resume), stacklevel=6)
             try:
                 with noticing(self.folder):
                     yield
             except BaseException as error:
                 # Whoever stops a run finds what it has trained. After an error, what was pruned would lack the plan
                 # that belongs to it, and after a loss that is not a number the weights are worth nothing.
-                if not isinstance(error, Exception if self.target is not None else TrainingError):
+                lost = isinstance(error, Exception if self.target is not None else TrainingError)
+                if isinstance(error, StorageError) or not lost:
                     self._write()
+                    if self.folder is not None and self.accelerator.is_main_process:
+                        note_stop(self.folder, self.fingerprint["model"], digest_of_model(self.model))
                 raise
             self._write()
 
@@ -318,7 +330,6 @@ class Run:
         """Return what came of the run, and save its plan."""
         state, masks, target = self.state, masks_of(self.model), self.target
         if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)  # one shot writes no checkpoint
             self.plan.save(self.folder / "plan.json")
         best = None if state.best is None else state.best["step"]
         return PruneResult(

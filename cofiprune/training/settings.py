@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from cofiprune.errors import SettingsError, suggest
 from cofiprune.structure import UNIT_KINDS, UnitKind
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -273,7 +279,7 @@ class TargetSettings(Settings):
     has the length that it has."""
     target_batch_size: Count = 1
     """Batch size at which time is measured, for `target_speedup` and `target_latency_ms`."""
-    latency_cache: str | None = None
+    latency_cache: Annotated[str, BeforeValidator(_as_text)] | None = None
     """Where measured times are kept: a folder, or one file that ends in `.json`. None: a folder in the user's
     cache."""
 

@@ -17,7 +17,9 @@ import numpy as np
 
 from cofiprune.accounting import amount
 from cofiprune.compaction.slicing import write_back
+from cofiprune.data.prepare import prepare
 from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.files import check_sums, checksum, read_sealed, write_sealed
 from cofiprune.latency.measuring import conditions_of, times_of
 from cofiprune.latency.table import Conditions
 from cofiprune.masking import attach_to
@@ -25,8 +27,9 @@ from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.training.arguments import counted_length, take_masks_off
-from cofiprune.training.checkpoint import check_same, has_checkpoints, identifying
-from cofiprune.training.environment import metric_name
+from cofiprune.training.checkpoint import Resume, has_checkpoints
+from cofiprune.training.environment import check_output_dir, metric_name
+from cofiprune.training.identity import check_same, digest_of_rows, identity
 from cofiprune.training.result import PruneResult
 from cofiprune.training.run import Run
 
@@ -145,13 +148,10 @@ def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneR
     :raises CheckpointError: when the folder holds another sweep.
     """
     config, model, structure = run.config, run.model, run.structure
-    folder = None if run.output_dir is None else Path(run.output_dir)
-    if run.resume and folder is None:
-        raise SettingsError("resume=True needs the output_dir that holds the models that are done")
+    folder = check_output_dir(run.output_dir, resume=run.resume)
     take_masks_off(model)
     if folder is not None:
-        identity = {"targets": [target.requested for target in targets], "settings": identifying(config)}
-        _check_folder(folder, identity, resume=run.resume)
+        _check_folder(folder, _identity(run, targets), resume=run.resume)
     if config.time_budget is not None:
         run = replace(run, config=config.model_copy(update={"time_budget": config.time_budget / len(targets)}))
     batch_size, seq_len = config.target_batch_size, counted_length(model, config)
@@ -170,20 +170,34 @@ def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneR
     return SweepResult(tuple(points), f"batch {batch_size}, length {seq_len}, {conditions.device}")
 
 
-def _check_folder(folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
+def _check_folder(folder: Path, identity: dict[str, Any], *, resume: Resume) -> None:
     """Make sure that a folder is this sweep's, and write down whose it is.
 
     :raises CheckpointError: when it holds another one, or this one and it was not asked to go on.
     """
     file = folder / "sweep.json"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        write_sealed(file, identity, indent=1)
         return
     if not resume:
         raise CheckpointError(f"{folder} holds an earlier sweep: pass resume=True to go on, or choose another folder")
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_sealed(file, CheckpointError, f"{file} is damaged; start afresh in another folder")
     check_same(json.loads(json.dumps(identity)), found, f"{folder} holds another sweep", ", or choose another folder")
+
+
+def _identity(run: Run, targets: Sequence[Target]) -> dict[str, Any]:
+    """What a resumed sweep must have in common with the one that was begun."""
+    rows = None
+    if run.train_dataset is not None:
+        size, collator = run.config.batch_size, run.collator
+        rows = digest_of_rows(
+            prepare(run.train_dataset, run.model, batch_size=size, collator=collator, need_labels=False)
+        )
+    return {
+        "targets": [target.requested for target in targets],
+        "rows": rows,
+        **identity(run.model, "self" if run.teaches_itself else run.teacher, run.config),
+    }
 
 
 def _next(
@@ -220,7 +234,8 @@ def _next(
         kept_of_all.save(folder / _PLAN)
         kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
         entries = {name: getattr(point, name) for name in kept}
-        (folder / _POINT).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        sums = {file.name: checksum(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        write_sealed(folder / _POINT, {**entries, "checksums": sums}, indent=1)
     return point
 
 
@@ -229,5 +244,7 @@ def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoin
     file = folder / _POINT
     if not file.exists():
         return None
-    entries = json.loads(file.read_text(encoding="utf-8"))
+    problem = f"{folder} is damaged; delete it to have that model made again"
+    entries = read_sealed(file, CheckpointError, problem)
+    check_sums(folder, entries.pop("checksums", {}), CheckpointError, problem)
     return SweepPoint(**entries, plan=Plan.load(folder / _PLAN), model=cls.from_pretrained(folder), folder=folder)

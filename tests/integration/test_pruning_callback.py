@@ -568,7 +568,7 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     refused("other weights", trainer())
     for name in ("state.pt", "meta.json"):
         (last / "cofiprune" / name).write_bytes((last / "cofiprune" / name).read_bytes()[:100])
-        refused(f"damaged: its {name}", trainer())
+        refused(f"damaged: {name}", trainer())
     (last / "cofiprune" / "meta.json").unlink()
     refused("the gates of that step are missing", trainer())
 

@@ -201,8 +201,8 @@ def test_output_folders_that_cannot_be_used(toy, tmp_path):
     refused(toy.student(), rows, CheckpointError, "learning_rate", "0.25", learning_rate=0.25, **again)
     refused(toy.student(), rows, CheckpointError, "units", "intermediate", units="intermediate", **again)
     refused(toy.student(), rows, CheckpointError, "teacher", "'self'", teacher="self", **again)
-    refused(toy.student(), toy.rows(64), CheckpointError, "batches", **again)
-    refused(toy.bert(num_hidden_layers=3), rows, CheckpointError, "sizes", **again)
+    refused(toy.student(), toy.rows(64), CheckpointError, "rows", **again)
+    refused(toy.bert(num_hidden_layers=3), rows, CheckpointError, "another model", **again)
     refused(toy.student(), rows, CheckpointError, "method", "prune", run="finetune", **again)
     # The same structure, but another head.
     tokens = toy.rows(16, labels=lambda ids: {"labels": [0] * len(ids)})

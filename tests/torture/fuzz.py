@@ -274,7 +274,7 @@ def run_subjects(place: Path) -> Iterator[Subject]:
 
 
 def latency_subject(place: Path) -> Subject:
-    common = {"target_speedup": 1.3, "target_seq_len": 8, "latency_cache": str(place / "times"), "progress": False}
+    common = {"target_speedup": 1.3, "target_seq_len": 8, "latency_cache": place / "times", "progress": False}
     cofiprune.prune(model_of(), **common)
     file = next((place / "times").rglob("*.json"))
     from cofiprune.latency.table import LatencyTable

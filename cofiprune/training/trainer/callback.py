@@ -28,8 +28,9 @@ from cofiprune.training.arguments import (
     take_masks_off,
     target_for,
 )
-from cofiprune.training.checkpoint import SavedRun, identity
+from cofiprune.training.checkpoint import SavedRun
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.identity import identity
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of
@@ -186,7 +187,7 @@ class PruningCallback(TrainerCallback):
         self._fingerprint = {
             "target_sparsity": self.target,
             "max_steps": state.max_steps,
-            **identity(structure, self.teacher, self.config),
+            **identity(model, self.teacher, self.config, with_weights=False),
         }
         return load_beside(args, state.global_step, self._fingerprint, model) if state.global_step else None
 

@@ -6,7 +6,6 @@ under. What does not depend on the batch, the constraint, is added to that gradi
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from cofiprune.hooks import evaluating
 from cofiprune.plan import Plan
 from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import SavedRun, has_state, read_state, write_state
+from cofiprune.training.identity import digest_of_weights
 from cofiprune.training.learner import GateLearner, average_gradients, start_alike
 from cofiprune.training.objective import Objective
 from cofiprune.training.state import RunState
@@ -180,7 +180,7 @@ class CallbackRun:
     def save(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         """Add gates, multipliers and projection to a checkpoint that the Trainer wrote."""
         self.state.seconds = self.seconds
-        self.state.extra["weights"] = _digest(self.model)
+        self.state.extra["weights"] = digest_of_weights(self.model)
         write_state(folder / FOLDER, self.state, fingerprint)
 
     def restore(self, saved: SavedRun) -> None:
@@ -232,18 +232,8 @@ def load_beside(args: Any, step: int, fingerprint: dict[str, Any], model: nn.Mod
             "output_dir is found when TrainingArguments(resume_from_checkpoint=...) names it too"
         )
     saved = read_state(folder, fingerprint, ", or train anew")
-    if saved.extra["weights"] != _digest(model):
+    if saved.extra["weights"] != digest_of_weights(model):
         raise CheckpointError(
             f"{folder} is of another run: its gates were saved with other weights than those the Trainer resumes from"
         )
     return saved
-
-
-def _digest(model: nn.Module) -> str:
-    """Hash a model's biases and norms, which are few and change with every step."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() <= 1:
-            found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
