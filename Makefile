@@ -16,12 +16,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check torture bench clean
 
 help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
 	@echo "make test    the default test run"
 	@echo "make check   ruff, mypy, vulture and import-linter"
+	@echo "make torture kill runs and let them go on; change files and read them (half an hour)"
 	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
 	@echo "make clean   remove the environment, caches and build output"
 
@@ -49,6 +50,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/vulture
 	$(BIN)/lint-imports --no-cache
+
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/kills.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/fuzz.py $(ARGS)
 
 # The profile is made whatever failed before it; make fails in the end all the same.
 bench: $(STAMP)

@@ -99,8 +99,10 @@ class Adapter:
         path = "" if model.config.model_type in self.model_types else encoder_within(model)
         config: Any = model.get_submodule(path).config if path else model.config
         family = self.describe(config)
-        with located(f"adapter of {config.model_type!r} on {type(model).__name__}: ", AdapterError):
-            found = Resolver(model, family, None if dense else sizes_of(model), path).structure()
+        recorded = None if dense else sizes_of(model)
+        built = ", whose configuration records a compacted model's sizes (from_config builds those)" if recorded else ""
+        with located(f"adapter of {config.model_type!r} on {type(model).__name__}{built}: ", AdapterError):
+            found = Resolver(model, family, recorded, path).structure()
         return replace(found, table=family_entries(family)) if self.stored else found
 
 

@@ -10,7 +10,6 @@ Xia, Zhong, Chen, "Structured Pruning Learns Compact and Accurate Models", ACL 2
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import shutil
@@ -28,6 +27,7 @@ from torch import Tensor
 from cofiprune.adapter import adapter_for, expand
 from cofiprune.compaction.slicing import compacted, reshape_skeleton
 from cofiprune.errors import CheckpointError, PlanError, explained, one_line
+from cofiprune.files import read_json
 from cofiprune.plan import Plan
 from cofiprune.structure import Kind, Structure
 
@@ -156,9 +156,9 @@ def _directory(path: str | Path) -> Path:
 
 def _entries(file: Path) -> dict[str, Any]:
     """Read the entries of a configuration."""
-    with explained(CheckpointError, f"{file} is damaged, it is not JSON", OSError, ValueError):
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(entries, dict) or not isinstance(entries.get("model_type"), str):
+    entries = read_json(file, CheckpointError, f"{file} is damaged, it is not a JSON object")
+    expected = {"model_type": str, "architectures": list | None}
+    if not all(isinstance(entries.get(name), kind) for name, kind in expected.items()):
         raise CheckpointError(f"{file} is not a model's configuration: it has no model_type")
     if "quantization_config" in entries:
         raise CheckpointError(f"{file.parent} is not a directory of the original CoFi; load it by from_pretrained")
@@ -197,7 +197,7 @@ def _dense_model(
     folder: Path, entries: dict[str, Any], task_head: str | None, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     """Build the dense model of the configuration, with random weights."""
-    architecture = next(iter(entries.get("architectures") or ()), "")
+    architecture = str(next(iter(entries.get("architectures") or ()), ""))
     ending = task_head or "".join(re.findall(r"For[A-Z]\w*$", architecture))
     auto = getattr(transformers, f"AutoModel{ending}", None)
     if not ending.startswith("For") or auto is None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@torch.inference_mode(False)  # the copy must be able to learn
 def compacted(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
     """Return a smaller copy of a model; `compact` with a structure that is known.
 
@@ -94,7 +95,7 @@ def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
 
 
 def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
-    """Cut a model on the meta device to the shapes of a compacted one, in place.
+    """Cut a new model to the shapes of a compacted one, in place; of its values, the first ones stay.
 
     :param kept: units of every group; groups of a kind that it does not name keep all of theirs.
     :raises PlanError: when that fits no compacted model of this structure.
@@ -114,8 +115,8 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
     for spec, parameter in _parameters(model, structure):
         shape = spec.cut(kept).shape
         if shape != spec.shape and not _is_gone(spec, kept):
-            empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            first = parameter.detach()[tuple(map(slice, shape))].clone()
+            new[id(parameter)] = nn.Parameter(first, requires_grad=parameter.requires_grad)
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None and id(value) in new:
@@ -150,9 +151,13 @@ def finish(
                 pick(modules[shared.module], shared, index)
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(sizes_of(model) or {}), **kept}
+        if "hidden" not in structure:  # nor did a part that was compacted by itself lose any
+            sizes.pop("hidden", None)
+        config = encoder_config(model)
+        config.__dict__.pop("quantization_config", None)  # that part's
         model.config.quantization_config = record(sizes, structure.table)
         for name, value in structure.compacted_settings.items():
-            setattr(encoder_config(model), name, value)
+            setattr(config, name, value)
 
 
 def _follow_shape(module: nn.Module) -> None:

@@ -237,7 +237,19 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         reasons = [f"{unit}: {_short(why)}" for unit, why in row["refused"].items()]
         reasons += [f"{cls}: {_short(why)}" for cls, why in row.get("without", {}).items()]
         lines.append(f"| `{name}` | {row['how']} | {groups} | {row['difference']:.1e} | {'; '.join(reasons)} |")
-    lines += ["", "## Refused", "", "| model type | why |", "|---|---|"]
+    published = json.loads((HERE / "published.json").read_text())
+    lines += [
+        "",
+        "## Published configurations",
+        "",
+        "Small models with the settings of these checkpoints are pruned on data by each method, compacted, saved, and "
+        "loaded again in another process (`tests/contract/test_published_configurations.py`; the other families above "
+        "too, with the defaults of their configurations):",
+        "",
+        ", ".join(f"{name} (`{entry['model_type']}`)" for name, entry in published.items()) + ".",
+        "",
+    ]
+    lines += ["## Refused", "", "| model type | why |", "|---|---|"]
     lines += [f"| `{name}` | {_short(row['why'])} |" for name, row in refused.items()]
     lines += [
         "",

@@ -513,7 +513,7 @@ WRONG_FILES = {
         lambda d: (d / "pytorch_model.bin").write_text("version https://lfs"), r"pytorch_model\.bin is damaged"),
     "flipped bit": (lambda d: flip(d / "zs.pt", soft_masks()["hidden_z"]), r"zs\.pt is damaged: the checksum"),
     "broken config": (lambda d: truncate(d / "config.json"), r"config\.json is damaged"),
-    "other json": (lambda d: (d / "config.json").write_text("[]"), "no model_type"),
+    "other json": (lambda d: (d / "config.json").write_text("[]"), "holds a list instead of an object"),
     "masks are none": (lambda d: torch.save(None, d / "zs.pt"), "holds a NoneType"),
     "nested": (lambda d: torch.save({"model": {}}, d / "pytorch_model.bin"), "holds a dict under 'model'"),
 }  # fmt: skip

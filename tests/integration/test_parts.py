@@ -107,6 +107,9 @@ def test_a_part_is_cut_in_its_place_and_saved_with_the_whole(whole: Any, tmp_pat
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert torch.allclose(answer(loaded, batch), masked, atol=1e-10)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    built = type(model)._from_config(type(loaded.config).from_pretrained(tmp_path))
+    assert {name: value.shape for name, value in built.state_dict().items()} == shapes
     # And once more: what was loaded is an ordinary model, whose parts know their sizes.
     again = loaded.get_submodule(parts[0])
     assert cofiprune.structure(again)["layers.1.intermediate"].size == 17
@@ -243,14 +246,15 @@ def test_a_head_on_one_encoder_is_trained_towards_a_target(head: Any, how: dict[
     assert "eval_loss" in result.metrics
 
 
-def test_a_part_that_was_pruned_before_its_whole_keeps_its_sizes(tmp_path: Path) -> None:
-    model = specimen(on_a_tower("CLIP"), torch.Generator().manual_seed(0))
-    with cofiprune.attach(model.vision_model, ("layer", "head")) as masks:
+def test_a_part_that_was_pruned_before_its_whole_keeps_its_sizes(head: Any, tmp_path: Path) -> None:
+    model, batch, path, _ = head
+    with cofiprune.attach(getattr(model, path), ("layer", "head")) as masks:
         masks["layers.0.attention"] = [0]
-        model.vision_model = cofiprune.compact(model.vision_model)
+        setattr(model, path, cofiprune.compact(getattr(model, path)))
+    assert "layers.0.attention" not in cofiprune.structure(model)
     with cofiprune.attach(model) as masks:
         masks["layers.1.heads"] = [1, 0, 0, 1]
-        small, masked = cofiprune.compact(model), answer(model, PIXELS)
+        small, masked = cofiprune.compact(model), answer(model, batch)
     small.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert torch.allclose(answer(loaded, PIXELS), masked, atol=1e-10)
+    assert torch.allclose(answer(loaded, batch), masked, atol=1e-10)

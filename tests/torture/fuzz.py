@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
 import cofiprune
+from cofiprune.cofi_checkpoint import load_cofi_checkpoint
 from cofiprune.errors import CofipruneError
+from cofiprune.latency.table import Conditions, LatencyTable
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+import test_cofi_checkpoint as originals
 
 VALUES = (
     None,
@@ -161,7 +167,7 @@ class Subject:
             return "same", ""
         if self.valid is not None:
             try:
-                tree = json.loads(data)
+                tree = json.loads(data) if self.tree is not None else None
             except ValueError:
                 return "silent", "read what is no JSON"
             if self.valid(found, tree):
@@ -277,23 +283,24 @@ def latency_subject(place: Path) -> Subject:
     common = {"target_speedup": 1.3, "target_seq_len": 8, "latency_cache": place / "times", "progress": False}
     cofiprune.prune(model_of(), **common)
     file = next((place / "times").rglob("*.json"))
-    from cofiprune.latency.table import LatencyTable
+    stated = json.loads(file.read_text())["conditions"]
+    conditions = Conditions(**{**stated, "widths": tuple(stated["widths"])})
 
     def read(file: Path) -> Any:
-        from dataclasses import asdict
+        return asdict(LatencyTable.load(file, conditions))
 
-        return json.loads(json.dumps(asdict(LatencyTable.load(file))))
+    return Subject("latency table", file, read)
 
-    def valid(found: Any, tree: Any) -> bool:
-        numbers = [
-            tree["dense"],
-            *tree["fixed"],
-            *(time for each in tree["surfaces"].values() for row in each["times"] for time in row),
-        ]
-        tree.pop("format_version")
-        return all(isinstance(value, int | float) and 0 <= value < math.inf for value in numbers) and found == tree
 
-    return Subject("latency table", file, read, valid=valid)
+def original_subjects(place: Path) -> Iterator[Subject]:
+    """Files of the original CoFi. They carry no checksums: other weights or masks are another model, as valid."""
+    folder = originals.full(place / "original", masks=originals.soft_masks())
+
+    def read(file: Path) -> Any:
+        return load_cofi_checkpoint(file.parent).state_dict()
+
+    for name in ("zs.pt", "pytorch_model.bin", "config.json"):
+        yield Subject(f"original's {name}", folder / name, read, valid=lambda found, tree: True)
 
 
 def subjects(place: Path) -> Iterator[Subject]:
@@ -301,6 +308,7 @@ def subjects(place: Path) -> Iterator[Subject]:
     yield plan_subject(place)
     yield latency_subject(place)
     yield from record_subjects(place)
+    yield from original_subjects(place)
     yield from run_subjects(place)
 
 
