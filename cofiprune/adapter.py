@@ -97,7 +97,8 @@ class Adapter:
         """
         recorded = None if dense else recorded_sizes(model.config)
         family = self.describe(model.config)
-        with located(f"adapter of {model.config.model_type!r} on {type(model).__name__}: ", AdapterError):
+        built = ", whose configuration records a compacted model's sizes (from_config builds those)" if recorded else ""
+        with located(f"adapter of {model.config.model_type!r} on {type(model).__name__}{built}: ", AdapterError):
             found = Resolver(model, family, recorded).structure()
         return replace(found, table=family_entries(family)) if self.stored else found
 

@@ -12,10 +12,12 @@ Shapes: B batch, T tokens, H hidden, n kept hidden dimensions.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.bypass import attends, bypass, entry_of
 from cofiprune.errors import MaskError
 from cofiprune.masks import MaskRegistry
-from cofiprune.structure import Block, BlockExit, Parameter, Shared, Side, Structure
+from cofiprune.structure import Block, BlockExit, Parameter, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +55,7 @@ def attach_to(model: PreTrainedModel, structure: Structure, units: str | Sequenc
     weight = next(model.parameters())
     dtype = torch.promote_types(torch.float32, weight.dtype)
     masks = MaskRegistry(structure, names, device=weight.device, dtype=dtype)
-    sites = list(_sites(model, structure, masks))
+    sites = [*_sites(model, structure, masks), _Saved(model, masks)]
     for site in sites:
         site.install()
     # Plain attribute of the instance: not a parameter, buffer or submodule, so nothing of it is saved.
@@ -73,27 +76,56 @@ def _forget(model: nn.Module) -> None:
 
 
 class _Site:
-    """A module whose forward runs under masks; `stock` is its own forward."""
+    """A module with another method in the place of its own `method`, which is `stock`: its forward, under masks."""
+
+    method = "forward"
 
     def __init__(self, module: nn.Module, masks: MaskRegistry) -> None:
         self.module = module
         self.masks = masks
-        self.shadowed = False
-        self.stock: Callable[..., Any] = module.forward
+        self.shadowed: Callable[..., Any] | None = None
+        self._find_stock()
+
+    def _find_stock(self) -> None:
+        self.stock = self.shadowed or MethodType(getattr(type(self.module), self.method), self.module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A bound method is pickled by its name, which would lead back here.
+        return {name: value for name, value in self.__dict__.items() if name != "stock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_stock()
 
     def install(self) -> None:
-        self.shadowed = "forward" in self.module.__dict__
-        self.stock = self.module.forward
-        self.module.__dict__["forward"] = self.forward
+        self.shadowed = self.module.__dict__.get(self.method)
+        self._find_stock()
+        self.module.__dict__[self.method] = self.forward
 
     def remove(self) -> None:
-        if self.shadowed:
-            self.module.__dict__["forward"] = self.stock
+        if self.shadowed is not None:
+            self.module.__dict__[self.method] = self.shadowed
         else:
-            self.module.__dict__.pop("forward", None)
+            self.module.__dict__.pop(self.method, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+class _Saved(_Site):
+    """The model itself: its `save_pretrained` says that it writes no masks."""
+
+    method = "save_pretrained"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.masks.kept_elsewhere and not all(bool((value == 1).all()) for value in self.masks.values()):
+            warnings.warn(
+                "save_pretrained writes every weight of this model and not the masks that are attached to it: what is "
+                "loaded again runs without them. Save cofiprune.compact(model), which is what they leave, or "
+                "masks.plan().save(path) beside the weights.",
+                stacklevel=2,
+            )
+        return self.stock(*args, **kwargs)
 
 
 class _Weights(_Site):
@@ -136,7 +168,7 @@ class _Weights(_Site):
         values = self.masked()
         if not values:
             return self.stock(*args, **kwargs)
-        if type(self.module) is nn.Linear and not self.shadowed:
+        if type(self.module) is nn.Linear and self.shadowed is None:
             bias = values.get("bias", self.module.bias)
             return F.linear(args[0], values.get("weight", self.module.weight), bias)
         with _swapped(self.module, values):
@@ -229,6 +261,7 @@ class _Exit(_Site):
         self.gate = block.gate
         self.exit = exit
         self.inside = exit is not block.exit
+        self.attends = attends(block, exit)
         self.shared = tuple(shared for shared in block.shared if shared.module == exit.module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +269,7 @@ class _Exit(_Site):
         if alive is True:
             return self.stock(*args, **kwargs)
         if alive is False:
-            return bypass(self.exit, args, kwargs, self.shared, self.module)
+            return bypass(self.exit, args, kwargs, self.shared, self.module, attends=self.attends)
         output = self.stock(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
@@ -245,47 +278,6 @@ class _Exit(_Site):
             return output  # the exit drops it
         first = torch.where(alive, first, entry)
         return (first, *output[1:]) if isinstance(output, tuple) else first
-
-
-def entry_of(exit: BlockExit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the block's input from the arguments of its exit module."""
-    if exit.keyword is not None and exit.keyword in kwargs:
-        return kwargs[exit.keyword]
-    return args[exit.argument]
-
-
-def bypass(
-    exit: BlockExit,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    shared: tuple[Shared, ...] = (),
-    maker: nn.Module | None = None,
-) -> Any:
-    """Return the output of a removed block's exit.
-
-    :param shared: tensors that all layers share and this module passes on.
-    :param maker: the module itself, which may have to make them.
-    """
-    entry = entry_of(exit, args, kwargs)
-    value = entry if exit.residual else torch.zeros_like(entry)
-    if exit.outputs == 1:
-        return (value,) if exit.wrapped else value
-    found = {each.output: shared_input(each, args, kwargs, maker) for each in shared}
-    return (value, *(found.get(place) for place in range(1, exit.outputs)))
-
-
-def shared_input(
-    shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], maker: nn.Module | None
-) -> Tensor | None:
-    """Return a shared tensor from the arguments of a module, or as the module makes it without one."""
-    value: Tensor | None = kwargs.get(shared.keyword)
-    if len(args) > shared.argument:
-        value = args[shared.argument]
-    if value is None and shared.method and shared.table and hasattr(maker, shared.table):
-        states = args[0] if args else next(iter(kwargs.values()))
-        made: Tensor = getattr(maker, shared.method)(states.shape[1], states.shape[1])
-        value = made.repeat(states.shape[0], *[1] * (made.dim() - 1)) if shared.repeated else made
-    return value
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from cofiprune import accounting
 from cofiprune.errors import MaskError, StructureError, UnknownGroupError
-from cofiprune.plan import Plan
+from cofiprune.plan import Plan, check_mask
 from cofiprune.structure import Structure
 
 
@@ -44,12 +44,15 @@ class MaskRegistry(MutableMapping[str, Tensor]):
 
     def __init__(self, structure: Structure, names: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> None:
         self.structure = structure
-        self._values = {name: torch.ones(structure[name].size, device=device, dtype=dtype) for name in names}
+        with torch.inference_mode(False):  # they must serve training that comes later
+            self._values = {name: torch.ones(structure[name].size, device=device, dtype=dtype) for name in names}
         self._readings: dict[str, tuple[int, Reading]] = {}
         self._bound: dict[str, Reading] = {}
         self._bound_alive: dict[str, Tensor] = {}
         self._blocks = {block.gate: block for block in structure.blocks}
         self.on_detach: list[Callable[[], None]] = []
+        self.kept_elsewhere = False
+        """Whoever saves the model saves its masks too, so that saving it alone needs no warning."""
 
     def __getitem__(self, name: str) -> Tensor:
         self._known(name)
@@ -76,6 +79,11 @@ class MaskRegistry(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy runs under the set values: what is bound belongs to one step of the original, and readings go by the
+        # changes that its tensors have counted.
+        return {**self.__dict__, "_readings": {}, "_bound": {}, "_bound_alive": {}}
 
     def __repr__(self) -> str:
         lines = [f"MaskRegistry of a {self.structure.family} model, sparsity {self.sparsity():.4f}"]
@@ -180,9 +188,6 @@ class MaskRegistry(MutableMapping[str, Tensor]):
 
 
 def _check_values(name: str, row: Tensor) -> None:
-    if not bool(torch.isfinite(row).all()):
-        raise MaskError(f"mask {name!r} has values that are not numbers: {row.tolist()}")
-    if bool(((row < 0) | (row > 1)).any()):
-        raise MaskError(f"mask {name!r} must lie in [0, 1]; found {float(row.min()):g} to {float(row.max()):g}")
+    check_mask(name, row.tolist())
     if name == "hidden" and not bool((row > 0).any()):
         raise MaskError("mask 'hidden' would remove every hidden dimension; at least one must stay")

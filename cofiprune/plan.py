@@ -6,14 +6,15 @@ carries it out), and canonical: a block with a closed gate, or without inner uni
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Mapping
+import math
+from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from cofiprune.errors import PlanError
+from cofiprune.errors import MaskError, PlanError
 from cofiprune.files import STRICT, check_format, read_json, validated, write_json
 from cofiprune.structure import Structure
 
@@ -26,6 +27,17 @@ class _Masks(Protocol):
     @property
     def structure(self) -> Structure: ...
     def items(self) -> ItemsView[str, Tensor]: ...
+
+
+def check_mask(name: str, row: Sequence[float]) -> None:
+    """Check the values of a mask.
+
+    :raises MaskError: for one that is not a number in [0, 1].
+    """
+    if not all(map(math.isfinite, row)):
+        raise MaskError(f"mask {name!r} has values that are not numbers: {list(row)}")
+    if min(row) < 0 or max(row) > 1:
+        raise MaskError(f"mask {name!r} must lie in [0, 1]; found {min(row):g} to {max(row):g}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +68,11 @@ class Plan:
         """Make a plan from one value in [0, 1] per unit.
 
         :param values: by group name, tensors [units]; all units of other groups stay.
+        :raises MaskError: for a value outside of [0, 1].
         """
         rows = {name: value.detach().double().cpu().tolist() for name, value in values.items()}
+        for name, row in rows.items():
+            check_mask(name, row)
         keep: dict[str, tuple[int, ...]] = {}
         scale: dict[str, tuple[float, ...]] = {}
         for name, group in structure.items():

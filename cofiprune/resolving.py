@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from cofiprune.errors import AdapterError, suggest
 from cofiprune.family import Axis, BlockTable, Family, Weights, expand
@@ -230,6 +230,15 @@ class Resolver:
             self.norms.append(Norm(path, row.norm))
         for name, axes in row.tensors.items():
             parameter = module._parameters.get(name)
+            cut = any(axis is not None and not self._refuses(axis.kind) for axis in axes)
+            if cut and name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
+                raise AdapterError(
+                    f"the {name} of {path!r} is no parameter: it is computed from "
+                    f"{' and '.join(each for each, _ in module.named_parameters() if each != 'bias')} in every pass, "
+                    "and cannot be cut. Make it one first, by torch.nn.utils.parametrize.remove_parametrizations("
+                    f"module, {name!r}), torch.nn.utils.prune.remove(module, {name!r}) or "
+                    "torch.nn.utils.remove_weight_norm(module)"
+                )
             if parameter is not None:
                 self._describe(parameter, _join(path, name), row, axes, scope)
 

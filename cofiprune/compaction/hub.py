@@ -3,16 +3,22 @@
 transformers lets a quantisation method change a model's skeleton before the weights are read. The method `cofiprune`
 cuts the skeleton, which is built on the meta device with the original sizes, to the sizes recorded in the
 configuration. The result is an ordinary model, which can be saved, trained and loaded again.
+
+transformers has no such door in two places, which importing this module wraps: `from_config`, which builds a model
+without weights, and the merging of the recorded method with a second one given to `from_pretrained`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
@@ -25,7 +31,7 @@ from cofiprune.errors import CheckpointError, explained
 from cofiprune.record import METHOD, record_of_parts, recorded_parts, recorded_sizes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 
 class CompactedConfig(QuantizationConfigMixin):
@@ -35,6 +41,8 @@ class CompactedConfig(QuantizationConfigMixin):
         entries.setdefault("quant_method", METHOD)
         self.quant_method = entries["quant_method"]
         self.entries = entries
+        self.second: Any = None
+        """The configuration of another method that `from_pretrained` was given."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -50,17 +58,16 @@ class CompactedLoader(HfQuantizer):
 
     requires_calibration = False
 
+    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+        """Return the quantizer of another method that was asked for, which gets the skeleton when it is cut."""
+        second = getattr(quantization_config, "second", None)
+        return super().__new__(cls) if second is None else _after_cutting(quantization_config, second)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         model.config.quantization_config = self.quantization_config.to_dict()
-        own, parts = recorded_sizes(model.config), recorded_parts(model.config)
-        if own is not None:
-            reshape_skeleton(model, adapter_for(model).structure(model, dense=True), own)
-        for path, entry in parts.items():
-            part = _part(model, path)
-            part.config.quantization_config = entry
-            reshape_skeleton(part, adapter_for(part).structure(part, dense=True), recorded_sizes(part.config) or {})
+        _cut(model)
         self.shapes = _shapes(model)
         self._check(_shapes_in(checkpoint_files or ()))
         return model
@@ -95,6 +102,66 @@ class CompactedLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _cut(model: PreTrainedModel) -> None:
+    """Give a model that was built of a configuration the sizes that are recorded in it, in place."""
+    if _CUT in model.__dict__:
+        return  # a part that was built by from_config
+    own, parts = recorded_sizes(model.config), recorded_parts(model.config)
+    if own is not None:
+        reshape_skeleton(model, adapter_for(model).structure(model, dense=True), own)
+        model.__dict__[_CUT] = True
+    for path, entry in parts.items():
+        part = _part(model, path)
+        part.config.quantization_config = entry
+        _cut(part)
+
+
+_CUT = "_cofiprune_cut"
+
+
+def _after_cutting(record: CompactedConfig, second: Any) -> HfQuantizer:
+    """Return another method's quantizer, which cuts the skeleton first."""
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(second, pre_quantized=False)
+    preprocess = quantizer.preprocess_model
+
+    def cut_first(model: PreTrainedModel, **kwargs: Any) -> Any:
+        model.config.quantization_config = record.to_dict()
+        _cut(model)
+        model.config.quantization_config = quantizer.quantization_config
+        return preprocess(model=model, **kwargs)
+
+    def is_serializable(*args: Any, **kwargs: Any) -> bool:
+        warnings.warn(
+            "a configuration has room for one method: a compacted model that was quantised while it was loaded cannot "
+            "be saved. Keep the folder that it was loaded from, and pass quantization_config= again.",
+            stacklevel=3,
+        )
+        return False
+
+    quantizer.__dict__.update(preprocess_model=cut_first, is_serializable=is_serializable)
+    return quantizer
+
+
+def _merged(
+    cls: type[AutoHfQuantizer], quantization_config: Any, quantization_config_from_args: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Take a second method at loading, where transformers allows for the recorded one only."""
+    entries = quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict()
+    second = quantization_config_from_args
+    if second is None or entries.get("quant_method") != METHOD or isinstance(second, CompactedConfig):
+        return _stock_merge(cls, quantization_config, second, *args, **kwargs)
+    config = CompactedConfig.from_dict(dict(entries))
+    config.second = second
+    return config
+
+
+def _from_config(cls: type[PreTrainedModel], config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Build a model of a configuration, and give it the sizes of a compacted one where they are recorded."""
+    model: PreTrainedModel = _stock_from_config(cls, config, **kwargs)
+    _cut(model)
+    return model
 
 
 def record_parts(model: PreTrainedModel) -> None:
@@ -157,6 +224,10 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
+_stock_merge: Any = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+_stock_from_config: Any = PreTrainedModel._from_config.__func__  # type: ignore[attr-defined]
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(CompactedConfig)
     register_quantizer(METHOD)(CompactedLoader)
+    AutoHfQuantizer.merge_quantization_configs = classmethod(_merged)  # type: ignore[method-assign,assignment]
+    PreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[method-assign,assignment,arg-type]

@@ -5,26 +5,28 @@ Both belong to a compacted model, which is saved, loaded and trained with them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cofiprune.masking import bypass, shared_input
+from cofiprune.bypass import attends, bypass, shared_input
 from cofiprune.structure import Block, BlockExit, Shared, Structure
 
 
 class Passthrough(nn.Module):
     """Replaces a module of a removed block, and returns its input or zeros."""
 
-    def __init__(self, exit: BlockExit, replaced: nn.Module | None, shared: tuple[Shared, ...] = ()) -> None:
+    def __init__(self, block: Block, exit: BlockExit, replaced: nn.Module | None) -> None:
         """Take over what is still needed of a module.
 
         :param replaced: None for one that was inside another replaced module.
-        :param shared: tensors that the module passes on to the next layer.
         """
         super().__init__()
+        shared = tuple(each for each in block.shared if each.module == exit.module)
         self.exit = exit
+        self.attends = attends(block, exit)
         self.shared = shared
         self.replaced_type = type(replaced)
         tables = {each.table for each in shared if each.table and hasattr(replaced, each.table)}
@@ -53,7 +55,15 @@ class Passthrough(nn.Module):
         owner.register_buffer(name, torch.zeros(1, dtype=like.dtype, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return bypass(self.exit, args, kwargs, self.shared, *self.maker)
+        return bypass(self.exit, args, kwargs, self.shared, *self.maker, attends=self.attends)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """List what still learns. Neither this nor a marker is a layer that others could replace by its name (PEFT)."""
+        for name, child in self.named_children():
+            if next(child.parameters(), None) is not None:
+                yield from child.named_modules(memo, f"{prefix}.{name}".lstrip("."), remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
         """Give the methods of the replaced module, which do nothing: some models call them to switch settings."""
@@ -120,7 +130,7 @@ def remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
             replaced = None
         marker = None if marked else _matrix_inside(path, structure, block)
         like = None if marker is None else model.get_parameter(marker)
-        placeholder = Passthrough(exit, replaced, tuple(each for each in block.shared if each.module == path))
+        placeholder = Passthrough(block, exit, replaced)
         if marker is not None and like is not None:
             placeholder.mark(marker.removeprefix(f"{path}."), like)
             marked = True

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@torch.inference_mode(False)  # the copy must be able to learn
 def compacted(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
     """Return a smaller copy of a model; `compact` with a structure that is known.
 
@@ -93,7 +94,7 @@ def positions(side: Side, keep: tuple[int, ...]) -> Tensor:
 
 
 def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping[str, int]) -> None:
-    """Cut a model on the meta device to the shapes of a compacted one, in place.
+    """Cut a new model to the shapes of a compacted one, in place; of its values, the first ones stay.
 
     :param kept: units of every group; groups of a kind that it does not name keep all of theirs.
     :raises PlanError: when that fits no compacted model of this structure.
@@ -113,8 +114,8 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
     for spec, parameter in _parameters(model, structure):
         shape = spec.cut(kept).shape
         if shape != spec.shape and not _is_gone(spec, kept):
-            empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            first = parameter.detach()[tuple(map(slice, shape))].clone()
+            new[id(parameter)] = nn.Parameter(first, requires_grad=parameter.requires_grad)
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None and id(value) in new:

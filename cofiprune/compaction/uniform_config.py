@@ -82,6 +82,7 @@ def _builds(model: PreTrainedModel, names: ConfigSizes, structure: Structure, ke
     return all(shapes.get(spec.name) == spec.cut(plan.kept).shape for spec in structure.parameters)
 
 
+@torch.inference_mode(False)
 def uniform_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> PreTrainedModel:
     """Return a smaller copy of a model, of a smaller configuration; the same class, dtype, device and mode.
 

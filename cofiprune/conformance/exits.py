@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cofiprune.bypass import bypass
 from cofiprune.conformance.calls import Call, calls_of, crash_site, gap, inside, record, size
 from cofiprune.conformance.specimens import Subject
 from cofiprune.errors import LawError
 from cofiprune.hooks import replaced_forward
-from cofiprune.masking import bypass
 from cofiprune.masks import MaskRegistry
 from cofiprune.structure import Block, BlockExit, Structure
 

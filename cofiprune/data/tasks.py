@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,23 +116,36 @@ def label_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the arguments of a model's forward; those of the model inside when it is wrapped (PEFT)."""
-    return tuple(name for name in inspect.signature(_forward(model)).parameters if name != "self")
+    """Names of the arguments of a model's forward; those of the model inside when it is wrapped (PEFT).
+
+    A forward that takes any keyword takes those of the class above as well, to which it passes them.
+    """
+    names: dict[str, None] = {}
+    for cls in type(_unwrapped(model)).__mro__:
+        if "forward" in cls.__dict__:
+            parameters = inspect.signature(cls.__dict__["forward"]).parameters.values()
+            kinds = {parameter.kind for parameter in parameters}
+            names.update(dict.fromkeys(each.name for each in parameters if each.kind not in _VARIABLE))
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+    names.pop("self", None)
+    return tuple(names)
 
 
 def supported_kwargs(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     """Return the options of a forward (`return_dict`, ...) that a model accepts: a model of one's own may lack some."""
     # Not those of a function inside a decorator: that may take an option itself and not hand it on.
-    parameters = inspect.signature(_forward(model), follow_wrapped=False).parameters
+    parameters = inspect.signature(type(_unwrapped(model)).forward, follow_wrapped=False).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return options
     return {name: value for name, value in options.items() if name in parameters}
 
 
-def _forward(model: PreTrainedModel) -> Callable[..., Any]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    forward: Callable[..., Any] = type(inner).forward
-    return forward
+def _unwrapped(model: PreTrainedModel) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _class_names(model: PreTrainedModel) -> list[str]:

@@ -73,7 +73,17 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, FusedLinear)
 
 
-class FusedLinear(nn.Linear):
+class _LikeLinear(type):
+    """Makes a class equal to `nn.Linear`, for tables of layer types: torch's quantisation looks there what to do."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is nn.Linear
+
+    def __hash__(cls) -> int:
+        return hash(nn.Linear)
+
+
+class FusedLinear(nn.Linear, metaclass=_LikeLinear):
     """An `nn.Linear` whose product, without gradients, may be one with those of its siblings."""
 
     siblings: Siblings | None = None
@@ -91,6 +101,11 @@ class FusedLinear(nn.Linear):
         if self.siblings is not None:
             self.siblings.untie()  # frees the storage when the weights get another one
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.siblings is not None:
+            self.siblings.separate()  # each view would be pickled with all of the storage
+        return self.__dict__
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.siblings is not None:
@@ -252,7 +267,7 @@ def _find_siblings(model: PreTrainedModel, layers: Sequence[str]) -> list[list[s
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
-            calls.append((path, args[0], args[0]._version))
+            calls.append((path, args[0], _version(args[0])))
 
     fused = [path for path, module in model.named_modules() if type(module) is FusedLinear]
     with watching(model, before={path: partial(note, path) for path in fused}):

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofiprune.bypass import entry_of
 from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.fusion import is_linear
-from cofiprune.masking import entry_of
 from cofiprune.structure import Block, BlockExit, Parameter, Structure
 
 Batch = Mapping[str, Tensor]

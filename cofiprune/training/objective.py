@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.batches import ROWS, Batches, model_inputs, to_model
+from cofiprune.data.batches import REPEATED, ROWS, Batches, model_inputs, to_model
 from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs
 from cofiprune.distillation import (
     hidden_projection,
@@ -29,6 +29,7 @@ from cofiprune.distillation import (
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.record import recorded_sizes
+from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
 """Tasks whose predictions have a token axis."""
+_PARTS = ("label_loss", "logits_loss", "layers_loss")
 _FIT_BATCHES = 8
 _RIDGE = 1e-3
 
@@ -87,32 +89,59 @@ class Objective:
             weight, bias = self.projection.weight.detach(), self.projection.bias.detach()
             self.projection = _linear(weight[:, list(keep)], bias)
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
-        """Return the parts of the loss, unweighted, and their weighted sum as `loss`.
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return how many rows or tokens of a batch each part of the loss is a mean of."""
+        if REPEATED in batch:
+            return dict.fromkeys(_PARTS, 0.0)
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        rows = float(len(next(iter(batch.values()))))
+        tokens = rows if ids is None else float(ids.numel())
+        if ids is not None and mask is not None and mask.dim() == 2:
+            tokens = float(mask.ne(0).sum())
+        by_token = self.task in _TOKEN_AXIS and self.task != "question-answering"
+        counted = _labels_counted(self.task, batch)
+        values = (rows if counted is None else float(counted), tokens if by_token else rows, tokens)
+        return dict(zip(_PARTS, values, strict=True))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        alive: Tensor | None,
+        shares: Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss, and their weighted sum as `loss`.
 
         :param model: the student, possibly wrapped for several processes.
         :param batch: tensors [B, ...] on the student's device.
         :param alive: [layers] bool, the student's layers that still exist; None for all.
+        :param shares: of this batch in each part of the loss of a step; None for a step of one batch.
         """
         hidden_from_model = {ROWS} if self.label_weight else {ROWS, *self.labels}
         inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
         output = model(**inputs, **self.options)
-        return self.of(output, batch, alive)
+        return self.of(output, batch, alive, shares)
 
-    def of(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
+    def of(
+        self,
+        output: Any,
+        batch: Mapping[str, Tensor],
+        alive: Tensor | None,
+        shares: Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
         """Return the same for outputs of the student, with `hidden_states` when `distils_layers`."""
         parts: dict[str, Tensor] = {}
         if self.label_weight:
             # The mean over no labels at all, such as those of a batch where nothing is masked, is not a number.
-            counted = _counts_labels(self.task, batch)
-            parts["label_loss"] = output.loss if counted is None else torch.where(counted, output.loss, 0.0)
+            counted = _labels_counted(self.task, batch)
+            parts["label_loss"] = output.loss if counted is None else torch.where(counted > 0, output.loss, 0.0)
         if self.teacher is not None:
-            parts.update(self._teacher_parts(self.teacher, output, batch, alive))
-        weights = {
-            "label_loss": self.label_weight,
-            "logits_loss": self.settings.distill_logits_weight,
-            "layers_loss": self.settings.distill_layers_weight,
-        }
+            parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares))
+        if shares is not None:
+            parts = {name: shares[name] * value for name, value in parts.items()}
+        settings = self.settings
+        values = (self.label_weight, settings.distill_logits_weight, settings.distill_layers_weight)
+        weights = dict(zip(_PARTS, values, strict=True))
         total = torch.stack([weights[name] * value.float() for name, value in parts.items()]).sum()
         return {**parts, "loss": total}
 
@@ -129,7 +158,12 @@ class Objective:
                     self.teacher.outputs(to_model(model_inputs(batch, student), student), batch[ROWS])
 
     def _teacher_parts(
-        self, teacher: Teacher, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None
+        self,
+        teacher: Teacher,
+        output: Any,
+        batch: Mapping[str, Tensor],
+        alive: Tensor | None,
+        shares: Mapping[str, float] | None,
     ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
         theirs, targets = teacher.outputs(inputs, batch.get(ROWS))
@@ -156,6 +190,7 @@ class Objective:
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
+                agree=None if shares is None else lambda losses: averaged({"": shares["layers_loss"] * losses})[""],
             )
         if not parts:
             raise TrainingError(
@@ -165,13 +200,14 @@ class Objective:
         return parts
 
 
-def _counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
+def _labels_counted(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return how many labels of a batch count in the model's loss, a scalar; None where all do."""
     if task == "question-answering" and "input_ids" in batch:
         length = batch["input_ids"].shape[1]
-        return (batch["start_positions"] < length).any() & (batch["end_positions"] < length).any()
+        starts, ends = batch["start_positions"] < length, batch["end_positions"] < length
+        return torch.where(starts.any() & ends.any(), starts.sum() + ends.sum(), 0)
     if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
-        return (batch["labels"] != IGNORED).any()
+        return (batch["labels"] != IGNORED).sum()
     return None
 
 

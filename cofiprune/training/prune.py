@@ -19,7 +19,7 @@ from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.environment import check_output_dir, held_out
+from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
@@ -167,7 +167,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     model, teacher, config = run.model, run.teacher, run.config
     if run.resume is True:
         raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
-    folder = check_output_dir(run.output_dir, resume=False)
+    folder, first = check_output_dir(run.output_dir, resume=False), accelerator_for(config).is_main_process
     evaluate = held_out(model, run.eval_dataset, config, run.collator, run.compute_metrics)
     take_masks_off(model, stacklevel=5)
     source = "the weights alone" if teacher is None else "the weights and the teacher's outputs on synthetic inputs"
@@ -198,7 +198,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
-    if folder is not None:
+    if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result
 

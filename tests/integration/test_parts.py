@@ -107,6 +107,9 @@ def test_a_part_is_cut_in_its_place_and_saved_with_the_whole(whole: Any, tmp_pat
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert torch.allclose(answer(loaded, batch), masked, atol=1e-10)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    built = type(model)._from_config(type(loaded.config).from_pretrained(tmp_path))
+    assert {name: value.shape for name, value in built.state_dict().items()} == shapes
     # And once more: what was loaded is an ordinary model, whose parts know their sizes.
     again = loaded.get_submodule(parts[0])
     assert cofiprune.structure(again)["layers.1.intermediate"].size == 17

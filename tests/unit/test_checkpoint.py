@@ -14,10 +14,13 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainingArguments, pipeline
+from transformers.quantizers import auto as auto_quantizers
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import cofiprune
 from cofiprune.conformance.specimens import outputs
-from cofiprune.errors import CheckpointError, CofipruneError, PlanError
+from cofiprune.errors import AdapterError, CheckpointError, CofipruneError, PlanError
 from small import batch_of, build
 
 RELATIVE = {"relative_attention": True, "pos_att_type": "c2p|p2c"}
@@ -252,3 +255,78 @@ def test_a_head_of_another_size_is_new_or_refused(pruned: Callable[..., PreTrain
 def test_a_copy_of_an_unpruned_model_needs_no_cofiprune(tmp_path: Path) -> None:
     cofiprune.compact(build("BertModel")).save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "settings"),
+    [
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification", {}),
+        ("BertForMaskedLM", "AutoModelForMaskedLM", {}),
+        ("DebertaV2ForSequenceClassification", "AutoModelForSequenceClassification", RELATIVE),
+        ("RobertaModel", "AutoModel", {}),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_from_config_builds_what_the_weights_fit(
+    pruned: Callable[..., PreTrainedModel], name: str, auto: str, settings: dict[str, Any], device: str, tmp_path: Path
+) -> None:
+    small = pruned(name, **settings)
+    small.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device(device):
+        built = getattr(transformers, auto).from_config(config)
+    assert {value.device.type for value in built.parameters()} == {device}
+    shapes = {key: value.shape for key, value in small.state_dict().items()}
+    assert {key: value.shape for key, value in built.state_dict().items()} == shapes
+    if device == "cpu":
+        assert all(bool(torch.isfinite(value).all()) for value in built.parameters())
+        built.load_state_dict(small.state_dict())
+        batch = batch_of(small)
+        found = outputs(built.eval(), batch)
+        assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in outputs(small, batch).items())
+        built.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "model.safetensors").stat().st_size > 0
+        assert dict(cofiprune.structure(built).sizes) == dict(cofiprune.structure(small).sizes)
+        with pytest.raises(AdapterError, match=r"records a compacted model's sizes \(from_config builds those\)"):
+            cofiprune.structure(type(small)(config))
+
+
+def test_a_second_method_gets_the_cut_skeleton(
+    pruned: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As bitsandbytes or torchao, which quantise on the way in."""
+
+    class Halving(HfQuantizer):
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            self.shapes = {key: value.shape for key, value in model.state_dict().items()}
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            model.classifier.weight.data.mul_(0.5)
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    class HalvingConfig(QuantizationConfigMixin):
+        def __init__(self) -> None:
+            self.quant_method = "halving"
+
+    monkeypatch.setitem(auto_quantizers.AUTO_QUANTIZER_MAPPING, "halving", Halving)
+    small = pruned("BertForSequenceClassification")
+    small.save_pretrained(tmp_path)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    found = load(tmp_path, quantization_config=HalvingConfig())
+    assert found.hf_quantizer.shapes == {key: value.shape for key, value in small.state_dict().items()}
+    assert torch.equal(found.classifier.weight, small.classifier.weight * 0.5)
+    assert torch.equal(found.bert.pooler.dense.weight, small.bert.pooler.dense.weight)
+    with (
+        pytest.warns(UserWarning, match="has room for one method"),
+        pytest.raises(ValueError, match="not serializable"),
+    ):
+        found.save_pretrained(tmp_path / "again")
+    assert not load(tmp_path).is_quantized

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import cofiprune
 from cofiprune.compaction.slicing import write_back
+from cofiprune.conformance import specimens
+from cofiprune.conformance.specimens import outputs
 from cofiprune.errors import PlanError
 from cofiprune.masking import masks_of
-from small import Batch, batch_of, build, logits, randomise
+from small import Batch, batch_of, build, logits, randomise, rng
 
 
 @pytest.fixture
@@ -268,3 +271,51 @@ def test_compacting_under_bound_masks_takes_the_set_ones(model: PreTrainedModel,
     expected = logits(model, batch)
     masks.bind({name: torch.ones_like(value) for name, value in masks.items()})
     assert close(logits(cofiprune.compact(model), batch), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BertModel", "RobertaModel", "DistilBertModel", "ElectraModel", "DebertaModel", "DebertaV2Model", "MPNetModel",
+        "ModernBertModel", "T5EncoderModel", "ViTModel", "BeitModel", "CLIPVisionModel", "EsmModel",
+        "WhisperForAudioClassification",
+    ],
+)  # fmt: skip
+def test_attentions_and_states_keep_their_layers(name: str) -> None:
+    cls = getattr(transformers, name)
+    settings = {"num_hidden_layers": 3, "attn_implementation": "eager"}
+    model = specimens.specimen(cls(specimens.tiny_config(cls.config_class.model_type, **settings)), rng())
+    batch = batch_of(model)
+    with torch.no_grad(), cofiprune.attach(model) as masks:
+        masks["layers.1.attention"] = [0]
+        masks["layers.2.ffn"] = [0]
+        for each in (model, cofiprune.compact(model)):
+            found = each(**batch, output_hidden_states=True, output_attentions=True)
+            assert [row is None for row in found.attentions] == [False, True, False]
+            assert len(found.hidden_states) == 4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("BertForSequenceClassification", ["dense"]),
+        ("BertForSequenceClassification", None),
+        ("DebertaV2ForSequenceClassification", ["dense", "query_proj"]),
+        ("AlbertModel", ["ffn", "ffn_output", "full_layer_layer_norm", "pooler"]),
+        ("WhisperForAudioClassification", ["fc1", "fc2", "out_proj"]),
+        ("CLIPVisionModel", ["out_proj", "fc1"]),
+        ("T5EncoderModel", ["o", "wo"]),
+    ],
+)
+def test_adapters_go_to_the_projections_that_are_there(name: str, targets: list[str] | None) -> None:
+    peft = pytest.importorskip("peft")
+    cls = getattr(transformers, name)
+    config = specimens.tiny_config(cls.config_class.model_type, num_hidden_layers=2)
+    model = specimens.specimen(cls(config), rng())
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.ffn"] = [0]
+        masks[next(group for group in reversed(list(masks)) if group.endswith(".attention"))] = [0]
+        small = cofiprune.compact(model)
+    tuned = peft.get_peft_model(small, peft.LoraConfig(target_modules=targets) if targets else peft.IA3Config())
+    outputs(tuned, batch_of(small))

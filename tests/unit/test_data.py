@@ -1,6 +1,7 @@
 """Data sets become batches: the same rows, padded, in a reproducible order, or an error that names the row."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification, ViTCon
 from cofiprune.data.batches import shuffled, to_model
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.prepare import prepare
-from cofiprune.data.tasks import task_of
+from cofiprune.data.tasks import forward_names, task_of
 from cofiprune.errors import DataError
 from small import bert as new_bert
 
@@ -332,3 +333,22 @@ def test_spans_past_the_end_are_left_out_of_the_loss():
 def test_unlabelled_rows_are_enough_with_a_teacher():
     batches = prepare([{"input_ids": [5]}], bert(), batch_size=1, need_labels=False)
     assert not batches.labelled
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_forward_that_hands_on_takes_what_the_class_above_takes(named: bool) -> None:
+    class All(transformers.BertForSequenceClassification):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class Rest(transformers.BertForSequenceClassification):
+        def forward(self, input_ids: Any = None, weight: float = 1.0, **kwargs: Any) -> Any:
+            return super().forward(input_ids, **kwargs)
+
+    stock = new_bert()
+    model = (Rest if named else All)(stock.config)
+    assert set(forward_names(model)) == {*forward_names(stock), *(("weight",) if named else ())}
+    assert not {"args", "kwargs"} & {*forward_names(model), *forward_names(stock)}
+    rows = [{"input_ids": [2, 5 + n, 6], "attention_mask": [1, 1, 1], "labels": n % 2} for n in range(4)]
+    (batch,) = prepare(rows, model, batch_size=4)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -368,3 +369,25 @@ def test_savers_that_look_for_shared_weights_find_none(
         value.zero_()  # a state dict refers to the parameters themselves
     assert all(not value.any() for value in fused.parameters())
     assert not outputs(fused, batch)["logits"].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("layers", [None, {nn.Linear}])
+def test_torch_quantises_a_fused_model_like_any_other(
+    model: PreTrainedModel, batch: Batch, layers: set[type[nn.Module]] | None
+) -> None:
+    model = model.float()
+    plain, fused = (
+        torch.ao.quantization.quantize_dynamic(cofiprune.compact(model, fuse=fuse), layers, dtype=torch.qint8)
+        for fuse in (False, True)
+    )
+    assert not any(isinstance(module, nn.Linear) for module in fused.modules())
+    assert largest(outputs(plain, batch), outputs(fused, batch)) <= 1e-6
+
+
+def test_a_pickled_model_holds_each_weight_once(batch: Batch) -> None:
+    model = build("BertForTokenClassification", hidden_size=96)
+    fused = cofiprune.compact(model, fuse=True)
+    outputs(fused, batch)
+    assert len(pickle.dumps(fused)) < 1.05 * len(pickle.dumps(model))
+    assert largest(outputs(model, batch), outputs(pickle.loads(pickle.dumps(fused)), batch)) <= EXACT * 10

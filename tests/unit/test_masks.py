@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -285,3 +290,105 @@ def test_moving_a_model_moves_what_its_masks_multiply(model: PreTrainedModel, ba
     expected = logits(model, batch)
     model.to(torch.float32)
     torch.testing.assert_close(logits(model, batch).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def _pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _stored(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [_pickled, _stored, copy.deepcopy])
+@pytest.mark.parametrize(
+    "name",
+    ["BertForSequenceClassification", "DebertaV2ForSequenceClassification", "DistilBertForSequenceClassification"],
+)
+def test_a_masked_model_that_is_pickled_is_a_masked_model(name: str, way: Callable[[Any], Any]) -> None:
+    model = build(name, num_hidden_layers=3)
+    batch = batch_of(model)
+    stock = logits(model, batch)
+    masks = cofiprune.attach(model)
+    randomise(masks, fractional=True)
+    masks["layers.1.attention"] = [0]
+    masks["layers.2.ffn"] = [0]
+    expected = logits(model, batch)
+    for each in (model, cofiprune.compact(model), cofiprune.compact(model, fuse=True)):
+        torch.testing.assert_close(logits(way(each), batch), expected, rtol=1e-10, atol=1e-10)
+    copied = masks_of(way(masks_of(model)).on_detach[0].args[0])  # also from the masks' side
+    assert copied is not None
+    twin = way(model)
+    found = masks_of(twin)
+    assert found is not None
+    torch.testing.assert_close(logits(cofiprune.compact(twin), batch), expected, rtol=1e-10, atol=1e-10)
+    found.detach()
+    assert torch.equal(logits(twin, batch), stock)
+    assert not any("forward" in module.__dict__ for module in twin.modules())
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_copy_has_neither_bound_values_nor_readings(model: PreTrainedModel, batch: Batch) -> None:
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"] = [1, 1, 1, 1]
+    expected = logits(model, batch)
+    learned = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    masks.bind({"layers.0.heads": learned * 0.5})
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, batch), expected)
+    copied = masks_of(copy.deepcopy(twin))
+    assert copied is not None
+    copied["layers.0.heads"] = [0, 1, 1, 1]
+    reading = copied.read("layers.0.heads")
+    assert reading is not None
+    assert not reading.ones
+
+
+@pytest.mark.parametrize("value", [-3.0, 7.0, float("nan")])
+@pytest.mark.parametrize(
+    "ask", [lambda masks, _: masks.plan(), lambda masks, _: masks.sparsity(), lambda _, model: cofiprune.compact(model)]
+)
+def test_a_wrong_value_set_in_place_is_found_by_whoever_reads_it(
+    model: PreTrainedModel, value: float, ask: Callable[[Any, Any], Any]
+) -> None:
+    masks = cofiprune.attach(model)
+    masks["layers.0.heads"][0] = value
+    with pytest.raises(MaskError, match="mask 'layers.0.heads' (must lie in|has values that are not numbers)"):
+        ask(masks, model)
+    masks["layers.0.heads"] = [1, 1, 1, 1]
+    ask(masks, model)
+
+
+def test_what_inference_mode_made_can_learn(model: PreTrainedModel, batch: Batch) -> None:
+    with torch.inference_mode():
+        masks = cofiprune.attach(model)
+        masks["layers.0.heads"] = [0, 1, 0.5, 1]
+        masks["layers.1.attention"] = [0]
+        model(**batch)
+        made = [cofiprune.compact(model), cofiprune.compact(model, fuse=True)]
+        expected = logits(model, batch)
+        masks["layers.0.heads"][1] = 0
+        made.append(cofiprune.compact(model))
+    for small in (*made, model):
+        loss = small(**batch).logits.square().sum()
+        loss.backward()
+        with torch.no_grad():
+            for value in small.parameters():
+                value.sub_(0.001 * value.grad) if value.grad is not None else None
+        assert small(**batch).logits.square().sum() < loss
+    assert not torch.equal(logits(made[2], batch), expected)
+
+
+def test_saving_a_masked_model_says_that_its_masks_are_not_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    with cofiprune.attach(model) as masks:
+        model.save_pretrained(tmp_path)
+        masks["layers.0.heads"] = [0, 1, 1, 1]
+        for each in (model, copy.deepcopy(model), _pickled(model)):
+            with pytest.warns(UserWarning, match=r"not the masks.*Save cofiprune.compact\(model\)"):
+                each.save_pretrained(tmp_path)
+        cofiprune.compact(model).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert "save_pretrained" not in model.__dict__

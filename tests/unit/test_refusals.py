@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 import cofiprune
@@ -277,3 +278,22 @@ def test_an_adapter_of_ones_own_for_a_model_of_several_comes_first(register: Cal
     register(Whole())
     with pytest.raises(AdapterError, match=r"Whole has no describe"):
         cofiprune.structure(transformers.VisionTextDualEncoderModel(config))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        lambda module: l1_unstructured(module, "weight", 0.5),
+    ],
+)
+@pytest.mark.parametrize("path", ["encoder.layer.0.intermediate.dense", "pooler.dense"])
+def test_weights_that_are_computed(change: Callable[[nn.Module], Any], path: str) -> None:
+    model = bert()
+    change(model.get_submodule(path))
+    message = refusal(model)
+    assert f"the weight of '{path}' is no parameter: it is computed from" in message
+    assert "remove_parametrizations(module, 'weight')" in message

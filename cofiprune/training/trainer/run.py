@@ -59,6 +59,7 @@ class CallbackRun:
         learner, objective = self.learner, None
         assert isinstance(learner.masks, RemainingMasks)
         self.masks = learner.masks
+        self.masks.dense.kept_elsewhere = True  # by `save`, until the end
         self.begun = time.monotonic()  # less the seconds of the parts before it was resumed
         self._teacher_mode = ExitStack()
         if self.teacher is not None and self.batches is not None:
@@ -159,6 +160,7 @@ class CallbackRun:
 
     def finish(self) -> None:
         """Leave the model under its masks alone, and the teacher as it came."""
+        self.masks.dense.kept_elsewhere = False
         self.hooks.remove()
         self._teacher_mode.close()
 
