@@ -28,7 +28,8 @@ from cofiprune.distillation import (
 )
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.record import recorded_sizes
+from cofiprune.parts import encoder_config
+from cofiprune.record import sizes_of
 from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
 
@@ -71,7 +72,7 @@ class Objective:
         self.teacher: Teacher | None = None
         layers: Sequence[int] = ()
         if teacher is not None and settings.distill_layers_weight:
-            layers = teacher_layers(teacher.config.num_hidden_layers, settings.distill_layers)
+            layers = teacher_layers(encoder_config(teacher).num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
             order = class_order(student, teacher)
@@ -234,7 +235,7 @@ class Teacher:
     def __post_init__(self) -> None:
         self.reads = set(forward_names(self.model))
         self.options = supported_kwargs(self.model, output_hidden_states=bool(self.layers), return_dict=True)
-        self.depth = int(self.model.config.num_hidden_layers)
+        self.depth = int(encoder_config(self.model).num_hidden_layers)
 
     def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
         """Return the teacher's outputs for a batch.
@@ -303,7 +304,8 @@ def new_projection(
     :param fitted: fit it in any case, because the student has changed since they matched.
     """
     width, wanted = hidden_width(student), hidden_width(teacher)
-    if not fitted and width == wanted and student.config.num_hidden_layers == teacher.config.num_hidden_layers:
+    layers, theirs = (encoder_config(model).num_hidden_layers for model in (student, teacher))
+    if not fitted and (width, layers) == (wanted, theirs):
         return hidden_projection(width, wanted).to(student.device)
     gram: Tensor | None = None
     with evaluating(student):
@@ -342,5 +344,5 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def hidden_width(model: PreTrainedModel) -> int:
     """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
-    recorded = recorded_sizes(model.config) or {}
-    return int(recorded.get("hidden", model.config.hidden_size))
+    recorded = sizes_of(model) or {}
+    return int(recorded.get("hidden", encoder_config(model).hidden_size))

@@ -18,8 +18,9 @@ from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
 from cofiprune.oneshot.with_data import calibration
+from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
-from cofiprune.record import recorded_sizes
+from cofiprune.record import sizes_of
 from cofiprune.selection.target import Target
 from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, transplant
@@ -79,7 +80,8 @@ def train(run: Run) -> None:
     """Train what the masks on the model keep, or all of it: `finetune`."""
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
-    cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
+    width = encoder_config(run.model).hidden_size
+    cuts_hidden = plan.kept.get("hidden", width) != width
     check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
@@ -87,7 +89,7 @@ def train(run: Run) -> None:
     run.identify(method="finetune")
     if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
-    run.settle(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
+    run.settle(dense=plan.kept == run.structure.sizes and sizes_of(run.model) is None)
     with run.running():
         run.use(plan)
         recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))
@@ -258,6 +260,6 @@ def _same_place(run: Run, taken: int, before: Batches) -> int:
 
 def _kept_share(run: Run) -> float:
     """Parameters in the layers of the small model by those of the dense model that it comes from."""
-    cut_before = recorded_sizes(run.model.config) is not None
+    cut_before = sizes_of(run.model) is not None
     dense = dense_structure(run.model) if cut_before else run.structure
     return layer_parameters(run.structure).exact(run.plan.kept) / layer_parameters(dense).exact(dense.sizes)
