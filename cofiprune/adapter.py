@@ -33,7 +33,8 @@ from cofiprune.family import (
     projection,
     tensor,
 )
-from cofiprune.record import recorded_sizes, recorded_table
+from cofiprune.parts import encoder_config, encoder_within
+from cofiprune.record import recorded_table, sizes_of
 from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.resolving import Resolver, encoder_path
 from cofiprune.structure import BlockExit, ConfigSizes, Shared, Structure
@@ -95,11 +96,13 @@ class Adapter:
         :param dense: read the model as having its configuration's sizes, whatever sizes are recorded in it.
         :raises AdapterError: when a row names a module or a shape that the model does not have.
         """
-        recorded = None if dense else recorded_sizes(model.config)
-        family = self.describe(model.config)
+        path = "" if model.config.model_type in self.model_types else encoder_within(model)
+        config: Any = model.get_submodule(path).config if path else model.config
+        family = self.describe(config)
+        recorded = None if dense else sizes_of(model)
         built = ", whose configuration records a compacted model's sizes (from_config builds those)" if recorded else ""
-        with located(f"adapter of {model.config.model_type!r} on {type(model).__name__}{built}: ", AdapterError):
-            found = Resolver(model, family, recorded).structure()
+        with located(f"adapter of {config.model_type!r} on {type(model).__name__}{built}: ", AdapterError):
+            found = Resolver(model, family, recorded, path).structure()
         return replace(found, table=family_entries(family)) if self.stored else found
 
 
@@ -166,10 +169,14 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     model_type = model.config.model_type
     table = recorded_table(model.config)
     if table is not None:
-        return TableAdapter((model_type,), family_from(table), stored=True)
+        return TableAdapter((encoder_config(model).model_type,), family_from(table), stored=True)
     if model_type not in _registered:
         installed = _installed(model_type)
         if installed is None:
+            path = encoder_within(model)
+            if path:
+                with located(f"{type(model).__name__} is a head on {path!r}: ", AdapterError):
+                    return adapter_for(model.get_submodule(path))  # type: ignore[arg-type]
             refuse_undeclared(model)
             # Deriving runs models and laws, which stand above this module; most models do not need it.
             derived: Adapter = import_module("cofiprune.derivation").derived_adapter(model)

@@ -11,7 +11,7 @@ distilled teacher layers. Layers count from 0, without the embeddings; a layer's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -262,6 +262,7 @@ def layerwise_loss(
     teacher_depth: int,
     mask: Tensor | None = None,
     alive: Tensor | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the errors of the student layers matched to the chosen teacher layers, a sum; 0 if none is matched.
 
@@ -274,6 +275,7 @@ def layerwise_loss(
     :param alive: [Ls] bool, see `match_layers`; None for all. Of another length where states are those of several
         layers; then any one counts for all.
     :param teacher_depth: Lt, the teacher's number of layers.
+    :param agree: takes the errors [S, Ls] by which layers are matched, returns those of all processes.
     """
     chosen = sorted(teacher_states)
     targets = torch.stack([teacher_states[layer] for layer in chosen])
@@ -283,6 +285,8 @@ def layerwise_loss(
     if len(alive) != len(students):  # states that are each the output of several layers: none is known to be idle
         alive = alive.any().expand(len(students))
     losses = None if how == "same-index" else layer_losses(students, targets, projection, mask)
+    if losses is not None and agree is not None:
+        losses = agree(losses)
     indices, valid = match_layers(losses, alive, how, layers=chosen, num_teacher_layers=teacher_depth)
     matched = _project(students.index_select(0, indices), projection.weight, projection.bias)
     return _state_errors(matched, targets, mask).masked_fill(~valid, 0.0).sum()

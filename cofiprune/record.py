@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from cofiprune.errors import CheckpointError
 from cofiprune.files import STRICT, check_format, validated
+from cofiprune.parts import encoder_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "cofiprune"
 FORMAT_VERSION = 1
@@ -80,6 +81,15 @@ def recorded_sizes(config: PretrainedConfig) -> dict[str, int] | None:
     """
     entries = _entries(config)
     return None if entries is None or entries.sizes is None else record_to_sizes(entries.sizes)
+
+
+def sizes_of(model: PreTrainedModel) -> dict[str, int] | None:
+    """Return the group sizes recorded for a model, or for the encoder inside it; None where nothing is compacted.
+
+    :raises CheckpointError: as `recorded_sizes`.
+    """
+    own = recorded_sizes(model.config)
+    return recorded_sizes(encoder_config(model)) if own is None else own
 
 
 def recorded_table(config: PretrainedConfig) -> Mapping[str, Any] | None:

@@ -8,12 +8,13 @@ experts, networks without attention. The model's structure and configuration tel
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from cofiprune.errors import AdapterError
+from cofiprune.parts import attends, is_transformers_model, models_inside, outermost
 from cofiprune.record import METHOD
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def refuse(model: object) -> None:
     """
     if isinstance(model, nn.Module):
         _refuse_peft(model)
-    if not _is_transformers_model(model):
+    if not is_transformers_model(model):
         raise AdapterError(f"expected a transformers model (a PreTrainedModel), found {_name(model)}{_inside(model)}")
     _refuse_quantised(model)
     if getattr(model.config, "is_decoder", False):
@@ -57,7 +58,7 @@ def _reason(model: PreTrainedModel) -> str | None:
     """The end of a sentence about why no adapter can be derived."""
     parts = encoders_inside(model)
     if parts:
-        return f"is made of several models; cofiprune prunes one encoder at a time. {_pass(parts)}"
+        return f"is made of several models; cofiprune prunes one encoder at a time. {_pass(model, parts)}"
     if type(model).__module__.partition(".")[0] == "transformers_modules":
         return (
             "is code from a model's own repository (trust_remote_code); nothing is known about what it does. Load it "
@@ -74,17 +75,27 @@ def _reason(model: PreTrainedModel) -> str | None:
             "a router, so that they are no units that could be removed one by one. cofiprune prunes encoders whose "
             "tokens all take one way."
         )
-    if any(_attends(module) for module in model.modules()):
+    if any(attends(module) for module in model.modules()):
         return None
     convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in model.modules())
     what = "a convolutional network" if convolutional else "a network"
     return f"{kind} {what} without attention, and so without heads to remove. cofiprune prunes transformer encoders."
 
 
-def _pass(parts: list[tuple[str, nn.Module]]) -> str:
-    """A sentence that says which parts of a model to pass."""
+def _pass(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> str:
+    """Sentences that say which parts of a model to pass, and what else reads their states."""
     shown = " or ".join(f"{path} ({_name(part)})" for path, part in parts)
-    return f"Pass {shown}, and put what compact() returns back in its place."
+    known = {id(parameter) for _, part in parts for parameter in part.parameters()}
+    other = next((name for name, parameter in model.named_parameters() if id(parameter) not in known), None)
+    reads = (
+        ""
+        if other is None
+        else (
+            f" Leave hidden dimensions whole, units=('layer', 'head', 'intermediate'): {other!r} and other weights "
+            "outside may read them."
+        )
+    )
+    return f"Pass {shown}, and put what compact() returns back in its place.{reads}"
 
 
 def has_decoder(model: nn.Module) -> bool:
@@ -98,19 +109,15 @@ def encoders_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     A model under a head has the head's configuration; a part has its own.
     """
-    own = getattr(model, "config", None)
-    found = list(_outermost(model, "model", lambda part: type(part.config) is not type(own)))
-    return [(path, part) for path, part in found if not _is_causal(part) and not getattr(part.config, "is_decoder", 0)]
+    return [
+        (_expression(path), part)
+        for path, part in models_inside(model)
+        if not _is_causal(part) and not getattr(part.config, "is_decoder", 0) and any(map(attends, part.modules()))
+    ]
 
 
-def _outermost(model: nn.Module, path: str, wanted: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the transformers models that a condition chooses, none inside another, and how to get them."""
-    for name, child in model.named_children():
-        here = f"{path}[{name}]" if name.isdigit() else f"{path}.{name}"
-        if _is_transformers_model(child) and wanted(child):
-            yield here, child
-        else:
-            yield from _outermost(child, here, wanted)
+def _expression(path: str) -> str:
+    return "model" + "".join(f"[{name}]" if name.isdigit() else f".{name}" for name in path.split("."))
 
 
 def _refuse_peft(model: nn.Module) -> None:
@@ -119,7 +126,7 @@ def _refuse_peft(model: nn.Module) -> None:
         for path, module in model.named_modules()
         if not {"base_layer", "lora_A"}.isdisjoint({*module._modules, *module._parameters})
     ]
-    wrapper = hasattr(model, "peft_config") and not _is_transformers_model(model)
+    wrapper = hasattr(model, "peft_config") and not is_transformers_model(model)
     if not layers and not wrapper:
         return
     merged = sum(bool(getattr(module, "merged", False)) for _, module in layers)
@@ -164,20 +171,20 @@ def _inside(model: object) -> str:
         return " (pass an instance, for example from from_pretrained)"
     if not isinstance(model, nn.Module):
         return ""
-    held = list(_outermost(model, "model", lambda part: True))
+    held = [(_expression(path), part) for path, part in outermost(model)]
     if not held:
         return (
             ". A module of one's own becomes one by subclassing transformers.PreTrainedModel; "
             "docs/how-to/add-an-adapter.md shows how to describe it."
         )
-    return f". It holds one: p{_pass(held)[1:]}"
+    return f". It holds one: p{_pass(model, held)[1:]}"
 
 
 def _encoder_of(model: nn.Module) -> str:
     """A sentence that says how to get the encoder of a model with a decoder."""
     parts = encoders_inside(model)
     if parts:
-        return _pass(parts[:1])
+        return _pass(model, parts[:1])
     module = vars(sys.modules[type(model).__module__])
     alone = next((name for name in module if name.endswith("EncoderModel")), None)
     if alone is not None:
@@ -199,21 +206,6 @@ def _is_causal(model: nn.Module) -> bool:
     name = str(getattr(model.config, "model_type", ""))
     encodes = name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or name in auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
     return name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
-
-
-def _attends(module: nn.Module) -> bool:
-    """Return whether a module is an attention layer, by its name and a projection that is no image convolution.
-
-    Some convolutional networks call the weighting of their channels attention.
-    """
-    name = type(module).__name__.lower()
-    return ("attention" in name or "attn" in name) and any(value.dim() in (2, 3) for value in module.parameters())
-
-
-def _is_transformers_model(model: object) -> TypeGuard[PreTrainedModel]:
-    from transformers import PreTrainedModel  # imported late: `import cofiprune` does without the second that it takes
-
-    return isinstance(model, PreTrainedModel)
 
 
 def _name(model: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -59,15 +59,21 @@ class _Scope:
 class Resolver:
     """Looks up a family's table in one model and collects the entries of its structure."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, recorded: Mapping[str, int] | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, family: Family, recorded: Mapping[str, int] | None, within: str = ""
+    ) -> None:
         """Prepare to resolve.
 
         :param recorded: sizes of the groups of a compacted model; None takes those of the configuration.
+        :param within: the path of the model of this family, where it is inside another one.
         """
         self.model = model
         self.family = family
         self.recorded = recorded
-        self.base = encoder_path(model, family.encoder)
+        self.within = within
+        encoder: Any = model.get_submodule(within)
+        self.config = encoder.config
+        self.base = _join(within, encoder_path(encoder, family.encoder))
         self.modules = dict(model.named_modules())
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.groups: dict[str, Group] = {}
@@ -113,7 +119,7 @@ class Resolver:
             refused=self.refused,
             extra=tuple(_placed(each, path) for path in paths for each in family.extra.exits),
             compacted_settings=family.compacted_settings,
-            config_sizes=family.config if family.uniform else None,
+            config_sizes=family.config if family.uniform and not self.within else None,
         )
 
     def _members(self, path: str) -> list[str]:
@@ -131,7 +137,7 @@ class Resolver:
             size = self.recorded[name]
         elif kind not in ("attention", "ffn"):
             setting = getattr(self.family.config, kind)
-            size = self.family.sizes.get(kind, getattr(self.model.config, setting, None))
+            size = self.family.sizes.get(kind, getattr(self.config, setting, None))
             if not isinstance(size, int):
                 raise AdapterError(
                     f"its configuration has {size!r} for {setting!r}, where the number of {kind!r} "
@@ -144,7 +150,9 @@ class Resolver:
         """Entries of the task head; without a description of it, the hidden size cannot be pruned."""
         if not self.base:
             return ()
-        for cls in type(self.model).__mro__:
+        # A class of one's own around the encoder may be called as a head of the family and be another.
+        own = self.within and not type(self.model).__module__.startswith("transformers.")
+        for cls in () if own else type(self.model).__mro__:
             for ending, rows in self.family.heads.items():
                 if cls.__name__.endswith(ending):
                     return rows

@@ -1,9 +1,9 @@
 """The encoders of CLIP (Radford et al., 2021, arXiv:2103.00020), Meta CLIP 2 (Chuang et al., 2025, arXiv:2507.22062),
 SigLIP (Zhai et al., 2023, arXiv:2303.15343) and SigLIP 2 (Tschannen et al., 2025, arXiv:2502.14786).
 
-Either encoder of a pair is a model of its own with a configuration of its own, whether it was loaded alone or is a part
-of a `CLIPModel`. Where it is a part, what stands behind it reads its pooled output: leave the hidden dimensions out of
-`units` then.
+Either encoder of a pair is a model of its own with a configuration of its own, whether it was loaded alone, is a part
+of a `CLIPModel` or stands in an image classifier. As a part of a `CLIPModel` its pooled output is read by what stands
+behind it: leave the hidden dimensions out of `units` then.
 
 SigLIP's image encoder pools by an attention layer of torch, which is as wide inside as at its input: slicing what it
 reads would slice its heads too, so that the hidden size is refused.
@@ -66,7 +66,10 @@ def pair(
         stem=stem,
         attention=ATTENTION,
         ffn=FFN,
-        heads={"WithProjection": (linear("{text,visual}_projection", reads=HIDDEN, rows=(0, 1), optional=True),)},
+        heads={
+            "WithProjection": (linear("{text,visual}_projection", reads=HIDDEN, rows=(0, 1), optional=True),),
+            "ForImageClassification": (linear("classifier", reads=HIDDEN, rows=(0, 1)),),
+        },
         refused=refused or {},
     )
 

@@ -18,8 +18,9 @@ from cofiprune.compaction.removal import pick, remove_block
 from cofiprune.errors import PlanError
 from cofiprune.inference.fusion import unfuse
 from cofiprune.masking import masks_of
+from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
-from cofiprune.record import record, recorded_sizes
+from cofiprune.record import record, sizes_of
 from cofiprune.structure import Parameter, Side, Structure
 
 if TYPE_CHECKING:
@@ -149,10 +150,14 @@ def finish(
                 index = torch.arange(kept[block.inner]) if keep is None else torch.tensor(keep[block.inner])
                 pick(modules[shared.module], shared, index)
     if any(kept[name] != size for name, size in structure.sizes.items()):
-        sizes = {**(recorded_sizes(model.config) or {}), **kept}
+        sizes = {**(sizes_of(model) or {}), **kept}
+        if "hidden" not in structure:  # nor did a part that was compacted by itself lose any
+            sizes.pop("hidden", None)
+        config = encoder_config(model)
+        config.__dict__.pop("quantization_config", None)  # that part's
         model.config.quantization_config = record(sizes, structure.table)
         for name, value in structure.compacted_settings.items():
-            setattr(model.config, name, value)
+            setattr(config, name, value)
 
 
 def _follow_shape(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import PlanError
 from cofiprune.plan import Plan
-from cofiprune.record import recorded_sizes
+from cofiprune.record import sizes_of
 from cofiprune.structure import UNIT_KINDS, ConfigSizes, Structure, UnitKind
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def config_names(model: PreTrainedModel, structure: Structure) -> ConfigSizes:
             f"the configuration of {structure.family} cannot state smaller sizes, or its adapter does not "
             "declare that it can (Family(uniform=True)); leave out uniform"
         )
-    if recorded_sizes(model.config) is not None:
+    if sizes_of(model) is not None:
         raise PlanError(
             "this model has been compacted to sizes that its configuration does not state; start from the dense one"
         )

@@ -2,8 +2,8 @@
 
 Rows of similar length share a batch, so that little padding is computed: the shuffled rows are cut
 into megabatches, each is sorted by length and cut into batches, and the batches are shuffled again.
-The order is the same in every process; `shard` gives each its part, of about the same lengths at
-the same step.
+What is shuffled are the rows of an optimiser step. They are the same whether one process takes them in one batch, in
+several after one another, or several processes share them: `shard` gives each its part, of about the same lengths.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 ROWS = "__rows__"
 """Key of the numbers of a batch's rows, [rows], where `with_rows` asks for them."""
+REPEATED = "__repeated__"
+"""Key in a batch that only keeps a process in step with the others: its rows were given already, and count nothing."""
+LARGE = 64
+"""Rows of a batch that is larger than a process's own; more may not fit into memory."""
 _MEGABATCH = 50
 """Batches that are sorted together; the value of transformers' LengthGroupedSampler."""
 
@@ -65,11 +69,15 @@ class Batches(ABC):
     def shard(self, rank: int, processes: int) -> Self:
         """Return the part of one of several processes; every part has the same number of batches.
 
-        Where the batches do not divide evenly, the first ones of the epoch are given a second time.
+        Where the batches do not divide evenly, some are given a second time, with the key `REPEATED`.
         """
         if not 0 <= rank < processes:
             raise ValueError(f"rank {rank} is not among {processes} processes")
         return replace(self, rank=rank, processes=processes)
+
+    def whole(self) -> Self:
+        """Return the batches of all processes, the same in each of them."""
+        return self.shard(0, 1)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -81,14 +89,26 @@ class RowBatches(Batches):
     """Makes a batch of rows."""
     batch_size: int
     shuffle: bool
+    accumulated: int = 1
+    """Batches of an optimiser step in each process."""
     lengths: NDArray[np.int64] | None = None
     """Of each row, to group rows by; None to take them in order or shuffled."""
     with_rows: bool = False
     """Set to True for batches that carry the numbers of their rows."""
 
     @property
+    def step_rows(self) -> int:
+        """Rows of an optimiser step over all processes."""
+        return self.batch_size * self.accumulated * self.processes
+
+    @property
     def total(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return -(-len(self.rows) // self.step_rows) * self.accumulated * self.processes
+
+    def whole(self) -> Self:
+        """Return all rows in the same order with a step in one batch, as long as that is not far too large."""
+        size = min(self.step_rows, max(self.batch_size, LARGE))
+        return replace(self, rank=0, processes=1, accumulated=1, batch_size=size)
 
     @property
     def in_memory(self) -> bool:
@@ -101,21 +121,29 @@ class RowBatches(Batches):
             self.collate = replace(self.collate, multiple=multiple, longest=longest)
 
     def indices(self, epoch: int = 0) -> list[list[int]]:
-        """Return the rows of each batch of an epoch in this process."""
+        """Return the rows of each batch of an epoch in this process; of a repeated one, the first of its step."""
+        return [own or step[:1] for own, step in self._parts(epoch)]
+
+    def _parts(self, epoch: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Give the rows of each batch in this process, which may be none, and those of its step."""
         if self.shuffle:
-            batches = shuffled(len(self.rows), self.batch_size, self.lengths, self.seed, epoch, self.processes)
+            steps = shuffled(len(self.rows), self.step_rows, self.lengths, self.seed, epoch)
         else:
             # The longest first: what does not fit into memory fails at once, not at the end.
             order = np.arange(len(self.rows)) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
-            batches = _cut(order, self.batch_size)
-        own = range(self.rank, len(self) * self.processes, self.processes)
-        return [batches[position % len(batches)].tolist() for position in own]
+            steps = _cut(order, self.step_rows)
+        together = self.batch_size * self.processes
+        for step in (rows.tolist() for rows in steps):
+            for start in range(0, self.accumulated * together, together):
+                yield step[start : start + together][self.rank :: self.processes], step
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        for indices in self.indices(number)[start:]:
+        for own, step in itertools.islice(self._parts(number), start, None):
+            indices = own or step[:1]
             with located(f"among the rows {indices[:8]}: "):
                 batch = self.collate([self.rows[index] for index in indices])
-            yield {**batch, ROWS: torch.tensor(indices)} if self.with_rows else batch
+            more = {} if own else {REPEATED: torch.tensor(True)}
+            yield {**batch, **({ROWS: torch.tensor(indices)} if self.with_rows else {}), **more}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -143,11 +171,12 @@ class LoaderBatches(Batches):
             set_epoch(number)
         # Past its end an epoch begins again, so that every process has the same number of batches.
         endless = itertools.chain.from_iterable(self._drawn(number) for _ in itertools.repeat(None))
-        own = itertools.islice(endless, self.rank, len(self) * self.processes, self.processes)
-        for position, batch in enumerate(itertools.islice(own, start, None), start):
+        own = itertools.islice(endless, self.rank + start * self.processes, None, self.processes)
+        for position in range(start, len(self)):
             with located(f"in batch {position}: "):
-                accepted = self.accept(batch)
-            yield accepted
+                accepted = self.accept(next(own))
+            repeated = position * self.processes + self.rank >= self.total
+            yield {**accepted, REPEATED: torch.tensor(True)} if repeated else accepted
 
     def _drawn(self, epoch: int) -> Iterator[Mapping[str, Any]]:
         # Samplers draw their order from the global generator when the first batch is asked for.
@@ -160,29 +189,24 @@ class LoaderBatches(Batches):
 
 
 def shuffled(
-    rows: int, batch_size: int, lengths: NDArray[np.int64] | None, seed: int, epoch: int, processes: int = 1
+    rows: int, batch_size: int, lengths: NDArray[np.int64] | None, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
     """Return the rows of each batch of an epoch; the batch with the longest row comes first.
 
     :param lengths: [rows], to group rows by; None to shuffle alone.
-    :param processes: this many batches at a time stay together, so that processes wait little for each other.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(rows)
     if lengths is None:
         return _cut(order, batch_size)
     # Small sets would otherwise be one sorted megabatch, the same in every epoch.
-    megabatch = max(1, min(_MEGABATCH, rows // (batch_size * 4))) * batch_size * processes
+    megabatch = max(1, min(_MEGABATCH, rows // (batch_size * 4))) * batch_size
     batches = []
     for part in _cut(order, megabatch):
         batches += _cut(part[np.argsort(-lengths[part], kind="stable")], batch_size)
-    chunks = [batches[start : start + processes] for start in range(0, len(batches), processes)]
-    whole, rest = (chunks, []) if len(chunks[-1]) == processes else (chunks[:-1], chunks[-1:])
-    mixed = [whole[index] for index in generator.permutation(len(whole))] + rest
-    longest = max(range(len(mixed)), key=lambda index: max(lengths[batch].max() for batch in mixed[index]))
-    if longest < len(whole):
-        mixed.insert(0, mixed.pop(longest))
-    return [batch for chunk in mixed for batch in chunk]
+    mixed = [batches[index] for index in generator.permutation(len(batches))]
+    longest = max(range(len(mixed)), key=lambda index: lengths[mixed[index]].max())
+    return [mixed.pop(longest), *mixed]
 
 
 def to_model(batch: Mapping[str, torch.Tensor], model: nn.Module) -> Batch:
@@ -197,7 +221,7 @@ def to_model(batch: Mapping[str, torch.Tensor], model: nn.Module) -> Batch:
 
 def model_inputs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> Batch:
     """Return the inputs of a batch: all but the labels and the numbers of the rows."""
-    left_out = {ROWS, *label_names(model)}
+    left_out = {ROWS, REPEATED, *label_names(model)}
     return {name: value for name, value in batch.items() if name not in left_out}
 
 

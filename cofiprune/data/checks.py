@@ -16,6 +16,7 @@ from torch import nn
 from cofiprune.data.rows import Array, Row
 from cofiprune.data.tasks import IGNORED, Task, classes_of, outputs_of
 from cofiprune.errors import DataError
+from cofiprune.parts import encoder_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
         table = None
     if isinstance(table, nn.Embedding):
         return table.num_embeddings
-    size = getattr(model.config, "vocab_size", None)
+    size = getattr(encoder_config(model), "vocab_size", None)
     if size is None:
         raise DataError(
             f"{type(model).__name__} does not say how many token ids it knows: give its configuration a vocab_size, or "
@@ -60,7 +61,7 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             begin = 0 if module.padding_idx is None else module.padding_idx + 1
-            stated = getattr(model.config, "max_position_embeddings", module.num_embeddings)
+            stated = getattr(encoder_config(model), "max_position_embeddings", module.num_embeddings)
             return int(min(module.num_embeddings - begin, stated))
     return None
 
@@ -84,7 +85,7 @@ class _Limits:
         vocabulary = vocabulary_size(model) if tokens or task == "masked-lm" else 0
         classes = vocabulary if task == "masked-lm" else classes_of(model) if "classification" in task else 0
         has_types = any(name.endswith("token_type_embeddings") for name, _ in model.named_modules())
-        types = getattr(model.config, "type_vocab_size", 0) or 0
+        types = getattr(encoder_config(model), "type_vocab_size", 0) or 0
         longest = longest_sequence(model)
         return cls(model, task, outputs_of(model), classes, vocabulary, longest, types if has_types else 0)
 
@@ -139,7 +140,7 @@ def _token_problems(row: Row, limits: _Limits) -> Iterator[str]:
             "tokenise with the tokenizer of this model, or call model.resize_token_embeddings for added tokens"
         )
     if limits.tokens is not None and length > limits.tokens:
-        stated = getattr(limits.model.config, "max_position_embeddings", limits.tokens)
+        stated = getattr(encoder_config(limits.model), "max_position_embeddings", limits.tokens)
         yield (
             f"{length} tokens; {limits.name} reads at most {limits.tokens} (config.max_position_embeddings is "
             f"{stated}); tokenise with truncation=True, max_length={limits.tokens}"

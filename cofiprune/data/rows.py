@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, forward_names
 from cofiprune.errors import DataError
+from cofiprune.parts import encoder_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ class Padding:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Padding:
         """Return the padding of a model: its padding id, and labels that no loss counts."""
-        padding = getattr(model.config, "pad_token_id", None)
+        padding = getattr(encoder_config(model), "pad_token_id", None)
         return cls({"input_ids": 0 if padding is None else int(padding), "labels": IGNORED})
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -183,7 +184,7 @@ def add_mask(rows: list[Row], model: PreTrainedModel) -> None:
     name = next((name for name in ("input_ids", "input_values") if name in rows[0]), None)
     if name is None or "attention_mask" in rows[0] or "attention_mask" not in forward_names(model):
         return
-    if getattr(model.config, "feat_extract_norm", None) == "group":
+    if getattr(encoder_config(model), "feat_extract_norm", None) == "group":
         return  # such audio models were trained with zeros for padding and no mask
     for row in rows:
         row["attention_mask"] = np.ones(row[name].shape, np.bool_)

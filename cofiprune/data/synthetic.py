@@ -10,6 +10,7 @@ from torch import Tensor
 from cofiprune.data.checks import longest_sequence, vocabulary_size
 from cofiprune.data.tasks import forward_names, task_of
 from cofiprune.errors import DataError
+from cofiprune.parts import encoder_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,7 +45,7 @@ def synthetic_inputs(
     if kind == "input_ids":
         inputs = _tokens(model, batch_size, seq_len, generator, padding)
     elif kind in ("pixel_values", "input_values", "input_features"):
-        shape = _shape(model.config, kind, seq_len)
+        shape = _shape(encoder_config(model), kind, seq_len)
         inputs = {kind: torch.randn(batch_size, *shape, generator=generator).to(model.dtype)}
     else:
         raise DataError(
@@ -59,7 +60,7 @@ def ordinary_ids(model: PreTrainedModel) -> Tensor:
     size = vocabulary_size(model)
     allowed = torch.ones(size, dtype=torch.bool)
     for name in _SPECIAL:
-        for value in _listed(getattr(model.config, f"{name}_token_id", None)):
+        for value in _listed(getattr(encoder_config(model), f"{name}_token_id", None)):
             if 0 <= value < size:
                 allowed[value] = False
     return allowed.nonzero().flatten() if bool(allowed.any()) else torch.arange(size)
@@ -80,7 +81,7 @@ def _tokens(
         lengths = torch.randint(max(1, seq_len // 4), seq_len + 1, (*shape[:-1], 1), generator=generator)
         lengths[0] = seq_len
         mask = (torch.arange(seq_len) < lengths).long()
-        pad = _listed(getattr(model.config, "pad_token_id", None))
+        pad = _listed(getattr(encoder_config(model), "pad_token_id", None))
         tokens = tokens.masked_fill(mask == 0, pad[0] if pad and pad[0] >= 0 else 0)
     inputs = {"input_ids": tokens, "attention_mask": mask}
     return {name: value for name, value in inputs.items() if name in forward_names(model)}

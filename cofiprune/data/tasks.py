@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cofiprune.errors import DataError
+from cofiprune.parts import encoder_within
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -62,10 +63,10 @@ def task_of(model: PreTrainedModel, row: Mapping[str, Any] | None = None) -> Tas
 
     :param row: a row of its data; its labels tell a classifier with one label per row from one with several.
     """
-    if model.base_model is model:
-        return "embedding"
     names = _class_names(model)
     found = next((task for name in names if (task := task_by_name(name)) is not None), None)
+    if found is None and model.base_model is model and not encoder_within(model):
+        return "embedding"
     if found == "classification" and not any(name.endswith("ForNextSentencePrediction") for name in names):
         return _by_labels(model, row)
     if found is None:

@@ -20,7 +20,7 @@ from cofiprune.adapter import adapter_for
 from cofiprune.errors import SettingsError
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, bar, rich_table, share
-from cofiprune.record import recorded_sizes
+from cofiprune.record import sizes_of
 from cofiprune.structure import Structure
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
     """
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
         raise SettingsError(f"seq_len takes a whole number of tokens of at least 1, not {seq_len!r}")
-    recorded, masks = recorded_sizes(model.config), masks_of(model)
+    recorded, masks = sizes_of(model), masks_of(model)
     structure = dense_structure(model)
     kept = {**structure.sizes, **(recorded or {}), **(masks.plan().kept if masks is not None else {})}
 
@@ -208,10 +208,10 @@ def dense_structure(model: PreTrainedModel) -> Structure:
     :raises AdapterError: when the model's family has no adapter.
     """
     adapter = adapter_for(model)
-    if recorded_sizes(model.config) is None:
+    if sizes_of(model) is None:
         return adapter.structure(model)
     config = copy.deepcopy(model.config)
-    del config.quantization_config
+    config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         skeleton = type(model)(config)
     return adapter.structure(skeleton, dense=True)

@@ -23,6 +23,7 @@ from cofiprune.latency.measuring import conditions_of
 from cofiprune.latency.target import best_multiple, latency_target
 from cofiprune.masking import masks_of
 from cofiprune.measure.benchmark import seen_length
+from cofiprune.parts import encoder_config
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.config import PruneConfig
@@ -143,7 +144,7 @@ def check_learnable(
             if batches.labelled
             else "nothing to learn from: no labels, and distill_logits_weight and distill_layers_weight are 0"
         )
-    if not labels and batches.task != "embedding" and teacher.base_model is teacher:
+    if not labels and batches.task != "embedding" and task_of(teacher) == "embedding":
         raise TeacherError(
             f"the teacher, a {type(teacher).__name__}, has no head that could teach the head of a "
             f"{type(student).__name__}, and no labels are learned from"
@@ -189,9 +190,10 @@ def resolve_teacher(
     if shared is not None:
         raise TeacherError(f"the teacher shares {shared!r} with the student, and would change with it; copy it first")
     for name, noun in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
-        if name == "num_labels" and student.base_model is student:
+        configs = [encoder_config(each) if name == "vocab_size" else each.config for each in (student, teacher)]
+        if name == "num_labels" and task_of(student) == "embedding":
             continue
-        own, other = getattr(student.config, name, None), getattr(teacher.config, name, None)
+        own, other = (getattr(each, name, None) for each in configs)
         if own != other:
             raise TeacherError(f"the teacher has another {noun} than the student: {other} and {own}")
     tasks = [_KINDS.get(task_of(model), task_of(model)) for model in (student, teacher)]

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from cofiprune.errors import CheckpointError, StorageError, explained
 from cofiprune.files import check_sums, checksum, read_json, read_sealed, write, write_sealed
 from cofiprune.training.identity import check_same
+from cofiprune.training.processes import together
 from cofiprune.training.state import RunState
 
 FORMAT_VERSION = 4
@@ -114,24 +114,22 @@ def save_checkpoint(
     fingerprint: dict[str, Any],
     *,
     rank: int = 0,
-    wait: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint below `folder` and drop all but the two newest.
+    """Write a checkpoint below `folder` and drop all but the two newest. Every process of a run writes its part.
 
     :param fingerprint: plain values that a resumed run must have in common with this one.
-    :param wait: returns when every process has called it: a checkpoint is complete when all have written their part.
     :return: the checkpoint's own folder.
     """
     target = folder / f"checkpoint-{state.total_steps}"
-    target.mkdir(parents=True, exist_ok=True)
-    write(target / f"rng-{rank}.pt", lambda path: torch.save(_rng_state(), path))
-    wait()
-    if rank:
-        return target
-    write_state(target, state, fingerprint)
-    for _, old in _checkpoints(folder)[:-_KEPT]:
-        (old / _META).unlink()  # first, so that what is left of a folder does not count as whole
-        shutil.rmtree(old)
+    with together():
+        target.mkdir(parents=True, exist_ok=True)
+        write(target / f"rng-{rank}.pt", lambda path: torch.save(_rng_state(), path))
+    with together():  # whoever ends after it does not take the others with it while they write
+        if not rank:
+            write_state(target, state, fingerprint)
+        for _, old in [] if rank else _checkpoints(folder)[:-_KEPT]:
+            (old / _META).unlink()  # first, so that what is left of a folder does not count as whole
+            shutil.rmtree(old)
     return target
 
 

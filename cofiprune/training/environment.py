@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -24,6 +25,7 @@ from cofiprune.errors import CheckpointError, DataError, SettingsError, one_line
 from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.training.checkpoint import Resume, has_checkpoints
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.processes import by_first, check_processes, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +38,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def accelerator_for(config: PruneConfig) -> Accelerator:
     """Set up Accelerate; a later run of the same process may ask for another precision than an earlier one.
 
-    :raises SettingsError: for a precision that this machine does not have.
+    :raises SettingsError: for a precision that this machine does not have, and processes that work apart.
     """
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()
@@ -44,7 +46,12 @@ def accelerator_for(config: PruneConfig) -> Accelerator:
         raise SettingsError("mixed_precision='fp16' needs a GPU; use 'bf16' or 'no' here")
     # Which parts of a model a batch uses depends on its head (an unused pooler, say).
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
+    # Without a GPU, Accelerate takes processes that torchrun started for single ones unless it is told the device.
+    alone = not PartialState._shared_state and not torch.cuda.is_available()
+    cpu = alone and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, kwargs_handlers=[unused])
+    check_processes(accelerator.num_processes)
+    return accelerator
 
 
 def check_compile(config: PruneConfig, device: torch.device) -> None:
@@ -135,7 +142,12 @@ def held_out(
         )
 
     def evaluate(trained: nn.Module) -> dict[str, float]:
-        found = evaluate_batches(trained, batches, compute_metrics=compute_metrics)  # type: ignore[arg-type]
+        # All take part, so that none waits for long; what the user's function returns is the same on all of them.
+        computed = compute_metrics if PartialState().is_main_process else None
+        found: dict[str, float] = {}
+        with together():
+            found = evaluate_batches(trained, batches, compute_metrics=computed)  # type: ignore[arg-type]
+        found = by_first(lambda: found)
         return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
 
     return evaluate

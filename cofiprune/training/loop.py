@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.batches import ROWS, Batch, to_model
+from cofiprune.data.batches import REPEATED, ROWS, Batch, to_model
 from cofiprune.errors import TrainingError
 from cofiprune.training.arguments import check_weights
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.environment import metric_name
 from cofiprune.training.learner import GateLearner, average_gradients, start_alike
+from cofiprune.training.processes import averaged, shares_of, together
 from cofiprune.training.resolved import pruning_rates, recovery_rates
 
 if TYPE_CHECKING:
@@ -100,13 +102,13 @@ class Loop:
         batches, size = self.run.batches, self.run.settings.gradient_accumulation_steps
         while True:
             epoch, done = divmod(self.state.batches_seen, len(batches))
-            group: list[Batch] = []
-            for position, batch in enumerate(batches.epoch(epoch, done), start=done + 1):
-                group.append(batch)
-                if len(group) == size or position == len(batches):
-                    self.state.batches_seen += len(group)
-                    yield group
-                    group = []
+            given = batches.epoch(epoch, done)
+            while done < len(batches):
+                with together():
+                    group = list(itertools.islice(given, min(size, len(batches) - done)))
+                done += len(group)
+                self.state.batches_seen += len(group)
+                yield group
 
     def _step(self, group: Sequence[Batch]) -> dict[str, Tensor]:
         run, accelerator, step = self.run, self.run.accelerator, self.state.step
@@ -114,21 +116,26 @@ class Loop:
             target["lr"] = rate
         learner = self._active(step)
         parts: dict[str, Tensor] = {}
+        several = len(group) * accelerator.num_processes > 1
+        shares = shares_of([run.objective.counts(batch) for batch in group]) if several else [None]
         for index, batch in enumerate(group):
             on_device = self._on_device(batch)
             last = index == len(group) - 1
             if learner is not None:
-                learner.bind(step * run.settings.gradient_accumulation_steps + index)
+                learner.bind(step)
             with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
-                found = run.objective(self.model, on_device, None if learner is None else learner.alive_layers())
+                alive = None if learner is None else learner.alive_layers()
+                found = run.objective(self.model, on_device, alive, shares[index])
                 if learner is not None and last:
                     found["constraint"] = learner.penalty(step)
-                loss = found["loss"] / len(group) + found.get("constraint", 0.0)
+                loss = found["loss"] + found.get("constraint", 0.0)
             accelerator.backward(loss)
             for name, value in found.items():
-                parts[name] = parts.get(name, 0) + value.detach() / (1 if name == "constraint" else len(group))
-        if parts["loss"].device.type == "cpu" and not math.isfinite(float(parts["loss"])):
-            # Looking is free here. On other devices it would wait for every step; they look before anything is kept.
+                parts[name] = parts.get(name, 0) + value.detach()
+        at_once = parts["loss"].device.type == "cpu" and accelerator.num_processes == 1
+        if at_once and not math.isfinite(float(parts["loss"])):
+            # Looking is free here. On other devices it would wait for every step, and so would other processes; they
+            # look before anything is kept.
             self.optimizer.zero_grad(set_to_none=True)
             self._not_a_number(step=self.state.total_steps + 1)
         self._update(learner)
@@ -142,7 +149,7 @@ class Loop:
         rows = batch.get(ROWS)  # read on the CPU
         if self.run.accelerator.device.type == "cuda":
             batch = {name: value.pin_memory() if value.device.type == "cpu" else value for name, value in batch.items()}
-        moved = to_model(batch, self.run.small)
+        moved = to_model({name: value for name, value in batch.items() if name != REPEATED}, self.run.small)
         return moved if rows is None else {**moved, ROWS: rows}
 
     def _update(self, learner: GateLearner | None) -> None:
@@ -215,8 +222,7 @@ class Loop:
         if self.learner is not None:
             self.learner.masks.unbind()
         self.last_saved = state.total_steps
-        rank, wait = run.accelerator.process_index, run.accelerator.wait_for_everyone
-        save_checkpoint(run.folder, state, run.fingerprint, rank=rank, wait=wait)
+        save_checkpoint(run.folder, state, run.fingerprint, rank=run.accelerator.process_index)
 
     def _interrupted(self) -> bool:
         """Return whether this process, or any other of the run, was asked to stop."""
@@ -244,7 +250,8 @@ class Loop:
         self.run.interrupt.stop(message)
 
     def _check_finite(self) -> None:
-        """Make sure that nothing is logged or kept after a loss that is not a number."""
+        """Make sure that nothing is logged or kept after a loss that is not a number, in whatever process."""
+        self.state.sums.values = averaged(self.state.sums.values)
         loss = self.state.sums.values.get("loss")
         if loss is not None and not math.isfinite(float(loss)):
             self._not_a_number(step=self.state.total_steps)

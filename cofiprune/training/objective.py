@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cofiprune.data.batches import ROWS, Batches, model_inputs, to_model
+from cofiprune.data.batches import REPEATED, ROWS, Batches, model_inputs, to_model
 from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs
 from cofiprune.distillation import (
     hidden_projection,
@@ -28,7 +28,9 @@ from cofiprune.distillation import (
 )
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.record import recorded_sizes
+from cofiprune.parts import encoder_config
+from cofiprune.record import sizes_of
+from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 _TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
 """Tasks whose predictions have a token axis."""
+_PARTS = ("label_loss", "logits_loss", "layers_loss")
 _FIT_BATCHES = 8
 _RIDGE = 1e-3
 
@@ -69,7 +72,7 @@ class Objective:
         self.teacher: Teacher | None = None
         layers: Sequence[int] = ()
         if teacher is not None and settings.distill_layers_weight:
-            layers = teacher_layers(teacher.config.num_hidden_layers, settings.distill_layers)
+            layers = teacher_layers(encoder_config(teacher).num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
             order = class_order(student, teacher)
@@ -87,32 +90,59 @@ class Objective:
             weight, bias = self.projection.weight.detach(), self.projection.bias.detach()
             self.projection = _linear(weight[:, list(keep)], bias)
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
-        """Return the parts of the loss, unweighted, and their weighted sum as `loss`.
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return how many rows or tokens of a batch each part of the loss is a mean of."""
+        if REPEATED in batch:
+            return dict.fromkeys(_PARTS, 0.0)
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        rows = float(len(next(iter(batch.values()))))
+        tokens = rows if ids is None else float(ids.numel())
+        if ids is not None and mask is not None and mask.dim() == 2:
+            tokens = float(mask.ne(0).sum())
+        by_token = self.task in _TOKEN_AXIS and self.task != "question-answering"
+        counted = _labels_counted(self.task, batch)
+        values = (rows if counted is None else float(counted), tokens if by_token else rows, tokens)
+        return dict(zip(_PARTS, values, strict=True))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        alive: Tensor | None,
+        shares: Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss, and their weighted sum as `loss`.
 
         :param model: the student, possibly wrapped for several processes.
         :param batch: tensors [B, ...] on the student's device.
         :param alive: [layers] bool, the student's layers that still exist; None for all.
+        :param shares: of this batch in each part of the loss of a step; None for a step of one batch.
         """
         hidden_from_model = {ROWS} if self.label_weight else {ROWS, *self.labels}
         inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
         output = model(**inputs, **self.options)
-        return self.of(output, batch, alive)
+        return self.of(output, batch, alive, shares)
 
-    def of(self, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None) -> dict[str, Tensor]:
+    def of(
+        self,
+        output: Any,
+        batch: Mapping[str, Tensor],
+        alive: Tensor | None,
+        shares: Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
         """Return the same for outputs of the student, with `hidden_states` when `distils_layers`."""
         parts: dict[str, Tensor] = {}
         if self.label_weight:
             # The mean over no labels at all, such as those of a batch where nothing is masked, is not a number.
-            counted = _counts_labels(self.task, batch)
-            parts["label_loss"] = output.loss if counted is None else torch.where(counted, output.loss, 0.0)
+            counted = _labels_counted(self.task, batch)
+            parts["label_loss"] = output.loss if counted is None else torch.where(counted > 0, output.loss, 0.0)
         if self.teacher is not None:
-            parts.update(self._teacher_parts(self.teacher, output, batch, alive))
-        weights = {
-            "label_loss": self.label_weight,
-            "logits_loss": self.settings.distill_logits_weight,
-            "layers_loss": self.settings.distill_layers_weight,
-        }
+            parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares))
+        if shares is not None:
+            parts = {name: shares[name] * value for name, value in parts.items()}
+        settings = self.settings
+        values = (self.label_weight, settings.distill_logits_weight, settings.distill_layers_weight)
+        weights = dict(zip(_PARTS, values, strict=True))
         total = torch.stack([weights[name] * value.float() for name, value in parts.items()]).sum()
         return {**parts, "loss": total}
 
@@ -129,7 +159,12 @@ class Objective:
                     self.teacher.outputs(to_model(model_inputs(batch, student), student), batch[ROWS])
 
     def _teacher_parts(
-        self, teacher: Teacher, output: Any, batch: Mapping[str, Tensor], alive: Tensor | None
+        self,
+        teacher: Teacher,
+        output: Any,
+        batch: Mapping[str, Tensor],
+        alive: Tensor | None,
+        shares: Mapping[str, float] | None,
     ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
         theirs, targets = teacher.outputs(inputs, batch.get(ROWS))
@@ -156,6 +191,7 @@ class Objective:
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
+                agree=None if shares is None else lambda losses: averaged({"": shares["layers_loss"] * losses})[""],
             )
         if not parts:
             raise TrainingError(
@@ -165,13 +201,14 @@ class Objective:
         return parts
 
 
-def _counts_labels(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return whether any label of a batch counts in the model's loss, a scalar bool; None where all do."""
+def _labels_counted(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return how many labels of a batch count in the model's loss, a scalar; None where all do."""
     if task == "question-answering" and "input_ids" in batch:
         length = batch["input_ids"].shape[1]
-        return (batch["start_positions"] < length).any() & (batch["end_positions"] < length).any()
+        starts, ends = batch["start_positions"] < length, batch["end_positions"] < length
+        return torch.where(starts.any() & ends.any(), starts.sum() + ends.sum(), 0)
     if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
-        return (batch["labels"] != IGNORED).any()
+        return (batch["labels"] != IGNORED).sum()
     return None
 
 
@@ -198,7 +235,7 @@ class Teacher:
     def __post_init__(self) -> None:
         self.reads = set(forward_names(self.model))
         self.options = supported_kwargs(self.model, output_hidden_states=bool(self.layers), return_dict=True)
-        self.depth = int(self.model.config.num_hidden_layers)
+        self.depth = int(encoder_config(self.model).num_hidden_layers)
 
     def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
         """Return the teacher's outputs for a batch.
@@ -267,7 +304,8 @@ def new_projection(
     :param fitted: fit it in any case, because the student has changed since they matched.
     """
     width, wanted = hidden_width(student), hidden_width(teacher)
-    if not fitted and width == wanted and student.config.num_hidden_layers == teacher.config.num_hidden_layers:
+    layers, theirs = (encoder_config(model).num_hidden_layers for model in (student, teacher))
+    if not fitted and (width, layers) == (wanted, theirs):
         return hidden_projection(width, wanted).to(student.device)
     gram: Tensor | None = None
     with evaluating(student):
@@ -306,5 +344,5 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def hidden_width(model: PreTrainedModel) -> int:
     """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
-    recorded = recorded_sizes(model.config) or {}
-    return int(recorded.get("hidden", model.config.hidden_size))
+    recorded = sizes_of(model) or {}
+    return int(recorded.get("hidden", encoder_config(model).hidden_size))

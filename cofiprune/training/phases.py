@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
-
-from accelerate.utils import broadcast_object_list
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.compaction.slicing import compacted
+from cofiprune.data.batches import Batches
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import evaluating, frozen
@@ -19,12 +18,14 @@ from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
 from cofiprune.oneshot.with_data import calibration
+from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
-from cofiprune.record import recorded_sizes
+from cofiprune.record import sizes_of
 from cofiprune.selection.target import Target
 from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, transplant
 from cofiprune.training.loop import Loop
+from cofiprune.training.processes import by_first
 from cofiprune.training.resolved import Schedule
 from cofiprune.training.run import Run
 from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
@@ -79,7 +80,8 @@ def train(run: Run) -> None:
     """Train what the masks on the model keep, or all of it: `finetune`."""
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
-    cuts_hidden = plan.kept.get("hidden", run.model.config.hidden_size) != run.model.config.hidden_size
+    width = encoder_config(run.model).hidden_size
+    cuts_hidden = plan.kept.get("hidden", width) != width
     check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
@@ -87,7 +89,7 @@ def train(run: Run) -> None:
     run.identify(method="finetune")
     if run.saved is not None and Plan.from_dict(run.saved.extra["plan"]).keep != plan.keep:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
-    run.settle(dense=plan.kept == run.structure.sizes and recorded_sizes(run.model.config) is None)
+    run.settle(dense=plan.kept == run.structure.sizes and sizes_of(run.model) is None)
     with run.running():
         run.use(plan)
         recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))
@@ -155,7 +157,7 @@ def learn_gates(run: Run, target: Target, schedule: Schedule) -> Plan:
     masks, origin = attach_to(run.small, run.small_structure), run.state.extra.get("origin")
     learner = GateLearner(masks, target, settings, schedule, layers_left=run.layers_left, origin=origin)
     if run.saved is None and settings.warm_start:
-        learner.order(run.small, run.batches)
+        learner.order(run.small, run.calibration)
     run.state.extra["origin"] = list(learner.origin)
     run.learn_from(fitted=False)
     run.state.begin("prune")
@@ -205,11 +207,7 @@ def _decided(run: Run, learner: GateLearner) -> Plan:
     def decide() -> Plan:
         return learner.decide(lambda plan: compacted(run.small, run.small_structure, plan))
 
-    if run.accelerator.num_processes == 1 or learner.target.measure is None:
-        return decide()
-    outcome: list[Any] = [decide().to_dict() if run.accelerator.is_main_process else None]
-    broadcast_object_list(outcome)
-    return Plan.from_dict(outcome[0])
+    return decide() if learner.target.measure is None else by_first(decide)
 
 
 # After the decision.
@@ -244,15 +242,24 @@ def recover(run: Run, steps: int) -> None:
         taken = state.extra["taken"] if run.saved is not None else state.batches_seen
         state.extra["taken"], before, run.batches = taken, run.batches, run.recovery_batches
         run.taken = [(before, taken)]
-        state.batches_seen = round(taken * len(run.batches) / len(before))
+        state.batches_seen = _same_place(run, taken, before)
     run.go_on()
     Loop(run, steps).train()
     if state.best is not None:
         run.small.load_state_dict(state.best["model"])
 
 
+def _same_place(run: Run, taken: int, before: Batches) -> int:
+    """Return how many of the run's batches come before the place of the epoch at which others had been taken."""
+    size, now = run.settings.gradient_accumulation_steps, run.batches
+    epoch, position = divmod(taken, len(before))
+    steps = epoch * run.steps_in(before) + math.ceil(position / size)
+    epoch, position = divmod(round(steps * run.steps_in(now) / run.steps_in(before)), run.steps_in(now))
+    return epoch * len(now) + min(position * size, len(now))
+
+
 def _kept_share(run: Run) -> float:
     """Parameters in the layers of the small model by those of the dense model that it comes from."""
-    cut_before = recorded_sizes(run.model.config) is not None
+    cut_before = sizes_of(run.model) is not None
     dense = dense_structure(run.model) if cut_before else run.structure
     return layer_parameters(run.structure).exact(run.plan.kept) / layer_parameters(dense).exact(dense.sizes)

@@ -12,6 +12,7 @@ import torch
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
+from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
 from cofiprune.oneshot.data_free import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
@@ -21,7 +22,7 @@ from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.environment import check_output_dir, held_out
+from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
@@ -122,7 +123,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         model, structure, config, targets[0], taught, teacher == "self",
         train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
     )  # fmt: skip
-    return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+    with same_random_state():  # a run is seeded by its own setting
+        return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -170,7 +172,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     model, teacher, config = run.model, run.teacher, run.config
     if run.resume is True:
         raise SettingsError("resume=True goes on with a run over data; without a train_dataset there is none")
-    folder = check_output_dir(run.output_dir, resume=False)
+    folder, first = check_output_dir(run.output_dir, resume=False), accelerator_for(config).is_main_process
     evaluate = held_out(model, run.eval_dataset, config, run.collator, run.compute_metrics)
     take_masks_off(model, stacklevel=5)
     source = "the weights alone" if teacher is None else "the weights and the teacher's outputs on synthetic inputs"
@@ -201,7 +203,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
-    if folder is not None:
+    if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result
 
@@ -240,6 +242,7 @@ def finetune(  # noqa: PLR0913  # like prune
         model, structure, config, None, taught, teacher == "self",
         train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
     )  # fmt: skip
-    run.prepare()
-    train(run)
-    return run.result()
+    with same_random_state():  # a run is seeded by its own setting
+        run.prepare()
+        train(run)
+        return run.result()

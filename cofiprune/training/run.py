@@ -43,9 +43,10 @@ from cofiprune.training.environment import (
     held_out,
     metric_name,
 )
-from cofiprune.training.identity import digest_of_model, digest_of_rows, identity
+from cofiprune.training.identity import digest_of_data, digest_of_model, digest_of_rows, identity
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
+from cofiprune.training.processes import noticing, together
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, metrics_of, reached
 from cofiprune.training.state import RunState
@@ -80,7 +81,7 @@ class Run:
     batches: Batches = field(init=False)
     """Of the present phase and this process."""
     calibration: Batches = field(init=False)
-    """All rows, whatever process this is."""
+    """All rows, the same batches whatever processes share them."""
     evaluate: Evaluate | None = field(init=False, default=None)
     folder: Path | None = field(init=False, default=None)
     accelerator: Accelerator = field(init=False)
@@ -129,8 +130,10 @@ class Run:
         self.accelerator = accelerator_for(config)
         check_compile(config, self.accelerator.device)
         set_seed(config.seed, device_specific=True)
-        self.calibration = batches.shard(0, 1)
+        if isinstance(batches, RowBatches):
+            batches.accumulated = config.gradient_accumulation_steps
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        self.calibration = self.batches.whole()
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
         self.small, self.small_structure = self.model, self.structure
@@ -180,6 +183,8 @@ class Run:
             "teacher": own["teacher"],  # first: settings that are left open follow from it
             **own,
             "rows": digest_of_rows(self.calibration),
+            # What is best depends on the rows that it is chosen by.
+            "eval_rows": digest_of_data(self.eval_dataset) if self.config.metric_for_best_model else "",
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
         }
@@ -200,7 +205,8 @@ class Run:
             if self.target is not None:
                 take_masks_off(self.model, quietly=bool(self.resume), stacklevel=6)
             try:
-                yield
+                with noticing(self.folder):
+                    yield
             except BaseException as error:
                 # Whoever stops a run finds what it has trained. After an error, what was pruned would lack the plan
                 # that belongs to it, and after a loss that is not a number the weights are worth nothing.
@@ -267,7 +273,8 @@ class Run:
             for batches in (self.batches, *(batches for batches, _ in self.taken)):
                 assert isinstance(batches, RowBatches)
                 batches.with_rows = memory > 0
-        self.objective = Objective(self.small, self.teacher, self.batches, self.settings, fitted=fitted, memory=memory)
+        rows = self.batches.whole()
+        self.objective = Objective(self.small, self.teacher, rows, self.settings, fitted=fitted, memory=memory)
 
     def learn(self, learner: GateLearner | None = None) -> None:
         """Let an optimiser step what learns from now on: weights, the projection and, where there are some, gates."""
@@ -317,8 +324,9 @@ class Run:
         }
         self.state.history.append(entry)
         self.display.show(entry)
-        for callback in self.callbacks:
-            callback(dict(entry))
+        with together():
+            for callback in self.callbacks if self.accelerator.is_main_process else ():
+                callback(dict(entry))
 
     def result(self) -> PruneResult:
         """Return what came of the run, and save its plan."""

@@ -126,7 +126,8 @@ class TrainingSettings(Settings):
     eval_batch_size: Count = 128
     """Examples per batch of an evaluation."""
     gradient_accumulation_steps: Count = 1
-    """Batches per optimiser step. Higher values save memory, not time: use them with a smaller `batch_size`."""
+    """Batches per optimiser step. Higher values save memory, not time: use them with a smaller `batch_size`. Rows and
+    losses are those of one larger batch; "nearest" and "ordered" still pair layers batch by batch."""
     learning_rate: Positive | None = None
     """Peak learning rate of the weights in the pruning phase, or in `finetune`. None: in `prune`, half of what
     `finetune_learning_rate` is for the target, because the model is still larger than that."""

@@ -13,11 +13,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from cofiprune.compaction.slicing import compacted
@@ -34,6 +33,7 @@ from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.timing import in_turn
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.processes import by_first
 from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
@@ -207,9 +207,7 @@ def measure_pace(
         step = seconds(partial(_step, model))
     asked = 0.0 if teacher is None else seconds(partial(_teach, teacher))
     rows = min(FIT_POSITIONS / max(positions, 1.0), float(len(batches)))
-    measured = [Pace(step, asked, steps_per_epoch, rows * one_shot_steps(rounds(1 - target)) * step)]
-    broadcast_object_list(measured)
-    return measured[0]
+    return by_first(lambda: Pace(step, asked, steps_per_epoch, rows * one_shot_steps(rounds(1 - target)) * step))
 
 
 def _step(model: PreTrainedModel, batch: Batch) -> None:
@@ -281,25 +279,20 @@ def _prune(
 ) -> Left:
     """Prune in one shot, labels unseen; the first process does, the others get the outcome."""
     rows = calibration(model, structure, batches)
-    outcome: list[Any] = [None]
-    small: PreTrainedModel | None = None
-    if PartialState().is_main_process:
-        try:
-            with evaluating(model):
-                pruning = RoundPruning(
-                    model, structure, rows, target,
-                    units=settings.one_shot_units, seed=settings.seed, reconstruct=settings.repair is not False,
-                )  # fmt: skip
-                plan, small = pruning.run(on_progress)
-            outcome = [plan.to_dict()]
-        except (DataError, TargetError) as error:
-            outcome = [error]  # the others wait for what comes of it
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    plan = Plan.from_dict(outcome[0])
-    if small is None:
-        small = compacted(model, structure, plan)
+    made: list[PreTrainedModel] = []
+
+    def prune() -> Plan:
+        with evaluating(model):
+            pruning = RoundPruning(
+                model, structure, rows, target,
+                units=settings.one_shot_units, seed=settings.seed, reconstruct=settings.repair is not False,
+            )  # fmt: skip
+            plan, small = pruning.run(on_progress)
+        made.append(small)
+        return plan
+
+    plan = by_first(prune)
+    small = made[0] if made else compacted(model, structure, plan)
     for parameter in small.parameters():
         broadcast(parameter.data)
     return small, plan

@@ -150,3 +150,111 @@ def test_a_part_is_pruned_to_a_target() -> None:
     model.text_model = result.compact()
     assert abs(result.sparsity - 0.5) <= 0.02
     assert answer(model.double().eval(), PAIR).shape == (2, 2)
+
+
+class Headed(transformers.PreTrainedModel):
+    """A class of one's own around an encoder, with a reader of its states that nobody has described."""
+
+    config_class = transformers.EncoderDecoderConfig  # any configuration of several
+
+    def __init__(self, config: Any, encoder: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.encoder = encoder or transformers.AutoModel.from_config(config.encoder)
+        self.score = torch.nn.Linear(24, 3)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        states = self.encoder(input_ids, attention_mask, **options)
+        logits = self.score(states.last_hidden_state[:, 0])
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss, logits, states.hidden_states)
+
+
+def headed() -> PreTrainedModel:
+    config = transformers.BertConfig(**TEXT)
+    return Headed(transformers.EncoderDecoderConfig(encoder=config.to_dict(), decoder=config.to_dict(), num_labels=3))
+
+
+def on_a_tower(family: str, **settings: Any) -> PreTrainedModel:
+    cls = getattr(transformers, f"{family}ForImageClassification")
+    return cls(cls.config_class(vision_config={**IMAGE, **settings}, text_config=TEXT, num_labels=3))
+
+
+PIXELS = {"pixel_values": PAIR["pixel_values"]}
+WORDS = {name: PAIR[name] for name in ("input_ids", "attention_mask")}
+HEADS: dict[str, tuple[Any, dict[str, Tensor], str, bool]] = {
+    "clip": (lambda: on_a_tower("CLIP"), PIXELS, "vision_model", True),
+    "metaclip": (lambda: on_a_tower("MetaClip2"), PIXELS, "vision_model", True),
+    "siglip": (lambda: on_a_tower("Siglip"), PIXELS, "vision_model", False),
+    "siglip, means": (
+        lambda: on_a_tower("Siglip", vision_use_head=False),
+        PIXELS,
+        "vision_model",
+        True,
+    ),
+    "one's own": (headed, WORDS, "encoder", False),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Tensor], str, bool]:
+    """A head on one encoder in float64, its inputs, the encoder's path, and whether hidden dimensions can go."""
+    make, batch, path, wide = HEADS[request.param]
+    return specimen(make(), torch.Generator().manual_seed(0)), batch, path, wide
+
+
+def test_a_head_on_one_encoder_is_pruned_as_a_whole(head: Any, tmp_path: Path) -> None:
+    model, batch, path, wide = head
+    structure = cofiprune.structure(model)
+    assert ("hidden" in structure) == wide
+    assert {layer.partition(".")[0] for layer in structure.layers} == {path}
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.attention"] = [0]
+        masks["layers.1.heads"] = [1, 0, 0.5, 1]
+        masks["layers.1.intermediate"] = torch.arange(34) % 2
+        if wide:
+            masks["hidden"] = torch.arange(24) % 5 > 0
+        masked = answer(model, batch)
+        small = cofiprune.compact(model)
+    assert torch.allclose(answer(small, batch), masked, atol=1e-10)
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert torch.allclose(answer(loaded, batch), masked, atol=1e-10)
+    assert cofiprune.structure(loaded)["layers.1.intermediate"].size == 17
+    summary = cofiprune.summary(loaded)
+    assert summary.state == "compacted"
+    assert summary.sparsity > 0
+    with cofiprune.attach(loaded, "head") as masks:  # and once more
+        masks["layers.1.heads"] = [1, 0, 1]
+        again, masked = cofiprune.compact(loaded), answer(loaded, batch)
+    again.save_pretrained(tmp_path / "again")
+    twice = type(model).from_pretrained(tmp_path / "again", dtype=torch.float64).eval()
+    assert torch.allclose(answer(twice, batch), masked, atol=1e-10)
+    with pytest.raises(cofiprune.CofipruneError, match="leave out uniform"):
+        cofiprune.compact(model, uniform=True)
+
+
+@pytest.mark.parametrize("how", [{"method": "cofi"}, {"method": "one-shot"}])
+def test_a_head_on_one_encoder_is_trained_towards_a_target(head: Any, how: dict[str, Any]) -> None:
+    model, batch = head[0].float(), head[1]
+    batch = {name: each.float() if each.is_floating_point() else each for name, each in batch.items()}
+    rows = [{**{name: each[at % 2] for name, each in batch.items()}, "labels": at % 3} for at in range(24)]
+    quick = {"epochs": 2, "finetune_epochs": 1, "batch_size": 8, "progress": False}
+    result = cofiprune.prune(model, rows, target_sparsity=0.5, teacher="self", eval_dataset=rows, **quick, **how)
+    assert abs(result.sparsity - 0.5) <= 0.005
+    assert result.compact()(**batch).logits.shape == (2, 3)
+    assert "eval_loss" in result.metrics
+
+
+def test_a_part_that_was_pruned_before_its_whole_keeps_its_sizes(head: Any, tmp_path: Path) -> None:
+    model, batch, path, _ = head
+    with cofiprune.attach(getattr(model, path), ("layer", "head")) as masks:
+        masks["layers.0.attention"] = [0]
+        setattr(model, path, cofiprune.compact(getattr(model, path)))
+    assert "layers.0.attention" not in cofiprune.structure(model)
+    with cofiprune.attach(model) as masks:
+        masks["layers.1.heads"] = [1, 0, 0, 1]
+        small, masked = cofiprune.compact(model), answer(model, batch)
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert torch.allclose(answer(loaded, batch), masked, atol=1e-10)

@@ -10,12 +10,13 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
-from cofiprune.data.batches import Batches
+from cofiprune.data.batches import LARGE, Batches
 from cofiprune.data.prepare import prepare
 from cofiprune.errors import SettingsError
 from cofiprune.oneshot.with_data import can_start
 from cofiprune.structure import Structure
 from cofiprune.training.config import CALLBACK, PruneConfig, check_taken, names_of
+from cofiprune.training.processes import check_processes
 from cofiprune.training.settings import TRAINER_NAMES
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def check_arguments(args: Any, state: Any, model: nn.Module, *, taught: bool) ->
     :param args: the Trainer's `TrainingArguments`, `state` its `TrainerState`.
     :raises SettingsError: naming the first argument that they cannot.
     """
+    check_processes(args.world_size)
     kind = str(AcceleratorState().distributed_type.value)
     checkpointing = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", False)
     finds_unused = args.ddp_find_unused_parameters
@@ -109,9 +111,11 @@ def rows_again(
     if dataset is None or isinstance(dataset, IterableDataset):
         needs = " and ".join(name for name, asked in looks.items() if asked)
         raise SettingsError(f"rows are looked at beforehand, for {needs} and this train_dataset has no length")
+    own = args.per_device_train_batch_size
+    step = own * args.gradient_accumulation_steps * args.world_size
     again: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=args.per_device_train_batch_size,
+        batch_size=min(step, max(own, LARGE)),
         shuffle=True,
         generator=torch.Generator().manual_seed(config.seed),
         collate_fn=loader.collate_fn,
