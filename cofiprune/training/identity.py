@@ -76,8 +76,16 @@ def digest_of_rows(batches: Batches) -> str:
         every = batches.in_memory
     else:
         rows, every = getattr(getattr(batches, "loader", None), "dataset", None), False
+    return digest_of_data(rows, every=every) or f"{batches.total} batches"
+
+
+def digest_of_data(rows: Any, *, every: bool = False) -> str:
+    """Return a digest of a data set's rows in their order; "" for one whose rows cannot be asked for.
+
+    :param every: look at all rows, not at some only.
+    """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        return f"{batches.total} batches"
+        return ""
     number = len(rows)
     found = hashlib.sha256(str(number).encode())
     places = range(number) if every else np.unique(np.linspace(0, number - 1, _ROWS_READ).astype(int)).tolist()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
+
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
@@ -42,6 +44,7 @@ def prune(
 def prune(
     model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
 ) -> PruneResult: ...
+@torch.inference_mode(False)  # gradients, whatever the caller has switched off
 def prune(  # noqa: PLR0913  # the front door: its settings are flat
     model: PreTrainedModel,
     train_dataset: Any = None,
@@ -205,6 +208,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     return result
 
 
+@torch.inference_mode(False)
 def finetune(  # noqa: PLR0913  # like prune
     model: PreTrainedModel,
     train_dataset: Any,
