@@ -9,6 +9,7 @@ from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
 from cofiprune.compaction import compact
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
 from cofiprune.errors import CofipruneError
+from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
 from cofiprune.measure.benchmark import BenchmarkReport, benchmark
@@ -75,7 +76,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        with same_random_state():  # rich draws a number when it is imported
+            return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

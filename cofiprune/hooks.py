@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,13 +70,33 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def same_random_state() -> Iterator[None]:
+    """Put the global random generators of Python, numpy and torch back to where they were, on GPUs too."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if _gpus_are_used() else None
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if on_gpus is not None:
+            torch.cuda.set_rng_state_all(on_gpus)
+        elif _gpus_are_used():
+            torch.cuda.manual_seed_all(torch.initial_seed())  # as they would have been set up
+
+
+def _gpus_are_used() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
 def reading(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode; their modes and torch's random state come back afterwards.
+    """Put models into eval mode; their modes and the random state come back afterwards.
 
     Some models draw random numbers in eval mode too, for layers that training may leave out.
     """
-    devices = {value.device for model in models for value in model.parameters() if value.device.type == "cuda"}
-    with evaluating(*models), torch.random.fork_rng(list(devices)):
+    with evaluating(*models), same_random_state():
         yield
 
 

@@ -67,9 +67,11 @@ class CompactedLoader(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         model.config.quantization_config = self.quantization_config.to_dict()
-        _cut(model)
+        layers = _cut(model)
         self.shapes = _shapes(model)
-        self._check(_shapes_in(checkpoint_files or ()))
+        found = _shapes_in(checkpoint_files or ())
+        # Outside of the layers (a head for other classes, say) it is up to transformers, which may be told to go on.
+        self._check({name: shape for name, shape in found.items() if name.startswith(layers)})
         return model
 
     def _check(self, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -104,18 +106,25 @@ class CompactedLoader(HfQuantizer):
         return True
 
 
-def _cut(model: PreTrainedModel) -> None:
-    """Give a model that was built of a configuration the sizes that are recorded in it, in place."""
+def _cut(model: PreTrainedModel) -> tuple[str, ...]:
+    """Give a model that was built of a configuration the sizes that are recorded in it, in place.
+
+    :return: how the names of weights in the layers begin that are now of these sizes.
+    """
     if _CUT in model.__dict__:
-        return  # a part that was built by from_config
+        return ()  # a part that was built by from_config
     own, parts = recorded_sizes(model.config), recorded_parts(model.config)
+    layers: list[str] = []
     if own is not None:
-        reshape_skeleton(model, adapter_for(model).structure(model, dense=True), own)
+        structure = adapter_for(model).structure(model, dense=True)
+        reshape_skeleton(model, structure, own)
         model.__dict__[_CUT] = True
+        layers += [f"{path}." for path in structure.layers]
     for path, entry in parts.items():
         part = _part(model, path)
         part.config.quantization_config = entry
-        _cut(part)
+        layers += [f"{path}.{each}" for each in _cut(part)]
+    return tuple(layers)
 
 
 _CUT = "_cofiprune_cut"

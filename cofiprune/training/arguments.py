@@ -63,14 +63,18 @@ def take_masks_off(model: nn.Module, *, quietly: bool = False, stacklevel: int =
 def check_weights(
     model: nn.Module, who: str = "the model", *, error: type[TrainingError | TeacherError] = TrainingError
 ) -> None:
-    """Make sure that all weights are there and are numbers.
+    """Make sure that all weights are there, are numbers, and could learn.
 
-    :raises TrainingError: or `error`, naming the first parameter with a value that is not.
+    :raises TrainingError: or `error`, naming the first parameter that is not.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise error(
                 f"{who} has no values in {name!r}, which is on the meta device; load its weights with from_pretrained"
+            )
+        if parameter.is_inference():
+            raise error(
+                f"{who} was made under torch.inference_mode() ({name!r} was), and cannot learn; load it outside of that"
             )
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise error(f"{who} has values that are not finite numbers in {name!r}")

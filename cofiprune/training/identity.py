@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.errors import CheckpointError
+from cofiprune.hooks import same_random_state
 from cofiprune.training.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -77,27 +76,25 @@ def digest_of_rows(batches: Batches) -> str:
         every = batches.in_memory
     else:
         rows, every = getattr(getattr(batches, "loader", None), "dataset", None), False
+    return digest_of_data(rows, every=every) or f"{batches.total} batches"
+
+
+def digest_of_data(rows: Any, *, every: bool = False) -> str:
+    """Return a digest of a data set's rows in their order; "" for one whose rows cannot be asked for.
+
+    :param every: look at all rows, not at some only.
+    """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        return f"{batches.total} batches"
+        return ""
     number = len(rows)
     found = hashlib.sha256(str(number).encode())
     places = range(number) if every else np.unique(np.linspace(0, number - 1, _ROWS_READ).astype(int)).tolist()
-    with _generators_kept():
+    with same_random_state():
         if not every and _digest(rows[0]) != _digest(rows[0]):
             return f"{number} rows that are another each time"
         for place in places:
             _add(found, rows[place])
     return _DIGEST + found.hexdigest()
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the global generators as they were: rows may be made by code of the user's."""
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(legacy)
 
 
 def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], problem: str, otherwise: str) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
+
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.errors import SettingsError
+from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
 from cofiprune.oneshot.data_free import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
@@ -41,6 +44,7 @@ def prune(
 def prune(
     model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
 ) -> PruneResult: ...
+@torch.inference_mode(False)  # gradients, whatever the caller has switched off
 def prune(  # noqa: PLR0913  # the front door: its settings are flat
     model: PreTrainedModel,
     train_dataset: Any = None,
@@ -119,7 +123,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         model, structure, config, targets[0], taught, teacher == "self",
         train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
     )  # fmt: skip
-    return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+    with same_random_state():  # a run is seeded by its own setting
+        return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -203,6 +208,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     return result
 
 
+@torch.inference_mode(False)
 def finetune(  # noqa: PLR0913  # like prune
     model: PreTrainedModel,
     train_dataset: Any,
@@ -236,6 +242,7 @@ def finetune(  # noqa: PLR0913  # like prune
         model, structure, config, None, taught, teacher == "self",
         train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
     )  # fmt: skip
-    run.prepare()
-    train(run)
-    return run.result()
+    with same_random_state():  # a run is seeded by its own setting
+        run.prepare()
+        train(run)
+        return run.result()

@@ -43,7 +43,7 @@ from cofiprune.training.environment import (
     held_out,
     metric_name,
 )
-from cofiprune.training.identity import digest_of_model, digest_of_rows, identity
+from cofiprune.training.identity import digest_of_data, digest_of_model, digest_of_rows, identity
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 from cofiprune.training.processes import noticing, together
@@ -183,6 +183,8 @@ class Run:
             "teacher": own["teacher"],  # first: settings that are left open follow from it
             **own,
             "rows": digest_of_rows(self.calibration),
+            # What is best depends on the rows that it is chosen by.
+            "eval_rows": digest_of_data(self.eval_dataset) if self.config.metric_for_best_model else "",
             "batches": len(self.batches),
             "processes": self.accelerator.num_processes,
         }

@@ -71,6 +71,14 @@ def test_a_run_goes_on_with_the_same_from_anywhere(begun):
     assert prune(begun, resume=True, rows=rows).plan == prune(begun, resume="auto").plan
 
 
+def test_the_best_is_not_chosen_by_two_sets(tmp_path):
+    best = {"metric_for_best_model": "accuracy", "eval_dataset": toy.rows(16, seed=5)}
+    prune(tmp_path, **best)
+    prune(tmp_path, resume=True, **best)
+    with pytest.raises(CheckpointError, match="another eval_rows"):
+        prune(tmp_path, resume=True, **{**best, "eval_dataset": toy.rows(16, seed=6)})
+
+
 def test_another_version_is_another_run(begun, monkeypatch):
     monkeypatch.setattr("cofiprune.training.identity.version", lambda name: "9.9")
     with pytest.raises(CheckpointError, match=r"its cofiprune is '.*', asked for '9.9'"):

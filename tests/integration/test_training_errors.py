@@ -173,11 +173,25 @@ def test_weights_that_cannot_be_trained(toy, run):
     goal = {"target_sparsity": 0.5} if run == "prune" else {}
     with pytest.raises(TrainingError, match="meta device"):
         getattr(cofiprune, run)(empty, rows, **goal)
+    with torch.inference_mode():
+        fixed = transformers.BertForSequenceClassification(toy.config())
+    with pytest.raises(TrainingError, match=r"was made under torch.inference_mode\(\)"):
+        getattr(cofiprune, run)(fixed, rows, **goal)
     if run == "finetune":
         frozen = toy.student()
         frozen.requires_grad_(False)
         refused(frozen, rows, TrainingError, "frozen", run=run)
         refused(toy.student(), rows, SettingsError, "epochs=0", run=run, epochs=0)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_needs_no_gradients_from_outside(toy, off):
+    model, before = toy.student(), toy.student().state_dict()
+    with off():
+        result = cofiprune.finetune(model, toy.rows(16), epochs=1, batch_size=8, progress=False)
+        assert not torch.is_grad_enabled()
+    assert not torch.equal(result.model.state_dict()["classifier.weight"], before["classifier.weight"])
+    assert all(value.requires_grad and not value.is_inference() for value in model.parameters())
 
 
 def test_precision_that_this_machine_does_not_have(toy):

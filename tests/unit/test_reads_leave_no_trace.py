@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, SplinterConfig, SplinterModel
+from transformers import PreTrainedModel, SplinterConfig, SplinterModel, Trainer, TrainingArguments
 
 import cofiprune
 from cofiprune import MaskRegistry, Plan
@@ -77,3 +80,59 @@ def test_a_function_that_reads_masks(model: PreTrainedModel, read: Callable[[Mas
         before = trace(model)
         read(masks)
         assert_no_trace(model, before)
+
+
+def _noisy(rows: list[Any]) -> dict[str, torch.Tensor]:
+    random.random(), np.random.rand(), torch.rand(1)
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def _trained(model: PreTrainedModel, folder: Path, callback: cofiprune.PruningCallback) -> None:
+    """Train with a callback, and make sure that none of its events draws from the global generators."""
+    arguments = TrainingArguments(str(folder), max_steps=6, use_cpu=True, report_to=[], save_strategy="no")
+    rows = ROWS * 32
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=_noisy, callbacks=[callback])
+    for event in [name for name in dir(callback) if name.startswith("on_")]:
+        setattr(callback, event, partial(_watched, getattr(callback, event)))
+    trainer.train()
+
+
+def _watched(handler: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    before = _random_state()
+    handler(*args, **kwargs)
+    assert _random_state() == before
+
+
+def _random_state() -> tuple[Any, ...]:
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+
+QUIET = {"progress": False, "epochs": 1, "batch_size": 8}
+RUNS: dict[str, Callable[[Any, Path], object]] = {
+    "prune": lambda model, folder: cofiprune.prune(
+        model, ROWS * 32, target_sparsity=0.5, data_collator=_noisy, output_dir=folder, **QUIET
+    ),
+    "prune to several targets": lambda model, folder: cofiprune.prune(
+        model, ROWS * 32, target_sparsity=[0.3, 0.5], teacher="self", **QUIET
+    ),
+    "prune without data": lambda model, folder: cofiprune.prune(model, target_sparsity=0.5),
+    "finetune": lambda model, folder: cofiprune.finetune(model, ROWS * 32, data_collator=_noisy, **QUIET),
+    "evaluate": lambda model, folder: cofiprune.evaluate(
+        model, ROWS * 8, data_collator=_noisy, compute_metrics=lambda found: {"drawn": np.random.rand()}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:pruning without data")
+@pytest.mark.parametrize("how", RUNS.values(), ids=RUNS.keys())
+def test_a_run_is_seeded_by_its_own_setting(how: Callable[[Any, Path], object], tmp_path: Path) -> None:
+    model = build("BertForSequenceClassification", dtype=torch.float32, problem_type="single_label_classification")
+    before = _random_state()
+    how(model, tmp_path)
+    assert _random_state() == before
+
+
+@pytest.mark.parametrize("teacher", [None, "self"])
+def test_a_callback_leaves_the_random_state_to_the_trainer(teacher: Any, tmp_path: Path) -> None:
+    model = build("BertForSequenceClassification", dtype=torch.float32, problem_type="single_label_classification")
+    _trained(model, tmp_path, cofiprune.PruningCallback(0.5, teacher))

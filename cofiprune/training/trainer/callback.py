@@ -15,6 +15,7 @@ from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.batches import Batches
 from cofiprune.errors import SettingsError, TrainingError
+from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
 from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
@@ -102,7 +103,11 @@ class PruningCallback(TrainerCallback):
             self._run.finish()
             self._run.masks.detach()
         self._run, self.result = None, None
-        model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        with same_random_state():  # the Trainer goes on as it would without a callback
+            self._run = self._begun(args, state, kwargs["model"], kwargs.get("train_dataloader"))
+
+    def _begun(self, args: Any, state: Any, model: PreTrainedModel, loader: Any) -> CallbackRun:
+        """Check everything, then attach the gates; a model that cannot be trained is left as it was."""
         structure = structure_of(model)
         target = target_for(model, structure, self.config, "target_sparsity", self.target)
         check_target(structure, target, self.config.units)
@@ -118,7 +123,7 @@ class PruningCallback(TrainerCallback):
             check_learnable(model, teacher, rows, settings, cuts_hidden="hidden" in settings.units)
         Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)  # whether there are enough of them
         saved = self._saved(args, state, model, structure)
-        take_masks_off(model, quietly=saved is not None)
+        take_masks_off(model, quietly=saved is not None, stacklevel=5)
         with ExitStack() as undo:
             learner = self._learner(model, structure, target, rows, facts, saved, undo)
             run = CallbackRun(model, learner, teacher, rows, args, undo)
@@ -127,7 +132,7 @@ class PruningCallback(TrainerCallback):
             if saved is not None:
                 run.restore(saved)
             run.undo = run.hooks.undo = undo.pop_all()  # the first step may still go wrong
-        self._run = run
+        return run
 
     def _learner(
         self,
