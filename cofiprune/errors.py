@@ -82,11 +82,14 @@ def explained(error: type[CofipruneError], problem: str, *kinds: type[Exception]
 
 @contextmanager
 def located(where: str, kind: type[CofipruneError] = DataError) -> Iterator[None]:
-    """Begin the messages of one kind of error with where it was found."""
+    """Begin the messages of one kind of error with where it was found; errors of the user's own code get a note."""
     try:
         yield
     except kind as error:
         raise kind(f"{where}{error}") from error.__cause__
+    except Exception as error:
+        error.add_note(where.removesuffix(": "))
+        raise
 
 
 def one_line(error: Exception) -> str:

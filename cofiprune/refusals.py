@@ -104,7 +104,8 @@ def _pass(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> str:
     """Sentences that say which parts of a model to pass, and what else reads their states."""
     shown = " or ".join(f"{path} ({_name(part)})" for path, part in parts)
     known = {id(parameter) for _, part in parts for parameter in part.parameters()}
-    other = next((name for name, parameter in model.named_parameters() if id(parameter) not in known), None)
+    others = ((name, each) for name, each in model.named_parameters() if id(each) not in known)
+    other = next((name for name, parameter in others if parameter.dim() > 1), None)
     reads = (
         ""
         if other is None
@@ -221,6 +222,8 @@ def _is_causal(model: nn.Module) -> bool:
         return True in flags
     from transformers.models.auto import modeling_auto as auto
 
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False  # an encoder of a pair, the decoder of which is gone
     name = str(getattr(model.config, "model_type", ""))
     encodes = name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or name in auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
     return name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes

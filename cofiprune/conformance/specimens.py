@@ -25,7 +25,7 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.errors import AdapterError, DataError
+from cofiprune.errors import AdapterError, CofipruneError, DataError, one_line
 from cofiprune.masking import attach_to
 from cofiprune.masks import MaskRegistry
 from cofiprune.plan import Plan
@@ -235,13 +235,16 @@ def tiny_copy(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
             batch = inputs(tiny, generator)
             _check_runs(tiny, batch)
         except Exception as error:  # raised by the model's own code, in any way
-            problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            reason = error.__cause__ if isinstance(error.__cause__, DataError) else error  # that asks for no batch
+            kind = "" if isinstance(reason, CofipruneError) else f"{type(reason).__name__}: "
+            problems.append(kind + one_line(reason))
         else:
             return tiny, batch
-    raise AdapterError(
-        f"it could not be run on made-up inputs, neither as a small model of its kind ({problems[0]}) nor as it is "
-        f"({problems[-1]})."
+    small, whole = problems[0], problems[-1]
+    both = (
+        f": {whole}" if small == whole else f", neither as a small model of its kind ({small}) nor as it is ({whole})"
     )
+    raise AdapterError(f"it could not be run on made-up inputs{both}")
 
 
 def _check_runs(model: PreTrainedModel, batch: Batch) -> None:

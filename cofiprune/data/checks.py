@@ -33,6 +33,16 @@ def check(rows: Sequence[Row], model: PreTrainedModel, task: Task) -> None:
             raise DataError(f"row {index}: {problem}")
 
 
+def any_label_counts(rows: Sequence[Row], task: Task) -> bool:
+    """Return whether the loss counts any label of checked rows: none where all are -100, or past their row's end."""
+    if task == "question-answering":
+        ends = [row["input_ids"].shape[-1] if "input_ids" in row else np.inf for row in rows]
+        return any((row["start_positions"] < end).any() for row, end in zip(rows, ends, strict=True))
+    if task in ("classification", "multiple-choice", "token-classification", "masked-lm"):
+        return any((row["labels"] != IGNORED).any() for row in rows)
+    return True
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of token ids that a model knows.
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
-from cofiprune.data.checks import check
+from cofiprune.data.checks import any_label_counts, check
 from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
-from cofiprune.data.tasks import Task, label_names, task_of
+from cofiprune.data.tasks import IGNORED, Task, label_names, task_of
 from cofiprune.errors import DataError, explained, located
 
 if TYPE_CHECKING:
@@ -89,15 +89,21 @@ def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatche
 
     if "input_ids" in columns:
         rows = checked(source.rows(columns.values()))
+        labelled = labelled and any_label_counts(rows, task)
         lengths = np.array([row["input_ids"].shape[-1] for row in rows])
         return cut(rows=rows, collate=padding, task=task, labelled=labelled, lengths=lengths)
     chosen = {new: old for new, old in columns.items() if new in label_names(model)}
-    if chosen and source.columnar:  # all labels can be had without reading the inputs
-        check(read(source.rows(chosen.values()), chosen, {}), model, task)
-    ahead = len(source) if source.in_memory else min(_PEEK, len(source))
+    known = bool(chosen and source.columnar)  # all labels can be had without reading the inputs
+    if known:
+        labels = read(source.rows(chosen.values()), chosen, {})
+        check(labels, model, task)
+        labelled = labelled and any_label_counts(labels, task)
+    ahead, counted = len(source) if source.in_memory else min(_PEEK, len(source)), known or not source.in_memory
     for start in range(0, ahead, _PEEK):
         with located(f"from row {start} on: "):
-            checked(source[index] for index in range(start, min(start + _PEEK, ahead)))
+            rows = checked(source[index] for index in range(start, min(start + _PEEK, ahead)))
+            counted = counted or (labelled and any_label_counts(rows, task))
+    labelled = labelled and counted
     return cut(rows=source, collate=lambda raw: padding(checked(raw)), task=task, labelled=labelled)
 
 
@@ -122,9 +128,11 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
+    labelled = _is_labelled(sample, model)
     if "labels" in chosen and task == "classification":
         check(rows, model, task)
-    return cut(rows=source, collate=collate, task=task, labelled=_is_labelled(sample, model), lengths=lengths)
+        labelled = labelled and any_label_counts(rows, task)
+    return cut(rows=source, collate=collate, task=task, labelled=labelled, lengths=lengths)
 
 
 def _from_loader(loader: DataLoader[Any], model: PreTrainedModel, seed: int) -> tuple[Batches, Batch]:
@@ -187,6 +195,11 @@ def _unlabelled(model: PreTrainedModel, row: Mapping[str, Any]) -> str:
         return (
             f"{type(model).__name__} has no head and computes no loss; pass a teacher whose outputs it is to match, "
             "or a model with a head"
+        )
+    if _is_labelled(find_columns(row, model), model):
+        return (
+            f"no row has a label that the loss counts: all {' and '.join(map(repr, names))} are {IGNORED}, or past the "
+            "end of their row; label some rows, or pass a teacher whose outputs take the labels' place"
         )
     return (
         f"the rows have no {' and '.join(map(repr, names))}; they have {', '.join(map(repr, row))}. "

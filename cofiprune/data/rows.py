@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, forward_names
-from cofiprune.errors import DataError
+from cofiprune.errors import DataError, located
 from cofiprune.parts import encoder_config
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Source:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self._rows[index]
+        with located(f"row {index}: "):
+            row = self._rows[index]
         if not isinstance(row, Mapping):
             raise DataError(
                 f"row {index} is a {type(row).__name__}; rows are dicts such as "

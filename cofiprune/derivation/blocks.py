@@ -118,8 +118,8 @@ def find_blocks(calls: Sequence[Call], layer: str) -> list[Draft]:
     if len(blocks) != 2 or not all(block.readers and block.inner for block in blocks):
         shown = "; ".join(_shown(block, layer) for block in blocks)
         raise AdapterError(
-            f"its layer {layer!r} has {len(blocks)} blocks instead of attention and feed-forward, as far as they "
-            f"can be told apart: {shown}"
+            f"two blocks, attention and feed-forward, were looked for in its layer {layer!r}, and what could be told "
+            f"apart is {len(blocks)}: {shown or 'none'}"
         )
     return blocks
 
@@ -173,7 +173,7 @@ def _settle(block: Draft, loose: list[Call]) -> None:
 
 def _shown(block: Draft, layer: str) -> str:
     names = [call.path.removeprefix(f"{layer}.") for call in (*block.readers, *block.inner)]
-    return ", ".join(names) or "none"
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} others" if names[6:] else "")
 
 
 def mixes(model: PreTrainedModel, batch: Batch, layer: str, path: str, *, token: int = 0) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, encoder_path, known_families
+from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, encoder_path
 from cofiprune.conformance.battery import check_laws
 from cofiprune.conformance.calls import calls_of, compared, inside, size
 from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values, tiny_copy
@@ -56,8 +56,8 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
     if isinstance(found, str):
         raise AdapterError(
             f"no adapter for model type {model.config.model_type!r} ({type(model).__name__}), and none could be "
-            f"derived: {found} Families with one: {', '.join(known_families())}. To describe it yourself, see "
-            "docs/how-to/add-an-adapter.md."
+            f"derived: {found.rstrip('.')}. docs/reference/families.md lists the families that can be pruned, and "
+            "docs/how-to/add-an-adapter.md shows how to describe another."
         )
     return found
 

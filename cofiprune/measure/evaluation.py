@@ -22,7 +22,7 @@ from cofiprune.data.batches import Batch, Batches, RowBatches, to_model
 from cofiprune.data.prepare import Collator, prepare
 from cofiprune.data.rows import pad
 from cofiprune.data.tasks import IGNORED, Task, label_names
-from cofiprune.errors import DataError
+from cofiprune.errors import DataError, located
 from cofiprune.hooks import reading, same_random_state
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def evaluate(
         )
     if not batches.labelled and compute_metrics is None:
         expected = " and ".join(map(repr, label_names(model))) or "labels (it has no head)"
-        raise DataError(f"there is nothing to measure: {type(model).__name__} takes {expected}, which the rows lack")
+        raise DataError(
+            f"there is nothing to measure: {type(model).__name__} takes {expected}, and the rows have none that count"
+        )
     home = model.device
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
@@ -162,7 +164,8 @@ def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Prepro
 def _computed(compute: ComputeMetrics, predictions: Any, labels: Any) -> dict[str, float]:
     from transformers import EvalPrediction
 
-    result = compute(EvalPrediction(predictions=predictions, label_ids=labels))
+    with located("compute_metrics: "):
+        result = compute(EvalPrediction(predictions=predictions, label_ids=labels))
     if not isinstance(result, Mapping):
         raise DataError(f"compute_metrics must return a dict of numbers, not {type(result).__name__}")
     return {str(name): float(value) for name, value in result.items()}

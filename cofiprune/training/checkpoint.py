@@ -129,7 +129,7 @@ def save_checkpoint(
             write_state(target, state, fingerprint)
         for _, old in [] if rank else _checkpoints(folder)[:-_KEPT]:
             (old / _META).unlink()  # first, so that what is left of a folder does not count as whole
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
     return target
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from cofiprune.data.prepare import prepare
 from cofiprune.data.tasks import label_names
-from cofiprune.errors import CheckpointError, DataError, SettingsError, one_line, suggest
+from cofiprune.errors import CheckpointError, DataError, SettingsError, located, one_line, suggest
 from cofiprune.measure.evaluation import evaluate_batches
 from cofiprune.training.checkpoint import Resume, has_checkpoints
 from cofiprune.training.config import PruneConfig
@@ -137,15 +137,15 @@ def held_out(
     if not batches.labelled and compute_metrics is None:
         expected = " and ".join(map(repr, label_names(model))) or "labels (it has no head)"
         raise DataError(
-            f"eval_dataset: there is nothing to measure: {type(model).__name__} takes {expected}, which the rows lack. "
-            "Pass a compute_metrics, or leave the set out"
+            f"eval_dataset: there is nothing to measure: {type(model).__name__} takes {expected}, and the rows have "
+            "none that count. Pass a compute_metrics, or leave the set out"
         )
 
     def evaluate(trained: nn.Module) -> dict[str, float]:
         # All take part, so that none waits for long; what the user's function returns is the same on all of them.
         computed = compute_metrics if PartialState().is_main_process else None
         found: dict[str, float] = {}
-        with together():
+        with together(), located("eval_dataset: "):
             found = evaluate_batches(trained, batches, compute_metrics=computed)  # type: ignore[arg-type]
         found = by_first(lambda: found)
         return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}

@@ -62,6 +62,8 @@ class Loop:
         others = [module for module in (learner, run.objective.projection) if module is not None]
         self.others = [parameter for module in others for parameter in module.parameters()]
         start_alike(self.others)
+        self.heard = self.state.step > 0 or not run.objective.label_weight
+        """Whether any label has counted since the phase began."""
 
     def train(self, until: int | None = None) -> None:
         """Train to the end of the phase, or to a step of it, to go on later.
@@ -89,6 +91,7 @@ class Loop:
             state.total_steps += 1
             state.seconds = time.perf_counter() - started
             run.display.advance(run.display.task)
+            self._check_heard()
             self._record(parts)
             if self._due(run.settings.eval_steps) and run.evaluate is not None:
                 self._evaluate(run.evaluate)
@@ -118,6 +121,7 @@ class Loop:
         parts: dict[str, Tensor] = {}
         several = len(group) * accelerator.num_processes > 1
         shares = shares_of([run.objective.counts(batch) for batch in group]) if several else [None]
+        self.heard = self.heard or any(run.objective.counts(batch)["label_loss"] > 0 for batch in group)
         for index, batch in enumerate(group):
             on_device = self._on_device(batch)
             last = index == len(group) - 1
@@ -179,6 +183,19 @@ class Loop:
             means.update(learner.progress(state.step - 1))
         means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.run.log(means)
+
+    def _check_heard(self) -> None:
+        """Make sure that labels were learned from, once an epoch is over: what is read late is not known before.
+
+        :raises TrainingError: when none has counted, in whatever process.
+        """
+        if self.state.step != min(self.run.steps_in(self.run.batches), self.total):
+            return
+        if not averaged({"": torch.tensor(float(self.heard), device=self.run.accelerator.device)})[""]:
+            raise TrainingError(
+                f"train_dataset: in {self.state.step} steps the loss counted no label (all are -100): label some rows, "
+                "or pass a teacher and label_weight=0"
+            )
 
     def _due(self, every: int | Literal["epoch"]) -> bool:
         """Return whether something that happens at an interval of steps, or once an epoch, is due now."""

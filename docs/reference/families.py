@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto as auto
 import cofiprune
 from cofiprune.adapter import ENTRY_POINT_GROUP, known_families
 from cofiprune.conformance.specimens import head_classes, inputs, outputs, tiny_sizes
+from cofiprune.parts import encoder_within
 from cofiprune.refusals import refuse, refuse_undeclared
 
 HERE = Path(__file__).parent
@@ -138,7 +139,7 @@ def _refuse_by_kind(config: transformers.PretrainedConfig) -> None:
 
 def _check_kind(model: transformers.PreTrainedModel) -> None:
     refuse(model)
-    if model.config.model_type not in known_families():
+    if model.config.model_type not in known_families() and not encoder_within(model):
         refuse_undeclared(model)
 
 
@@ -269,7 +270,7 @@ def _short(why: str) -> str:
     for before in ("none could be derived: ", "masked and compacted model differ by "):
         _, found, after = why.partition(before)
         why = (f"differs by {after}" if "differ" in before else after) if found else why
-    why = why.partition(" Families with one: ")[0]
+    why = why.partition(". docs/reference/families.md lists ")[0]
     return (why if len(why) <= 200 else why[:197] + "...").replace("|", "\\|")
 
 

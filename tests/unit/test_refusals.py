@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,63 @@ def test_encoder_decoders_without_such_a_class() -> None:
     assert "model.get_encoder() returns it" in refusal(transformers.BartModel(config))
 
 
+def test_a_block_sparse_encoder_of_a_pair_is_not_taken_for_a_decoder() -> None:
+    layers = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"d_model": 24, "vocab_size": 40, "encoder_ffn_dim": 34, "decoder_ffn_dim": 34, "block_size": 2}
+    model = transformers.BigBirdPegasusModel(transformers.BigBirdPegasusConfig(**sizes, **layers))
+    refuse_undeclared(model.get_encoder())
+
+
 def test_a_mixture_of_experts() -> None:
     config = transformers.SwitchTransformersConfig(**T5, num_experts=2, num_sparse_encoder_layers=1)
     message = refusal(transformers.SwitchTransformersEncoderModel(config))
     assert "a mixture of experts ('encoder.block" in message
+
+
+def made(family: str, **settings: Any) -> PreTrainedModel:
+    return getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**settings))
+
+
+PAIR = {"vision_config": {**SIZES, "image_size": 8, "patch_size": 4}, "text_config": TEXT}
+PREDICTOR = {"pred_hidden_size": 24, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 1}
+REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
+    "luke": lambda: made("Luke", **TEXT, entity_vocab_size=11, entity_emb_size=16),
+    "canine": lambda: made("Canine", **TEXT),
+    "ibert": lambda: made("IBert", **TEXT),
+    "mobilebert": lambda: made("MobileBert", **TEXT, embedding_size=8, intra_bottleneck_size=24),
+    "xlm": lambda: made("XLM", emb_dim=24, n_layers=1, n_heads=4, n_words=40),
+    "vjepa2": lambda: made("VJEPA2", **SIZES, crop_size=8, patch_size=4, frames_per_clip=2, **PREDICTOR),
+    "clip": lambda: made("CLIP", **PAIR),
+    "metaclip": lambda: made("MetaClip2", **PAIR),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_messages_can_be_read(name: str) -> None:
+    """Whole sentences, each said once, no longer than a few lines, and no advice about arguments that are not there."""
+    with pytest.raises(AdapterError) as error:
+        cofiprune.structure(REFUSED[name]())
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 700
+    assert "batch=" not in message
+    assert ".." not in message.replace("...", "")
+    assert not re.search(r"[a-z'] (Families|To|Pass|Load|Leave) ", message)
+    parts = re.split(r"[.;(:] ?", message)
+    assert all(parts.count(part) == 1 for part in parts if len(part) > 30)
+
+
+@pytest.mark.parametrize("name", ["clip", "metaclip"])
+def test_the_advice_for_models_of_several_works(name: str) -> None:
+    model = REFUSED[name]()
+    with pytest.raises(AdapterError, match=r"Leave hidden dimensions whole, units=.*'\w+projection.weight'") as error:
+        cofiprune.structure(model)
+    for path in re.findall(r"model\.([\w.]+) \(", str(error.value)):
+        part = model.get_submodule(path)
+        with cofiprune.attach(part, ("layer", "head", "intermediate")) as masks:
+            masks["layers.0.heads"] = [1, 0, 1, 1]
+            model.set_submodule(path, cofiprune.compact(part))
+    cofiprune.record_parts(model)
 
 
 class Held(nn.Module):
