@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError, safe_open
@@ -112,7 +113,7 @@ def _cut(model: PreTrainedModel) -> tuple[str, ...]:
     :return: how the names of weights in the layers begin that are now of these sizes.
     """
     if _CUT in model.__dict__:
-        return ()  # a part that was built by from_config
+        return ()  # a part with a record of its own, built by from_config
     own, parts = recorded_sizes(model.config), recorded_parts(model.config)
     layers: list[str] = []
     if own is not None:
@@ -167,10 +168,27 @@ def _merged(
 
 
 def _from_config(cls: type[PreTrainedModel], config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """Build a model of a configuration, and give it the sizes of a compacted one where they are recorded."""
-    model: PreTrainedModel = _stock_from_config(cls, config, **kwargs)
+    """Build a model of a configuration, and give it the sizes of a compacted one where they are recorded.
+
+    A model inside another one is cut with that, where the record is the whole's.
+    """
+    recorded = recorded_sizes(config) is not None or bool(recorded_parts(config))
+    loading = isinstance(
+        getattr(config, "quantization_config", None), CompactedConfig
+    )  # by from_pretrained, which cuts
+    if not recorded or loading or _inside.get():
+        model: PreTrainedModel = _stock_from_config(cls, config, **kwargs)
+        return model
+    inside = _inside.set(True)
+    try:
+        model = _stock_from_config(cls, config, **kwargs)
+    finally:
+        _inside.reset(inside)
     _cut(model)
     return model
+
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 
 def record_parts(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import cofiprune
-from cofiprune.conformance.specimens import outputs
+from cofiprune.conformance.specimens import outputs, tiny_config
 from cofiprune.errors import AdapterError, CheckpointError, CofipruneError, PlanError
 from small import batch_of, build
 
@@ -289,6 +289,19 @@ def test_from_config_builds_what_the_weights_fit(
         assert dict(cofiprune.structure(built).sizes) == dict(cofiprune.structure(small).sizes)
         with pytest.raises(AdapterError, match=r"records a compacted model's sizes \(from_config builds those\)"):
             cofiprune.structure(type(small)(config))
+
+
+def test_a_class_that_builds_its_encoder_by_from_config_is_cut_once(tmp_path: Path) -> None:
+    cls = transformers.CLIPVisionModelWithProjection
+    model = cls(tiny_config("clip_vision_model", num_hidden_layers=3))
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.ffn"] = [0]
+        masks["hidden"] = [0] * 4 + [1] * 20
+        small = cofiprune.compact(model)
+    small.save_pretrained(tmp_path)
+    shapes = {key: value.shape for key, value in small.state_dict().items()}
+    for built in (cls.from_pretrained(tmp_path), cls._from_config(cls.config_class.from_pretrained(tmp_path))):
+        assert {key: value.shape for key, value in built.state_dict().items()} == shapes
 
 
 def test_a_second_method_gets_the_cut_skeleton(
