@@ -52,6 +52,24 @@ def refuse_undeclared(model: PreTrainedModel) -> None:
     reason = _reason(model)
     if reason:
         raise AdapterError(f"{_name(model)} {reason}")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            refuse_computed(module, path)
+
+
+def refuse_computed(module: nn.Module, path: str, name: str = "weight") -> None:
+    """Refuse a tensor that a module computes from others in every pass, such as a normalised weight.
+
+    :raises AdapterError: saying which, and how to make it a parameter.
+    """
+    if name in module._parameters or not isinstance(getattr(module, name, None), Tensor):
+        return
+    sources = " and ".join(each for each, _ in module.named_parameters() if each != "bias")
+    raise AdapterError(
+        f"the {name} of {path!r} is no parameter: it is computed from {sources} in every pass, and cannot be cut. Make "
+        f"it one first, by torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}), "
+        f"torch.nn.utils.prune.remove(module, {name!r}) or torch.nn.utils.remove_weight_norm(module)"
+    )
 
 
 def _reason(model: PreTrainedModel) -> str | None:

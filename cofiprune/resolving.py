@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cofiprune.errors import AdapterError, suggest
 from cofiprune.family import Axis, BlockTable, Family, Weights, expand
+from cofiprune.refusals import refuse_computed
 from cofiprune.structure import (
     Block,
     BlockExit,
@@ -239,14 +240,8 @@ class Resolver:
         for name, axes in row.tensors.items():
             parameter = module._parameters.get(name)
             cut = any(axis is not None and not self._refuses(axis.kind) for axis in axes)
-            if cut and name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
-                raise AdapterError(
-                    f"the {name} of {path!r} is no parameter: it is computed from "
-                    f"{' and '.join(each for each, _ in module.named_parameters() if each != 'bias')} in every pass, "
-                    "and cannot be cut. Make it one first, by torch.nn.utils.parametrize.remove_parametrizations("
-                    f"module, {name!r}), torch.nn.utils.prune.remove(module, {name!r}) or "
-                    "torch.nn.utils.remove_weight_norm(module)"
-                )
+            if cut:
+                refuse_computed(module, path, name)
             if parameter is not None:
                 self._describe(parameter, _join(path, name), row, axes, scope)
 

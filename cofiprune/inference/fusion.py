@@ -210,12 +210,14 @@ class _Tied:
 
 
 def _addresses(module: nn.Linear) -> tuple[int, int]:
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     return 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
 
 
 def _tied(members: Sequence[nn.Linear]) -> _Tied | None:
     """Make the weights and biases of some layers views of one storage; None where they cannot be."""
+    if any("weight" not in member._parameters for member in members):
+        return None  # one is computed from other parameters
     parameters = [value for member in members for value in member._parameters.values() if value is not None]
     first = parameters[0]
     kinds = {(type(value), value.dtype, value.device, value.layout) for value in parameters}

@@ -19,6 +19,7 @@ import transformers
 from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import cofiprune
@@ -383,6 +384,25 @@ def test_torch_quantises_a_fused_model_like_any_other(
     )
     assert not any(isinstance(module, nn.Linear) for module in fused.modules())
     assert largest(outputs(plain, batch), outputs(fused, batch)) <= 1e-6
+
+
+def _weight_norm(key: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(key)
+
+
+def _unstructured(key: nn.Module) -> None:
+    l1_unstructured(key, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [_weight_norm, _unstructured])
+def test_a_weight_that_comes_to_be_computed_is_read_as_it_is(
+    model: PreTrainedModel, batch: Batch, change: Callable[[nn.Module], None]
+) -> None:
+    fused = cofiprune.compact(model, fuse=True)
+    outputs(fused, batch)
+    for each in (fused, model):
+        change(each.bert.encoder.layer[0].attention.self.key)
+    assert largest(outputs(model, batch), outputs(fused, batch)) <= EXACT * 10
 
 
 def test_a_pickled_model_holds_each_weight_once(batch: Batch) -> None:

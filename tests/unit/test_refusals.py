@@ -344,9 +344,17 @@ def test_an_adapter_of_ones_own_for_a_model_of_several_comes_first(register: Cal
         lambda module: l1_unstructured(module, "weight", 0.5),
     ],
 )
-@pytest.mark.parametrize("path", ["encoder.layer.0.intermediate.dense", "pooler.dense"])
-def test_weights_that_are_computed(change: Callable[[nn.Module], Any], path: str) -> None:
-    model = bert()
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("BertModel", "encoder.layer.0.intermediate.dense"),
+        ("BertModel", "pooler.dense"),
+        ("SplinterModel", "encoder.layer.0.attention.self.query"),  # declared nowhere
+    ],
+)
+def test_weights_that_are_computed(change: Callable[[nn.Module], Any], name: str, path: str) -> None:
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**TEXT))
     change(model.get_submodule(path))
     message = refusal(model)
     assert f"the weight of '{path}' is no parameter: it is computed from" in message
