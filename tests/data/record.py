@@ -11,11 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-import test_cofi_checkpoint as cofi
 import torch
 import transformers
 from safetensors.torch import save_file
-from test_old_files import answers, inputs_of, loaded
 
 import cofiprune
 from small import build
@@ -48,6 +46,9 @@ def whole() -> transformers.PreTrainedModel:
 
 
 def record(folder: Path) -> None:
+    import test_cofi_checkpoint as cofi  # late: pytest looks for examples in this file too
+    from test_old_files import answers, inputs_of, loaded
+
     cofi.H, cofi.WIDTH = 16, 12
     compacted("BertForSequenceClassification").save_pretrained(folder / "compacted")
     compacted("SplinterModel", question_token_id=29).save_pretrained(folder / "compacted-derived")
