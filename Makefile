@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check torture bench clean
+.PHONY: help demo test check torture bench matrix clean
 
 help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
@@ -24,6 +24,7 @@ help:
 	@echo "make check   ruff, mypy, vulture and import-linter"
 	@echo "make torture kill runs and let them go on; change files and read them (half an hour)"
 	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
+	@echo "make matrix  smoke tests with the oldest and newest releases supported, each in its own environment"
 	@echo "make clean   remove the environment, caches and build output"
 
 # torch goes first and alone: where pip is configured with a local folder of wheels, the build found there is the one
@@ -59,6 +60,10 @@ torture: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/bench -m bench -s -rs --tables docs/benchmarks.md $(ARGS); failed=$$?; \
 	$(BIN)/python tests/bench/profile_step.py --tables docs/benchmarks.md && exit $$failed
+
+# Python 3.11 to 3.13 as far as they are on the path; ARGS="--only 3.12" for some of the combinations.
+matrix:
+	$(PYTHON) tests/matrix.py --torch-args="$(TORCH_ARGS)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cofiprune import versions as versions  # refuses releases that are too old
+
+# isort: split
 from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
 from cofiprune.compaction import compact
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models

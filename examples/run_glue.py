@@ -189,7 +189,6 @@ def load_models(
     options: argparse.Namespace, labels: Labels, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedModel | None, Any]:
     """Return the model to prune, the teacher where one is named, and the tokenizer."""
-    transformers.set_seed(seed)  # of a new head
     if options.model is None:
         with PartialState().main_process_first():
             options.model = tiny_bert(options.output_dir / "tiny-model", seed) if options.tiny else minilm()
@@ -197,6 +196,7 @@ def load_models(
     if options.teacher not in ("train", "self", "none"):
         teacher = load_model(options.teacher, labels)
         labels = Labels.of_model(teacher.config)  # a new head takes the order of the teacher's classes
+    transformers.set_seed(seed)  # of a new head
     model = load_model(options.model, labels)
     if teacher is not None and labels != Labels.of_model(model.config):
         sys.exit(f"the classes differ: {model.config.id2label} in the model, {teacher.config.id2label} in the teacher")

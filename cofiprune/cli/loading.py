@@ -219,7 +219,7 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
 def _check_directory(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and (path / "modules.json").is_file():
+        if not (path / "config.json").is_file() and any(path.glob("0_*Transformer/config.json")):
             raise CheckpointError(apart(path))
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"

@@ -110,6 +110,8 @@ def check_same(asked: Mapping[str, Any], saved: Mapping[str, Any], problem: str,
         told = f"its {name} is {was!r}, asked for {wanted!r}"
         if any(isinstance(value, str) and value.startswith(_DIGEST) for value in (wanted, was)):
             told = f"it had another {name}, told by the content"
+            if name == "model":
+                told += "; where a head is new, transformers.set_seed before it is made gives the same one again"
         raise CheckpointError(f"{problem}: {told}. Resume with the same arguments{otherwise}")
 
 

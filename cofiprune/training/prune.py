@@ -44,7 +44,6 @@ def prune(
 def prune(
     model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
 ) -> PruneResult: ...
-@torch.inference_mode(False)  # gradients, whatever the caller has switched off
 def prune(  # noqa: PLR0913  # the front door: its settings are flat
     model: PreTrainedModel,
     train_dataset: Any = None,
@@ -98,33 +97,36 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises CofipruneError: for wrong arguments, before anything is changed.
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
-    config = PruneConfig.create(config, **settings)
-    name, asked = parse_target(
-        {
-            "target_sparsity": target_sparsity,
-            "target_model_sparsity": target_model_sparsity,
-            "target_macs": target_macs,
-            "target_speedup": target_speedup,
-            "target_latency_ms": target_latency_ms,
-        }
-    )
-    if isinstance(asked, list) and config.uniform:
-        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    structure = structure_of(model)
-    check_weights(model)
-    config = _for_model(config, model, structure, has_data=train_dataset is not None)
-    if teacher is None and train_dataset is not None and config.teaches_itself:
-        teacher = "self"
-    values = asked if isinstance(asked, list) else [asked]
-    targets = [target_for(model, structure, config, name, value) for value in values]
-    _check_reachable(structure, targets, config, on_data=train_dataset is not None)
-    taught = resolve_teacher(teacher, model, of_dense=True)
-    run = Run(
-        model, structure, config, targets[0], taught, teacher == "self",
-        train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
-    )  # fmt: skip
-    with same_random_state():  # a run is seeded by its own setting
-        return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+    with torch.inference_mode(False):  # gradients, whatever the caller has switched off
+        config = PruneConfig.create(config, **settings)
+        name, asked = parse_target(
+            {
+                "target_sparsity": target_sparsity,
+                "target_model_sparsity": target_model_sparsity,
+                "target_macs": target_macs,
+                "target_speedup": target_speedup,
+                "target_latency_ms": target_latency_ms,
+            }
+        )
+        if isinstance(asked, list) and config.uniform:
+            raise SettingsError(
+                "uniform=True takes one target: what it leaves is another model, not a part of this one"
+            )
+        structure = structure_of(model)
+        check_weights(model)
+        config = _for_model(config, model, structure, has_data=train_dataset is not None)
+        if teacher is None and train_dataset is not None and config.teaches_itself:
+            teacher = "self"
+        values = asked if isinstance(asked, list) else [asked]
+        targets = [target_for(model, structure, config, name, value) for value in values]
+        _check_reachable(structure, targets, config, on_data=train_dataset is not None)
+        taught = resolve_teacher(teacher, model, of_dense=True)
+        run = Run(
+            model, structure, config, targets[0], taught, teacher == "self",
+            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+        )  # fmt: skip
+        with same_random_state():  # a run is seeded by its own setting
+            return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -208,7 +210,6 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     return result
 
 
-@torch.inference_mode(False)
 def finetune(  # noqa: PLR0913  # like prune
     model: PreTrainedModel,
     train_dataset: Any,
@@ -231,18 +232,19 @@ def finetune(  # noqa: PLR0913  # like prune
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
-    config = PruneConfig.for_finetune(config, **settings)
-    structure = structure_of(model)
-    check_weights(model)
-    check_trainable(model, gated=False)
-    taught = resolve_teacher(teacher, model)
-    if train_dataset is None:
-        raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
-    run = Run(
-        model, structure, config, None, taught, teacher == "self",
-        train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
-    )  # fmt: skip
-    with same_random_state():  # a run is seeded by its own setting
-        run.prepare()
-        train(run)
-        return run.result()
+    with torch.inference_mode(False):
+        config = PruneConfig.for_finetune(config, **settings)
+        structure = structure_of(model)
+        check_weights(model)
+        check_trainable(model, gated=False)
+        taught = resolve_teacher(teacher, model)
+        if train_dataset is None:
+            raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
+        run = Run(
+            model, structure, config, None, taught, teacher == "self",
+            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+        )  # fmt: skip
+        with same_random_state():  # a run is seeded by its own setting
+            run.prepare()
+            train(run)
+            return run.result()

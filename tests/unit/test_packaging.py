@@ -4,6 +4,7 @@ A slip here does not fail where it is made: a family without its entry point is 
 that lacks a root goes unnoticed in every checkout.
 """
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from transformers import CONFIG_MAPPING
+
+from cofiprune.versions import OLDEST, check
 
 PROJECT = Path(__file__).resolve().parents[2]
 ADAPTERS = PROJECT / "adapters"
@@ -86,3 +89,28 @@ def dist_info(wheel: dict[str, str], file: str) -> str:
     """The text of one metadata file of the wheel."""
     (text,) = (text for name, text in wheel.items() if name.endswith(f".dist-info/{file}"))
     return text
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "refused"),
+    [
+        ("transformers", "5.16.4", True),
+        ("transformers", "4.57.1", True),
+        ("transformers", "5.17.0", False),
+        ("torch", "2.5.1+cu124", True),
+        ("torch", "2.10.0a0+git12", False),
+    ],
+)
+def test_releases_that_are_too_old_are_refused_in_one_line(name: str, there: str, refused: bool) -> None:
+    versions = {"torch": "2.13.0", "transformers": "6.0.0", name: there}
+    if not refused:
+        check(versions.__getitem__)
+        return
+    with pytest.raises(ImportError, match=rf"^cofiprune needs {name} .*{re.escape(there)} is installed: pip install"):
+        check(versions.__getitem__)
+
+
+def test_the_oldest_releases_are_those_that_the_package_asks_for() -> None:
+    stated = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    for name, oldest in OLDEST.items():
+        assert f"{name}>={'.'.join(map(str, oldest))}" in stated
