@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cofiprune.training.result import PruneResult
     from cofiprune.training.sweep import SweepResult
     from cofiprune.training.trainer.callback import PruningCallback
+    from cofiprune.vocabulary.prune import VocabularyResult, prune_vocabulary
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,8 @@ _LAZY = {
     "SweepResult": "cofiprune.training.sweep",
     "finetune": "cofiprune.training.prune",
     "prune": "cofiprune.training.prune",
+    "prune_vocabulary": "cofiprune.vocabulary.prune",
+    "VocabularyResult": "cofiprune.vocabulary.prune",
 }
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "PruningCallback",
     "Summary",
     "SweepResult",
+    "VocabularyResult",
     "adapter_for",
     "attach",
     "benchmark",
@@ -70,6 +74,7 @@ __all__ = [
     "finetune",
     "load_cofi_checkpoint",
     "prune",
+    "prune_vocabulary",
     "record_parts",
     "register_adapter",
     "structure",

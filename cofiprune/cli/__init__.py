@@ -52,6 +52,9 @@ COMMANDS = {
     "benchmark": Command("measure", "MODEL [--baseline NAME]", "latency and throughput on this device"),
     "inspect": Command("measure", "MODEL", "parameters, MACs and structure: what can be pruned, and what cannot"),
     "export": Command("export", "MODEL OUT", "write a model as ONNX and compare it with the original"),
+    "vocabulary": Command(
+        "vocabulary", "MODEL --texts FILE --output-dir DIR", "keep the tokens that texts use, with a proof"
+    ),
     "convert": Command("export", "DIR OUT", "read a directory of the original CoFi, write a compacted model"),
 }
 

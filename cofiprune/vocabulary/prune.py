@@ -1,0 +1,335 @@
+"""Prune the vocabulary of a model and its tokenizer to what texts use, and prove that nothing else has changed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cofiprune.errors import DataError, SettingsError
+from cofiprune.hooks import reading
+from cofiprune.masking import masks_of
+from cofiprune.measure.report import Report, entries_table, rich_table, share
+from cofiprune.vocabulary.tables import ids_of_config, output_tables, outputs_alike, with_fewer_rows
+from cofiprune.vocabulary.tokens import TokenizerFile, most_used
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+Text = str | Sequence[str]
+_BATCH = 512
+_SAMPLE = 20_000
+"""Texts that the proof goes over, where they can be read only once."""
+_HELD_OUT = 10
+"""One text in so many is held out for the curve."""
+_FLOORS = (1, 2, 3, 5, 10, 20, 50, 100)
+_STRINGS = 1_000
+_LAST_PAD = 256
+"""Some families count positions from the padding id, which therefore stays where it is, as long as it is one of the
+first."""
+_SLOW_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model")
+"""Files of slow tokenizers, which would say what the vocabulary was before."""
+
+
+@dataclass(frozen=True, repr=False)
+class VocabularyResult(Report):
+    """A model and its tokenizer with fewer tokens."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    kept: tuple[int, ...]
+    """The old ids in the new order."""
+    size_before: int
+    """Rows of the table of the model that was passed in."""
+    coverage: tuple[tuple[int, int, float], ...]
+    """Least count, size of the vocabulary, and share of held-out texts that tokenise as before: what other floors
+    would have given."""
+    proof: dict[str, str] = field(default_factory=dict)
+    """What was checked, with figures."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write model and tokenizer as `save_pretrained` does."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
+        parameters = sum(value.numel() for value in self.model.parameters())
+        rows = [
+            ("tokens", f"{len(self.kept):,} of {self.size_before:,}"),
+            ("parameters", f"{parameters:,} in the model that is left"),
+            *self.proof.items(),
+        ]
+        curve = [[f"{floor}", f"{size:,}", share(alike)] for floor, size, alike in self.coverage]
+        header = ["used at least", "tokens", "held-out texts alike"]
+        return Group("VocabularyResult", entries_table(rows), rich_table(header, curve))
+
+
+def prune_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    *,
+    min_count: int = 1,
+    target_size: int | None = None,
+    keep: Iterable[str] = (),
+    progress: bool = True,
+) -> VocabularyResult:
+    """Return a model and a tokenizer that know the tokens which texts use, and no others.
+
+    Every text whose tokens are kept is segmented as before, and the model computes the same for it, to the bit. That is
+    checked each time. Special and added tokens, the letters of what is kept and the bytes of byte-level tokenizers stay
+    in any case, so that every text can still be encoded.
+
+    :param model: dense or compacted, without masks; it stays as it is.
+    :param tokenizer: its fast tokenizer; it stays as it is.
+    :param texts: any iterable of strings, or of pairs of them, such as a stream; read once where it is an iterator.
+    :param min_count: least number of times that a token must be used.
+    :param target_size: tokens to keep at most, the most used first; instead of `min_count`.
+    :param keep: further tokens, or texts whose tokens are to stay.
+    :raises SettingsError: for a target below what has to stay, or a model under masks.
+    :raises DataError: for a tokenizer that is slow or of another model, and for texts that use nothing.
+    """
+    file, rows = _checked(model, tokenizer, min_count, target_size)
+    backend = _plain(tokenizer)
+    seen = _Seen.of(backend, texts, progress=progress)
+    named = {each for ids in ids_of_config(model.config).values() for each in ids}
+    asked = {each for text in keep for each in backend.encode(text).ids}
+    always = {*file.always(), *named, *tokenizer.all_special_ids, *asked} & set(range(file.size))
+    pad = model.config.pad_token_id
+    if pad is not None and 0 < pad <= _LAST_PAD:
+        always |= set(range(pad + 1))
+    for every_way in (False, True):
+        whole = file.needed_for(always, every_way=every_way)
+        kept = _chosen(file, seen.counts, whole, min_count, target_size, every_way=every_way)
+        small, pruned = with_fewer_rows(model, kept), _tokenizer_of(tokenizer, file, kept)
+        alike = _alike(backend, _plain(pruned), seen.sample)
+        if alike == 1 or min_count > 1 or target_size is not None:
+            break
+    proof = _proof(model, small, backend, pruned, kept, seen, alike)
+    return VocabularyResult(small, pruned, tuple(kept), rows, _coverage(file, seen, whole), proof)
+
+
+def _checked(
+    model: PreTrainedModel, tokenizer: Any, min_count: int, target_size: int | None
+) -> tuple[TokenizerFile, int]:
+    """Return the tokenizer's file and the rows of the model's table, when they go together."""
+    if masks_of(model) is not None:
+        raise SettingsError("the model has masks: prune the vocabulary of cofiprune.compact(model)")
+    if min_count < 1 or (target_size is not None and min_count != 1):
+        raise SettingsError("min_count is 1 or more, and target_size goes instead of it")
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, whose tokens lie in files of its own; load the fast one, "
+            "by AutoTokenizer"
+        )
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise DataError(
+            f"{type(model).__name__} has no table of tokens: its input embeddings are a {type(table).__name__}"
+        )
+    file = TokenizerFile(tokenizer.backend_tokenizer.to_str())
+    if file.size > table.num_embeddings:
+        raise DataError(
+            f"the tokenizer has {file.size:,} tokens and the model's table {table.num_embeddings:,} rows: it is not "
+            "the tokenizer of this model"
+        )
+    if output_tables(model):
+        warnings.warn(
+            f"{type(model).__name__} predicts tokens: its outputs are numbered as the new tokenizer's tokens. What "
+            "reads them by the old numbers, such as a sparse index, no longer fits",
+            UserWarning,
+            stacklevel=3,
+        )
+    return file, table.num_embeddings
+
+
+@dataclass
+class _Seen:
+    """What texts use."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+    """Of all texts."""
+    others: Counter[int] = field(default_factory=Counter)
+    """Of those that are not held out."""
+    held_out: list[frozenset[int]] = field(default_factory=list)
+    sample: list[Text] = field(default_factory=list)
+    number: int = 0
+
+    @classmethod
+    def of(cls, backend: Tokenizer, texts: Iterable[Text], *, progress: bool) -> _Seen:
+        """Read texts once, in bounded memory."""
+        seen, draw = cls(), random.Random(0)
+        for batch in _batches(texts, progress=progress):
+            for text, encoding in zip(batch, backend.encode_batch(batch), strict=True):
+                held_out = seen.number % _HELD_OUT == _HELD_OUT - 1 and len(seen.held_out) < _SAMPLE
+                if held_out:
+                    seen.held_out.append(frozenset(encoding.ids))
+                else:
+                    seen.others.update(encoding.ids)
+                seen.counts.update(encoding.ids)
+                seen.number += 1
+                if len(seen.sample) < _SAMPLE:
+                    seen.sample.append(text)
+                elif (place := draw.randrange(seen.number)) < _SAMPLE:
+                    seen.sample[place] = text
+        if not seen.counts:
+            raise DataError("texts: there is none that uses any token; give texts like those that the model will read")
+        return seen
+
+
+def _batches(texts: Iterable[Text], *, progress: bool) -> Iterator[list[Text]]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    if isinstance(texts, str):
+        raise DataError("texts takes an iterable of texts, not one text")
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.completed} texts")
+    shown = Progress(*columns, console=console, disable=not (progress and console.is_terminal))
+    with shown:
+        task = shown.add_task("", total=None)
+        given = iter(texts)
+        while batch := list(itertools.islice(given, _BATCH)):
+            for place, text in enumerate(batch):
+                if not isinstance(text, str):
+                    pair = list(text) if isinstance(text, Sequence) else []
+                    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                        raise DataError(f"texts: expected a string or a pair of strings, found {text!r:.80}")
+                    batch[place] = tuple(pair)
+            yield batch
+            shown.advance(task, len(batch))
+
+
+def _plain(tokenizer: Any) -> Tokenizer:
+    """A tokenizer's backend of its own, which neither pads nor cuts off."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _chosen(
+    file: TokenizerFile,
+    counts: Counter[int],
+    always: set[int],
+    min_count: int,
+    target_size: int | None,
+    *,
+    every_way: bool,
+) -> list[int]:
+    """Return the ids that are kept, ascending."""
+    if target_size is None:
+        used = [number for number, count in counts.items() if count >= min_count]
+        return sorted(always | file.needed_for(used, every_way=every_way))
+    if target_size < len(always):
+        raise SettingsError(
+            f"target_size={target_size:,} is below the {len(always):,} tokens that have to stay: special and added "
+            "tokens, letters and bytes"
+        )
+    return sorted(most_used(counts, always, target_size, lambda number: file.needed_for([number], every_way=every_way)))
+
+
+def _coverage(file: TokenizerFile, seen: _Seen, always: set[int]) -> tuple[tuple[int, int, float], ...]:
+    """Say what each floor would have given, by texts that were held out from the counts."""
+    found = []
+    for floor in _FLOORS:
+        kept = always | file.needed_for(number for number, count in seen.others.items() if count >= floor)
+        alike = sum(ids <= kept for ids in seen.held_out)
+        found.append((floor, len(kept), alike / len(seen.held_out) if seen.held_out else 1.0))
+    return tuple(found)
+
+
+def _tokenizer_of(tokenizer: Any, file: TokenizerFile, kept: Sequence[int]) -> Any:
+    """Return a tokenizer of the same class with the kept tokens, as it loads from its files."""
+    new = {old: number for number, old in enumerate(kept)}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        tokenizer.save_pretrained(folder)
+        for pattern in _SLOW_FILES:
+            for old in folder.glob(pattern):
+                old.unlink()
+        (folder / "tokenizer.json").write_text(file.without_others(kept), encoding="utf-8")
+        settings = folder / "tokenizer_config.json"
+        entries = json.loads(settings.read_text(encoding="utf-8"))
+        if "added_tokens_decoder" in entries:
+            entries["added_tokens_decoder"] = {
+                str(new[int(old)]): token for old, token in entries["added_tokens_decoder"].items() if int(old) in new
+            }
+        settings.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+        return type(tokenizer).from_pretrained(folder)
+
+
+def _alike(before: Tokenizer, after: Tokenizer, texts: Sequence[Text]) -> float:
+    """Return the share of texts that have the same tokens, as strings."""
+    same = 0
+    for start in range(0, len(texts), _BATCH):
+        batch = list(texts[start : start + _BATCH])
+        pairs = zip(before.encode_batch(batch), after.encode_batch(batch), strict=True)
+        same += sum(old.tokens == new.tokens for old, new in pairs)
+    return same / len(texts)
+
+
+def _proof(
+    model: PreTrainedModel,
+    small: PreTrainedModel,
+    backend: Tokenizer,
+    pruned: Any,
+    kept: Sequence[int],
+    seen: _Seen,
+    alike: float,
+) -> dict[str, str]:
+    """Check what has to hold, and say with figures what was checked.
+
+    :raises DataError: for what does not hold.
+    """
+    after = _plain(pruned)
+    there = set(kept)
+    whole = [text for text in seen.sample[:64] if set(backend.encode(text).ids) <= there][:8]
+    compared = "no text had all of its tokens kept"
+    if whole:
+        batch = _padded([backend.encode(text).ids[:32] for text in whole], model)
+        with reading(model, small):
+            if not outputs_alike(model, small, batch, kept):
+                raise DataError("the model with fewer tokens computes something else; its family counts by token ids")
+        compared = f"equal to the bit for {len(whole)} texts"
+    draw = random.Random(0)
+    strings = ["".join(chr(draw.choice(_PLANES) + draw.randrange(256)) for _ in range(12)) for _ in range(_STRINGS)]
+    strings += [chr(number) for number in range(256)]
+    encoded = [encoding.ids for encoding in after.encode_batch(strings)]
+    if any(not 0 <= number < len(kept) for ids in encoded for number in ids):
+        raise DataError("the pruned tokenizer gives ids that the table does not have")
+    of_all = "all" if seen.number == len(seen.sample) else f"a sample of {len(seen.sample):,} of"
+    return {
+        "texts alike": f"{share(alike)} of {of_all} {seen.number:,} texts have the same tokens",
+        "outputs": compared,
+        "any string": f"{_STRINGS:,} random strings and 256 single characters are encoded",
+        "files": "saved, and loaded again",
+    }
+
+
+_PLANES = (0x0000, 0x0100, 0x0400, 0x0600, 0x0900, 0x3000, 0x4E00, 0xAC00, 0x1F300)
+"""Beginnings of blocks of Unicode: Latin, Cyrillic, Arabic, Devanagari, Chinese, Korean, emoji and others."""
+
+
+def _padded(rows: Sequence[Sequence[int]], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    pad = model.config.pad_token_id or 0
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,103 @@
+"""A model whose tables of tokens have fewer rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAMES_OF_IDS = ("_token_id", "_token_ids", "token_index")
+
+
+def output_tables(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the weights and biases with a row for each token by which a head predicts tokens; tied ones too."""
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        return []
+    number = len(head.weight)
+    found = [value for value in (head.weight, getattr(head, "bias", None)) if isinstance(value, nn.Parameter)]
+    base = f"{model.base_model_prefix}."
+    # A second bias of the same head, as BERT's masked language model has.
+    found += [
+        value
+        for name, value in model.named_parameters()
+        if name.endswith("bias") and not name.startswith(base) and value.shape == (number,)
+    ]
+    return found
+
+
+def ids_of_config(config: Any) -> dict[str, list[int]]:
+    """Return the ids of tokens that a configuration names, by the setting."""
+    found = {}
+    for name, value in config.to_dict().items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith(_NAMES_OF_IDS) and ids and all(isinstance(each, int) for each in ids):
+            found[name] = ids
+    return found
+
+
+def with_fewer_rows(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """Return a copy of a model with some rows of its tables of tokens, in the order given.
+
+    :param kept: ids.
+    """
+    table: Any = model.get_input_embeddings()
+    memo: dict[int, Any] = {}
+    new: dict[int, int] = {old: number for number, old in enumerate(kept)}
+    for parameter in (table.weight, *output_tables(model)):
+        rows = parameter.detach()[torch.tensor(kept, device=parameter.device)]
+        memo[id(parameter)] = nn.Parameter(rows, requires_grad=parameter.requires_grad)
+    changed = {id(value) for value in memo.values()}
+    small: PreTrainedModel = copy.deepcopy(model, memo)
+    for module in small.modules():
+        if not any(id(value) in changed for value in module._parameters.values()):
+            continue
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = len(kept)
+            if module.padding_idx is not None:
+                module.padding_idx = new[module.padding_idx]
+        elif isinstance(module, nn.Linear):
+            module.out_features = len(kept)
+    for config in _configs(small):
+        for name, ids in ids_of_config(config).items():
+            value = getattr(config, name)
+            setattr(
+                config,
+                name,
+                [new.get(each, each) for each in ids] if isinstance(value, list) else new.get(value, value),
+            )
+        config.vocab_size = len(kept)
+    return small
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The configurations of a model that state the number of tokens, and that of its generation."""
+    own = [model.config, getattr(model, "generation_config", None)]
+    return [config for config in own if config is not None]
+
+
+@torch.no_grad()
+def outputs_alike(
+    model: PreTrainedModel, small: PreTrainedModel, batch: Mapping[str, Tensor], kept: Sequence[int]
+) -> bool:
+    """Return whether two models give the same outputs to the bit: for ids, and for what those are numbered now.
+
+    :param batch: with `input_ids`, of kept tokens.
+    """
+    new = {old: number for number, old in enumerate(kept)}
+    ids = batch["input_ids"]
+    mapped = torch.tensor([[new[each] for each in row] for row in ids.tolist()], device=ids.device)
+    before, after = model(**batch), small(**{**batch, "input_ids": mapped})
+    predicts = bool(output_tables(model))
+    for name, value in before.items():
+        if isinstance(value, Tensor):
+            wanted = value[..., list(kept)] if predicts and name in ("logits", "prediction_logits") else value
+            if not torch.equal(wanted, after[name]):
+                return False
+    return True
