@@ -15,7 +15,7 @@ def add_vocabulary_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory or hub name, with a fast tokenizer")
     add("--texts", required=True, metavar="FILE", help="texts like those to come: .txt, .csv, .tsv, .json(l), .parquet")
-    add("--columns", nargs="+", metavar="NAME", help="columns with texts (default: all that hold strings)")
+    add("--columns", nargs="+", metavar="NAME", help="columns with texts (default: all that hold strings, but labels)")
     add("--output-dir", required=True, metavar="DIR", help="where model and tokenizer go")
     add("--min-count", type=at_least(1), default=1, metavar="N", help="times that a token must be used (default: 1)")
     add("--target-size", type=at_least(1), metavar="N", help="tokens to keep at most, the most used first")
@@ -31,7 +31,7 @@ def vocabulary(options: argparse.Namespace) -> None:
     folder = writable_directory(options.output_dir, other_than=[options.model])
     rows = load_rows(options.texts)
     known = [name for name, value in rows[0].items() if isinstance(value, str)]
-    columns = options.columns or known
+    columns = options.columns or [name for name in known if not name.startswith("label")]
     for name in columns:
         if name not in known:
             raise UsageError(

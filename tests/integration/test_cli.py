@@ -202,17 +202,20 @@ def test_convert_reads_a_directory_of_the_original(place: Path, tmp_path: Path, 
     assert "layers.1.ffn" not in cofiprune.structure(AutoModelForSequenceClassification.from_pretrained(out))
 
 
-@pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
 def test_vocabulary_keeps_what_texts_use(place: Path, pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
     texts = ("--texts", str(place / "train.csv"))
     assert cli.main(["vocabulary", str(pruned), *texts, "--output-dir", str(tmp_path / "small")]) == 0
     assert "texts alike  100.0 %" in capsys.readouterr().out
     assert cli.main(["evaluate", str(tmp_path / "small"), "--validation-file", str(place / "dev.tsv")]) == 0
     assert "accuracy" in capsys.readouterr().out
-    assert cli.main(["vocabulary", str(pruned), *texts, "--columns", "txt", "--output-dir", str(tmp_path / "no")]) == 2
-    assert "no column 'txt' with texts. Did you mean 'text'?" in capsys.readouterr().err
+    assert (
+        cli.main(["vocabulary", str(pruned), *texts, "--columns", "sentense", "--output-dir", str(tmp_path / "no")])
+        == 2
+    )
+    assert "no column 'sentense' with texts. Did you mean 'sentence'?" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
 def test_export_gives_the_same_answers_as_torch(pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
