@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,15 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from cofiprune.errors import DataError, SettingsError
 from cofiprune.hooks import reading
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, entries_table, rich_table, share
-from cofiprune.vocabulary.tables import ids_of_config, output_tables, outputs_alike, with_fewer_rows
-from cofiprune.vocabulary.tokens import TokenizerFile, most_used
+from cofiprune.vocabulary.tables import batch_of, ids_of_config, output_tables, outputs_alike, with_fewer_rows
+from cofiprune.vocabulary.tokens import TokenizerFile, check_files, most_used, plain, with_fewer_tokens
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,11 +33,16 @@ _HELD_OUT = 10
 """One text in so many is held out for the curve."""
 _FLOORS = (1, 2, 3, 5, 10, 20, 50, 100)
 _STRINGS = 1_000
+_COMPARED = 8
+"""Texts that outputs are compared for."""
+_PLANES = (0, 0x100, 0x400, 0x600, 0x900, 0x3000, 0x4E00, 0xAC00, 0x1F300, 0x2F800, 0x50000, 0x90000, 0x10FF00)
+"""Beginnings of blocks of Unicode: Latin, Cyrillic, Arabic, Devanagari, Chinese, Korean, emoji and others; such that
+every first byte of UTF-8 is among them."""
+_SPARE = 128
+"""Rows without a token that a table may well have, for round numbers."""
 _LAST_PAD = 256
 """Some families count positions from the padding id, which therefore stays where it is, as long as it is one of the
 first."""
-_SLOW_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model")
-"""Files of slow tokenizers, which would say what the vocabulary was before."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,22 +106,29 @@ def prune_vocabulary(
     :raises DataError: for a tokenizer that is slow or of another model, and for texts that use nothing.
     """
     file, rows = _checked(model, tokenizer, min_count, target_size)
-    backend = _plain(tokenizer)
+    if isinstance(keep, str):
+        raise SettingsError(f"keep takes a list of tokens or texts, not one text: [{keep!r}]")
+    backend = plain(tokenizer)
+    asked = [number for text in keep for number in (*backend.encode(text).ids, backend.token_to_id(text))]
+    always = _always(model, tokenizer, file) | {number for number in asked if number is not None}
     seen = _Seen.of(backend, texts, progress=progress)
-    named = {each for ids in ids_of_config(model.config).values() for each in ids}
-    asked = {each for text in keep for each in backend.encode(text).ids}
-    always = {*file.always(), *named, *tokenizer.all_special_ids, *asked} & set(range(file.size))
-    pad = model.config.pad_token_id
-    if pad is not None and 0 < pad <= _LAST_PAD:
-        always |= set(range(pad + 1))
+    if not set(seen.counts) - set(tokenizer.all_special_ids):
+        raise DataError("texts: none uses any token; give texts like those that the model will read")
     for every_way in (False, True):
         whole = file.needed_for(always, every_way=every_way)
         kept = _chosen(file, seen.counts, whole, min_count, target_size, every_way=every_way)
-        small, pruned = with_fewer_rows(model, kept), _tokenizer_of(tokenizer, file, kept)
-        alike = _alike(backend, _plain(pruned), seen.sample)
-        if alike == 1 or min_count > 1 or target_size is not None:
+        pruned = with_fewer_tokens(tokenizer, file, kept)
+        # Texts that lie in memory are all compared, those of a stream by a sample.
+        compared = _Compared.of(backend, plain(pruned), texts if isinstance(texts, Sequence) else seen.sample, kept)
+        if compared.broken is None:
             break
-    proof = _proof(model, small, backend, pruned, kept, seen, alike)
+    else:
+        raise DataError(
+            f"{type(tokenizer).__name__} segments a text otherwise although all of its tokens are kept, so its "
+            f"vocabulary cannot be pruned: {compared.broken!r:.80}"
+        )
+    small = with_fewer_rows(model, kept)
+    proof = _proof(model, small, tokenizer, pruned, kept, compared, seen.number)
     return VocabularyResult(small, pruned, tuple(kept), rows, _coverage(file, seen, whole), proof)
 
 
@@ -136,16 +145,26 @@ def _checked(
             f"{type(tokenizer).__name__} is a slow tokenizer, whose tokens lie in files of its own; load the fast one, "
             "by AutoTokenizer"
         )
+    if not hasattr(model, "get_input_embeddings"):
+        raise DataError(f"{type(model).__name__} is no model of transformers; give the one inside of it")
     table = model.get_input_embeddings()
     if not isinstance(table, nn.Embedding):
         raise DataError(
             f"{type(model).__name__} has no table of tokens: its input embeddings are a {type(table).__name__}"
         )
-    file = TokenizerFile(tokenizer.backend_tokenizer.to_str())
+    file = TokenizerFile(plain(tokenizer).to_str())
     if file.size > table.num_embeddings:
         raise DataError(
             f"the tokenizer has {file.size:,} tokens and the model's table {table.num_embeddings:,} rows: it is not "
             "the tokenizer of this model"
+        )
+    spare = table.num_embeddings - file.size
+    if spare > max(_SPARE, file.size // 20):
+        warnings.warn(
+            f"the model's table has {spare:,} rows more than the tokenizer has tokens ({file.size:,}): is it the "
+            "tokenizer of this model?",
+            UserWarning,
+            stacklevel=3,
         )
     if output_tables(model):
         warnings.warn(
@@ -155,6 +174,15 @@ def _checked(
             stacklevel=3,
         )
     return file, table.num_embeddings
+
+
+def _always(model: PreTrainedModel, tokenizer: Any, file: TokenizerFile) -> set[int]:
+    """Return the ids that stay whatever texts use."""
+    table: Any = model.get_input_embeddings()
+    named = {each for ids in ids_of_config(model.config).values() for each in ids}
+    found = {*file.always(), *named, table.padding_idx, *tokenizer.all_special_ids} & set(range(table.num_embeddings))
+    pad = model.config.pad_token_id
+    return found | set(range(pad + 1)) if pad is not None and 0 < pad <= _LAST_PAD else found
 
 
 @dataclass
@@ -186,8 +214,6 @@ class _Seen:
                     seen.sample.append(text)
                 elif (place := draw.randrange(seen.number)) < _SAMPLE:
                     seen.sample[place] = text
-        if not seen.counts:
-            raise DataError("texts: there is none that uses any token; give texts like those that the model will read")
         return seen
 
 
@@ -212,16 +238,6 @@ def _batches(texts: Iterable[Text], *, progress: bool) -> Iterator[list[Text]]:
                     batch[place] = tuple(pair)
             yield batch
             shown.advance(task, len(batch))
-
-
-def _plain(tokenizer: Any) -> Tokenizer:
-    """A tokenizer's backend of its own, which neither pads nor cuts off."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
 
 
 def _chosen(
@@ -255,81 +271,63 @@ def _coverage(file: TokenizerFile, seen: _Seen, always: set[int]) -> tuple[tuple
     return tuple(found)
 
 
-def _tokenizer_of(tokenizer: Any, file: TokenizerFile, kept: Sequence[int]) -> Any:
-    """Return a tokenizer of the same class with the kept tokens, as it loads from its files."""
-    new = {old: number for number, old in enumerate(kept)}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        tokenizer.save_pretrained(folder)
-        for pattern in _SLOW_FILES:
-            for old in folder.glob(pattern):
-                old.unlink()
-        (folder / "tokenizer.json").write_text(file.without_others(kept), encoding="utf-8")
-        settings = folder / "tokenizer_config.json"
-        entries = json.loads(settings.read_text(encoding="utf-8"))
-        if "added_tokens_decoder" in entries:
-            entries["added_tokens_decoder"] = {
-                str(new[int(old)]): token for old, token in entries["added_tokens_decoder"].items() if int(old) in new
-            }
-        settings.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
-        return type(tokenizer).from_pretrained(folder)
+@dataclass
+class _Compared:
+    """How texts tokenise before and after."""
 
+    number: int = 0
+    alike: int = 0
+    broken: Text | None = None
+    """A text that tokenises otherwise although all of its tokens are kept."""
+    whole: list[list[int]] = field(default_factory=list)
+    """Ids of some texts all of whose tokens are kept."""
 
-def _alike(before: Tokenizer, after: Tokenizer, texts: Sequence[Text]) -> float:
-    """Return the share of texts that have the same tokens, as strings."""
-    same = 0
-    for start in range(0, len(texts), _BATCH):
-        batch = list(texts[start : start + _BATCH])
-        pairs = zip(before.encode_batch(batch), after.encode_batch(batch), strict=True)
-        same += sum(old.tokens == new.tokens for old, new in pairs)
-    return same / len(texts)
+    @classmethod
+    def of(cls, before: Tokenizer, after: Tokenizer, texts: Iterable[Text], kept: Sequence[int]) -> _Compared:
+        found, new = cls(), {old: number for number, old in enumerate(kept)}
+        for batch in _batches(texts, progress=False):
+            pairs = zip(before.encode_batch(batch), after.encode_batch(batch), strict=True)
+            for text, (one, other) in zip(batch, pairs, strict=True):
+                found.number += 1
+                if not all(number in new for number in one.ids):
+                    continue
+                if [new[number] for number in one.ids] == other.ids and one.tokens == other.tokens:
+                    found.alike += 1
+                    if len(found.whole) < _COMPARED:
+                        found.whole.append(one.ids)
+                else:
+                    found.broken = text
+        return found
 
 
 def _proof(
     model: PreTrainedModel,
     small: PreTrainedModel,
-    backend: Tokenizer,
+    tokenizer: Any,
     pruned: Any,
     kept: Sequence[int],
-    seen: _Seen,
-    alike: float,
+    compared: _Compared,
+    number: int,
 ) -> dict[str, str]:
     """Check what has to hold, and say with figures what was checked.
 
+    :param number: of all texts.
     :raises DataError: for what does not hold.
     """
-    after = _plain(pruned)
-    there = set(kept)
-    whole = [text for text in seen.sample[:64] if set(backend.encode(text).ids) <= there][:8]
-    compared = "no text had all of its tokens kept"
-    if whole:
-        batch = _padded([backend.encode(text).ids[:32] for text in whole], model)
-        with reading(model, small):
-            if not outputs_alike(model, small, batch, kept):
-                raise DataError("the model with fewer tokens computes something else; its family counts by token ids")
-        compared = f"equal to the bit for {len(whole)} texts"
+    with reading(model, small):
+        if not outputs_alike(model, small, batch_of(compared.whole, model, kept, tokenizer.mask_token_id), kept):
+            raise DataError("the model with fewer tokens computes something else; its family counts by token ids")
     draw = random.Random(0)
     strings = ["".join(chr(draw.choice(_PLANES) + draw.randrange(256)) for _ in range(12)) for _ in range(_STRINGS)]
     strings += [chr(number) for number in range(256)]
-    encoded = [encoding.ids for encoding in after.encode_batch(strings)]
-    if any(not 0 <= number < len(kept) for ids in encoded for number in ids):
+    wanted = [encoding.ids for encoding in plain(pruned).encode_batch(strings)]
+    if any(not 0 <= number < len(kept) for ids in wanted for number in ids):
         raise DataError("the pruned tokenizer gives ids that the table does not have")
-    of_all = "all" if seen.number == len(seen.sample) else f"a sample of {len(seen.sample):,} of"
+    check_files(small.config, tokenizer, pruned, strings, wanted)
+    of_all = "all" if number == compared.number else f"a sample of {compared.number:,} of"
     return {
-        "texts alike": f"{share(alike)} of {of_all} {seen.number:,} texts have the same tokens",
-        "outputs": compared,
+        "texts alike": f"{share(compared.alike / compared.number)} of {of_all} {number:,} texts have the same tokens",
+        "outputs": f"equal to the bit for {len(compared.whole)} texts and tokens at random",
         "any string": f"{_STRINGS:,} random strings and 256 single characters are encoded",
-        "files": "saved, and loaded again",
+        "files": "saved, and loaded again by tokenizers alone and by transformers: the same ids and special tokens",
     }
-
-
-_PLANES = (0x0000, 0x0100, 0x0400, 0x0600, 0x0900, 0x3000, 0x4E00, 0xAC00, 0x1F300)
-"""Beginnings of blocks of Unicode: Latin, Cyrillic, Arabic, Devanagari, Chinese, Korean, emoji and others."""
-
-
-def _padded(rows: Sequence[Sequence[int]], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    pad = model.config.pad_token_id or 0
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    return {"input_ids": ids, "attention_mask": mask}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAMES_OF_IDS = ("_token_id", "_token_ids", "token_index")
+_FIELDS_OF_TOKENS = ("logits", "prediction_logits")
+_ENDS = ("pad", "eos", "sep")
+_LONGEST = 32
+"""Tokens of a text that outputs are compared for."""
 
 
 def output_tables(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -56,6 +61,10 @@ def with_fewer_rows(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMo
     changed = {id(value) for value in memo.values()}
     small: PreTrainedModel = copy.deepcopy(model, memo)
     for module in small.modules():
+        for name, value in vars(module).items():  # some families note ids when they are built
+            pads = name == "padding_idx" and value == model.config.pad_token_id and not isinstance(module, nn.Embedding)
+            if type(value) is int and (pads or name.endswith(_NAMES_OF_IDS)):
+                setattr(module, name, new.get(value, value))
         if not any(id(value) in changed for value in module._parameters.values()):
             continue
         if isinstance(module, nn.Embedding):
@@ -72,7 +81,8 @@ def with_fewer_rows(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMo
                 name,
                 [new.get(each, each) for each in ids] if isinstance(value, list) else new.get(value, value),
             )
-        config.vocab_size = len(kept)
+        if hasattr(config, "vocab_size"):
+            config.vocab_size = len(kept)
     return small
 
 
@@ -80,6 +90,32 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     """The configurations of a model that state the number of tokens, and that of its generation."""
     own = [model.config, getattr(model, "generation_config", None)]
     return [config for config in own if config is not None]
+
+
+def batch_of(
+    texts: Sequence[Sequence[int]], model: PreTrainedModel, kept: Sequence[int], mask: Any
+) -> dict[str, Tensor]:
+    """Return a batch of the beginnings of some texts, and of one with kept tokens at random.
+
+    :param texts: ids, all of them kept.
+    :param mask: id of the mask, or None.
+    """
+    pad = model.config.pad_token_id
+    places = getattr(model.config, "max_position_embeddings", None) or 2 * _LONGEST
+    length = max(1, min(_LONGEST, places - 1 - (pad or 0)))  # some families count positions from the padding id on
+    # Ends are found by their id, and one text has one of them.
+    ends = {each for name, ids in ids_of_config(model.config).items() if name.startswith(_ENDS) for each in ids}
+    drawn = random.Random(0).choices(sorted(set(kept) - ends) or list(kept), k=length)
+    if mask in kept:
+        drawn[-1] = mask
+    rows = [drawn, *(list(ids[:length]) for ids in texts)]
+    filling = kept[0] if pad is None or pad not in kept else pad
+    ids = [[*row, *[filling] * (length - len(row))] for row in rows]
+    masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(masks, device=model.device),
+    }
 
 
 @torch.no_grad()
@@ -93,11 +129,12 @@ def outputs_alike(
     new = {old: number for number, old in enumerate(kept)}
     ids = batch["input_ids"]
     mapped = torch.tensor([[new[each] for each in row] for row in ids.tolist()], device=ids.device)
-    before, after = model(**batch), small(**{**batch, "input_ids": mapped})
+    before = model(**batch, return_dict=True)
+    after = small(**{**batch, "input_ids": mapped}, return_dict=True)
     predicts = bool(output_tables(model))
     for name, value in before.items():
         if isinstance(value, Tensor):
-            wanted = value[..., list(kept)] if predicts and name in ("logits", "prediction_logits") else value
+            wanted = value[..., list(kept)] if predicts and name in _FIELDS_OF_TOKENS else value
             if not torch.equal(wanted, after[name]):
                 return False
     return True

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cofiprune.errors import DataError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 _BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
+_SLOW_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model")
+"""Files of slow tokenizers, which would say what the vocabulary was before."""
 
 
 class TokenizerFile:
@@ -65,6 +72,10 @@ class TokenizerFile:
         found = {known[name] for name in names if name in known}
         if model.get("unk_id") is not None:
             found.add(model["unk_id"])
+        if self.kind == "Unigram":  # its least likely piece says what an unknown letter costs
+            found.add(min(range(len(model["vocab"])), key=lambda number: float(model["vocab"][number][1])))
+        if self.entries.get("padding"):
+            found.add(self.entries["padding"]["pad_id"])
         for holder, key in _ids_of_templates(self.entries.get("post_processor")):
             value = holder[key]
             found |= set(value) if isinstance(value, list) else {value}
@@ -75,8 +86,7 @@ class TokenizerFile:
 
         :param every_way: by every merge that makes a token, not by the first one.
         """
-        texts = {number: text for text, number in self.vocabulary.items()}
-        parts = self._parts(every_way=every_way)
+        texts, parts = self._texts, self._parts[every_way]
         found: set[int] = set()
         waiting = list(ids)
         while waiting:
@@ -89,15 +99,21 @@ class TokenizerFile:
                 waiting += (self.vocabulary[part] for part in (*parts.get(text, ()), *self._letters(text)))
         return found
 
-    def _parts(self, *, every_way: bool) -> dict[str, list[str]]:
-        """The parts of each token of BPE."""
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        return {number: text for text, number in self.vocabulary.items()}
+
+    @cached_property
+    def _parts(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """The parts of each token of BPE by the first merge that makes it, and by every one."""
         prefix = self.entries["model"].get("continuing_subword_prefix") or ""
-        found: dict[str, list[str]] = {}
+        first: dict[str, list[str]] = {}
+        every: dict[str, list[str]] = {}
         for left, right in self._merges():
-            made = found.setdefault(left + right.removeprefix(prefix), [])
-            if every_way or not made:
-                made += (left, right)
-        return found
+            made = left + right.removeprefix(prefix)
+            first.setdefault(made, [left, right])
+            every.setdefault(made, []).extend((left, right))
+        return first, every
 
     def _merges(self) -> Iterator[tuple[str, str]]:
         for merge in self.entries["model"].get("merges") or ():
@@ -142,6 +158,69 @@ class TokenizerFile:
         if entries.get("padding"):
             entries["padding"]["pad_id"] = new[entries["padding"]["pad_id"]]
         return json.dumps(entries, ensure_ascii=False)
+
+
+def plain(tokenizer: Any) -> Tokenizer:
+    """Return a tokenizer's backend of its own, which neither pads nor cuts off.
+
+    :raises DataError: for a part written in Python, which no file can hold.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # the library raises no other class
+        raise DataError(f"{type(tokenizer).__name__} cannot be written to a file: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def with_fewer_tokens(tokenizer: Any, file: TokenizerFile, kept: Sequence[int]) -> Any:
+    """Return a tokenizer of the same class with the kept tokens, as it loads from its files."""
+    new = {old: number for number, old in enumerate(kept)}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        tokenizer.save_pretrained(folder)
+        for pattern in _SLOW_FILES:
+            for old in folder.glob(pattern):
+                old.unlink()
+        (folder / "tokenizer.json").write_text(file.without_others(kept), encoding="utf-8")
+        settings = folder / "tokenizer_config.json"
+        entries = json.loads(settings.read_text(encoding="utf-8"))
+        if "added_tokens_decoder" in entries:
+            entries["added_tokens_decoder"] = {
+                str(new[int(old)]): token for old, token in entries["added_tokens_decoder"].items() if int(old) in new
+            }
+        settings.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+        pruned = type(tokenizer).from_pretrained(folder)
+    pruned.name_or_path = tokenizer.name_or_path
+    return pruned
+
+
+def check_files(config: Any, tokenizer: Any, pruned: Any, strings: Sequence[str], wanted: Sequence[list[int]]) -> None:
+    """Save and load a pruned tokenizer in the ways that others do.
+
+    :param config: of its model.
+    :param wanted: ids of the strings.
+    :raises DataError: where it comes back as another one.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    of_library = type(pruned).__module__.startswith("transformers.")
+    with tempfile.TemporaryDirectory() as folder:
+        pruned.save_pretrained(folder)
+        config.save_pretrained(folder)
+        alone = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        again = (AutoTokenizer if of_library else type(pruned)).from_pretrained(folder)
+    alone.no_truncation()
+    alone.no_padding()
+    for loaded in (alone, plain(again)):
+        if [encoding.ids for encoding in loaded.encode_batch(list(strings))] != wanted:
+            raise DataError("the pruned tokenizer gives other ids when it is saved and loaded")
+    if not again.special_tokens_map == pruned.special_tokens_map == tokenizer.special_tokens_map:
+        raise DataError("the pruned tokenizer has other special tokens")
 
 
 def _uses_bytes(entries: Mapping[str, Any]) -> bool:

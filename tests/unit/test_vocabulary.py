@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_any_family_and_tied_or_untied_tables(cls, settings):
 def test_a_padding_id_in_the_middle_stays_where_positions_count_from_it():
     tokenizer = tokenizer_of("WordPiece")
     model = model_of(tokenizer, "RobertaForSequenceClassification")
-    model.config.pad_token_id = tokenizer.pad_token_id = 7
+    model.config.pad_token_id = 7
     result = cofiprune.prune_vocabulary(model, tokenizer, sentences(1), progress=False)
     assert result.kept[:8] == tuple(range(8))
 
@@ -187,11 +188,70 @@ def test_fewer_by_a_floor_or_a_target_and_what_else_stays():
     absent = next(
         token for token, number in tokenizer.get_vocab().items() if number not in whole.kept and "#" not in token
     )
-    more = cofiprune.prune_vocabulary(model, tokenizer, texts, keep=[absent], progress=False)
-    assert tokenizer.get_vocab()[absent] in more.kept
+    inside = max((token for token in tokenizer.get_vocab() if token.startswith("##")), key=len)
+    more = cofiprune.prune_vocabulary(model, tokenizer, texts, keep=[absent, inside], progress=False)
+    assert {tokenizer.get_vocab()[absent], tokenizer.get_vocab()[inside]} <= set(more.kept)
     sizes, shares = [row[1] for row in whole.coverage], [row[2] for row in whole.coverage]
     assert sizes == sorted(sizes, reverse=True)
     assert shares == sorted(shares, reverse=True)
+
+
+def test_pairs_of_texts_and_short_positions():
+    tokenizer = tokenizer_of("Unigram")
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=34,
+        max_position_embeddings=12, return_dict=False,
+    )  # fmt: skip
+    texts = sentences(1)
+    pairs = list(itertools.pairwise(texts))
+    result = cofiprune.prune_vocabulary(transformers.RobertaModel(config), tokenizer, pairs, progress=False)
+    assert result.proof["texts alike"].startswith("100.0 % of all 199")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fewer", [{"min_count": 6}, {"target_size": 470}])
+def test_texts_whose_tokens_are_kept_tokenise_alike_under_any_floor(kind, fewer):
+    tokenizer = tokenizer_of(kind)
+    result = cofiprune.prune_vocabulary(model_of(tokenizer), tokenizer, sentences(1), **fewer, progress=False)
+    kept = {old: new for new, old in enumerate(result.kept)}
+    for text in sentences(3, 100):
+        before = tokenizer(text)["input_ids"]
+        if set(before) <= set(kept):
+            assert result.tokenizer(text)["input_ids"] == [kept[number] for number in before]
+
+
+def test_a_tokenizer_that_loads_as_another_one_is_refused():
+    tokenizer = tokenizer_of("WordPiece")
+    word = next(token for token in tokenizer.get_vocab() if token in sentences(1)[0])
+    tokenizer.pad_token = word  # a word of texts, which is special only where the tokenizer is loaded
+    with pytest.raises(DataError, match="segments a text otherwise"):
+        cofiprune.prune_vocabulary(model_of(tokenizer), tokenizer, sentences(1), progress=False)
+
+
+def test_ids_that_modules_note_when_they_are_built_follow():
+    tokenizer = tokenizer_of("byte-level BPE")
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 34}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": tokenizer.eos_token_id}
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=len(tokenizer), **ids, **sizes))
+    result = cofiprune.prune_vocabulary(clip, tokenizer, [f"{text}<|end|>" for text in sentences(1)], progress=False)
+    assert result.model.config.eos_token_id == result.tokenizer.eos_token_id < tokenizer.eos_token_id
+    ids = {"pad_token_id": 0, "mask_token_id": tokenizer.vocab_size - 1, "token_dropout": True}
+    esm = transformers.EsmModel(transformers.EsmConfig(vocab_size=len(tokenizer), **ids, **sizes))
+    result = cofiprune.prune_vocabulary(esm, tokenizer, sentences(1), progress=False)
+    assert result.model.embeddings.mask_token_id == result.model.config.mask_token_id
+    assert result.kept[result.model.config.mask_token_id] == tokenizer.vocab_size - 1
+
+
+@pytest.mark.parametrize("fewer", [{}, {"min_count": 10**6}])
+def test_positions_that_would_move_are_refused_also_where_no_text_is_left_whole(fewer):
+    tokenizer = tokenizer_of("WordPiece")
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=34,
+        max_position_embeddings=900, pad_token_id=300,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="counts by token ids"):
+        cofiprune.prune_vocabulary(transformers.RobertaModel(config), tokenizer, sentences(1), **fewer, progress=False)
 
 
 def test_added_tokens_stay():
@@ -212,12 +272,17 @@ def test_wrong_input():
             cofiprune.prune_vocabulary(*arguments, **settings, progress=False)
 
     refused(DataError, "not the tokenizer of this model", model_of(tokenizer, more_rows=-20), tokenizer, texts)
-    refused(DataError, "none that uses any token", model, tokenizer, [])
+    for nothing in ([], ["", ""], ["☃"]):
+        refused(DataError, "none uses any token", model, tokenizer, nothing)
+    refused(DataError, "no model of transformers", torch.nn.Linear(2, 2), tokenizer, texts)
+    refused(SettingsError, "keep takes a list", model, tokenizer, texts, keep="kato")
     refused(DataError, "not one text", model, tokenizer, "kato")
     refused(DataError, "pair of strings", model, tokenizer, [("a", 3)])
     refused(SettingsError, "below the", model, tokenizer, texts, target_size=3)
     refused(SettingsError, "min_count", model, tokenizer, texts, min_count=0)
     refused(DataError, "slow tokenizer", model, object(), texts)
+    with pytest.warns(UserWarning, match="500 rows more"):
+        cofiprune.prune_vocabulary(model_of(tokenizer, more_rows=500), tokenizer, texts, progress=False)
     with pytest.warns(UserWarning, match="predicts tokens"):
         cofiprune.prune_vocabulary(model_of(tokenizer, "BertForMaskedLM"), tokenizer, texts, progress=False)
 
