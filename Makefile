@@ -22,7 +22,7 @@ help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
 	@echo "make test    the default test run"
 	@echo "make check   ruff, mypy, vulture and import-linter"
-	@echo "make torture kill runs and let them go on; change files and read them (half an hour)"
+	@echo "make torture kill runs and let them go on; change files and read them (a quarter of an hour)"
 	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
 	@echo "make matrix  smoke tests with the oldest and newest releases supported, each in its own environment"
 	@echo "make clean   remove the environment, caches and build output"

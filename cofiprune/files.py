@@ -65,7 +65,7 @@ def read_json(path: Path, error: type[CofipruneError], problem: str) -> dict[str
 
 def write_sealed(path: Path, entries: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write plain values with a checksum of them, by `write`; for files that nobody is to edit."""
-    write_json(path, {**entries, _SEAL: _seal(entries)}, indent=indent)
+    write_json(path, {**entries, _SEAL: digest(entries)}, indent=indent)
 
 
 def read_sealed(path: Path, error: type[CofipruneError], problem: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read_sealed(path: Path, error: type[CofipruneError], problem: str) -> dict[s
     :raises error: when the file cannot be read, or says anything else than what was written.
     """
     entries = read_json(path, error, problem)
-    if entries.pop(_SEAL, None) != _seal(entries):
+    if entries.pop(_SEAL, None) != digest(entries):
         raise error(f"{problem}: its checksum is not that of its content")
     return entries
 
@@ -98,7 +98,8 @@ def check_sums(folder: Path, sums: Mapping[str, str], error: type[CofipruneError
             raise error(f"{problem}: {name} is not as it was written")
 
 
-def _seal(entries: Mapping[str, Any]) -> str:
+def digest(entries: Any) -> str:
+    """Return the SHA-256 of plain values, whatever the order of their names."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,14 +7,12 @@ The sizes that are left are recorded one number per group under `quantization_co
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.errors import CheckpointError
-from cofiprune.files import STRICT, check_format, validated
+from cofiprune.files import STRICT, check_format, digest, validated
 from cofiprune.parts import encoder_config
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def record(sizes: Mapping[str, int], table: Mapping[str, Any] | None = None) -> 
     :param table: the family's table as plain values, where no installed adapter has it.
     """
     entries = {**_COMMON, "sizes": sizes_to_record(sizes)}
-    return entries if table is None else {**entries, "table": dict(table), "table_checksum": _checksum(table)}
+    return entries if table is None else {**entries, "table": dict(table), "table_checksum": digest(table)}
 
 
 def record_of_parts(parts: Mapping[str, PretrainedConfig]) -> dict[str, Any]:
@@ -129,12 +127,8 @@ class _Record:
             raise ValueError(f"sizes must not be negative, and hidden dimensions must stay: {self.sizes}")
         if (not sizes) == (not self.parts):
             raise ValueError("it states either sizes or parts")
-        if self.table_checksum and self.table_checksum != _checksum(self.table):
+        if self.table_checksum and self.table_checksum != digest(self.table):
             raise ValueError("its table was changed")
-
-
-def _checksum(table: Mapping[str, Any] | None) -> str:
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def _entries(config: PretrainedConfig) -> _Record | None:

@@ -5,8 +5,6 @@ A table is measured once for each set of conditions, and kept in a file.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import TargetError
+from cofiprune.files import digest
 from cofiprune.latency.measuring import measure, times_of
 from cofiprune.latency.table import FORMAT_VERSION, Conditions, LatencyCost, LatencyTable
 from cofiprune.plan import Plan
@@ -95,8 +94,7 @@ def table_for(
     path = cache_folder() if cache is None else Path(cache)
     one_file = path.suffix == ".json"
     if not one_file:
-        digest = hashlib.sha256(json.dumps([FORMAT_VERSION, asdict(conditions)], sort_keys=True).encode()).hexdigest()
-        path = path / f"{digest[:16]}.json"
+        path = path / f"{digest([FORMAT_VERSION, asdict(conditions)])[:16]}.json"
     try:
         if path.exists():
             return LatencyTable.load(path, conditions)

@@ -34,6 +34,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.trainer_utils import get_last_checkpoint
 
 import cofiprune
+from cofiprune.training import phases
 
 SETTINGS = {"batch_size": 8, "checkpoint_steps": 2, "progress": False, "seed": 5}
 
@@ -67,6 +68,18 @@ def pruned(folder: Path, **settings: Any) -> Any:
 
 def cofi(folder: Path) -> Any:
     return pruned(folder, target_sparsity=0.6, method="cofi", epochs=3, finetune_epochs=2)
+
+
+def shrinking(folder: Path) -> Any:
+    began, shrunk = not folder.exists(), phases._shrunk
+    cuts = []
+    phases._shrunk = lambda run, learner, plan: cuts.append(plan) or shrunk(run, learner, plan)
+    result = pruned(
+        folder, target_sparsity=0.8, one_shot_share=0, epochs=12, sparsity_warmup_epochs=3, freeze_epochs=2,
+        finetune_epochs=1, learning_rate=1e-3, gate_learning_rate=0.2, checkpoint_steps=3,
+    )  # fmt: skip
+    assert cuts or not began, "nothing shrinks in this run: its trials show nothing"
+    return result
 
 
 def gates(folder: Path) -> Any:
@@ -126,6 +139,7 @@ def callback(folder: Path) -> Any:
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "cofi": cofi,
+    "shrinking": shrinking,
     "gates": gates,
     "one-shot": one_shot,
     "sweep": sweep,
