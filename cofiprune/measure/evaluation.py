@@ -165,7 +165,7 @@ def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Prepro
     ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}
     predictions: Any = tuple(value for name, value in outputs.items() if name not in ignored)
     predictions = predictions[0] if len(predictions) == 1 else predictions
-    labels: Any = tuple(batch[name] for name in label_names(model) if name in batch)
+    labels: Any = tuple(batch[name] for name in labels_of(model) if name in batch)
     labels = (labels[0] if len(labels) == 1 else labels) if labels else None
     if preprocess is not None:
         predictions = preprocess(predictions, labels)

@@ -124,12 +124,11 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             }
         )
         structure, config, targets = _checked(model, config, name, asked, has_data=train_dataset is not None)
-        if teacher is None and train_dataset is not None and config.teaches_itself:
-            teacher = "self"
+        teacher = "self" if teacher is None and train_dataset is not None and config.teaches_itself else teacher
         taught = resolve_teacher(teacher, model, of_dense=True)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        rows, held, collator = reading.data(model, data_collator, **data)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        rows, held, collator = reading.data(model, data_collator, **sets)
         run = Run(
             model, structure, config, targets[0], taught, teacher == "self",
             rows, held, collator, compute_metrics, output_dir, callbacks, resume,
@@ -275,8 +274,8 @@ def finetune(  # noqa: PLR0913  # like prune
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        rows, held, collator = reading.data(model, data_collator, **data)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        rows, held, collator = reading.data(model, data_collator, **sets)
         run = Run(
             model, structure, config, None, taught, teacher == "self",
             rows, held, collator, compute_metrics, output_dir, callbacks, resume,
