@@ -11,6 +11,7 @@ import torch
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
+from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
@@ -21,12 +22,13 @@ from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.checkpoint import Resume
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.settings import check_names
 from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
 
@@ -55,6 +57,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -74,8 +82,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     an earlier run left, prune `cofiprune.compact(model)`.
 
     :param model: any transformers encoder with an adapter, with any head.
-    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
-        without data.
+    :param train_dataset: rows as dicts, of text (with a `tokenizer`) or of tokens: a list, a torch or `datasets`
+        Dataset, the name of a file; or a DataLoader. None for one shot without data.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
@@ -88,6 +96,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
         methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
+    :param tokenizer: the model's, for rows of text. Columns are known by the names that GLUE, SQuAD, CoNLL and the like
+        give them: a text, a pair, words with a label each, a question with its passage and answers.
+    :param text_column: the text, or the first one of a pair, by another name; `text_pair_column` the second one.
+    :param label_column: the label by another name: the name of a class of the model's, its number, or a number.
+    :param label_names: the classes in the order of their ids, for a model whose configuration does not name them.
+    :param max_length: tokens after which a text is cut; 128 by default, 384 with passages.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
     :param resume: True to go on from the newest checkpoint in `output_dir`, "auto" to do so where there is one and to
@@ -98,6 +112,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
+        check_names(settings, PruneConfig.model_fields, prune)
         config = PruneConfig.create(config, **settings)
         name, asked = parse_target(
             {
@@ -108,25 +123,36 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
                 "target_latency_ms": target_latency_ms,
             }
         )
-        if isinstance(asked, list) and config.uniform:
-            raise SettingsError(
-                "uniform=True takes one target: what it leaves is another model, not a part of this one"
-            )
-        structure = structure_of(model)
-        check_weights(model)
-        config = _for_model(config, model, structure, has_data=train_dataset is not None)
-        if teacher is None and train_dataset is not None and config.teaches_itself:
-            teacher = "self"
-        values = asked if isinstance(asked, list) else [asked]
-        targets = [target_for(model, structure, config, name, value) for value in values]
-        _check_reachable(structure, targets, config, on_data=train_dataset is not None)
+        structure, config, targets = _checked(model, config, name, asked, has_data=train_dataset is not None)
+        teacher = "self" if teacher is None and train_dataset is not None and config.teaches_itself else teacher
         taught = resolve_teacher(teacher, model, of_dense=True)
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        rows, held, collator = reading.data(model, data_collator, **sets)
         run = Run(
             model, structure, config, targets[0], taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+            rows, held, collator, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+
+
+def _checked(
+    model: PreTrainedModel, config: PruneConfig, name: str, asked: float | list[float], *, has_data: bool
+) -> tuple[Structure, PruneConfig, list[Target]]:
+    """Check the method and the targets against the model.
+
+    :param name: of the argument that asks for the targets.
+    """
+    if isinstance(asked, list) and config.uniform:
+        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
+    structure = structure_of(model)
+    check_weights(model)
+    config = _for_model(config, model, structure, has_data=has_data)
+    values = asked if isinstance(asked, list) else [asked]
+    targets = [target_for(model, structure, config, name, value) for value in values]
+    _check_reachable(structure, targets, config, on_data=has_data)
+    return structure, config, targets
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -216,6 +242,12 @@ def finetune(  # noqa: PLR0913  # like prune
     *,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -233,6 +265,7 @@ def finetune(  # noqa: PLR0913  # like prune
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     with torch.inference_mode(False):
+        check_taken("finetune", settings, FINETUNE, function=finetune)
         config = PruneConfig.for_finetune(config, **settings)
         structure = structure_of(model)
         check_weights(model)
@@ -240,9 +273,12 @@ def finetune(  # noqa: PLR0913  # like prune
         taught = resolve_teacher(teacher, model)
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        rows, held, collator = reading.data(model, data_collator, **sets)
         run = Run(
             model, structure, config, None, taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+            rows, held, collator, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()
