@@ -29,6 +29,7 @@ from cofiprune.bypass import attends, bypass, entry_of
 from cofiprune.errors import MaskError
 from cofiprune.masks import MaskRegistry
 from cofiprune.structure import Block, BlockExit, Parameter, Side, Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> 
     :raises StructureError: for a unit kind that the model cannot prune.
     :raises MaskError: when masks are attached already.
     """
+    model = inside(model)
     return attach_to(model, structure_of(model), units)
 
 

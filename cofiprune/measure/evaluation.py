@@ -24,6 +24,7 @@ from cofiprune.data.rows import pad
 from cofiprune.data.tasks import IGNORED, Task, label_names
 from cofiprune.errors import DataError, located
 from cofiprune.hooks import reading, same_random_state
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel
@@ -57,6 +58,8 @@ def evaluate(
     :param device: run there and bring the model back afterwards; the model's own device by default.
     :raises DataError: when the data does not fit the model, or there is nothing to measure.
     """
+    whole = Whole.of(model)
+    model, dataset = whole.model, whole.rows(dataset, "the data set") if data_collator is None else dataset
     with same_random_state():
         batches = prepare(
             dataset, model, batch_size=batch_size, collator=data_collator, need_labels=False, name="the data set"
