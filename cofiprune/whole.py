@@ -13,15 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cofiprune.data.checks import longest_sequence
+from cofiprune.data.files import load_rows
+from cofiprune.data.reading import Reading
 from cofiprune.data.tasks import forward_names
 from cofiprune.data.text import TextColumns, tokenise
-from cofiprune.errors import AdapterError, DataError, SettingsError, located
+from cofiprune.errors import AdapterError, DataError, SettingsError, located, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,34 +153,37 @@ class Whole:
         whole = Whole.of(given)
         return whole if whole.kind else Whole.of(self.around(model))
 
-    def tokens(self, collator: Any, train: Any, held_out: Any) -> tuple[Any, Any]:
-        """Return the data sets of a run as `rows` reads them, unless a collator is going to."""
-        if collator is not None:
-            return train, held_out
-        return self.rows(train, "train_dataset"), self.rows(held_out, "eval_dataset")
+    def data(self, reading: Reading, collator: Any, **datasets: Any) -> tuple[Any, ...]:
+        """Return data sets as rows of tokens, as `Reading.data` does, through the object's own tokenizer."""
+        if self.kind is None or collator is not None:
+            return reading.data(self.model, collator, **datasets)
+        reading.check(self.model)
+        return (*(self.rows(dataset, reading, name) for name, dataset in datasets.items()), None)
 
-    def rows(self, dataset: Any, name: str) -> Any:
-        """Return rows of tokens for rows of texts; anything else is handed back.
+    def rows(self, dataset: Any, reading: Reading, name: str) -> Any:
+        """Return rows of tokens for rows of texts.
 
         Rows of texts are strings, sequences of strings, `InputExample`s, or dicts with columns of strings and perhaps
         one of labels, `label` or `score`. A SentenceTransformer learns from each text by itself, behind its default
         prompt; a CrossEncoder reads the first two of a row as a pair.
 
+        :param reading: names columns, where the object is not to find them.
         :param name: what messages call the data set.
         :raises DataError: for a row that has no text, or no pair.
         """
-        sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        if self.kind is None or isinstance(dataset, DataLoader | str | Mapping) or not sized or not len(dataset):
-            return dataset
-        first = dataset[0]
-        if isinstance(first, Mapping) and set(first) & set(forward_names(self.model)) - set(_LABELS):
-            return dataset
         with located(f"{name}: "):
-            texts, labels = zip(*(_read(dataset[index], index) for index in range(len(dataset))), strict=True)
+            rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
+            sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, Mapping)
+            first = rows[0] if sized and not isinstance(rows, DataLoader) and len(rows) else None
+            inputs = set(forward_names(self.model)) - set(_LABELS)
+            if first is None or (isinstance(first, Mapping) and set(first) & inputs):
+                return reading.rows(rows, self.model, name)
+            texts, labels = zip(*(_read(rows[index], index, reading) for index in range(len(rows))), strict=True)
             read = self._pairs(texts, labels) if self.kind == PAIRS else self._sentences(texts)
             pair, label = (each if each in read[0] else None for each in ("pair", "label"))
-            columns = TextColumns("text", pair, label)
-            return tokenise(read, self.tokenizer, self.model, columns=columns, max_length=self._longest, where=name)
+            length = reading.max_length or self._longest
+        columns = TextColumns("text", pair, label)
+        return tokenise(read, self.tokenizer, self.model, columns=columns, max_length=length, where=name)
 
     def _sentences(self, rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         lower = getattr(_modules(self.owner)[0], "do_lower_case", False)  # done by the tokenizer from release 6 on
@@ -241,14 +247,21 @@ def _is(module: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(module).__mro__)
 
 
-def _read(row: Any, index: int) -> tuple[list[str], Any]:
+def _read(row: Any, index: int, reading: Reading) -> tuple[list[str], Any]:
     """Return the texts of a row, and its label if it has one."""
     if hasattr(row, "texts"):
         return list(row.texts), getattr(row, "label", None)
     label = None
     if isinstance(row, Mapping):
-        label = next((row[name] for name in _LABELS if name in row), None)
-        cells = [value for name, value in row.items() if name not in _LABELS]
+        named = [name for name in (reading.text_column, reading.text_pair_column) if name is not None]
+        labels = _LABELS if reading.label_column is None else (reading.label_column,)
+        missing = next((name for name in (*named, reading.label_column) if name is not None and name not in row), None)
+        if missing is not None:
+            raise DataError(
+                f"row {index} has no column {missing!r}.{suggest(missing, row)} Its columns: {', '.join(row)}"
+            )
+        label = next((row[name] for name in labels if name in row), None)
+        cells = [row[name] for name in named or row if name not in labels]
     else:
         cells = [row] if isinstance(row, str) else list(row) if isinstance(row, Sequence) else []
     texts = [cell for cell in cells if isinstance(cell, str)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
 from cofiprune.compaction.uniform_config import uniform_copy
+from cofiprune.errors import names_checked
 from cofiprune.inference.fusion import fuse as fuse_linears
 from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
@@ -16,6 +17,7 @@ from cofiprune.whole import Model, Whole
 __all__ = ["compact"]
 
 
+@names_checked
 def compact(
     model: Model,
     plan: Plan | None = None,

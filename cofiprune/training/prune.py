@@ -11,6 +11,7 @@ import torch
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
+from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
@@ -21,12 +22,13 @@ from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.checkpoint import Resume
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.settings import check_names
 from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.width import check_keep_width, widen
@@ -57,6 +59,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -78,8 +86,9 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
 
     :param model: any transformers encoder with an adapter, with any head; or a `SentenceTransformer` or `CrossEncoder`
         around one, which then is what the result holds, and what its `compact()` returns.
-    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
-        without data. For an object of sentence-transformers, texts will do: strings, pairs, or columns of them.
+    :param train_dataset: rows as dicts, of text (with a `tokenizer`) or of tokens: a list, a torch or `datasets`
+        Dataset, the name of a file; or a DataLoader. None for one shot without data. For an object of
+        sentence-transformers, strings or pairs of them will do.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
@@ -92,6 +101,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
         methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
+    :param tokenizer: the model's, for rows of text. Columns are known by the names that GLUE, SQuAD, CoNLL and the like
+        give them: a text, a pair, words with a label each, a question with its passage and answers.
+    :param text_column: the text, or the first one of a pair, by another name; `text_pair_column` the second one.
+    :param label_column: the label by another name: the name of a class of the model's, its number, or a number.
+    :param label_names: the classes in the order of their ids, for a model whose configuration does not name them.
+    :param max_length: tokens after which a text is cut; 128 by default, 384 with passages.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
     :param resume: True to go on from the newest checkpoint in `output_dir`, "auto" to do so where there is one and to
@@ -104,25 +119,23 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
+        check_names(settings, PruneConfig.model_fields, prune)
         config = PruneConfig.create(config, **settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
             "target_macs": target_macs, "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
         })  # fmt: skip
         whole = Whole.of(model)
-        _check_together(config, whole, train_dataset, asked, keep_width=keep_width)
-        structure = structure_of(whole.model)
-        check_weights(whole.model)
-        config = _for_model(config, whole.model, structure, has_data=train_dataset is not None)
-        unlabelled = keep_width or (whole.kind == SENTENCES and config.trains)
-        if teacher is None and train_dataset is not None and (config.teaches_itself or unlabelled):
-            teacher = "self"
-        targets = _targets(whole, structure, config, name, asked, on_data=train_dataset is not None)
+        check_keep_width(keep_width, whole, train_dataset, asked)
+        structure, config, targets = _checked(whole, config, name, asked, has_data=train_dataset is not None)
+        alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
+        teacher = "self" if teacher is None and train_dataset is not None and alone else teacher
         taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
-        rows = whole.tokens(data_collator, train_dataset, eval_dataset)
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
         run = Run(
             whole.model, structure, config, targets[0], taught, teacher == "self",
-            *rows, data_collator, compute_metrics, output_dir, callbacks, resume,
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             if isinstance(asked, list):
@@ -130,18 +143,29 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             return _prune_whole(run, whole, teacher, keep_width=keep_width)
 
 
-def _check_together(config: PruneConfig, whole: Whole, dataset: Any, asked: Any, *, keep_width: bool) -> None:
-    """Make sure that arguments go together."""
+def _checked(
+    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, has_data: bool
+) -> tuple[Structure, PruneConfig, list[Target]]:
+    """Check the method and the targets against the model.
+
+    :param name: of the argument that asks for the targets.
+    """
     if isinstance(asked, list) and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    if keep_width:
-        check_keep_width(whole, dataset, asked)
+    model = whole.model
+    structure = structure_of(model)
+    check_weights(model)
+    config = _for_model(config, model, structure, has_data=has_data)
+    values = asked if isinstance(asked, list) else [asked]
+    targets = [target_for(model, structure, config, name, value) for value in values]
+    _check_reachable(whole, structure, targets, config, on_data=has_data)
+    return structure, config, targets
 
 
-def _targets(
-    whole: Whole, structure: Structure, config: PruneConfig, name: str, asked: float | list[float], *, on_data: bool
-) -> list[Target]:
-    """Make the targets, and make sure that the structure allows each, with the kinds of units that may go.
+def _check_reachable(
+    whole: Whole, structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool
+) -> None:
+    """Make sure that the structure allows every target, with the kinds of units that may go.
 
     :raises CofipruneError: for kinds that the model does not have, targets that are out of reach, and kinds that
         something behind the model needs.
@@ -151,11 +175,8 @@ def _targets(
     units = config.one_shot_units or config.units if one_shot else config.units
     if any(group.kind == "hidden" for group in structure.select(units)) and not (one_shot and units is None):
         whole.check_width()
-    values = asked if isinstance(asked, list) else [asked]
-    targets = [target_for(whole.model, structure, config, name, value) for value in values]
     for target in targets:
         (check_one_shot if one_shot else check_target)(structure, target, units)
-    return targets
 
 
 def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure, *, has_data: bool) -> PruneConfig:
@@ -242,6 +263,12 @@ def finetune(  # noqa: PLR0913  # like prune
     *,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -259,6 +286,7 @@ def finetune(  # noqa: PLR0913  # like prune
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     with torch.inference_mode(False):
+        check_taken("finetune", settings, FINETUNE, function=finetune)
         config = PruneConfig.for_finetune(config, **settings)
         whole = Whole.of(model)
         structure = structure_of(whole.model)
@@ -267,10 +295,11 @@ def finetune(  # noqa: PLR0913  # like prune
         taught = resolve_teacher(inside(teacher), whole.model)
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
-        rows = whole.tokens(data_collator, train_dataset, eval_dataset)
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
         run = Run(
             whole.model, structure, config, None, taught, teacher == "self",
-            *rows, data_collator, compute_metrics, output_dir, callbacks, resume,
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()

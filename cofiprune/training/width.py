@@ -23,12 +23,14 @@ ROWS = 20_000
 """Texts that the layer is fitted on, at most: fifty for each dimension of a small model."""
 
 
-def check_keep_width(whole: Whole, dataset: Any, asked: Any) -> None:
+def check_keep_width(keep: bool, whole: Whole, dataset: Any, asked: Any) -> None:
     """Make sure that `keep_width` means something.
 
     :param asked: the value, or the values, of the target.
     :raises SettingsError: saying what it needs.
     """
+    if not keep:
+        return
     if whole.kind != SENTENCES:
         raise SettingsError(
             f"keep_width=True is for the vectors of a SentenceTransformer; a {type(whole.owner).__name__} was passed"
