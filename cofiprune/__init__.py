@@ -13,6 +13,7 @@ from cofiprune.compaction import compact
 from cofiprune.compaction import portable as portable  # save_pretrained writes its file
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
 from cofiprune.errors import CofipruneError
+from cofiprune.export.write import export
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cofiprune.cofi_checkpoint import load_cofi_checkpoint
     from cofiprune.conformance import check_adapter
     from cofiprune.constraint import Constraint
+    from cofiprune.export.report import ExportReport
     from cofiprune.gates import Gates
     from cofiprune.measure.evaluation import evaluate
     from cofiprune.training.config import PruneConfig
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 # Loaded when first used: training brings in Accelerate, pydantic and rich, which loading a pruned model does not need.
 _LAZY = {
     "Constraint": "cofiprune.constraint",
+    "ExportReport": "cofiprune.export.report",
     "Gates": "cofiprune.gates",
     "check_adapter": "cofiprune.conformance",
     "evaluate": "cofiprune.measure.evaluation",
@@ -57,6 +60,7 @@ __all__ = [
     "BenchmarkReport",
     "CofipruneError",
     "Constraint",
+    "ExportReport",
     "Gates",
     "MaskRegistry",
     "Plan",
@@ -72,6 +76,7 @@ __all__ = [
     "check_adapter",
     "compact",
     "evaluate",
+    "export",
     "finetune",
     "load_cofi_checkpoint",
     "prune",
