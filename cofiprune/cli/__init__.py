@@ -27,6 +27,7 @@ _SPELLED_HERE = {
     "resume=True": "--resume",
     "resume='auto'": "--resume auto",
     "resume=False and another output_dir": "another --output-dir",
+    "overwrite=True": "--overwrite",
     "train_dataset: ": "--train-file: ",
     "eval_dataset: ": "--validation-file: ",
     **{
@@ -104,7 +105,9 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser(prog=prog, usage=usage, description=f"{chosen.summary[0].upper()}{chosen.summary[1:]}.")
     getattr(module, f"add_{command}_options")(parser)
     _add_debug(parser)
-    options = parser.parse([*arguments[:at], *arguments[at + 1 :]])
+    words = [*arguments[:at], *arguments[at + 1 :]]
+    options = parser.parse(words)
+    options.command, options.words = command, words
     if not options.debug:
         _quiet()
     getattr(module, command)(options)

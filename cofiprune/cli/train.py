@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import warnings
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +71,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--resume", nargs="?", const=True, default=False, choices=["auto"],
         help="go on from the newest checkpoint in the output directory; with 'auto', where there is one",
     )  # fmt: skip
+    add("--overwrite", action="store_true", help="write over a finished model in the output directory")
+    add("--keep-checkpoints", action="store_true", help="leave the checkpoints when the model is written")
+    add("--json", action="store_true", help="print the result as JSON")
     add_data_options(parser, train=True)
 
 
@@ -89,7 +92,7 @@ def prune(options: argparse.Namespace) -> None:
     if isinstance(result, SweepResult):
         _save_sweep(result, loaded, arguments["output_dir"])
     else:
-        _save(result, result.compact(), loaded, arguments["output_dir"], target)
+        _save(result, loaded, options)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -101,7 +104,7 @@ def finetune(options: argparse.Namespace) -> None:
     from cofiprune.training import prune as training
 
     result = training.finetune(loaded.model, loaded.datasets["train_file"], **arguments)
-    _save(result, result.model, loaded, arguments["output_dir"], {})
+    _save(result, loaded, options)
 
 
 def _prepare(
@@ -112,6 +115,10 @@ def _prepare(
     folder = writable_directory(options.output_dir, other_than=(name, taught_by))
     from transformers import set_seed
 
+    from cofiprune.training.checkpoint import check_unfinished, has_checkpoints
+
+    if not options.overwrite and not (options.resume and has_checkpoints(folder)):
+        check_unfinished(folder)
     set_seed(config.seed)
     loaded = load(options, labelled=labelled, trained=trained)
     stated, tokenised = task_by_architecture(loaded.model.config), loaded.tokenizer is not None
@@ -155,29 +162,34 @@ def _without_hidden(config: PruneConfig, loaded: Loaded) -> PruneConfig:
     return PruneConfig.create(config, units=left)
 
 
-def _save(result: PruneResult, model: PreTrainedModel, loaded: Loaded, folder: Path, target: dict[str, Any]) -> None:
-    """Write the model, its tokenizer, the plan and the result, and print the result."""
+def _save(result: PruneResult, loaded: Loaded, options: argparse.Namespace) -> None:
+    """Write the model with all that belongs to it, and print the result and what comes next."""
     from accelerate import PartialState
-
-    from cofiprune.measure.summary import summary
 
     if not PartialState().is_main_process:
         return
-    model.save_pretrained(folder)
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
-    loaded.beside.copy_to(folder, model.config)
-    result.plan.save(folder / "plan.json")
-    entries = {
-        **target,
-        "target": None if result.target is None else asdict(result.target),
-        **{name: getattr(result, name) for name in ("sparsity", "model_sparsity", "metrics", "best_step", "seconds")},
-        "kept": result.plan.kept,
-        "settings": result.settings.model_dump(mode="json"),
-        "history": result.history,
-    }
-    (folder / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    print(f"{result!r}\n\n{summary(model)}\n\nsaved in {folder}")
+    folder = result.save(
+        options.output_dir,
+        tokenizer=loaded.tokenizer,
+        overwrite=True,  # it was looked at before the run
+        keep_checkpoints=options.keep_checkpoints,
+        command=["cofiprune", options.command, *options.words],
+    )
+    loaded.beside.copy_to(folder, load_config(str(folder)))
+    if options.json:
+        print(json.dumps({**result.to_dict(), "folder": str(folder), "files": sizes_of_files(folder)}))
+        return
+    files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes_of_files(folder).items())
+    name = shlex.quote(str(folder))
+    file = options.validation_file or options.train_file
+    on_data = f"evaluate {name} --validation-file {shlex.quote(file)}" if file else f"inspect {name}"
+    print(f"{result!r}\n\nsaved in {folder}: {files}; report.html and README.md tell of it")
+    print(f"next: cofiprune {on_data}\n      cofiprune benchmark {name} --baseline {shlex.quote(model_name(options))}")
+
+
+def sizes_of_files(folder: Path) -> dict[str, int]:
+    """Return the bytes of the files with weights in a folder."""
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
