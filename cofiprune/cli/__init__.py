@@ -108,6 +108,9 @@ def run(arguments: Sequence[str]) -> None:
     words = [*arguments[:at], *arguments[at + 1 :]]
     options = parser.parse(words)
     options.command, options.words = command, words
+    import cofiprune
+
+    cofiprune.load()
     if not options.debug:
         _quiet()
     getattr(module, command)(options)
