@@ -21,6 +21,7 @@ from cofiprune.cli.loading import (
     task_by_architecture,
 )
 from cofiprune.cli.options import add_settings, given_settings, numbers, one_of, writable_directory
+from cofiprune.cli.outlook import print_outlook
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
 from cofiprune.training.settings import DistillationSettings, GateSettings, TargetSettings, TrainingSettings
@@ -44,29 +45,39 @@ TARGETS = {
 
 
 def add_prune_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `prune` takes."""
-    add_model_options(parser)
-    targets = parser.add_argument_group("targets (one at most)")
+    """Add what `prune` takes, what most runs need first."""
+    essential = _add_essential(parser)
+    targets = parser.add_argument_group("other targets (one at most)")
     for name, text in TARGETS.items():
-        kind = numbers if name == "target_sparsity" else float
-        targets.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+        kind, group = (numbers, essential) if name == "target_sparsity" else (float, targets)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+    _add_run_options(parser)
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
-    _add_run_options(parser)
     add_settings(parser, TargetSettings, GateSettings, DistillationSettings, TrainingSettings)
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     """Add what `finetune` takes; of two settings that mean the same there, one is shown."""
-    add_model_options(parser)
+    _add_essential(parser)
     _add_run_options(parser)
     add_settings(parser, *FINETUNE, hidden=RECOVERY)
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_essential(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    essential = parser.add_argument_group("essential")
+    add_model_options(parser, essential)
+    add_data_options(parser, train=True, files=essential)
+    add = essential.add_argument
     add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
+    return essential
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--dry-run", action="store_true", help="check everything, say what would be done, and do nothing")
+    add("--config", metavar="FILE", help="options by name, in JSON or YAML, or the result.json of a run")
     add(
         "--resume", nargs="?", const=True, default=False, choices=["auto"],
         help="go on from the newest checkpoint in the output directory; with 'auto', where there is one",
@@ -74,7 +85,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="write over a finished model in the output directory")
     add("--keep-checkpoints", action="store_true", help="leave the checkpoints when the model is written")
     add("--json", action="store_true", help="print the result as JSON")
-    add_data_options(parser, train=True)
 
 
 def prune(options: argparse.Namespace) -> None:
@@ -85,12 +95,15 @@ def prune(options: argparse.Namespace) -> None:
 
     target: dict[str, Any] = dict([parse_target({name: getattr(options, name) for name in TARGETS})])
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
+    if options.dry_run:
+        print_outlook(options, loaded, arguments["config"], target)
+        return
     from cofiprune.training import prune as training
     from cofiprune.training.sweep import SweepResult
 
     result = training.prune(loaded.model, loaded.datasets.get("train_file"), **target, **arguments)
     if isinstance(result, SweepResult):
-        _save_sweep(result, loaded, arguments["output_dir"])
+        _save_sweep(result, loaded, options)
     else:
         _save(result, loaded, options)
 
@@ -101,6 +114,9 @@ def finetune(options: argparse.Namespace) -> None:
         raise SettingsError("finetune needs --train-file")
     config = PruneConfig.for_finetune(**given_settings(options))
     loaded, arguments = _prepare(options, config, labelled=not options.teacher, trained=True)
+    if options.dry_run:
+        print_outlook(options, loaded, arguments["config"], {})
+        return
     from cofiprune.training import prune as training
 
     result = training.finetune(loaded.model, loaded.datasets["train_file"], **arguments)
@@ -115,7 +131,8 @@ def _prepare(
     folder = writable_directory(options.output_dir, other_than=(name, taught_by))
     from transformers import set_seed
 
-    from cofiprune.training.checkpoint import check_unfinished, has_checkpoints
+    from cofiprune.files import check_unfinished
+    from cofiprune.training.checkpoint import has_checkpoints
 
     if not options.overwrite and not (options.resume and has_checkpoints(folder)):
         check_unfinished(folder)
@@ -129,7 +146,8 @@ def _prepare(
     teacher: Teacher = None
     if taught_by is not None:
         teacher = "self" if taught_by == "self" else load_model(taught_by, loaded.task)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not options.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
     return loaded, {
         "teacher": teacher,
         "eval_dataset": loaded.datasets.get("validation_file"),
@@ -192,12 +210,13 @@ def sizes_of_files(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
 
 
-def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
+def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace) -> None:
     """Write the tokenizer next to each model, which are saved already, and print the table."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
+    folder = Path(options.output_dir)
     for point in result:
         if loaded.tokenizer is not None and point.folder is not None:
             loaded.tokenizer.save_pretrained(point.folder)
@@ -205,4 +224,9 @@ def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
             loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
     if find_spec("matplotlib") is not None:
         result.plot(folder / "curve.png")
-    print(f"{result}\n\nsaved in {folder}")
+    if options.json:
+        named = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
+        points = [{**{name: getattr(point, name) for name in named}, "folder": str(point.folder)} for point in result]
+        print(json.dumps({"points": points, "setting": result.setting}))
+    else:
+        print(f"{result}\n\nsaved in {folder}")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cofiprune.errors import CheckpointError, SettingsError, StorageError, explained
+from cofiprune.errors import CheckpointError, StorageError, explained
 from cofiprune.files import check_sums, checksum, read_json, read_sealed, unsealed, write, write_sealed
 from cofiprune.training.identity import check_same
 from cofiprune.training.processes import together
@@ -32,7 +32,6 @@ Resume = bool | Literal["auto"]
 """Whether a run goes on from a checkpoint: "auto" where there is one."""
 _KEPT = 2
 _STATE, _META, _STOPPED = "state.pt", "meta.json", "stopped.json"
-_FINISHED = ("model.safetensors", "model.safetensors.index.json", "result.json")
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _OTHERWISE = ", or start afresh with resume=False and another output_dir."
 
@@ -189,16 +188,6 @@ def remove_checkpoints(folder: Path) -> None:
         place.unlink() if place.is_symlink() else shutil.rmtree(place)
     for name in (_STOPPED, "choice.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def check_unfinished(folder: Path) -> None:
-    """Make sure that a folder holds no finished model, which may be the work of hours.
-
-    :raises SettingsError: when it does.
-    """
-    found = next((name for name in _FINISHED if (folder / name).exists()), None)
-    if found is not None:
-        raise SettingsError(f"{folder} holds a finished model ({found}): choose another folder, or pass overwrite=True")
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -13,7 +13,7 @@ from cofiprune.compaction import compact
 from cofiprune.compaction.slicing import compacted
 from cofiprune.drawing import Picture, counted, curves, structure_map
 from cofiprune.errors import PlanError
-from cofiprune.files import write, write_json
+from cofiprune.files import check_unfinished, write, write_json
 from cofiprune.masking import masks_of
 from cofiprune.measure.figures import Figures, compared
 from cofiprune.measure.report import Report, entries_table, rich_table
@@ -21,7 +21,7 @@ from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.checkpoint import check_unfinished, remove_checkpoints
+from cofiprune.training.checkpoint import remove_checkpoints
 from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.written import Story, base_of, card, report
 
