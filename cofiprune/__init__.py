@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from cofiprune.conformance import check_adapter
     from cofiprune.constraint import Constraint
     from cofiprune.errors import CofipruneError
+    from cofiprune.export.report import ExportReport
+    from cofiprune.export.write import export
     from cofiprune.gates import Gates
     from cofiprune.masking import attach
     from cofiprune.masks import MaskRegistry
@@ -43,6 +45,7 @@ _AT_ONCE = {
     "compact": "cofiprune.compaction",
     "record_parts": "cofiprune.compaction.hub",
     "CofipruneError": "cofiprune.errors",
+    "export": "cofiprune.export.write",
     "attach": "cofiprune.masking",
     "MaskRegistry": "cofiprune.masks",
     "BenchmarkReport": "cofiprune.measure.benchmark",
@@ -54,6 +57,7 @@ _AT_ONCE = {
 # Loaded when first used: training brings in Accelerate, pydantic and rich, which loading a pruned model does not need.
 _LAZY = {
     "Constraint": "cofiprune.constraint",
+    "ExportReport": "cofiprune.export.report",
     "Gates": "cofiprune.gates",
     "check_adapter": "cofiprune.conformance",
     "evaluate": "cofiprune.measure.evaluation",
@@ -73,6 +77,7 @@ __all__ = [
     "BenchmarkReport",
     "CofipruneError",
     "Constraint",
+    "ExportReport",
     "Gates",
     "MaskRegistry",
     "Plan",
@@ -88,6 +93,7 @@ __all__ = [
     "check_adapter",
     "compact",
     "evaluate",
+    "export",
     "finetune",
     "load_cofi_checkpoint",
     "prune",

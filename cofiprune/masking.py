@@ -30,6 +30,7 @@ from cofiprune.errors import MaskError, names_checked
 from cofiprune.masks import MaskRegistry
 from cofiprune.refusals import refuse_computed
 from cofiprune.structure import Block, BlockExit, Parameter, Side, Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> 
     :raises StructureError: for a unit kind that the model cannot prune.
     :raises MaskError: when masks are attached already.
     """
+    model = inside(model)
     return attach_to(model, structure_of(model), units)
 
 

@@ -24,6 +24,7 @@ from cofiprune.structure import Structure
 from cofiprune.training.checkpoint import remove_checkpoints
 from cofiprune.training.resolved import ResolvedSettings
 from cofiprune.training.written import Story, base_of, card, report
+from cofiprune.whole import Whole, inside
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,8 +80,8 @@ def metrics_of(history: Sequence[Mapping[str, Any]], step: int | None = None) ->
 class PruneResult(Report):
     """A finished run."""
 
-    model: PreTrainedModel
-    """The model that was passed in, with its final masks attached."""
+    model: Any
+    """The model, or the object of sentence-transformers, that was passed in, with its final masks attached."""
     plan: Plan
     """The kept units."""
     sparsity: float
@@ -123,7 +124,7 @@ class PruneResult(Report):
     @property
     def is_smaller(self) -> bool:
         """Whether units were removed, in this run or by masks that it left as they were."""
-        return self.target is not None or masks_of(self.model) is not None
+        return self.target is not None or masks_of(inside(self.model)) is not None
 
     def of(self, tokenizer: Any, train_dataset: Any) -> PruneResult:
         """Note what the run was given, for what is written of it."""
@@ -132,14 +133,14 @@ class PruneResult(Report):
         self.tokenizer, self.datasets = tokenizer, () if name is None else (str(name),)
         return self
 
-    def compact(self, *, fuse: bool = False) -> PreTrainedModel:
+    def compact(self, *, fuse: bool = False) -> Any:
         """Return the smaller model that the plan leaves, with `uniform=True` where the run had it.
 
         :param fuse: as in `cofiprune.compact`.
         :raises PlanError: when the model has other masks by now, of a later run for example: its weights have been
             trained for those.
         """
-        masks = masks_of(self.model)
+        masks = masks_of(inside(self.model))
         if masks is not None and Plan.from_masks(masks) != self.plan:
             raise PlanError(
                 "the masks on the model are no longer those of this result: it was pruned again, or they were changed. "
@@ -213,16 +214,18 @@ class PruneResult(Report):
             picture.save(path)
         return picture
 
-    def _story(self, model: PreTrainedModel, command: Sequence[str], *, has_code: bool) -> Story:
-        base, is_folder = base_of(str(getattr(self.model.config, "_name_or_path", "")))
+    def _story(self, model: Any, command: Sequence[str], *, has_code: bool) -> Story:
+        whole = Whole.of(model)
+        base, is_folder = base_of(str(getattr(whole.model.config, "_name_or_path", "")))
         told = [f"{self.sparsity:.1%} of the layers' parameters removed"] if self.is_smaller else []
         told += [str(self.target)] if self.target is not None and self.target.name != "target_sparsity" else []
         told += [f"method {self.method}"] if self.method else [f"trained for {self.settings.finetune_epochs:g} epochs"]
         told += [f"{self.seconds / 60:.1f} minutes of training"] if self.seconds else []
+        plan = self.plan if self.is_smaller else None
         return Story(
-            type(model).__name__, base, is_folder, self.plan if self.is_smaller else None, self.sparsity, self.method,
-            "; ".join(told), self.dense, self.pruned, self.history, self.settings.model_dump(), self.datasets,
-            needs_cofiprune=recorded_sizes(model.config) is not None, has_code=has_code, command=command,
+            type(whole.model).__name__, base, is_folder, plan, self.sparsity, self.method, "; ".join(told), self.dense, self.pruned, self.history, self.settings.model_dump(), self.datasets,
+            needs_cofiprune=recorded_sizes(whole.model.config) is not None, has_code=has_code, command=command,
+            kind=whole.kind,
         )  # fmt: skip
 
     def _figures(self) -> list[tuple[str, ...]]:

@@ -55,17 +55,23 @@ class Story:
     """Whether a plain `from_pretrained` fails without the package."""
     has_code: bool = False
     """Whether the folder has modelling code, which loads it without the package."""
+    kind: str | None = None
+    """The class of an object of sentence-transformers; None for a model of transformers."""
     command: Sequence[str] = ()
     """The command line, where there was one."""
 
     @property
     def loader(self) -> str:
-        """The AutoModel class that loads the model."""
-        return f"AutoModel{next((ending for ending in _ENDINGS if self.architecture.endswith(ending)), '')}"
+        """The class that loads the model."""
+        return (
+            self.kind or f"AutoModel{next((ending for ending in _ENDINGS if self.architecture.endswith(ending)), '')}"
+        )
 
     @property
     def task(self) -> str:
         """The task of its pipeline."""
+        if self.kind is not None:
+            return {"SentenceTransformer": "sentence-similarity"}.get(self.kind, "text-ranking")
         return next((task for end, task in _ENDINGS.items() if self.architecture.endswith(end)), "feature-extraction")
 
     @property
@@ -143,7 +149,7 @@ def _header(story: Story, name: str) -> str:
     ]  # fmt: skip
     kind = ["pruned", "structured-pruning", "cofiprune"] if story.plan is not None else ["cofiprune"]
     header = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if story.kind is None else "sentence-transformers",
         base_model=story.base_model,
         base_model_relation="finetune",
         pipeline_tag=story.task,
@@ -177,9 +183,10 @@ def _tiles(story: Story) -> list[tuple[str, str]]:
 def _loading(story: Story, name: str) -> str:
     """Return the lines that load the model, with and without the package."""
     first = "import cofiprune  # registers the loader of compacted models\n" if story.needs_cofiprune else ""
-    line = f'model = {story.loader}.from_pretrained("{name}"'
+    library, call = ("transformers", ".from_pretrained") if story.kind is None else ("sentence_transformers", "")
+    line = f'model = {story.loader}{call}("{name}"'
     other = f"\n\n# without cofiprune\n{line}, trust_remote_code=True)" if story.has_code else ""
-    return f"{first}from transformers import {story.loader}\n\n{line}){other}"
+    return f"{first}from {library} import {story.loader}\n\n{line}){other}"
 
 
 def _commands(story: Story, name: str) -> str:
