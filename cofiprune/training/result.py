@@ -223,7 +223,8 @@ class PruneResult(Report):
         told += [f"{self.seconds / 60:.1f} minutes of training"] if self.seconds else []
         plan = self.plan if self.is_smaller else None
         return Story(
-            type(whole.model).__name__, base, is_folder, plan, self.sparsity, self.method, "; ".join(told), self.dense, self.pruned, self.history, self.settings.model_dump(), self.datasets,
+            type(whole.model).__name__, base, is_folder, plan, self.sparsity, self.method,
+            "; ".join(told), self.dense, self.pruned, self.history, self.settings.model_dump(), self.datasets,
             needs_cofiprune=recorded_sizes(whole.model.config) is not None, has_code=has_code, command=command,
             kind=whole.kind,
         )  # fmt: skip
