@@ -107,6 +107,7 @@ __all__ = [
 
 def load() -> None:
     """Load what comes with the package; the command line does so once it has understood its arguments."""
+    import_module("cofiprune.compaction.portable")  # save_pretrained writes its file
     for name, module in _AT_ONCE.items():
         globals()[name] = getattr(import_module(module), name)
 
