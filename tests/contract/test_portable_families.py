@@ -12,8 +12,8 @@ import pytest
 import transformers
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "reference" / "portable.py"
-ROUNDED = {"deberta": 1e-6}
-"""Families that compute in float32 inside."""
+ROUNDED = {"deberta": 1e-6, "layoutlm": 1e-6}
+"""Families that compute in float32 inside, in one release or another."""
 UNSAVED = {"chinese_clip_text_model"}
 """Families that transformers itself cannot save and load."""
 
