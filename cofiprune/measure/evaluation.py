@@ -96,7 +96,7 @@ def evaluate_batches(
     preprocess_logits_for_metrics: Preprocess | None = None,
 ) -> dict[str, float]:
     """Evaluate on batches that `cofiprune.data.prepare` made; the rest is as in `evaluate`."""
-    metrics = _Metrics(batches.task)
+    metrics = Metrics(batches.task)
     kept: list[tuple[Any, Any]] = []
     with reading(model), torch.inference_mode():
         for batch in batches:
@@ -117,7 +117,7 @@ def evaluate_batches(
     return found
 
 
-class _Metrics:
+class Metrics:
     """Loss and metrics over batches: `add` each, then read the `result`."""
 
     def __init__(self, task: Task) -> None:

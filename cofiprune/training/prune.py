@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.slicing import compacted
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
+from cofiprune.measure.figures import Subject, figures_of
 from cofiprune.oneshot.data_free import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
+from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
@@ -24,7 +27,7 @@ from cofiprune.training.arguments import check_trainable, check_weights, resolve
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import pick_method, prune_with_data, train
+from cofiprune.training.phases import finished, pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
@@ -129,11 +132,9 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             "target_macs": target_macs, "target_file_mb": target_file_mb,
             "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
         })  # fmt: skip
-        whole = Whole.of(model)
-        has_data = train_dataset is not None
+        whole, has_data = Whole.of(model), train_dataset is not None
         structure, config, targets = _checked(whole, config, name, asked, has_data=has_data, keep_width=keep_width)
-        alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
-        teacher = "self" if teacher is None and has_data and alone else teacher
+        teacher = _teaching(teacher, config, whole, keep_width=keep_width) if has_data else teacher
         taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
         rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -142,7 +143,15 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
-            return _prune_whole(run, whole, targets if isinstance(asked, list) else [], teacher, keep_width=keep_width)
+            if isinstance(asked, list):
+                return sweep(run, targets, _prune).around(whole)
+            return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
+
+
+def _teaching(teacher: TeacherArgument, config: PruneConfig, whole: Whole, *, keep_width: bool) -> TeacherArgument:
+    """Return the teacher of a run with data: the model as it comes, where there is none and labels are not enough."""
+    alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
+    return "self" if teacher is None and alone else teacher
 
 
 def _checked(
@@ -194,15 +203,8 @@ def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure
     return PruneConfig.create(config, units=units)
 
 
-def _prune_whole(
-    run: Run, whole: Whole, several: Sequence[Target], teacher: Any, *, keep_width: bool
-) -> PruneResult | SweepResult:
-    """Prune the model inside of what was passed in, and give that back.
-
-    :param several: targets; none for that of the run.
-    """
-    if several:
-        return sweep(run, several, _prune).around(whole)
+def _prune_whole(run: Run, whole: Whole, teacher: Any, *, keep_width: bool) -> PruneResult:
+    """Prune the model inside of what was passed in, and give that back."""
     result = _prune(run)
     if keep_width:
         widen(whole, whole.like(teacher, run.teacher), run.calibration)
@@ -224,7 +226,7 @@ def _prune(run: Run) -> PruneResult:
     if config.method == "auto":
         pick_method(run, target)
     prune_with_data(run, target)
-    return run.result()
+    return finished(run)
 
 
 def _prune_data_free(run: Run, target: Target) -> PruneResult:
@@ -246,6 +248,8 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
+    scores = {} if evaluate is None else evaluate(model)
+    dense = Subject(compacted(model, run.structure, Plan.from_values(run.structure, {})), run.structure, scores)
     plan = prune_data_free(
         model, run.structure, target,
         teacher=teacher, units=settings.units, seed=settings.seed, reconstruct=settings.repair is not False,
@@ -263,6 +267,9 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
+    small = Subject(compacted(model, run.structure, plan), run.structure.cut(plan.kept), result.metrics)
+    size, length = settings.target_batch_size, settings.target_seq_len
+    result.dense, result.pruned = figures_of(dense, small, batch_size=size, seq_len=length)
     if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result
@@ -315,6 +322,6 @@ def finetune(  # noqa: PLR0913  # like prune
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()
             train(run)
-            result = run.result()
+            result = finished(run)
         result.model = whole.owner
-        return result
+        return result.of(tokenizer, train_dataset)
