@@ -11,7 +11,7 @@ without weights, and the merging of the recorded method with a second one given 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cofiprune.adapter import adapter_for
+from cofiprune.compaction.removal import Pick
 from cofiprune.compaction.slicing import reshape_skeleton
 from cofiprune.errors import CheckpointError, explained
 from cofiprune.record import METHOD, record_of_parts, recorded_parts, recorded_sizes
@@ -73,6 +74,8 @@ class CompactedLoader(HfQuantizer):
         found = _shapes_in(checkpoint_files or ())
         # Outside of the layers (a head for other classes, say) it is up to transformers, which may be told to go on.
         self._check({name: shape for name, shape in found.items() if name.startswith(layers)})
+        if found and _picks(found) < _picks(self.shapes):  # nobody could make these up, nor would anybody notice
+            raise CheckpointError(f"the weights lack {Pick.BUFFER!r} of some layers: which of their heads were kept")
         return model
 
     def _check(self, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -245,6 +248,10 @@ def _shapes_in(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
             ):
                 found.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
     return found
+
+
+def _picks(names: Iterable[str]) -> int:
+    return sum(name.rpartition(".")[2] == Pick.BUFFER for name in names)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

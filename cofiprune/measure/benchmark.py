@@ -20,12 +20,13 @@ from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.errors import AdapterError, SettingsError
+from cofiprune.errors import AdapterError, SettingsError, names_checked
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.structure import Structure
 from cofiprune.timing import cpu_threads, in_turn
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -106,6 +107,7 @@ def _cells(row: BenchmarkRow) -> list[str]:
     return cells
 
 
+@names_checked
 def benchmark(
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,
@@ -128,6 +130,7 @@ def benchmark(
     :raises SettingsError: for sizes below 1, or models on different devices.
     :raises DataError: when a model cannot read so many tokens.
     """
+    model, baseline = inside(model), inside(baseline)
     sizes, lengths = _counts("batch_size", batch_size), _counts("seq_len", seq_len)
     _counts("runs", 1 if runs is None else runs)
     _counts("threads", 1 if threads is None else threads)
