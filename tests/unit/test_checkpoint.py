@@ -50,7 +50,11 @@ def test_a_directory_holds_a_configuration_and_safetensors(
 ) -> None:
     small = pruned("BertForSequenceClassification")
     small.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "modeling_bert_compacted.py",
+    }
     config = json.loads((tmp_path / "config.json").read_text())
     # The configuration of the original, which says how long a head is, and beside it the sizes that are there.
     assert (config["hidden_size"], config["num_attention_heads"], config["architectures"]) == (
