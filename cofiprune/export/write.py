@@ -14,7 +14,7 @@ from torch import nn
 
 from cofiprune.errors import ExportError, SettingsError, suggest
 from cofiprune.export.comparison import EXAMPLE, Expected, compared_batches, example, synthetic_rows, torch_answers
-from cofiprune.export.folder import move, write_beside
+from cofiprune.export.folder import holds_weights, move, write_beside
 from cofiprune.export.graph import float_copy, write_onnx
 from cofiprune.export.openvino import openvino_answers, write_openvino
 from cofiprune.export.report import ExportedFile, ExportReport, megabytes
@@ -56,7 +56,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     in a file beside the graph. They take their names when all of them are done: after an error nothing is there.
 
     :param model: it stays as it is.
-    :param dir: a folder; or a file that ends in .onnx, which is then all that is written.
+    :param dir: a folder, which may be the one where the model is saved; or a file that ends in .onnx, which is then all
+        that is written.
     :param tokenizer: or processor, saved beside the files.
     :param format: "onnx" and "openvino", one or both.
     :param int8: write `onnx/model_quantized.onnx` as well.
@@ -75,6 +76,7 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     formats = _checked(model, target, format)
     alone = target.suffix == ".onnx"
     folder = target.parent if alone else target
+    configured = not alone and holds_weights(folder, model)
     with same_random_state():
         job = _Job.of(*float_copy(model, modules), dataset)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
             staged = Path(name)
             made = job.write(staged / (target.name if alone else "onnx/model.onnx"), staged, formats, opset)
             if not alone:
-                write_beside(staged, model, tokenizer)
+                write_beside(staged, model, tokenizer, configured=configured)
             move(staged, folder)
     return job.report(folder, [each.moved(staged, folder) for each in made])
 
