@@ -14,6 +14,7 @@ from cofiprune.cli.options import at_least, one_of, writable_directory
 
 _FORMATS = ("onnx", "openvino")
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+_MODES = ("static", "dynamic", "weights")
 _LIBRARY = "sentence_transformers"
 
 
@@ -24,7 +25,9 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="a directory; or a file that ends in .onnx, which is then all that is written")
     add("--format", type=one_of(_FORMATS, "format"), nargs="+", default=["onnx"], metavar="{onnx,openvino}",
         help="(default: onnx)")  # fmt: skip
-    add("--int8", action="store_true", help="write onnx/model_quantized.onnx as well")
+    add("--int8", action="store_true", help="write int8 files as well, the fastest that hold --max-drop")
+    add("--int8-mode", type=one_of(_MODES, "kind of int8"), metavar="{" + ",".join(_MODES) + "}",
+        help="write int8 files of this kind (default: all are tried)")  # fmt: skip
     add("--max-drop", type=float, metavar="X", help="what the score on the rows may lose by int8, as a fraction")
     add("--opset", type=at_least(18), metavar="N", help="version of ONNX's operators (default: torch's own)")
     add_task_option(parser)
@@ -70,7 +73,7 @@ def export(options: argparse.Namespace) -> None:
         out,
         tokenizer=loaded.tokenizer,
         format=options.format,
-        int8=options.int8,
+        int8=options.int8_mode or options.int8,
         dataset=loaded.datasets.get("validation_file"),
         max_drop=options.max_drop,
         modules=_behind(beside, loaded.task),
