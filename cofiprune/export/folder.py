@@ -7,18 +7,21 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import files
 from cofiprune.errors import SettingsError
 from cofiprune.record import recorded_sizes
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NO_LIMIT = 1_000_000
 """Tokenizers without a limit say a number above this."""
-_WEIGHTS = (".safetensors", ".bin", ".index.json")
+_OF_WEIGHTS = ("*.safetensors*", "*.bin*", "*.py", "plan.json")
+"""What an object of sentence-transformers saves of its model; files in its folders are those of its modules."""
 _LAST = (".onnx", ".xml")
 """Endings of files that name others, and are written after them."""
 
@@ -43,7 +46,7 @@ def holds_weights(folder: Path, model: PreTrainedModel) -> bool:
 
     :raises SettingsError: when it is another one.
     """
-    if not any(file for ending in _WEIGHTS for file in folder.glob(f"*{ending}")):
+    if not any(file for pattern in _OF_WEIGHTS[:2] for file in folder.glob(pattern)):
         return False
     entries = files.read_json(folder / "config.json", SettingsError, f"{folder} holds weights, but no configuration")
     own = json.loads(model.config.to_json_string())
@@ -56,13 +59,20 @@ def holds_weights(folder: Path, model: PreTrainedModel) -> bool:
     return True
 
 
-def write_beside(folder: Path, model: PreTrainedModel, tokenizer: Any, *, configured: bool) -> None:
-    """Write configuration and tokenizer, or processor.
+def write_beside(folder: Path, whole: Whole, tokenizer: Any, *, saved: bool) -> None:
+    """Write configuration and tokenizer, or processor; and the modules of an object of sentence-transformers.
 
-    :param configured: the configuration is there.
+    :param saved: the model is, where these will be; then only the tokenizer is missing.
     """
-    if not configured:
-        files.write_json(folder / "config.json", exported_config(model), indent=2)
+    if whole.kind is not None and not saved:
+        with TemporaryDirectory(dir=folder) as name:
+            whole.owner.save_pretrained(name, create_model_card=False)
+            left = [file for pattern in _OF_WEIGHTS for file in Path(name).glob(pattern)]
+            for file in left:
+                file.unlink()
+            move(Path(name), folder)
+    if not saved:
+        files.write_json(folder / "config.json", exported_config(whole.model), indent=2)
     if tokenizer is not None:
         _with_one_limit(tokenizer).save_pretrained(folder)
 
