@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser, train=False)
     add("--file", dest="validation_file", default=argparse.SUPPRESS, metavar="FILE",
         help="rows to compare and to score on: the same as --validation-file")  # fmt: skip
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="directory to write to")
     text = f"{', '.join(_HEADS)} (default: what config.json says)"
     add("--task-head", type=one_of(_HEADS, "head"), metavar="HEAD", help=text)
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -51,7 +55,9 @@ def convert(options: argparse.Namespace) -> None:
     from cofiprune.measure.summary import summary
 
     model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
-    print(f"{summary(model)}\n\nsaved in {options.out}")
+    found = summary(model)
+    told = json.dumps({**asdict(found), "sparsity": found.sparsity, "folder": options.out})
+    print(told if options.json else f"{found}\n\nsaved in {options.out}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -83,7 +89,7 @@ def export(options: argparse.Namespace) -> None:
         beside.for_task(loaded.task, stated, tokenised=loaded.tokenizer is not None).copy_to(
             folder, loaded.model.config
         )
-    print(report)
+    print(json.dumps(asdict(report), default=str) if options.json else report)
 
 
 def _behind(beside: Beside, task: str) -> list[Any]:
