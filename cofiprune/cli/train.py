@@ -39,6 +39,7 @@ TARGETS = {
     "several, joined by commas, give a model each, in folders of their own",
     "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
     "target_macs": "multiply-accumulates to keep, at --target-seq-len tokens",
+    "target_file_mb": "MB that the saved model may have, embedding tables included, in --target-file-dtype",
     "target_speedup": "times faster on this device, measured at --target-batch-size and --target-seq-len",
     "target_latency_ms": "milliseconds per batch on this device, measured likewise",
 }
@@ -214,6 +215,8 @@ def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace
     """Write the tokenizer next to each model, which are saved already, and print the table."""
     from accelerate import PartialState
 
+    from cofiprune.training.checkpoint import remove_checkpoints
+
     if not PartialState().is_main_process:
         return
     folder = Path(options.output_dir)
@@ -222,6 +225,8 @@ def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace
             loaded.tokenizer.save_pretrained(point.folder)
         if point.folder is not None:
             loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
+            if not options.keep_checkpoints:
+                remove_checkpoints(point.folder / "run")
     if find_spec("matplotlib") is not None:
         result.plot(folder / "curve.png")
     if options.json:

@@ -58,6 +58,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     target_sparsity: float | Sequence[float] | None = None,
     target_model_sparsity: float | None = None,
     target_macs: float | None = None,
+    target_file_mb: float | None = None,
     target_speedup: float | None = None,
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
@@ -98,6 +99,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param target_model_sparsity: the same of every parameter of the model, embedding tables included.
     :param target_macs: multiply-accumulates of the model that may be left, for one example of
         `target_seq_len` tokens, as `summary` counts them; met within 0.005 of the dense model's.
+    :param target_file_mb: MB (10^6 bytes) that the compacted model's `model.safetensors` may have in
+        `target_file_dtype`, embedding tables included; it ends within 2 % of that, and never above.
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
@@ -126,13 +129,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         config = PruneConfig.create(config, **settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
-            "target_macs": target_macs, "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
+            "target_macs": target_macs, "target_file_mb": target_file_mb,
+            "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
         })  # fmt: skip
-        whole = Whole.of(model)
-        check_keep_width(keep_width, whole, train_dataset, asked)
-        structure, config, targets = _checked(whole, config, name, asked, has_data=train_dataset is not None)
-        alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
-        teacher = "self" if teacher is None and train_dataset is not None and alone else teacher
+        whole, has_data = Whole.of(model), train_dataset is not None
+        structure, config, targets = _checked(whole, config, name, asked, has_data=has_data, keep_width=keep_width)
+        teacher = _teaching(teacher, config, whole, keep_width=keep_width) if has_data else teacher
         taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
         rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -146,8 +148,14 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 
+def _teaching(teacher: TeacherArgument, config: PruneConfig, whole: Whole, *, keep_width: bool) -> TeacherArgument:
+    """Return the teacher of a run with data: the model as it comes, where there is none and labels are not enough."""
+    alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
+    return "self" if teacher is None and alone else teacher
+
+
 def _checked(
-    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, has_data: bool
+    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, has_data: bool, keep_width: bool
 ) -> tuple[Structure, PruneConfig, list[Target]]:
     """Check the method and the targets against the model.
 
@@ -156,6 +164,8 @@ def _checked(
     if isinstance(asked, list) and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
     model = whole.model
+    if keep_width:
+        check_keep_width(whole, asked, has_data=has_data)
     structure = structure_of(model)
     check_weights(model)
     config = _for_model(config, model, structure, has_data=has_data)
