@@ -10,7 +10,7 @@ from dataclasses import asdict
 from cofiprune.accounting import layer_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
-from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError
 from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import evaluating, frozen
 from cofiprune.masking import attach_to, masks_of
@@ -18,17 +18,20 @@ from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
 from cofiprune.oneshot.with_data import calibration
-from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_of
 from cofiprune.selection.target import Target
-from cofiprune.training.arguments import check_learnable
+from cofiprune.training.arguments import check_learnable, check_trainable
+from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
+from cofiprune.training.config import PruneConfig
 from cofiprune.training.learner import GateLearner, check_steps, transplant
 from cofiprune.training.loop import Loop
 from cofiprune.training.processes import by_first
 from cofiprune.training.resolved import Schedule
 from cofiprune.training.run import Run
-from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
+from cofiprune.training.start import can_go_on, one_shot
+
+_CHOICE = "choice.json"
 
 
 def prune_with_data(run: Run, target: Target) -> None:
@@ -64,7 +67,7 @@ def _check_before(run: Run) -> None:
     """Make sure that there is something to learn from, all through the run."""
     settings = run.settings
     if settings.trains:
-        check_learnable(run.model, run.teacher, run.batches, settings, cuts_hidden="hidden" in settings.units)
+        check_learnable(run.model, run.teacher, run.batches, settings)
     schedule = Schedule.for_pruning(settings, run.steps_in(run.batches))
     recovery = schedule.recovery(settings, run.steps_in(run.recovery_batches))
     if settings.metric_for_best_model is not None and not recovery:
@@ -80,9 +83,7 @@ def train(run: Run) -> None:
     """Train what the masks on the model keep, or all of it: `finetune`."""
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
-    width = encoder_config(run.model).hidden_size
-    cuts_hidden = plan.kept.get("hidden", width) != width
-    check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
+    check_learnable(run.model, run.teacher, run.batches, run.settings)
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
     run.batches = run.recovery_batches
@@ -96,28 +97,59 @@ def train(run: Run) -> None:
 
 
 def pick_method(run: Run, target: Target) -> None:
-    """Pick a method and epochs by the budget, say so, and go by it: `method="auto"`.
+    """Pick a method and epochs by the budget, and go by it: `method="auto"`.
 
     :raises SettingsError: when the budget is too small for anything.
+    :raises DataError: when rows are too few for it, or for uniform layers.
     """
     config = run.config
-    saved = None if run.folder is None else run.folder / "choice.json"
+    saved = None if run.folder is None else run.folder / _CHOICE
     if run.resume and saved is not None and saved.exists():
         choice = Choice(**read_sealed(saved, CheckpointError, f"{saved} is damaged; start afresh in another folder"))
+    elif (problem := _too_few_rows(run)) is not None:
+        return leave_to_gates(run, config, problem)
     elif config.time_budget is None:
-        choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
+        choice = chosen_for_epochs(config)
     else:
         batches, steps = run.batches, run.steps_in(run.batches)
         pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
         choice = choose(pace, config.time_budget, share=1 - target.share)
-    if saved is not None and run.accelerator.is_main_process:
-        write_sealed(saved, asdict(choice))
-    settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs, "time_budget": None}
-    run.config = config.model_copy(update=settings)
+    _go_by(run, config, choice)
+
+
+def leave_to_gates(run: Run, config: PruneConfig, problem: CofipruneError) -> None:
+    """Go by gates, because one shot turned out not to do what method="auto" picked it for.
+
+    :param config: from before it was picked.
+    :param problem: of one shot; raised where gates are no way out.
+    """
+    if config.method != "auto" or config.time_budget is not None or config.uniform:
+        raise problem
+    _go_by(run, config, Choice(0.0, f"cofi: one shot cannot do it, {problem}", "cofi"))
+
+
+def _go_by(run: Run, config: PruneConfig, choice: Choice) -> None:
+    if run.folder is not None and run.accelerator.is_main_process:
+        write_sealed(run.folder / _CHOICE, asdict(choice))
+    run.config = config.model_copy(update=choice.settings(config))
+    check_trainable(run.model, gated=choice.method == "cofi")
     run.settle()
     run.reason = choice.reason
-    if config.progress and run.accelerator.is_main_process:
-        run.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
+    announce(run)
+
+
+def announce(run: Run) -> None:
+    """Say in one line what was picked, and why."""
+    if run.config.progress and run.accelerator.is_main_process:
+        run.display.console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=True)
+
+
+def _too_few_rows(run: Run) -> DataError | None:
+    try:
+        calibration(run.model, run.structure, run.calibration)
+    except DataError as error:
+        return error
+    return None
 
 
 # One shot.

@@ -11,7 +11,8 @@ import torch
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
-from cofiprune.errors import SettingsError
+from cofiprune.data.prepare import prepare
+from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
 from cofiprune.oneshot.data_free import prune_data_free
@@ -20,14 +21,14 @@ from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
+from cofiprune.training.budget import check_method
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import pick_method, prune_with_data, train
+from cofiprune.training.phases import announce, leave_to_gates, pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
-from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
 
 if TYPE_CHECKING:
@@ -65,10 +66,11 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
 ) -> PruneResult | SweepResult:
     """Prune an encoder to a target, in place: weights are trained and the final masks stay attached.
 
-    With data this is CoFi (Xia et al., 2022, arXiv:2204.00408): hard-concrete gates over heads, feed-forward
-    dimensions, hidden dimensions and whole blocks learn under a sparsity constraint, with distillation from the
-    teacher; the structure is then fixed at exactly the target, and the weights that are left recover. Without data
-    it is a one-shot prune from the weights, reconstructed against the teacher's outputs on synthetic inputs.
+    With data, one shot decides in a few rounds of measuring, cutting and reconstructing, and what is left recovers by
+    distillation from the teacher. With method="cofi" (Xia et al., 2022, arXiv:2204.00408) hard-concrete gates over
+    heads, feed-forward dimensions, hidden dimensions and whole blocks learn under a sparsity constraint; the structure
+    is then fixed at exactly the target, and the weights that are left recover. Without data it is a one-shot prune
+    from the weights, reconstructed against the teacher's outputs on synthetic inputs.
 
     Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
     an earlier run left, prune `cofiprune.compact(model)`.
@@ -85,8 +87,9 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
-    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
-        methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
+    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; None
+        is "self" for rows without labels, and with methods that do not look at them ("gates", and "one-shot" with
+        recovery).
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
@@ -114,19 +117,55 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             )
         structure = structure_of(model)
         check_weights(model)
-        config = _for_model(config, model, structure, has_data=train_dataset is not None)
-        if teacher is None and train_dataset is not None and config.teaches_itself:
-            teacher = "self"
-        values = asked if isinstance(asked, list) else [asked]
-        targets = [target_for(model, structure, config, name, value) for value in values]
-        _check_reachable(structure, targets, config, on_data=train_dataset is not None)
+        on_data = train_dataset is not None
+        check_method(config, has_data=on_data)
+        teacher = _teacher(teacher, config, train_dataset, model, data_collator)
+        values = {name: asked if isinstance(asked, list) else [asked]}
+        config, targets, reason = _settle(config, model, structure, values, on_data=on_data)
         taught = resolve_teacher(teacher, model, of_dense=True)
         run = Run(
             model, structure, config, targets[0], taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+
+
+def _teacher(
+    teacher: TeacherArgument, config: PruneConfig, rows: Any, model: PreTrainedModel, collator: Any
+) -> TeacherArgument:
+    """Return the teacher that is meant: of methods that do not look at labels, and of rows without any, the model."""
+    if teacher is not None or rows is None or config.method == "cofi":
+        return teacher
+    if config.method == "auto":
+        found = prepare(rows, model, batch_size=1, collator=collator, need_labels=False, name="train_dataset")
+        return None if found.labelled else "self"
+    return "self" if config.teaches_itself else None
+
+
+def _settle(
+    config: PruneConfig, model: PreTrainedModel, structure: Structure, asked: dict[str, list[float]], *, on_data: bool
+) -> tuple[PruneConfig, list[Target], str]:
+    """Settle what structure and target decide: units, and gates where method="auto" has to leave a target to them.
+
+    :param asked: the targets' values, by their name.
+    :return: the configuration, the targets, all of them within reach, and why gates were picked if they were.
+    :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
+    """
+    ((name, values),) = asked.items()
+    reason = ""
+    if on_data and config.method == "auto" and config.gate_settings:
+        config, reason = config.model_copy(update={"method": "cofi"}), f"cofi: {config.gate_settings[0]} is of gates"
+    settled = _for_model(config, model, structure)
+    targets = [target_for(model, structure, settled, name, value) for value in values]
+    try:
+        _check_reachable(structure, targets, settled, on_data=on_data)
+    except TargetError as error:
+        if not on_data or config.method != "auto" or config.time_budget is not None:
+            raise
+        gated = config.model_copy(update={"method": "cofi"})
+        return *_settle(gated, model, structure, asked, on_data=True)[:2], f"cofi: one shot cannot do it, {error}"
+    return settled, targets, reason
 
 
 def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
@@ -141,9 +180,8 @@ def _check_reachable(structure: Structure, targets: Sequence[Target], config: Pr
         (check_one_shot if one_shot else check_target)(structure, target, units)
 
 
-def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure, *, has_data: bool) -> PruneConfig:
-    """Check the method, and name the unit kinds of uniform layers: those that the model's configuration can state."""
-    check_method(config, has_data=has_data)
+def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure) -> PruneConfig:
+    """Name the unit kinds of uniform layers: those that the model's configuration can state."""
     if not config.uniform:
         return config
     units = uniform_units(model, structure, config.units)
@@ -159,13 +197,19 @@ def _prune(run: Run) -> PruneResult:
     if run.train_dataset is None:
         return _prune_data_free(run, target)
     if config.trains:
-        check_trainable(run.model, gated=config.method != "one-shot")
+        check_trainable(run.model, gated=not config.decides_in_one_shot)
     elif run.resume is True:
         raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
     run.prepare()
     if config.method == "auto":
         pick_method(run, target)
-    prune_with_data(run, target)
+    elif run.reason:
+        announce(run)
+    try:
+        prune_with_data(run, target)
+    except TargetError as problem:
+        leave_to_gates(run, config, problem)
+        prune_with_data(run, target)
     return run.result()
 
 

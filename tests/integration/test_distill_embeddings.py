@@ -55,6 +55,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_mean_reciprocal_rank_counts_the_first_ten(script):
+    index = torch.eye(16)
+    queries = torch.stack([index[3], index[4] + index[5] * 0.5, -index[6]])
+    assert script.retrieval(queries, index, [3, 5, 6]) == pytest.approx((1 + 1 / 2) / 3)
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text a line, all different."""
