@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.errors import AdapterError, located
+from cofiprune.errors import AdapterError, located, names_checked
 from cofiprune.family import (
     HEADS,
     HIDDEN,
@@ -218,6 +218,7 @@ def _package(point: EntryPoint) -> str:
     return "of an unknown name" if point.dist is None else point.dist.name
 
 
+@names_checked
 def structure(model: PreTrainedModel) -> Structure:
     """List the prunable groups of a model: a mapping from group name to `Group`.
 

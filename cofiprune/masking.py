@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.bypass import attends, bypass, entry_of
-from cofiprune.errors import MaskError
+from cofiprune.errors import MaskError, names_checked
 from cofiprune.masks import MaskRegistry
 from cofiprune.structure import Block, BlockExit, Parameter, Side, Structure
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_cofiprune_masks"
 
 
+@names_checked
 def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> MaskRegistry:
     """Attach masks of ones to a model, which then runs under the masks' values.
 

@@ -16,6 +16,7 @@ from cofiprune.cli.beside import Beside, apart
 from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
 from cofiprune.data.tasks import IGNORED, task_by_name
+from cofiprune.data.text import collator_for
 from cofiprune.errors import CheckpointError, DataError, explained
 
 if TYPE_CHECKING:
@@ -209,10 +210,8 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     for option, rows in files.items():
         settings = {"columns": columns[option], "max_length": options.max_length, "where": str(given[option])}
         loaded.datasets[option] = tokenise(rows, loaded.tokenizer, model, **settings)
-    if task == "masked-lm" and needs_tokenizer:
-        from transformers import DataCollatorForLanguageModeling
-
-        loaded.collator = DataCollatorForLanguageModeling(loaded.tokenizer)
+    if needs_tokenizer:
+        loaded.collator = collator_for(model, loaded.tokenizer)
     return loaded
 
 
@@ -244,13 +243,10 @@ def _task(stated: str | None, files: Mapping[str, list[Row]]) -> str:
 def _set_head(config: PretrainedConfig, options: argparse.Namespace, task: str, labels: list[Any]) -> None:
     """Make a configuration describe the head for the labels, where the model has none for the task."""
     names = tuple(name.strip() for name in (options.label_names or "").split(",") if name.strip())
-    own = Labels.of_model(config)
     if task_by_architecture(config) not in (task, None) and labels:
         Labels.of_data(labels, names).apply(config)
-    elif names and len(names) != len(own.names):
-        raise DataError(f"--label-names has {len(names)} names and the model {config.num_labels} labels")
     elif names:
-        Labels(names, own.multi_label).apply(config)
+        Labels.name(config, names)
 
 
 def _labels(rows: Sequence[Row], columns: TextColumns, task: str) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
 from cofiprune.compaction.uniform_config import uniform_copy
+from cofiprune.errors import names_checked
 from cofiprune.inference.fusion import fuse as fuse_linears
 from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["compact"]
 
 
+@names_checked
 def compact(
     model: PreTrainedModel,
     plan: Plan | None = None,

@@ -20,7 +20,7 @@ from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.errors import AdapterError, SettingsError
+from cofiprune.errors import AdapterError, SettingsError, names_checked
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, rich_table
@@ -106,6 +106,7 @@ def _cells(row: BenchmarkRow) -> list[str]:
     return cells
 
 
+@names_checked
 def benchmark(
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,

@@ -17,7 +17,7 @@ import torch
 from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.adapter import adapter_for
-from cofiprune.errors import SettingsError
+from cofiprune.errors import SettingsError, names_checked
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, bar, rich_table, share
 from cofiprune.record import sizes_of
@@ -164,6 +164,7 @@ class Summary(Report, Size):
         return rows
 
 
+@names_checked
 def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
     """Count a model's parameters and multiply-accumulates, and list the kept units of every layer.
 

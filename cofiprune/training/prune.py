@@ -12,6 +12,7 @@ import torch
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.data.prepare import prepare
+from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
@@ -23,12 +24,13 @@ from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.budget import check_method
 from cofiprune.training.checkpoint import Resume
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import announce, leave_to_gates, pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.settings import check_names
 from cofiprune.training.sweep import SweepResult, sweep
 
 if TYPE_CHECKING:
@@ -56,6 +58,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -76,8 +84,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     an earlier run left, prune `cofiprune.compact(model)`.
 
     :param model: any transformers encoder with an adapter, with any head.
-    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
-        without data.
+    :param train_dataset: rows as dicts, of text (with a `tokenizer`) or of tokens: a list, a torch or `datasets`
+        Dataset, the name of a file; or a DataLoader. None for one shot without data.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
@@ -91,6 +99,12 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         is "self" for rows without labels, and with methods that do not look at them ("gates", and "one-shot" with
         recovery).
     :param eval_dataset: evaluated every `eval_steps` and at the end.
+    :param tokenizer: the model's, for rows of text. Columns are known by the names that GLUE, SQuAD, CoNLL and the like
+        give them: a text, a pair, words with a label each, a question with its passage and answers.
+    :param text_column: the text, or the first one of a pair, by another name; `text_pair_column` the second one.
+    :param label_column: the label by another name: the name of a class of the model's, its number, or a number.
+    :param label_names: the classes in the order of their ids, for a model whose configuration does not name them.
+    :param max_length: tokens after which a text is cut; 128 by default, 384 with passages.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
     :param resume: True to go on from the newest checkpoint in `output_dir`, "auto" to do so where there is one and to
@@ -101,6 +115,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
+        check_names(settings, PruneConfig.model_fields, prune)
         config = PruneConfig.create(config, **settings)
         name, asked = parse_target(
             {
@@ -111,36 +126,46 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
                 "target_latency_ms": target_latency_ms,
             }
         )
-        if isinstance(asked, list) and config.uniform:
-            raise SettingsError(
-                "uniform=True takes one target: what it leaves is another model, not a part of this one"
-            )
-        structure = structure_of(model)
-        check_weights(model)
-        on_data = train_dataset is not None
-        check_method(config, has_data=on_data)
-        teacher = _teacher(teacher, config, train_dataset, model, data_collator)
-        values = {name: asked if isinstance(asked, list) else [asked]}
-        config, targets, reason = _settle(config, model, structure, values, on_data=on_data)
-        taught = resolve_teacher(teacher, model, of_dense=True)
+        structure, config, targets, reason = _checked(model, config, name, asked, on_data=train_dataset is not None)
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        rows, held, collator = reading.data(model, data_collator, **sets)
+        itself = teacher is None and rows is not None and _teaches_itself(config, rows, model, collator, reason)
+        taught = resolve_teacher("self" if itself else teacher, model, of_dense=True)
         run = Run(
-            model, structure, config, targets[0], taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume, reason,
+            model, structure, config, targets[0], taught, itself or teacher == "self",
+            rows, held, collator, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
 
 
-def _teacher(
-    teacher: TeacherArgument, config: PruneConfig, rows: Any, model: PreTrainedModel, collator: Any
-) -> TeacherArgument:
-    """Return the teacher that is meant: of methods that do not look at labels, and of rows without any, the model."""
-    if teacher is not None or rows is None or config.method == "cofi":
-        return teacher
-    if config.method == "auto":
-        found = prepare(rows, model, batch_size=1, collator=collator, need_labels=False, name="train_dataset")
-        return None if found.labelled else "self"
-    return "self" if config.teaches_itself else None
+def _teaches_itself(config: PruneConfig, rows: Any, model: PreTrainedModel, collator: Any, reason: str) -> bool:
+    """Return whether a run without a teacher learns from its model as it comes, as all do that can, without labels.
+
+    :param reason: of what method="auto" has picked, if it has.
+    """
+    if config.method == "auto" or reason:
+        return not prepare(
+            rows, model, batch_size=1, collator=collator, need_labels=False, name="train_dataset"
+        ).labelled
+    return config.teaches_itself
+
+
+def _checked(
+    model: PreTrainedModel, config: PruneConfig, name: str, asked: float | list[float], *, on_data: bool
+) -> tuple[Structure, PruneConfig, list[Target], str]:
+    """Check the method and the targets against the model.
+
+    :param name: of the argument that asks for the targets.
+    """
+    if isinstance(asked, list) and config.uniform:
+        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
+    structure = structure_of(model)
+    check_weights(model)
+    check_method(config, has_data=on_data)
+    values = {name: asked if isinstance(asked, list) else [asked]}
+    return structure, *_settle(config, model, structure, values, on_data=on_data)
 
 
 def _settle(
@@ -260,6 +285,12 @@ def finetune(  # noqa: PLR0913  # like prune
     *,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -277,6 +308,7 @@ def finetune(  # noqa: PLR0913  # like prune
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     with torch.inference_mode(False):
+        check_taken("finetune", settings, FINETUNE, function=finetune)
         config = PruneConfig.for_finetune(config, **settings)
         structure = structure_of(model)
         check_weights(model)
@@ -284,9 +316,12 @@ def finetune(  # noqa: PLR0913  # like prune
         taught = resolve_teacher(teacher, model)
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        rows, held, collator = reading.data(model, data_collator, **sets)
         run = Run(
             model, structure, config, None, taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+            rows, held, collator, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cofiprune.errors import DataError, SettingsError
+from cofiprune.errors import DataError, SettingsError, names_checked
 from cofiprune.hooks import reading
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, entries_table, rich_table, share
@@ -80,6 +80,7 @@ class VocabularyResult(Report):
         return Group("VocabularyResult", entries_table(rows), rich_table(header, curve))
 
 
+@names_checked
 def prune_vocabulary(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -164,14 +165,14 @@ def _checked(
             f"the model's table has {spare:,} rows more than the tokenizer has tokens ({file.size:,}): is it the "
             "tokenizer of this model?",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if output_tables(model):
         warnings.warn(
             f"{type(model).__name__} predicts tokens: its outputs are numbered as the new tokenizer's tokens. What "
             "reads them by the old numbers, such as a sparse index, no longer fits",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return file, table.num_embeddings
 
