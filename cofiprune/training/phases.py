@@ -39,6 +39,8 @@ def prune_with_data(run: Run, target: Target) -> None:
     _check_before(run)
     run.identify(method="prune", **target.identity())
     saved = run.saved
+    if run.reason and run.config.progress and run.accelerator.is_main_process:
+        run.display.console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=True)
     with run.running():
         if saved is None:
             start(run, target)
@@ -135,13 +137,6 @@ def _go_by(run: Run, config: PruneConfig, choice: Choice) -> None:
     check_trainable(run.model, gated=choice.method == "cofi")
     run.settle()
     run.reason = choice.reason
-    announce(run)
-
-
-def announce(run: Run) -> None:
-    """Say in one line what was picked, and why."""
-    if run.config.progress and run.accelerator.is_main_process:
-        run.display.console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=True)
 
 
 def _too_few_rows(run: Run) -> DataError | None:

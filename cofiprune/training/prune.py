@@ -26,7 +26,7 @@ from cofiprune.training.budget import check_method
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import announce, leave_to_gates, pick_method, prune_with_data, train
+from cofiprune.training.phases import leave_to_gates, pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
@@ -146,9 +146,9 @@ def _teaches_itself(config: PruneConfig, rows: Any, model: PreTrainedModel, coll
     :param reason: of what method="auto" has picked, if it has.
     """
     if config.method == "auto" or reason:
-        return not prepare(
-            rows, model, batch_size=1, collator=collator, need_labels=False, name="train_dataset"
-        ).labelled
+        with same_random_state():  # a collator may draw
+            found = prepare(rows, model, batch_size=1, collator=collator, need_labels=False, name="train_dataset")
+        return not found.labelled
     return config.teaches_itself
 
 
@@ -228,8 +228,6 @@ def _prune(run: Run) -> PruneResult:
     run.prepare()
     if config.method == "auto":
         pick_method(run, target)
-    elif run.reason:
-        announce(run)
     try:
         prune_with_data(run, target)
     except TargetError as problem:

@@ -109,7 +109,8 @@ EXAMPLES = {  # the values of other fields go by their defaults
     "finetune_learning_rate": 2e-3, "lr_scheduler_type": "cosine", "finetune_lr_scheduler_type": "constant",
     "train_embeddings": True, "mixed_precision": "bf16", "pad_to_multiple_of": 4, "torch_compile_backend": "eager",
     "eval_steps": 7, "checkpoint_steps": 9, "metric_for_best_model": "loss", "greater_is_better": True,
-    "distill_layer_match": "nearest", "label_weight": 0.3, "units": ("head", "hidden"), "one_shot_units": ("head",),
+    "distill_layer_match": "nearest", "embedding_pooling": "cls", "label_weight": 0.3, "units": ("head", "hidden"),
+    "one_shot_units": ("head",),
     "round_to": 4, "sparsity_warmup_epochs": 0.3, "freeze_epochs": 0.7, "gate_learning_rate": 0.03,
     "gate_stretch": (-0.2, 1.3), "method": "gates", "time_budget": 600.0, "repair": False, "latency_cache": "here",
 }  # fmt: skip
