@@ -12,6 +12,7 @@ from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
 from cofiprune.compaction import compact
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
 from cofiprune.errors import CofipruneError
+from cofiprune.export.write import export
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach
 from cofiprune.masks import MaskRegistry
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cofiprune.cofi_checkpoint import load_cofi_checkpoint
     from cofiprune.conformance import check_adapter
     from cofiprune.constraint import Constraint
+    from cofiprune.export.report import ExportReport
     from cofiprune.gates import Gates
     from cofiprune.measure.evaluation import evaluate
     from cofiprune.training.config import PruneConfig
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 # Loaded when first used: training brings in Accelerate, pydantic and rich, which loading a pruned model does not need.
 _LAZY = {
     "Constraint": "cofiprune.constraint",
+    "ExportReport": "cofiprune.export.report",
     "Gates": "cofiprune.gates",
     "check_adapter": "cofiprune.conformance",
     "evaluate": "cofiprune.measure.evaluation",
@@ -56,6 +59,7 @@ __all__ = [
     "BenchmarkReport",
     "CofipruneError",
     "Constraint",
+    "ExportReport",
     "Gates",
     "MaskRegistry",
     "Plan",
@@ -71,6 +75,7 @@ __all__ = [
     "check_adapter",
     "compact",
     "evaluate",
+    "export",
     "finetune",
     "load_cofi_checkpoint",
     "prune",

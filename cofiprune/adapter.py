@@ -38,6 +38,7 @@ from cofiprune.record import recorded_table, sizes_of
 from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.resolving import Resolver, encoder_path
 from cofiprune.structure import BlockExit, ConfigSizes, Shared, Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -224,4 +225,5 @@ def structure(model: PreTrainedModel) -> Structure:
 
     :raises AdapterError: when the model's family has no adapter.
     """
+    model = inside(model)
     return adapter_for(model).structure(model)

@@ -74,6 +74,10 @@ class TrainingError(CofipruneError, RuntimeError):
     """Training that cannot go on, for example a loss that is not a number."""
 
 
+class ExportError(CofipruneError, RuntimeError):
+    """A model that cannot be exported, whose export computes something else, or whose int8 form scores too little."""
+
+
 class LawError(CofipruneError, AssertionError):
     """A law of the masks that does not hold for an adapter; names the parameter at fault."""
 

@@ -73,10 +73,18 @@ def read_sealed(path: Path, error: type[CofipruneError], problem: str) -> dict[s
 
     :raises error: when the file cannot be read, or says anything else than what was written.
     """
-    entries = read_json(path, error, problem)
-    if entries.pop(_SEAL, None) != digest(entries):
+    return unsealed(read_json(path, error, problem), error, problem)
+
+
+def unsealed(entries: Mapping[str, Any], error: type[CofipruneError], problem: str) -> dict[str, Any]:
+    """Return the content of a sealed file without its checksum.
+
+    :raises error: when it is not what was written.
+    """
+    content = {name: value for name, value in entries.items() if name != _SEAL}
+    if entries.get(_SEAL) != digest(content):
         raise error(f"{problem}: its checksum is not that of its content")
-    return entries
+    return content
 
 
 def checksum(path: Path) -> str:

@@ -26,6 +26,7 @@ from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.structure import Structure
 from cofiprune.timing import cpu_threads, in_turn
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -129,6 +130,7 @@ def benchmark(
     :raises SettingsError: for sizes below 1, or models on different devices.
     :raises DataError: when a model cannot read so many tokens.
     """
+    model, baseline = inside(model), inside(baseline)
     sizes, lengths = _counts("batch_size", batch_size), _counts("seq_len", seq_len)
     _counts("runs", 1 if runs is None else runs)
     _counts("threads", 1 if threads is None else threads)

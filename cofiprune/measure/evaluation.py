@@ -26,6 +26,7 @@ from cofiprune.data.tasks import IGNORED, Task
 from cofiprune.data.tasks import label_names as labels_of
 from cofiprune.errors import DataError, located, names_checked
 from cofiprune.hooks import reading, same_random_state
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel
@@ -68,7 +69,8 @@ def evaluate(  # noqa: PLR0913  # its arguments are flat, as those of prune
     :raises DataError: when the data does not fit the model, or there is nothing to measure.
     """
     reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-    dataset, data_collator = reading.data(model, data_collator, dataset=dataset)
+    whole = Whole.of(model)
+    model, (dataset, data_collator) = whole.model, whole.data(reading, data_collator, dataset=dataset)
     with same_random_state():
         size, collator = batch_size, data_collator
         batches = prepare(dataset, model, batch_size=size, collator=collator, need_labels=False, name="the data set")
@@ -94,7 +96,7 @@ def evaluate_batches(
     preprocess_logits_for_metrics: Preprocess | None = None,
 ) -> dict[str, float]:
     """Evaluate on batches that `cofiprune.data.prepare` made; the rest is as in `evaluate`."""
-    metrics = _Metrics(batches.task)
+    metrics = Metrics(batches.task)
     kept: list[tuple[Any, Any]] = []
     with reading(model), torch.inference_mode():
         for batch in batches:
@@ -115,7 +117,7 @@ def evaluate_batches(
     return found
 
 
-class _Metrics:
+class Metrics:
     """Loss and metrics over batches: `add` each, then read the `result`."""
 
     def __init__(self, task: Task) -> None:

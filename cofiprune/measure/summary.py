@@ -22,6 +22,7 @@ from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, bar, rich_table, share
 from cofiprune.record import sizes_of
 from cofiprune.structure import Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -175,6 +176,7 @@ def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
     """
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
         raise SettingsError(f"seq_len takes a whole number of tokens of at least 1, not {seq_len!r}")
+    model = inside(model)
     recorded, masks = sizes_of(model), masks_of(model)
     structure = dense_structure(model)
     kept = {**structure.sizes, **(recorded or {}), **(masks.plan().kept if masks is not None else {})}

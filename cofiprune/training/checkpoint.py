@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cofiprune.errors import CheckpointError, StorageError, explained
-from cofiprune.files import check_sums, checksum, read_json, read_sealed, write, write_sealed
+from cofiprune.files import check_sums, checksum, read_json, read_sealed, unsealed, write, write_sealed
 from cofiprune.training.identity import check_same
 from cofiprune.training.processes import together
 from cofiprune.training.state import RunState
@@ -100,7 +100,7 @@ def read_state(folder: Path, fingerprint: dict[str, Any], otherwise: str) -> Sav
             f"{folder} was written in format {stated} by {age} cofiprune; this version reads format "
             f"{FORMAT_VERSION}{advice}"
         )
-    meta = read_sealed(folder / _META, DamagedError, f"{problem}: {_META}")
+    meta = unsealed(found, DamagedError, f"{problem}: {_META}")
     check_same(fingerprint, meta["fingerprint"], f"{folder} is of another run", otherwise)
     check_sums(folder, meta["checksums"], DamagedError, problem)
     with explained(DamagedError, f"{problem}: its {_STATE} cannot be read", Exception):

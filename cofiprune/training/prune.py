@@ -5,24 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.uniform_config import uniform_units
-from cofiprune.data.prepare import prepare
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
 from cofiprune.oneshot.data_free import prune_data_free
-from cofiprune.oneshot.with_data import check_one_shot
-from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
-from cofiprune.structure import Structure
-from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
-from cofiprune.training.budget import check_method
+from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
@@ -31,24 +25,25 @@ from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
+from cofiprune.training.settling import learns_alone, settled
 from cofiprune.training.sweep import SweepResult, sweep
+from cofiprune.training.width import check_keep_width, widen
+from cofiprune.whole import Whole, inside
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    TeacherArgument = PreTrainedModel | Literal["self"] | None
+    TeacherArgument = Any  # a transformers model, an object of sentence-transformers around one, "self" or None
 
 
 @overload
 def prune(
-    model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: Sequence[float], **settings: Any
+    model: Any, train_dataset: Any = None, *, target_sparsity: Sequence[float], **settings: Any
 ) -> SweepResult: ...
 @overload
 def prune(
-    model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
+    model: Any, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
 ) -> PruneResult: ...
 def prune(  # noqa: PLR0913  # the front door: its settings are flat
-    model: PreTrainedModel,
+    model: Any,
     train_dataset: Any = None,
     *,
     target_sparsity: float | Sequence[float] | None = None,
@@ -70,6 +65,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     output_dir: str | Path | None = None,
     resume: Resume = False,
     callbacks: Sequence[Callback] = (),
+    keep_width: bool = False,
     **settings: Any,
 ) -> PruneResult | SweepResult:
     """Prune an encoder to a target, in place: weights are trained and the final masks stay attached.
@@ -83,9 +79,11 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
     an earlier run left, prune `cofiprune.compact(model)`.
 
-    :param model: any transformers encoder with an adapter, with any head.
+    :param model: any transformers encoder with an adapter, with any head; or a `SentenceTransformer` or `CrossEncoder`
+        around one, which then is what the result holds, and what its `compact()` returns.
     :param train_dataset: rows as dicts, of text (with a `tokenizer`) or of tokens: a list, a torch or `datasets`
-        Dataset, the name of a file; or a DataLoader. None for one shot without data.
+        Dataset, the name of a file; or a DataLoader. None for one shot without data. For an object of
+        sentence-transformers, strings or pairs of them will do.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
@@ -110,6 +108,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param resume: True to go on from the newest checkpoint in `output_dir`, "auto" to do so where there is one and to
         start afresh where there is none.
     :param callbacks: functions that are called with each entry of the history.
+    :param keep_width: of a `SentenceTransformer`: where hidden dimensions go, append a `Dense` module that maps the
+        vectors back to the teacher's, fitted on the training texts, so that an index of the teacher's stays valid.
     :param settings: fields of `PruneConfig`, on top of `config`.
     :raises CofipruneError: for wrong arguments, before anything is changed.
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
@@ -117,102 +117,35 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
         check_names(settings, PruneConfig.model_fields, prune)
         config = PruneConfig.create(config, **settings)
-        name, asked = parse_target(
-            {
-                "target_sparsity": target_sparsity,
-                "target_model_sparsity": target_model_sparsity,
-                "target_macs": target_macs,
-                "target_speedup": target_speedup,
-                "target_latency_ms": target_latency_ms,
-            }
-        )
-        structure, config, targets, reason = _checked(model, config, name, asked, on_data=train_dataset is not None)
+        name, asked = parse_target({
+            "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
+            "target_macs": target_macs, "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
+        })  # fmt: skip
+        whole = Whole.of(model)
+        check_keep_width(keep_width, whole, train_dataset, asked)
+        structure, config, targets, reason = settled(whole, config, name, asked, on_data=train_dataset is not None)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        rows, held, collator = reading.data(model, data_collator, **sets)
-        itself = teacher is None and rows is not None and _teaches_itself(config, rows, model, collator, reason)
-        taught = resolve_teacher("self" if itself else teacher, model, of_dense=True)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        if teacher is None and rows is not None and (keep_width or learns_alone(whole, config, rows, collate, reason)):
+            teacher = "self"
+        taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
         run = Run(
-            model, structure, config, targets[0], taught, itself or teacher == "self",
-            rows, held, collator, compute_metrics, output_dir, callbacks, resume, reason,
+            whole.model, structure, config, targets[0], taught, teacher == "self",
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
-            return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+            if isinstance(asked, list):
+                return sweep(run, targets, _prune).around(whole)
+            return _prune_whole(run, whole, teacher, keep_width=keep_width)
 
 
-def _teaches_itself(config: PruneConfig, rows: Any, model: PreTrainedModel, collator: Any, reason: str) -> bool:
-    """Return whether a run without a teacher learns from its model as it comes, as all do that can, without labels.
-
-    :param reason: of what method="auto" has picked, if it has.
-    """
-    if config.method == "auto" or reason:
-        with same_random_state():  # a collator may draw
-            found = prepare(rows, model, batch_size=1, collator=collator, need_labels=False, name="train_dataset")
-        return not found.labelled
-    return config.teaches_itself
-
-
-def _checked(
-    model: PreTrainedModel, config: PruneConfig, name: str, asked: float | list[float], *, on_data: bool
-) -> tuple[Structure, PruneConfig, list[Target], str]:
-    """Check the method and the targets against the model.
-
-    :param name: of the argument that asks for the targets.
-    """
-    if isinstance(asked, list) and config.uniform:
-        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    structure = structure_of(model)
-    check_weights(model)
-    check_method(config, has_data=on_data)
-    values = {name: asked if isinstance(asked, list) else [asked]}
-    return structure, *_settle(config, model, structure, values, on_data=on_data)
-
-
-def _settle(
-    config: PruneConfig, model: PreTrainedModel, structure: Structure, asked: dict[str, list[float]], *, on_data: bool
-) -> tuple[PruneConfig, list[Target], str]:
-    """Settle what structure and target decide: units, and gates where method="auto" has to leave a target to them.
-
-    :param asked: the targets' values, by their name.
-    :return: the configuration, the targets, all of them within reach, and why gates were picked if they were.
-    :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
-    """
-    ((name, values),) = asked.items()
-    reason = ""
-    if on_data and config.method == "auto" and config.gate_settings:
-        config, reason = config.model_copy(update={"method": "cofi"}), f"cofi: {config.gate_settings[0]} is of gates"
-    settled = _for_model(config, model, structure)
-    targets = [target_for(model, structure, settled, name, value) for value in values]
-    try:
-        _check_reachable(structure, targets, settled, on_data=on_data)
-    except TargetError as error:
-        if not on_data or config.method != "auto" or config.time_budget is not None:
-            raise
-        gated = config.model_copy(update={"method": "cofi"})
-        return *_settle(gated, model, structure, asked, on_data=True)[:2], f"cofi: one shot cannot do it, {error}"
-    return settled, targets, reason
-
-
-def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
-    """Make sure that the structure allows every target, with the kinds of units that may go.
-
-    :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
-    """
-    structure.select(config.one_shot_units)
-    one_shot = on_data and config.decides_in_one_shot
-    units = config.one_shot_units or config.units if one_shot else config.units
-    for target in targets:
-        (check_one_shot if one_shot else check_target)(structure, target, units)
-
-
-def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure) -> PruneConfig:
-    """Name the unit kinds of uniform layers: those that the model's configuration can state."""
-    if not config.uniform:
-        return config
-    units = uniform_units(model, structure, config.units)
-    if config.units is None and config.decides_in_one_shot:
-        units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
-    return PruneConfig.create(config, units=units)
+def _prune_whole(run: Run, whole: Whole, teacher: Any, *, keep_width: bool) -> PruneResult:
+    """Prune the model inside of what was passed in, and give that back."""
+    result = _prune(run)
+    if keep_width:
+        widen(whole, whole.like(teacher, run.teacher), run.calibration)
+    result.model = whole.owner
+    return result
 
 
 def _prune(run: Run) -> PruneResult:
@@ -278,7 +211,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
 
 
 def finetune(  # noqa: PLR0913  # like prune
-    model: PreTrainedModel,
+    model: Any,
     train_dataset: Any,
     *,
     teacher: TeacherArgument = None,
@@ -307,21 +240,23 @@ def finetune(  # noqa: PLR0913  # like prune
     """
     with torch.inference_mode(False):
         check_taken("finetune", settings, FINETUNE, function=finetune)
-        config = PruneConfig.for_finetune(config, **settings)
-        structure = structure_of(model)
-        check_weights(model)
-        check_trainable(model, gated=False)
-        taught = resolve_teacher(teacher, model)
+        whole = Whole.of(model)
+        config = PruneConfig.for_finetune(config, **settings).model_copy(update=whole.settings)
+        structure = structure_of(whole.model)
+        check_weights(whole.model)
+        check_trainable(whole.model, gated=False)
+        taught = resolve_teacher(inside(teacher), whole.model)
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        rows, held, collator = reading.data(model, data_collator, **sets)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
         run = Run(
-            model, structure, config, None, taught, teacher == "self",
-            rows, held, collator, compute_metrics, output_dir, callbacks, resume,
+            whole.model, structure, config, None, taught, teacher == "self",
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()
             train(run)
-            return run.result()
+            result = run.result()
+        result.model = whole.owner
+        return result

@@ -16,6 +16,7 @@ from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
 from cofiprune.training.resolved import ResolvedSettings
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,8 +81,8 @@ def metrics_of(history: Sequence[Mapping[str, Any]], step: int | None = None) ->
 class PruneResult(Report):
     """A finished run."""
 
-    model: PreTrainedModel
-    """The model that was passed in, with its final masks attached."""
+    model: Any
+    """The model, or the object of sentence-transformers, that was passed in, with its final masks attached."""
     plan: Plan
     """The kept units."""
     sparsity: float
@@ -112,14 +113,14 @@ class PruneResult(Report):
         """Whether every layer has the same shape, so that the smaller model loads without cofiprune."""
         return self.target is not None and self.settings.uniform
 
-    def compact(self, *, fuse: bool = False) -> PreTrainedModel:
+    def compact(self, *, fuse: bool = False) -> Any:
         """Return the smaller model that the plan leaves, with `uniform=True` where the run had it.
 
         :param fuse: as in `cofiprune.compact`.
         :raises PlanError: when the model has other masks by now, of a later run for example: its weights have been
             trained for those.
         """
-        masks = masks_of(self.model)
+        masks = masks_of(inside(self.model))
         if masks is not None and Plan.from_masks(masks) != self.plan:
             raise PlanError(
                 "the masks on the model are no longer those of this result: it was pruned again, or they were changed. "

@@ -215,14 +215,15 @@ def test_vocabulary_keeps_what_texts_use(place: Path, pruned: Path, tmp_path: Pa
     assert "no column 'sentense' with texts. Did you mean 'sentence'?" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
-def test_export_gives_the_same_answers_as_torch(pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_export_gives_the_same_answers_as_torch(place: Path, pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert cli.main(["export", str(pruned), str(tmp_path), "--format", "onnx"]) == 0
-    shown = capsys.readouterr().out
-    assert float(shown.split("largest difference from torch: ")[1]) < 1e-5
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    rows = ("--file", str(place / "dev.tsv"))
+    assert cli.main(["export", str(pruned), str(tmp_path), "--format", "onnx", *rows]) == 0
+    shown = re.search(r"onnx/model.onnx +[0-9.]+ +(\S+) +(\S+) +1.0000$", capsys.readouterr().out, re.MULTILINE)
+    assert shown is not None
+    assert float(shown[1]) < 1e-5
+    session = runtime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert {entry.name for entry in session.get_inputs()} == {"input_ids", "attention_mask", "token_type_ids"}
     assert all(entry.shape == ["batch", "sequence"] for entry in session.get_inputs())
     assert (tmp_path / "tokenizer.json").exists()
@@ -231,8 +232,8 @@ def test_export_gives_the_same_answers_as_torch(pruned: Path, tmp_path: Path, ca
 def test_export_says_what_it_needs(
     place: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cofiprune.cli.export.find_spec", lambda name: None)
-    assert "pip install onnx onnxscript" in mistake(capsys, "export", place / "dense", tmp_path / "m.onnx")
+    monkeypatch.setattr(sys.modules["cofiprune.export.write"], "find_spec", lambda name: None)
+    assert "pip install 'cofiprune[export]'" in mistake(capsys, "export", place / "dense", tmp_path / "m.onnx")
 
 
 @pytest.mark.filterwarnings("default")
@@ -333,6 +334,8 @@ def test_evaluate_reads_the_data_of_other_tasks(
         ("convert dense out", "pytorch_model.bin"),
         ("convert nowhere out", "no directory nowhere"),
         ("export dense out --format tflite", "unknown format 'tflite'"),
+        ("export dense dense", "would be overwritten"),
+        ("export dense out --file nowhere.tsv", "nowhere.tsv"),
     ],
 )
 def test_a_mistake_is_one_line(

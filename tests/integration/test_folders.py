@@ -171,10 +171,12 @@ def test_modules_are_fetched_from_the_hub(tmp_path, texts, monkeypatch):
     assert not any(pattern.endswith(".safetensors") for pattern in asked[0][1])
 
 
-def test_an_export_has_them_too(tmp_path):
+def test_an_export_has_them_too(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
+    monkeypatch.setattr("cofiprune.cli.export.find_spec", lambda name: None)
     source, out = sentence_folder(tmp_path / "source", "Pooling", "Dense"), tmp_path / "out"
     assert cli.main(["export", str(source), str(out)]) == 0
+    assert "no output sentence_embedding" in capsys.readouterr().err
     for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
@@ -201,3 +203,18 @@ def test_sentence_transformers_reads_what_is_written(tmp_path, texts):
     assert small.prompts == dense.prompts
     assert small.max_seq_length == dense.max_seq_length == 12
     assert small.encode("a b").shape[-1] == cofiprune.structure(small[0].auto_model)["hidden"].size < WIDTH
+
+
+@pytest.mark.slow  # likewise
+def test_an_export_gives_the_embedding_of_sentence_transformers(tmp_path):
+    library, runtime = (pytest.importorskip(name) for name in ("sentence_transformers", "onnxruntime"))
+    source, out = sentence_folder(tmp_path / "source", "Pooling", "Normalize"), tmp_path / "out"
+    assert cli.main(["export", str(source), str(out)]) == 0
+    session = runtime.InferenceSession(str(out / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state", "sentence_embedding"]
+    texts = ["a b c", "d"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    rows = tokenizer(texts, padding=True, return_tensors="np")
+    (found,) = session.run(["sentence_embedding"], dict(rows.items()))
+    expected = library.SentenceTransformer(str(source), device="cpu").encode(texts, prompt="")
+    assert abs(found - expected).max() < 1e-5
