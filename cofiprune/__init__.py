@@ -10,6 +10,7 @@ from cofiprune import versions as versions  # refuses releases that are too old
 # isort: split
 from cofiprune.adapter import Adapter, adapter_for, register_adapter, structure
 from cofiprune.compaction import compact
+from cofiprune.compaction import portable as portable  # save_pretrained writes its file
 from cofiprune.compaction.hub import record_parts  # this module also registers the loader of compacted models
 from cofiprune.errors import CofipruneError
 from cofiprune.export.write import export

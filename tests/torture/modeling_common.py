@@ -43,8 +43,7 @@ PIXELS = {**SIZES, "image_size": 30, "patch_size": 2}
 SOUNDS = {
     **SIZES, "vocab_size": 32, "conv_dim": (32, 32, 32), "conv_stride": (4, 4, 4), "conv_kernel": (8, 8, 8),
     "num_feat_extract_layers": 3, "feat_extract_norm": "group", "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2, "tdnn_dim": (32, 32), "tdnn_kernel": (3, 3), "tdnn_dilation": (1, 2),
-    "xvector_output_dim": 32,
+    "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "Bert": TEXT,
@@ -66,7 +65,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 HEAD_CLASSES = (
     "Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "ForMultipleChoice", "ForQuestionAnswering",
     "ForSequenceClassification", "ForTokenClassification", "ForImageClassification",
-    "ForCTC", "ForAudioFrameClassification", "ForXVector",
+    "ForCTC",
 )  # fmt: skip
 
 
@@ -135,7 +134,7 @@ def compacting(init: Callable[..., None], cls: type, depth: list[int]) -> Callab
 
 def model_classes(family: str) -> tuple[type, ...]:
     """A family's classes; not those whose batches hold more than labels."""
-    names = [family + head for head in HEAD_CLASSES if not (head == "ForPreTraining" and FAMILIES[family] is SOUNDS)]
+    names = [family + head for head in HEAD_CLASSES if head != "ForPreTraining" or family == "Bert"]
     return tuple(getattr(transformers, name) for name in names if hasattr(transformers, name))
 
 
