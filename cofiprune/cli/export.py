@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from cofiprune.cli.options import at_least, one_of, writable_directory
 
 _FORMATS = ("onnx", "openvino")
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+_MODES = ("static", "dynamic", "weights")
 _LIBRARY = "sentence_transformers"
 
 
@@ -24,13 +27,16 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="a directory; or a file that ends in .onnx, which is then all that is written")
     add("--format", type=one_of(_FORMATS, "format"), nargs="+", default=["onnx"], metavar="{onnx,openvino}",
         help="(default: onnx)")  # fmt: skip
-    add("--int8", action="store_true", help="write onnx/model_quantized.onnx as well")
+    add("--int8", action="store_true", help="write int8 files as well, the fastest that hold --max-drop")
+    add("--int8-mode", type=one_of(_MODES, "kind of int8"), metavar="{" + ",".join(_MODES) + "}",
+        help="write int8 files of this kind (default: all are tried)")  # fmt: skip
     add("--max-drop", type=float, metavar="X", help="what the score on the rows may lose by int8, as a fraction")
     add("--opset", type=at_least(18), metavar="N", help="version of ONNX's operators (default: torch's own)")
     add_task_option(parser)
     add_data_options(parser, train=False)
     add("--file", dest="validation_file", default=argparse.SUPPRESS, metavar="FILE",
         help="rows to compare and to score on: the same as --validation-file")  # fmt: skip
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +46,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="directory to write to")
     text = f"{', '.join(_HEADS)} (default: what config.json says)"
     add("--task-head", type=one_of(_HEADS, "head"), metavar="HEAD", help=text)
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -48,7 +55,9 @@ def convert(options: argparse.Namespace) -> None:
     from cofiprune.measure.summary import summary
 
     model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
-    print(f"{summary(model)}\n\nsaved in {options.out}")
+    found = summary(model)
+    told = json.dumps({**asdict(found), "sparsity": found.sparsity, "folder": options.out})
+    print(told if options.json else f"{found}\n\nsaved in {options.out}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -70,7 +79,7 @@ def export(options: argparse.Namespace) -> None:
         out,
         tokenizer=loaded.tokenizer,
         format=options.format,
-        int8=options.int8,
+        int8=options.int8_mode or options.int8,
         dataset=loaded.datasets.get("validation_file"),
         max_drop=options.max_drop,
         modules=_behind(beside, loaded.task),
@@ -80,7 +89,7 @@ def export(options: argparse.Namespace) -> None:
         beside.for_task(loaded.task, stated, tokenised=loaded.tokenizer is not None).copy_to(
             folder, loaded.model.config
         )
-    print(report)
+    print(json.dumps(asdict(report), default=str) if options.json else report)
 
 
 def _behind(beside: Beside, task: str) -> list[Any]:

@@ -53,10 +53,15 @@ class Loaded:
     """Makes batches, where rows are more than padded."""
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the model, as a position or as `--model`, and its task."""
+def add_model_options(parser: argparse.ArgumentParser, essential: argparse._ArgumentGroup | None = None) -> None:
+    """Add the model, as a position or as `--model`, and its task.
+
+    :param essential: the group of options for the first.
+    """
     # Without SUPPRESS an empty position would overwrite what --model gave.
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="directory or hub name")
+    (essential or parser).add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="directory or hub name"
+    )
     parser.add_argument("--model", dest="model", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_task_option(parser)
 
@@ -163,14 +168,20 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def add_data_options(parser: argparse.ArgumentParser, *, train: bool) -> None:
-    """Add the files, their columns and how text is tokenised."""
+def add_data_options(
+    parser: argparse.ArgumentParser, *, train: bool, files: argparse._ArgumentGroup | None = None
+) -> None:
+    """Add the files, their columns and how text is tokenised.
+
+    :param files: the group of options for the files.
+    """
     group = parser.add_argument_group("data")
     kinds = "csv, tsv, json, jsonl, parquet or txt"
-    add = group.add_argument
+    add = (files or group).add_argument
     if train:
         add("--train-file", metavar="FILE", help=f"training data: {kinds}, or a folder that `datasets` saved")
     add("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
+    add = group.add_argument
     add("--text-column", metavar="NAME", help="text, or first text of a pair (default: by its name)")
     add("--text-pair-column", metavar="NAME", help="second text of a pair")
     add("--label-column", metavar="NAME", help="label; classes may be names or numbers")

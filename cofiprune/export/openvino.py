@@ -38,6 +38,11 @@ def openvino_answers(file: Path, *, threads: int = 0, precision: str = "f32") ->
         settings["INFERENCE_NUM_THREADS"] = threads
     with explained(ExportError, f"OpenVINO cannot load {file}", Exception):
         compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    return compiled_answers(compiled)
+
+
+def compiled_answers(compiled: Any) -> Answer:
+    """Return a compiled model as what answers batches."""
     request = compiled.create_infer_request()
     given = {entry.any_name for entry in compiled.inputs}
     names = [entry.any_name for entry in compiled.outputs]

@@ -19,7 +19,7 @@ class ExportedFile:
 
     path: Path
     kind: str
-    """"onnx", "onnx-int8" or "openvino"."""
+    """"onnx" or "openvino", or one of them and "-int8"."""
     megabytes: float
     """With what belongs to it, such as the weights beside an OpenVINO model."""
     difference: float

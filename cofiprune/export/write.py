@@ -17,6 +17,8 @@ from cofiprune.export.comparison import EXAMPLE, Expected, compared_batches, exa
 from cofiprune.export.folder import move, write_beside
 from cofiprune.export.graph import float_copy, write_onnx
 from cofiprune.export.openvino import openvino_answers, write_openvino
+from cofiprune.export.openvino_int8 import quantise_openvino
+from cofiprune.export.quantisation import Quantised, check_int8, quantise_onnx
 from cofiprune.export.report import ExportedFile, ExportReport, megabytes
 from cofiprune.export.sessions import onnx_answers
 from cofiprune.hooks import same_random_state
@@ -59,7 +61,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     :param dir: a folder; or a file that ends in .onnx, which is then all that is written.
     :param tokenizer: or processor, saved beside the files.
     :param format: "onnx" and "openvino", one or both.
-    :param int8: write `onnx/model_quantized.onnx` as well.
+    :param int8: write int8 files beside them: True for the fastest that holds `max_drop`; or "static", "dynamic"
+        (ranges read off the rows, or off each batch), "weights" (products of floats).
     :param dataset: rows to compare and to score on, as in `evaluate`; without them synthetic inputs with padding.
     :param max_drop: what the score may lose by int8, as a fraction.
     :param modules: that make an embedding of an encoder's states, as the modules behind the first in a
@@ -70,9 +73,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     :raises ExportError: when a runtime cannot take the model, or computes something else.
     """
     target = Path(dir).expanduser()
-    if int8 or max_drop is not None:
-        raise SettingsError("int8 files are not written by this version")
-    formats = _checked(model, target, format)
+    check_int8(int8, dataset, max_drop)
+    formats = _checked(model, target, format, int8)
     alone = target.suffix == ".onnx"
     folder = target.parent if alone else target
     with same_random_state():
@@ -81,6 +83,7 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
         with TemporaryDirectory(dir=folder, prefix=".export-") as name:
             staged = Path(name)
             made = job.write(staged / (target.name if alone else "onnx/model.onnx"), staged, formats, opset)
+            made += [job.quantised(each, int8, max_drop) for each in made if int8]
             if not alone:
                 write_beside(staged, model, tokenizer)
             move(staged, folder)
@@ -138,6 +141,23 @@ class _Job:
         score = self.scorer.score(answer)
         return ExportedFile(file, kind, megabytes(file), found, score.value, score.agreement)
 
+    def quantised(self, source: ExportedFile, int8: bool | str, max_drop: float | None) -> ExportedFile:
+        """Write the int8 form of a float file beside it.
+
+        :raises ExportError: when it costs more than `max_drop`.
+        """
+        onnx = source.kind == "onnx"
+        file = source.path.with_name(f"{source.path.stem}_{'' if onnx else 'qint8_'}quantized{source.path.suffix}")
+        how: dict[str, Any] = {"int8": int8, "scorer": self.scorer if self.rows else None, "max_drop": max_drop}
+        made: Quantised
+        if onnx:
+            made, answer = quantise_onnx(source.path, file, self.model, **how), onnx_answers(file)
+        else:
+            made, answer = quantise_openvino(source.path, file, **how), openvino_answers(file)
+        score, found = self.scorer.score(answer), self.expected.difference(answer)
+        kind = f"{source.kind}-int8"
+        return ExportedFile(file, kind, megabytes(file), found, score.value, score.agreement, made.note)
+
     def report(self, folder: Path, files: Sequence[ExportedFile]) -> ExportReport:
         return ExportReport(folder, tuple(files), self.scorer.metric, self.scorer.reference.value, self.rows)
 
@@ -153,7 +173,7 @@ def check_packages(formats: Sequence[str]) -> None:
         raise SettingsError(f"export needs {' and '.join(dict.fromkeys(missing))}: pip install 'cofiprune[{extras}]'")
 
 
-def _checked(model: Any, target: Path, format: str | Sequence[str]) -> list[str]:
+def _checked(model: Any, target: Path, format: str | Sequence[str], int8: bool | str) -> list[str]:
     """Return the formats, when everything can be written.
 
     :raises SettingsError: when it cannot, saying why.
@@ -168,7 +188,13 @@ def _checked(model: Any, target: Path, format: str | Sequence[str]) -> list[str]
         raise SettingsError("the model has masks: export cofiprune.compact(model)")
     if target.suffix == ".onnx" and formats != ["onnx"]:
         raise SettingsError(f"{target} is one ONNX file; name a folder for {' and '.join(formats)}")
+    if "openvino" in formats and int8 == "dynamic":
+        raise SettingsError("OpenVINO has no dynamic int8: int8='static', which reads ranges off rows, or 'weights'")
+    if target.suffix == ".onnx" and int8:
+        raise SettingsError(f"{target} is one ONNX file; name a folder for it and its int8 form")
     if target.is_file() and target.suffix != ".onnx":
         raise SettingsError(f"{target} is a file; name a folder")
     check_packages(formats)
+    if int8 and "openvino" in formats and find_spec("nncf") is None:
+        raise SettingsError("int8 for OpenVINO needs nncf: pip install 'cofiprune[openvino]'")
     return formats

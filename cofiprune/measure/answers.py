@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, H numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,13 @@ class Scorer:
         scorer.reference = scorer.score(reference)
         return scorer
 
-    def score(self, answer: Answer) -> Score:
-        """Score the answers to all rows."""
+    def score(self, answer: Answer, only: Collection[int] | None = None) -> Score:
+        """Score the answers to all rows, or to those of some batches."""
         by_label, by_reference = Metrics(self.batches.task), Metrics(self.batches.task)
         cosines = []
-        for batch, expected in zip(self.batches, self._answers, strict=True):
+        for index, (batch, expected) in enumerate(zip(self.batches, self._answers, strict=True)):
+            if only is not None and index not in only:
+                continue
             outputs = answer(batch)
             if "vectors" in expected:
                 cosines.append(torch.cosine_similarity(_vectors(outputs, batch), expected["vectors"]))

@@ -87,24 +87,25 @@ class BenchmarkReport(Report):
     def __rich__(self) -> Group:
         from rich.console import Group
 
-        title = f"{self.model}, against {self.baseline}" if self.baseline else self.model
+        title = f"{self.model},\nagainst {self.baseline}" if self.baseline else self.model
         threads = f", {self.threads} {'thread' if self.threads == 1 else 'threads'}" if self.device == "cpu" else ""
         setting = f"milliseconds per batch on {self.device}{threads}, {self.dtype}"
-        header = ["batch", "length", "median", "p90", "examples/s"]
-        if self.baseline is not None:
-            header += ["baseline median", "p90", "examples/s", "speed-up", "ideal"]
-        rows = [[str(row.batch_size), str(row.seq_len), *_cells(row)] for row in self.rows]
+        header = ["batch", "length", "", "median", "p90", "examples/s", "speed-up", "ideal"]
+        rows = [cells for row in self.rows for cells in _cells(row)]
+        if self.baseline is None:
+            header, rows = header[:2] + header[3:6], [cells[:2] + cells[3:6] for cells in rows]
         return Group(title, setting, rich_table(header, rows), *([self.note] if self.note else []))
 
 
-def _cells(row: BenchmarkRow) -> list[str]:
-    cells = []
-    for one in (row.model, row.baseline):
-        if one is not None:
-            cells += [f"{one.median_ms:.2f}", f"{one.p90_ms:.2f}", f"{one.examples_per_second:.1f}"]
-    if row.speedup is not None:
-        cells += [f"{row.speedup:.2f}x", "" if row.ideal_speedup is None else f"{row.ideal_speedup:.2f}x"]
-    return cells
+def _cells(row: BenchmarkRow) -> list[list[str]]:
+    """The lines of a size: the model's, and below it the baseline's where there is one."""
+    ratios = ["" if ratio is None else f"{ratio:.2f}x" for ratio in (row.speedup, row.ideal_speedup)]
+    lines = [[str(row.batch_size), str(row.seq_len), "model", *_timing(row.model), *ratios]]
+    return lines if row.baseline is None else [*lines, ["", "", "baseline", *_timing(row.baseline), "", ""]]
+
+
+def _timing(timing: Timing) -> list[str]:
+    return [f"{timing.median_ms:.2f}", f"{timing.p90_ms:.2f}", f"{timing.examples_per_second:.1f}"]
 
 
 @names_checked

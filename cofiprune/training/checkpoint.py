@@ -181,6 +181,15 @@ def has_checkpoints(folder: Path) -> bool:
     return bool(_checkpoints(folder))
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run whose model is written, and what it noted for going on."""
+    for _, place in _checkpoints(folder):
+        (place / _META).unlink()  # first, so that what is left of a folder does not count as whole
+        place.unlink() if place.is_symlink() else shutil.rmtree(place)
+    for name in (_STOPPED, "choice.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints below a folder, oldest first."""
     if not folder.is_dir():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
-from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError
-from cofiprune.files import read_sealed, write_sealed
-from cofiprune.hooks import evaluating, frozen
+from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.hooks import evaluating, frozen, same_random_state
 from cofiprune.masking import attach_to, masks_of
+from cofiprune.measure.figures import Figures, Subject, figures_of
 from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
@@ -21,17 +21,17 @@ from cofiprune.oneshot.with_data import calibration
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_of
 from cofiprune.selection.target import Target
-from cofiprune.training.arguments import check_learnable, check_trainable
-from cofiprune.training.budget import Choice, choose, chosen_for_epochs, measure_pace
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, transplant
 from cofiprune.training.loop import Loop
 from cofiprune.training.processes import by_first
 from cofiprune.training.resolved import Schedule
+from cofiprune.training.result import PruneResult, metrics_of, reached
 from cofiprune.training.run import Run
 from cofiprune.training.start import can_go_on, one_shot
 
-_CHOICE = "choice.json"
+if TYPE_CHECKING:
+    pass
 
 
 def prune_with_data(run: Run, target: Target) -> None:
@@ -43,6 +43,7 @@ def prune_with_data(run: Run, target: Target) -> None:
         run.display.console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=True)
     with run.running():
         if saved is None:
+            measure_before(run)
             start(run, target)
         else:
             run.state.extra = dict(saved.extra)
@@ -94,57 +95,58 @@ def train(run: Run) -> None:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
     run.settle(dense=plan.kept == run.structure.sizes and sizes_of(run.model) is None)
     with run.running():
+        if run.saved is None:
+            measure_before(run)
+        else:
+            run.state.extra = dict(run.saved.extra)
         run.use(plan)
         recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))
 
 
-def pick_method(run: Run, target: Target) -> None:
-    """Pick a method and epochs by the budget, and go by it: `method="auto"`.
-
-    :raises SettingsError: when the budget is too small for anything.
-    :raises DataError: when rows are too few for it, or for uniform layers.
-    """
-    config = run.config
-    saved = None if run.folder is None else run.folder / _CHOICE
-    if run.resume and saved is not None and saved.exists():
-        choice = Choice(**read_sealed(saved, CheckpointError, f"{saved} is damaged; start afresh in another folder"))
-    elif (problem := _too_few_rows(run)) is not None:
-        return leave_to_gates(run, config, problem)
-    elif config.time_budget is None:
-        choice = chosen_for_epochs(config)
-    else:
-        batches, steps = run.batches, run.steps_in(run.batches)
-        pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
-        choice = choose(pace, config.time_budget, share=1 - target.share)
-    _go_by(run, config, choice)
+def measure_before(run: Run) -> None:
+    """Note what the model scores as it comes."""
+    with same_random_state():  # a collator may draw masks
+        run.state.extra["scores"] = {} if run.evaluate is None else run.evaluate(run.model)
 
 
-def leave_to_gates(run: Run, config: PruneConfig, problem: CofipruneError) -> None:
-    """Go by gates, because one shot turned out not to do what method="auto" picked it for.
-
-    :param config: from before it was picked.
-    :param problem: of one shot; raised where gates are no way out.
-    """
-    if config.method != "auto" or config.time_budget is not None or config.uniform:
-        raise problem
-    _go_by(run, config, Choice(0.0, f"cofi: one shot cannot do it, {problem}", "cofi"))
-
-
-def _go_by(run: Run, config: PruneConfig, choice: Choice) -> None:
-    if run.folder is not None and run.accelerator.is_main_process:
-        write_sealed(run.folder / _CHOICE, asdict(choice))
-    run.config = config.model_copy(update=choice.settings(config))
-    check_trainable(run.model, gated=choice.method == "cofi")
-    run.settle()
-    run.reason = choice.reason
+def _figures(run: Run, scores: dict[str, float]) -> list[Figures]:
+    """Return what the model scored, weighed and took before, and what it does now."""
+    small, structure = run.small, run.small_structure
+    if masks_of(small) is not None:
+        small, structure = compacted(run.model, run.structure, run.plan), run.structure.cut(run.plan.kept)
+    dense = run.teacher if run.teaches_itself and run.teacher is not None else run.model
+    if masks_of(dense) is not None:  # which take time themselves
+        dense = compacted(run.model, run.structure, Plan.from_values(run.structure, {}))
+    subjects = (Subject(dense, run.structure, run.state.extra.get("scores", {})), Subject(small, structure, scores))
+    size, length = run.settings.target_batch_size, run.settings.target_seq_len
+    return figures_of(*subjects, batch_size=size, seq_len=length)
 
 
-def _too_few_rows(run: Run) -> DataError | None:
-    try:
-        calibration(run.model, run.structure, run.calibration)
-    except DataError as error:
-        return error
-    return None
+def finished(run: Run) -> PruneResult:
+    """Return what came of a run, and save its plan."""
+    state, masks, target = run.state, masks_of(run.model), run.target
+    pruned = target is not None or masks is not None
+    if pruned and run.folder is not None and run.accelerator.is_main_process:
+        run.plan.save(run.folder / "plan.json")
+    best = None if state.best is None else state.best["step"]
+    scores = metrics_of(state.history, best)
+    dense, small = _figures(run, scores)
+    return PruneResult(
+        run.model,
+        run.plan,
+        1 - _kept_share(run) if masks is None else masks.sparsity(),
+        0.0 if masks is None else masks.model_sparsity(),
+        scores,
+        state.history,
+        state.seconds,
+        best,
+        "" if target is None else run.settings.method,
+        run.reason,
+        None if target is None else reached(target, run.model, run.structure, run.plan),
+        dense=dense,
+        pruned=small,
+        settings=run.settings,
+    )
 
 
 # One shot.
@@ -262,7 +264,7 @@ def recover(run: Run, steps: int) -> None:
     run.settle(kept_share=_kept_share(run))
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
-    state.begin("recover")
+    state.begin("finetune" if run.target is None else "recover")
     run.learn()
     state.extra["steps"] = steps
     if run.target is not None:  # go on at the same place of the epoch

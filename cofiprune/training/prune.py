@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.slicing import compacted
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
+from cofiprune.measure.figures import Subject, figures_of
 from cofiprune.oneshot.data_free import prune_data_free
+from cofiprune.plan import Plan
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import leave_to_gates, pick_method, prune_with_data, train
+from cofiprune.training.phases import finished, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
-from cofiprune.training.settling import learns_alone, settled
+from cofiprune.training.settling import learns_alone, leave_to_gates, pick_method, settled
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.width import check_keep_width, widen
 from cofiprune.whole import Whole, inside
@@ -136,7 +139,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         with same_random_state():  # a run is seeded by its own setting
             if isinstance(asked, list):
                 return sweep(run, targets, _prune).around(whole)
-            return _prune_whole(run, whole, teacher, keep_width=keep_width)
+            return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 
 def _prune_whole(run: Run, whole: Whole, teacher: Any, *, keep_width: bool) -> PruneResult:
@@ -166,7 +169,7 @@ def _prune(run: Run) -> PruneResult:
     except TargetError as problem:
         leave_to_gates(run, config, problem)
         prune_with_data(run, target)
-    return run.result()
+    return finished(run)
 
 
 def _prune_data_free(run: Run, target: Target) -> PruneResult:
@@ -188,6 +191,8 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
+    scores = {} if evaluate is None else evaluate(model)
+    dense = Subject(compacted(model, run.structure, Plan.from_values(run.structure, {})), run.structure, scores)
     plan = prune_data_free(
         model, run.structure, target,
         teacher=teacher, units=settings.units, seed=settings.seed, reconstruct=settings.repair is not False,
@@ -205,6 +210,9 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
+    small = Subject(compacted(model, run.structure, plan), run.structure.cut(plan.kept), result.metrics)
+    size, length = settings.target_batch_size, settings.target_seq_len
+    result.dense, result.pruned = figures_of(dense, small, batch_size=size, seq_len=length)
     if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result
@@ -257,6 +265,6 @@ def finetune(  # noqa: PLR0913  # like prune
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()
             train(run)
-            result = run.result()
+            result = finished(run)
         result.model = whole.owner
-        return result
+        return result.of(tokenizer, train_dataset)

@@ -1,26 +1,31 @@
-"""What a call of `prune` comes down to before its run: method, units and targets within reach, and who teaches."""
+"""What a call of `prune` comes down to: method, units and targets within reach, and who teaches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.data.prepare import prepare
-from cofiprune.errors import SettingsError, TargetError
+from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError, TargetError
+from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import same_random_state
-from cofiprune.oneshot.with_data import check_one_shot
+from cofiprune.oneshot.with_data import calibration, check_one_shot
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target
 from cofiprune.structure import Structure
-from cofiprune.training.arguments import check_weights, target_for
-from cofiprune.training.budget import check_method
+from cofiprune.training.arguments import check_trainable, check_weights, target_for
+from cofiprune.training.budget import Choice, check_method, choose, chosen_for_epochs, measure_pace
 from cofiprune.training.config import PruneConfig
+from cofiprune.training.run import Run
 from cofiprune.whole import SENTENCES, Whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_CHOICE = "choice.json"
 
 
 def learns_alone(whole: Whole, config: PruneConfig, rows: Any, collator: Any, reason: str) -> bool:
@@ -105,3 +110,55 @@ def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure
     if config.units is None and config.decides_in_one_shot:
         units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
     return PruneConfig.create(config, units=units)
+
+
+def pick_method(run: Run, target: Target) -> None:
+    """Pick a method and epochs by the budget, and go by it: `method="auto"`.
+
+    :raises SettingsError: when the budget is too small for anything.
+    :raises DataError: when rows are too few for it, or for uniform layers.
+    """
+    config = run.config
+    saved = None if run.folder is None else run.folder / _CHOICE
+    if run.resume and saved is not None and saved.exists():
+        choice = Choice(**read_sealed(saved, CheckpointError, f"{saved} is damaged; start afresh in another folder"))
+    elif (problem := _too_few_rows(run)) is not None:
+        return leave_to_gates(run, config, problem)
+    elif config.time_budget is None:
+        choice = chosen_for_epochs(config)
+    else:
+        batches, steps = run.batches, run.steps_in(run.batches)
+        pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
+        choice = choose(pace, config.time_budget, share=1 - target.share)
+    _go_by(run, config, choice)
+
+
+def leave_to_gates(run: Run, config: PruneConfig, problem: CofipruneError) -> None:
+    """Go by gates, because one shot turned out not to do what method="auto" picked it for.
+
+    :param config: from before it was picked.
+    :param problem: of one shot; raised where gates are no way out.
+    """
+    if config.method != "auto" or config.time_budget is not None or config.uniform:
+        raise problem
+    _go_by(run, config, Choice(0.0, f"cofi: one shot cannot do it, {problem}", "cofi"))
+
+
+def _go_by(run: Run, config: PruneConfig, choice: Choice) -> None:
+    if run.folder is not None and run.accelerator.is_main_process:
+        write_sealed(run.folder / _CHOICE, asdict(choice))
+    run.config = config.model_copy(update=choice.settings(config))
+    check_trainable(run.model, gated=choice.method == "cofi")
+    run.settle()
+    run.reason = choice.reason
+
+
+def _too_few_rows(run: Run) -> DataError | None:
+    try:
+        calibration(run.model, run.structure, run.calibration)
+    except DataError as error:
+        return error
+    return None
+
+
+# Before and after.
