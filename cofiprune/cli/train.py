@@ -39,6 +39,7 @@ TARGETS = {
     "several, joined by commas, give a model each, in folders of their own",
     "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
     "target_macs": "multiply-accumulates to keep, at --target-seq-len tokens",
+    "target_file_mb": "MB that the saved model may have, embedding tables included, in --target-file-dtype",
     "target_speedup": "times faster on this device, measured at --target-batch-size and --target-seq-len",
     "target_latency_ms": "milliseconds per batch on this device, measured likewise",
 }

@@ -7,14 +7,18 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import files
 from cofiprune.record import recorded_sizes
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_OF_WEIGHTS = ("*.safetensors*", "*.bin*", "*.py", "plan.json")
+"""What an object of sentence-transformers saves of its model; files in its folders are those of its modules."""
 _LAST = (".onnx", ".xml")
 """Endings of files that name others, and are written after them."""
 
@@ -34,9 +38,16 @@ def exported_config(model: PreTrainedModel) -> dict[str, Any]:
     return {**entries, "dtype": "float32"}
 
 
-def write_beside(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Write configuration and tokenizer, or processor."""
-    files.write_json(folder / "config.json", exported_config(model), indent=2)
+def write_beside(folder: Path, whole: Whole, tokenizer: Any) -> None:
+    """Write configuration and tokenizer, or processor; and the modules of an object of sentence-transformers."""
+    if whole.kind is not None:
+        with TemporaryDirectory(dir=folder) as name:
+            whole.owner.save_pretrained(name, create_model_card=False)
+            left = [file for pattern in _OF_WEIGHTS for file in Path(name).glob(pattern)]
+            for file in left:
+                file.unlink()
+            move(Path(name), folder)
+    files.write_json(folder / "config.json", exported_config(whole.model), indent=2)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
+from cofiprune.data.reading import Reading
 from cofiprune.errors import ExportError, SettingsError, suggest
 from cofiprune.export.comparison import EXAMPLE, Expected, compared_batches, example, synthetic_rows, torch_answers
 from cofiprune.export.folder import move, write_beside
@@ -25,6 +27,7 @@ from cofiprune.hooks import same_random_state
 from cofiprune.masking import masks_of
 from cofiprune.measure.answers import Answer, Scorer
 from cofiprune.parts import is_transformers_model
+from cofiprune.whole import SENTENCES, Whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,9 +60,9 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     the model's precision, and take any number of rows and of tokens; a model with more than 1.5 GB of weights has them
     in a file beside the graph. They take their names when all of them are done: after an error nothing is there.
 
-    :param model: it stays as it is.
+    :param model: or a SentenceTransformer, whose embedding is an output then, or a CrossEncoder. It stays as it is.
     :param dir: a folder; or a file that ends in .onnx, which is then all that is written.
-    :param tokenizer: or processor, saved beside the files.
+    :param tokenizer: or processor, saved beside the files; it reads rows of text.
     :param format: "onnx" and "openvino", one or both.
     :param int8: write int8 files beside them: True for the fastest that holds `max_drop`; or "static", "dynamic"
         (ranges read off the rows, or off each batch), "weights" (products of floats).
@@ -73,21 +76,33 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     :raises ExportError: when a runtime cannot take the model, or computes something else.
     """
     target = Path(dir).expanduser()
+    whole = Whole.of(model)
+    tokenizer = tokenizer or (whole.tokenizer if whole.kind else None)
     check_int8(int8, dataset, max_drop)
-    formats = _checked(model, target, format, int8)
+    formats = _checked(whole.model, target, format, int8)
     alone = target.suffix == ".onnx"
     folder = target.parent if alone else target
     with same_random_state():
-        job = _Job.of(*float_copy(model, modules), dataset)
+        job = _Job.of(whole, modules, _rows(whole, tokenizer, dataset))
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".export-") as name:
             staged = Path(name)
             made = job.write(staged / (target.name if alone else "onnx/model.onnx"), staged, formats, opset)
             made += [job.quantised(each, int8, max_drop) for each in made if int8]
             if not alone:
-                write_beside(staged, model, tokenizer)
+                write_beside(staged, whole, tokenizer)
             move(staged, folder)
     return job.report(folder, [each.moved(staged, folder) for each in made])
+
+
+def _rows(whole: Whole, tokenizer: Any, dataset: Any) -> Any:
+    """Return rows as the model reads them: those of text as tokens."""
+    if dataset is None or isinstance(dataset, DataLoader):
+        return dataset
+    first = dataset[0] if hasattr(dataset, "__getitem__") and not isinstance(dataset, str) and len(dataset) else None
+    if isinstance(first, Mapping) and whole.model.main_input_name in first:
+        return dataset
+    return whole.data(Reading(tokenizer), None, dataset=dataset)[0]
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,9 @@ class _Job:
     rows: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, whole: nn.Module, dataset: Any) -> _Job:
+    def of(cls, owner: Whole, modules: Sequence[nn.Module], dataset: Any) -> _Job:
         """Read the rows, and answer them by the model."""
+        model, whole = float_copy(owner.model, modules or (owner.behind if owner.kind == SENTENCES else ()))
         reference = torch_answers(whole, model)
         rows = synthetic_rows(model) if dataset is None else dataset
         scorer = Scorer.of(model, rows, reference)
@@ -183,7 +199,9 @@ def _checked(model: Any, target: Path, format: str | Sequence[str], int8: bool |
         if name not in FORMATS:
             raise SettingsError(f"unknown format {name!r}.{suggest(name, FORMATS)} One or more of {', '.join(FORMATS)}")
     if not is_transformers_model(model):
-        raise SettingsError(f"export takes a model of transformers, not a {type(model).__name__}")
+        raise SettingsError(
+            f"export takes a model of transformers, or an object of sentence-transformers, not a {type(model).__name__}"
+        )
     if masks_of(model) is not None:
         raise SettingsError("the model has masks: export cofiprune.compact(model)")
     if target.suffix == ".onnx" and formats != ["onnx"]:

@@ -30,7 +30,7 @@ from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
 from cofiprune.training.settling import learns_alone, leave_to_gates, pick_method, settled
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.width import check_keep_width, widen
+from cofiprune.training.width import widen
 from cofiprune.whole import Whole, inside
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     target_sparsity: float | Sequence[float] | None = None,
     target_model_sparsity: float | None = None,
     target_macs: float | None = None,
+    target_file_mb: float | None = None,
     target_speedup: float | None = None,
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
@@ -93,6 +94,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param target_model_sparsity: the same of every parameter of the model, embedding tables included.
     :param target_macs: multiply-accumulates of the model that may be left, for one example of
         `target_seq_len` tokens, as `summary` counts them; met within 0.005 of the dense model's.
+    :param target_file_mb: MB (10^6 bytes) that the compacted model's `model.safetensors` may have in
+        `target_file_dtype`, embedding tables included; it ends within 2 % of that, and never above.
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
@@ -122,18 +125,18 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         config = PruneConfig.create(config, **settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
-            "target_macs": target_macs, "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
+            "target_macs": target_macs, "target_file_mb": target_file_mb,
+            "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
         })  # fmt: skip
-        whole = Whole.of(model)
-        check_keep_width(keep_width, whole, train_dataset, asked)
-        structure, config, targets, reason = settled(whole, config, name, asked, on_data=train_dataset is not None)
+        whole, on_data = Whole.of(model), train_dataset is not None
+        structure, config, targets, reason = settled(whole, config, name, asked, on_data=on_data, keep_width=keep_width)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
         rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
         if teacher is None and rows is not None and (keep_width or learns_alone(whole, config, rows, collate, reason)):
             teacher = "self"
-        taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
         run = Run(
-            whole.model, structure, config, targets[0], taught, teacher == "self",
+            whole.model, structure, config, targets[0],
+            resolve_teacher(inside(teacher), whole.model, of_dense=True), teacher == "self",
             rows, held, collate, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting

@@ -290,6 +290,9 @@ class TargetSettings(Settings):
     target_seq_len: Count = 128
     """Sequence length at which operations are counted and time is measured: tokens, or frames of audio. An image
     has the length that it has."""
+    target_file_dtype: Literal["model", "float32", "float16", "bfloat16"] = "model"
+    """Precision in which the file of `target_file_mb` will be saved; "model" for that of the model's weights, as
+    `save_pretrained` writes them."""
     target_batch_size: Count = 1
     """Batch size at which time is measured, for `target_speedup` and `target_latency_ms`."""
     latency_cache: Annotated[str, BeforeValidator(_as_text)] | None = None

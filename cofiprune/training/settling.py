@@ -20,6 +20,7 @@ from cofiprune.training.arguments import check_trainable, check_weights, target_
 from cofiprune.training.budget import Choice, check_method, choose, chosen_for_epochs, measure_pace
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.run import Run
+from cofiprune.training.width import check_keep_width
 from cofiprune.whole import SENTENCES, Whole
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def learns_alone(whole: Whole, config: PruneConfig, rows: Any, collator: Any, re
 
 
 def settled(
-    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, on_data: bool
+    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, on_data: bool, keep_width: bool
 ) -> tuple[Structure, PruneConfig, list[Target], str]:
     """Check the method and the targets against the model.
 
@@ -52,6 +53,8 @@ def settled(
     if isinstance(asked, list) and config.uniform:
         raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
     model = whole.model
+    if keep_width:
+        check_keep_width(whole, asked, has_data=on_data)
     structure = structure_of(model)
     check_weights(model)
     check_method(config, has_data=on_data)

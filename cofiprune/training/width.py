@@ -23,19 +23,17 @@ ROWS = 20_000
 """Texts that the layer is fitted on, at most: fifty for each dimension of a small model."""
 
 
-def check_keep_width(keep: bool, whole: Whole, dataset: Any, asked: Any) -> None:
+def check_keep_width(whole: Whole, asked: Any, *, has_data: bool) -> None:
     """Make sure that `keep_width` means something.
 
     :param asked: the value, or the values, of the target.
     :raises SettingsError: saying what it needs.
     """
-    if not keep:
-        return
     if whole.kind != SENTENCES:
         raise SettingsError(
             f"keep_width=True is for the vectors of a SentenceTransformer; a {type(whole.owner).__name__} was passed"
         )
-    if dataset is None:
+    if not has_data:
         raise SettingsError("keep_width=True fits a layer on texts: it needs a train_dataset")
     if isinstance(asked, list):
         raise SettingsError("keep_width=True takes one target")

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -218,3 +219,30 @@ def test_an_export_gives_the_embedding_of_sentence_transformers(tmp_path):
     (found,) = session.run(["sentence_embedding"], dict(rows.items()))
     expected = library.SentenceTransformer(str(source), device="cpu").encode(texts, prompt="")
     assert abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.slow  # likewise
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder"])
+def test_an_object_of_sentence_transformers_is_exported(tmp_path, kind):
+    library, runtime = (pytest.importorskip(name) for name in ("sentence_transformers", "onnxruntime"))
+    if kind == "CrossEncoder":
+        cls, modules, names = "BertForSequenceClassification", (), ["logits"]
+        rows = [{"text": "a b c", "text_pair": "d"}, {"text": "d", "text_pair": "e f"}]
+    else:
+        cls, modules, names = "BertModel", ("Pooling", "Dense"), ["last_hidden_state", "sentence_embedding"]
+        rows = ["a b c", "d"]
+    source = sentence_folder(tmp_path / "source", *modules, cls=cls)
+    if modules:
+        dense = torch.nn.Linear(WIDTH, 5, bias=False)
+        safetensors.torch.save_file({"linear.weight": dense.weight}, source / "2_Dense" / "model.safetensors")
+    else:
+        (source / "modules.json").unlink()
+    model = getattr(library, kind)(str(source), device="cpu")
+    report = cofiprune.export(model, tmp_path / "out", dataset=rows)
+    assert report.rows == 2
+    assert report.difference["onnx/model.onnx"] < 1e-5
+    session = runtime.InferenceSession(str(tmp_path / "out/onnx/model.onnx"), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_outputs()] == names
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").exists() == bool(modules)

@@ -304,3 +304,22 @@ def test_rows_without_texts_are_refused(tmp_path, rows, words):
         cofiprune.prune(sentences(tmp_path, "mean"), rows, **SHORT)
     with pytest.raises(CofipruneError):
         cofiprune.prune(pairs(tmp_path / "pairs"), TEXTS, **SHORT)
+
+
+def test_a_result_is_saved_whole(tmp_path):
+    result = cofiprune.prune(sentences(tmp_path / "dense", "mean", "Normalize"), TEXTS, **SHORT)
+    result.save(tmp_path / "saved")
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    alike(again.encode(TEXTS), result.compact().encode(TEXTS), 0)
+
+
+@pytest.mark.slow
+def test_the_exported_file_gives_the_vectors(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    small = cofiprune.compact(sentences(tmp_path / "dense", "mean", "Normalize"))
+    cofiprune.export(small, tmp_path / "out", dataset=TEXTS)
+    session = runtime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"))
+    batch = small.tokenizer(TEXTS, padding=True, return_tensors="np")
+    names = [each.name for each in session.get_inputs()]
+    found = session.run(["sentence_embedding"], {name: batch[name] for name in names})[0]
+    alike(found, small.encode(TEXTS), 1e-4)

@@ -195,7 +195,7 @@ def test_padding_is_not_compared_and_no_number_never_passes() -> None:
         ({"format": ()}, "unknown format ''"),
         ({"dir": "model.onnx", "format": ("onnx", "openvino")}, "is one ONNX file; name a folder"),
         ({"dir": __file__}, "is a file; name a folder"),
-        ({"model": nn.Linear(2, 2)}, "a model of transformers, not a Linear"),
+        ({"model": nn.Linear(2, 2)}, "an object of sentence-transformers, not a Linear"),
     ],
 )
 def test_what_cannot_be_written_is_said_first(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
