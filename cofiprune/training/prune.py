@@ -121,8 +121,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
-        check_names(settings, PruneConfig.model_fields, prune)
-        config = PruneConfig.create(config, **settings)
+        config = _config(config, settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
             "target_macs": target_macs, "target_file_mb": target_file_mb,
@@ -143,6 +142,11 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             if isinstance(asked, list):
                 return sweep(run, targets, _prune).around(whole)
             return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
+
+
+def _config(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
+    check_names(settings, PruneConfig.model_fields, prune)
+    return PruneConfig.create(config, **settings)
 
 
 def _prune_whole(run: Run, whole: Whole, teacher: Any, *, keep_width: bool) -> PruneResult:
