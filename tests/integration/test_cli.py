@@ -94,6 +94,8 @@ def test_every_command_explains_itself(command: str, capsys: Capsys) -> None:
     shown = capsys.readouterr().out
     assert f"example:\n  cofiprune {command} " in shown
     assert "--json" in shown
+    assert max(map(len, shown.partition("\noptions:")[0].partition("settings:")[0].splitlines())) <= 80
+    assert shown.find("\noptions:") > shown.find("\nessential:")
     assert shown.startswith(f"usage: cofiprune {command}")
     assert "%%" not in shown
 
