@@ -417,6 +417,8 @@ def test_evaluate_reads_the_data_of_other_tasks(
         ("convert nowhere out", "no directory nowhere"),
         ("export dense out --format tflite", "unknown format 'tflite'"),
         ("export dense dense", "would be overwritten"),
+        ("export dense out --int8-mode statik", "unknown kind of int8 'statik'. Did you mean 'static'?"),
+        ("export dense out --int8 --max-drop 0.01", "max_drop is measured on rows"),
         ("export dense out --file nowhere.tsv", "nowhere.tsv"),
     ],
 )
