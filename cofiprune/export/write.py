@@ -26,6 +26,7 @@ from cofiprune.export.sessions import onnx_answers
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import masks_of
 from cofiprune.measure.answers import Answer, Scorer
+from cofiprune.measure.evaluation import ComputeMetrics
 from cofiprune.parts import is_transformers_model
 from cofiprune.whole import SENTENCES, Whole
 
@@ -50,6 +51,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     int8: bool | str = False,
     dataset: Any = None,
     max_drop: float | None = None,
+    compute_metrics: ComputeMetrics | None = None,
+    metric: str | None = None,
     modules: Sequence[nn.Module] = (),
     opset: int | None = None,
 ) -> ExportReport:
@@ -69,6 +72,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
         (ranges read off the rows, or off each batch), "weights" (products of floats).
     :param dataset: rows to compare and to score on, as in `evaluate`; without them synthetic inputs with padding.
     :param max_drop: what the score may lose by int8, as a fraction.
+    :param compute_metrics: as in `evaluate`, for a score of your own, such as the F1 of entities; higher is better.
+    :param metric: which of its numbers counts; may be left out where there is one.
     :param modules: that make an embedding of an encoder's states, as the modules behind the first in a
         SentenceTransformer do; the files then have a second output, `sentence_embedding`.
     :param opset: version of ONNX's operators; by default torch's own.
@@ -80,12 +85,15 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     whole = Whole.of(model)
     tokenizer = tokenizer or (whole.tokenizer if whole.kind else None)
     check_int8(int8, dataset, max_drop)
+    if (dataset is None and compute_metrics is not None) or (compute_metrics is None and metric is not None):
+        raise SettingsError("compute_metrics= needs dataset=, and metric= needs compute_metrics=")
     formats = _checked(whole.model, target, format, int8)
     alone = target.suffix == ".onnx"
     folder = target.parent if alone else target
     saved = not alone and holds_weights(folder, whole.model)
     with same_random_state():
-        job = _Job.of(whole, modules, _rows(whole, tokenizer, dataset))
+        score = {"compute_metrics": compute_metrics, "own_metric": metric}
+        job = _Job.of(whole, modules, _rows(whole, tokenizer, dataset), score)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".export-") as name:
             staged = Path(name)
@@ -119,12 +127,15 @@ class _Job:
     rows: int
 
     @classmethod
-    def of(cls, owner: Whole, modules: Sequence[nn.Module], dataset: Any) -> _Job:
-        """Read the rows, and answer them by the model."""
+    def of(cls, owner: Whole, modules: Sequence[nn.Module], dataset: Any, score: Mapping[str, Any]) -> _Job:
+        """Read the rows, and answer them by the model.
+
+        :param score: what the rows are scored by, as in `Scorer.of`.
+        """
         model, whole = float_copy(owner.model, modules or (owner.behind if owner.kind == SENTENCES else ()))
         reference = torch_answers(whole, model)
         rows = synthetic_rows(model) if dataset is None else dataset
-        scorer = Scorer.of(model, rows, reference)
+        scorer = Scorer.of(model, rows, reference, **score)
         batches = compared_batches(model, None if dataset is None else scorer.batches)
         return cls(model, whole, Expected.of(reference, batches), scorer, 0 if dataset is None else len(dataset))
 

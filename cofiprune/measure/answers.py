@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 from cofiprune.data.batches import Batch, Batches
 from cofiprune.data.prepare import prepare
 from cofiprune.data.tasks import IGNORED, Task
-from cofiprune.errors import DataError
-from cofiprune.measure.evaluation import Metrics
+from cofiprune.errors import DataError, SettingsError, suggest
+from cofiprune.measure.evaluation import ComputeMetrics, Metrics, OwnMetrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,13 +59,27 @@ class Scorer:
     reference: Score
     _answers: Sequence[Batch] = field(repr=False)
     """For each batch, the reference's answers in the form of labels, or its vectors [B, H]."""
+    _own: Callable[[], OwnMetrics] = field(repr=False)
+    """Metrics of the user's own, anew."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, dataset: Any, reference: Answer, *, batch_size: int = 32) -> Scorer:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        dataset: Any,
+        reference: Answer,
+        *,
+        compute_metrics: ComputeMetrics | None = None,
+        own_metric: str | None = None,
+        batch_size: int = 32,
+    ) -> Scorer:
         """Read rows as the model's data, and answer them by the reference.
 
         :param dataset: as in `evaluate`; labels may be missing.
+        :param compute_metrics: as in `evaluate`: the score is then a number of it.
+        :param own_metric: its name; may be left out where it is the only one.
         :raises DataError: when the data does not fit the model.
+        :raises SettingsError: when there is no number of that name.
         """
         batches = prepare(dataset, model, batch_size=batch_size, need_labels=False, name="dataset")
         metric = _METRICS.get(batches.task)
@@ -74,30 +89,54 @@ class Scorer:
             answers.append(
                 {"vectors": _vectors(outputs, batch)} if metric is None else _as_labels(batches.task, outputs, batch)
             )
-        scorer = cls(batches, metric if batches.labelled and metric else "agreement", Score(1.0, 1.0), answers)
+        name = metric if batches.labelled and metric else "agreement"
+        own = partial(OwnMetrics, compute_metrics, model)
+        scorer = cls(batches, name, Score(1.0, 1.0), answers, own)
+        if compute_metrics is not None:
+            scorer.metric = _chosen(own_metric, scorer.computed(reference))
         scorer.reference = scorer.score(reference)
         return scorer
 
+    def computed(self, answer: Answer) -> dict[str, float]:
+        """Return the metrics of the user's own, of the answers to all rows."""
+        own = self._own()
+        for batch in self.batches:
+            own.add(answer(batch), batch)
+        return own.result(self.batches)
+
     def score(self, answer: Answer, only: Collection[int] | None = None) -> Score:
-        """Score the answers to all rows, or to those of some batches."""
-        by_label, by_reference = Metrics(self.batches.task), Metrics(self.batches.task)
+        """Score the answers to all rows, or to those of some batches; metrics of the user's own are of all rows."""
+        by_label, by_reference, own = Metrics(self.batches.task), Metrics(self.batches.task), self._own()
         cosines = []
         for index, (batch, expected) in enumerate(zip(self.batches, self._answers, strict=True)):
-            if only is not None and index not in only:
+            if only is not None and not own.wanted and index not in only:
                 continue
             outputs = answer(batch)
+            own.add(outputs, batch)
             if "vectors" in expected:
                 cosines.append(torch.cosine_similarity(_vectors(outputs, batch), expected["vectors"]))
                 continue
             by_reference.add(outputs, {**batch, **expected})
-            if self.metric != "agreement":
+            if self.batches.labelled:
                 by_label.add(outputs, batch)
-        if cosines:
-            value = torch.cat(cosines).mean().item()
-            return Score(value, value)
-        name = _METRICS[self.batches.task]
-        agreement = by_reference.result()[name]
-        return Score(agreement if self.metric == "agreement" else by_label.result()[self.metric], agreement)
+        alike = torch.cat(cosines).mean().item() if cosines else by_reference.result()[_METRICS[self.batches.task]]
+        values = {**by_label.result(), **own.result(self.batches), "agreement": alike}
+        return Score(values[self.metric], alike)
+
+
+def _chosen(name: str | None, computed: Mapping[str, float]) -> str:
+    """Return the name of the number that is the score.
+
+    :raises SettingsError: when it is not there, or open.
+    """
+    if name is None and len(computed) == 1:
+        return next(iter(computed))
+    if name not in computed:
+        asked = (
+            "metric= names the one that counts." if name is None else f"There is no {name!r}.{suggest(name, computed)}"
+        )
+        raise SettingsError(f"compute_metrics returns {', '.join(computed) or 'nothing'}. {asked}")
+    return name
 
 
 def _as_labels(task: Task, outputs: Mapping[str, Tensor], batch: Batch) -> Batch:

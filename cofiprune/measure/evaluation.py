@@ -96,25 +96,15 @@ def evaluate_batches(
     preprocess_logits_for_metrics: Preprocess | None = None,
 ) -> dict[str, float]:
     """Evaluate on batches that `cofiprune.data.prepare` made; the rest is as in `evaluate`."""
-    metrics = Metrics(batches.task)
-    kept: list[tuple[Any, Any]] = []
+    metrics, own = Metrics(batches.task), OwnMetrics(compute_metrics, model, preprocess_logits_for_metrics)
     with reading(model), torch.inference_mode():
         for batch in batches:
             batch = to_model(batch, model)
             outputs = model(**batch)
             if batches.labelled:
                 metrics.add(outputs, batch)
-            if compute_metrics is not None:
-                kept.append(_kept(outputs, batch, model, preprocess_logits_for_metrics))
-    found = metrics.result()
-    if compute_metrics is not None:
-        order = None
-        if isinstance(batches, RowBatches):
-            order = np.argsort([index for indices in batches.indices() for index in indices])
-        predictions, labels = (_joined(parts, order) for parts in zip(*kept, strict=True))
-        with same_random_state():
-            found.update(_computed(compute_metrics, predictions, labels))
-    return found
+            own.add(outputs, batch)
+    return {**metrics.result(), **own.result(batches)}
 
 
 class Metrics:
@@ -160,28 +150,51 @@ class Metrics:
         return found
 
 
-def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Preprocess | None) -> Any:
-    """Predictions and labels of a batch, on the CPU, nested as the Trainer nests them."""
-    from transformers.trainer_pt_utils import nested_numpify
+class OwnMetrics:
+    """Metrics of the user's own over batches: `add` each, then read the `result`; without a function there are none."""
 
-    ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}
-    predictions: Any = tuple(value for name, value in outputs.items() if name not in ignored)
-    predictions = predictions[0] if len(predictions) == 1 else predictions
-    labels: Any = tuple(batch[name] for name in labels_of(model) if name in batch)
-    labels = (labels[0] if len(labels) == 1 else labels) if labels else None
-    if preprocess is not None:
-        predictions = preprocess(predictions, labels)
-    return tuple(None if part is None else nested_numpify(part) for part in (predictions, labels))  # type: ignore[no-untyped-call]
+    def __init__(
+        self, compute: ComputeMetrics | None, model: PreTrainedModel, preprocess: Preprocess | None = None
+    ) -> None:
+        """Read what both are from `evaluate`."""
+        self._compute, self._preprocess, self._labels = compute, preprocess, labels_of(model)
+        self._ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}
+        self._kept: list[Any] = []
+        self.wanted = compute is not None
 
+    def add(self, outputs: Mapping[str, Any], batch: Batch) -> None:
+        """Keep predictions and labels of a batch on the CPU, nested as the Trainer nests them."""
+        from transformers.trainer_pt_utils import nested_numpify
 
-def _computed(compute: ComputeMetrics, predictions: Any, labels: Any) -> dict[str, float]:
-    from transformers import EvalPrediction
+        if self._compute is None:
+            return
+        predictions: Any = tuple(value for name, value in outputs.items() if name not in self._ignored)
+        predictions = predictions[0] if len(predictions) == 1 else predictions
+        labels: Any = tuple(batch[name] for name in self._labels if name in batch)
+        labels = (labels[0] if len(labels) == 1 else labels) if labels else None
+        if self._preprocess is not None:
+            predictions = self._preprocess(predictions, labels)
+        kept = [None if part is None else nested_numpify(part) for part in (predictions, labels)]  # type: ignore[no-untyped-call]
+        self._kept.append(kept)
 
-    with located("compute_metrics: "):
-        result = compute(EvalPrediction(predictions=predictions, label_ids=labels))
-    if not isinstance(result, Mapping):
-        raise DataError(f"compute_metrics must return a dict of numbers, not {type(result).__name__}")
-    return {str(name): float(value) for name, value in result.items()}
+    def result(self, batches: Batches) -> dict[str, float]:
+        """Return the metrics by name.
+
+        :param batches: all that were added, in their order.
+        """
+        from transformers import EvalPrediction
+
+        if self._compute is None:
+            return {}
+        order = None
+        if isinstance(batches, RowBatches):
+            order = np.argsort([index for indices in batches.indices() for index in indices])
+        predictions, labels = (_joined(parts, order) for parts in zip(*self._kept, strict=True))
+        with same_random_state(), located("compute_metrics: "):
+            result = self._compute(EvalPrediction(predictions=predictions, label_ids=labels))
+        if not isinstance(result, Mapping):
+            raise DataError(f"compute_metrics must return a dict of numbers, not {type(result).__name__}")
+        return {str(name): float(value) for name, value in result.items()}
 
 
 def _joined(parts: Sequence[Any], order: Any) -> Any:

@@ -427,7 +427,8 @@ def test_convert(tmp_path: Path) -> None:
     (folder / "l0_module.pt").write_bytes(pickle.dumps(Trap(tmp_path / "touched")))
     convert(folder, tmp_path / "deep" / "out")
     names = sorted(file.name for file in (tmp_path / "deep" / "out").iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
+    code = "modeling_bert_compacted.py"
+    assert names == ["config.json", "model.safetensors", code, "tokenizer_config.json", "vocab.txt"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "deep" / "out")
     assert difference(model, soft_masks()) <= TOLERANCE
     assert not (tmp_path / "touched").exists()

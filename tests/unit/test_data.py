@@ -249,7 +249,7 @@ def test_roberta_counts_positions_from_its_padding_id():
 GOOD = {"input_ids": [5, 6, 7], "labels": 1}
 WRONG = {
     "empty": ([], {}, "train_dataset: there are no rows"),
-    "text": ([{"text": "a", "label": 1}], {}, r"reads 'input_ids', .*'text' \(str\).*Tokenise"),
+    "text": ([{"text": "a", "label": 1}], {}, r"reads 'input_ids', .*'text' \(str\).*tokenise the text"),
     "tuples": ([([5], 1)], {}, "row 0 is a tuple; rows are dicts"),
     "several": ({"train": [GOOD]}, {}, r"not a data set but several.*'train'"),
     "no length": ((row for row in [GOOD]), {}, "a generator has no length"),

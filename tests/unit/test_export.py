@@ -221,6 +221,27 @@ def test_masks_and_missing_packages_are_said(tmp_path: Path, monkeypatch: pytest
 
 
 @needs_runtime
+def test_a_score_of_ones_own_is_what_counts(tmp_path: Path) -> None:
+    def own(found: Any) -> dict[str, float]:
+        assert len(found.predictions) == len(ROWS)
+        assert list(found.label_ids) == [row["labels"] for row in ROWS]  # in the order of the rows
+        return {"recall": float((found.predictions.argmax(-1) == 1).mean()), "other": 0.5}
+
+    model = pruned()
+    report = cofiprune.export(model, tmp_path, dataset=ROWS, compute_metrics=own, metric="recall")
+    expected = cofiprune.evaluate(model, ROWS, compute_metrics=own)["recall"]
+    assert (report.metric, report.reference) == ("recall", expected)
+    assert report.score["onnx/model.onnx"] == expected
+    for wrong, match in (
+        ({"dataset": ROWS}, "returns recall, other. metric= names"),
+        ({"dataset": ROWS, "metric": "recal"}, "Did you mean 'recall'"),
+        ({}, "needs dataset="),
+    ):
+        with pytest.raises(SettingsError, match=match):
+            cofiprune.export(model, tmp_path, compute_metrics=own, **wrong)
+
+
+@needs_runtime
 def test_a_folder_with_the_model_in_it_keeps_its_configuration(tmp_path: Path) -> None:
     model = pruned()
     model.save_pretrained(tmp_path)
