@@ -131,7 +131,7 @@ def _chosen(name: str | None, computed: Mapping[str, float]) -> str:
     """
     if name is None and len(computed) == 1:
         return next(iter(computed))
-    if name not in computed:
+    if name is None or name not in computed:
         asked = (
             "metric= names the one that counts." if name is None else f"There is no {name!r}.{suggest(name, computed)}"
         )
