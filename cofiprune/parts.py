@@ -63,6 +63,12 @@ def encoder_config(model: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
+def has_stages(config: PretrainedConfig) -> bool:
+    """Return whether an encoder has several stages, each with heads and hidden dimensions of its own number."""
+    name = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    return isinstance(getattr(config, name, None), list | tuple)
+
+
 def attends(module: nn.Module) -> bool:
     """Return whether a module is an attention layer, by its name and a projection that is no image convolution.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cofiprune.compaction.places import narrow_to
 from cofiprune.compaction.removal import pick, remove_block
 from cofiprune.errors import PlanError
 from cofiprune.inference.fusion import unfuse
@@ -21,7 +22,7 @@ from cofiprune.masking import masks_of
 from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
 from cofiprune.record import record, sizes_of
-from cofiprune.structure import Parameter, Side, Structure
+from cofiprune.structure import Block, Parameter, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,10 +146,8 @@ def finish(
         if attribute.module in modules:
             setattr(modules[attribute.module], attribute.name, kept[attribute.group] * attribute.per_unit)
     for block in structure.blocks:
-        if kept[block.gate] and block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
-            for shared in block.shared:
-                index = torch.arange(kept[block.inner]) if keep is None else torch.tensor(keep[block.inner])
-                pick(modules[shared.module], shared, index)
+        if kept[block.gate]:
+            _tell_inside(model, structure, block, kept, keep)
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(sizes_of(model) or {}), **kept}
         if "hidden" not in structure:  # nor did a part that was compacted by itself lose any
@@ -158,6 +157,29 @@ def finish(
         model.config.quantization_config = record(sizes, structure.table)
         for name, value in structure.compacted_settings.items():
             setattr(config, name, value)
+
+
+def _tell_inside(
+    model: PreTrainedModel,
+    structure: Structure,
+    block: Block,
+    kept: Mapping[str, int],
+    keep: Mapping[str, tuple[int, ...]] | None,
+) -> None:
+    """Tell the modules of a block which of its inner units are left, where their own code takes that from elsewhere."""
+    if block.narrow is not None:
+        narrow_to(model, block.narrow, _inner_width(structure, block, kept))
+    if block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
+        for shared in block.shared:
+            index = torch.arange(kept[block.inner]) if keep is None else torch.tensor(keep[block.inner])
+            pick(model.get_submodule(shared.module), shared, index)
+
+
+def _inner_width(structure: Structure, block: Block, kept: Mapping[str, int]) -> int:
+    """Elements of a block's inner units that its last projection reads."""
+    last = next(spec for spec in structure.parameters if spec.gate == block.gate and spec.gated and len(spec.shape) > 1)
+    sides = last.cut(kept).prunable.values()
+    return next((side.length for side in sides if side.group == block.inner), last.shape[1])
 
 
 def _follow_shape(module: nn.Module) -> None:

@@ -28,7 +28,7 @@ from cofiprune.distillation import (
 )
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.parts import encoder_config
+from cofiprune.parts import encoder_config, has_stages
 from cofiprune.record import sizes_of
 from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
@@ -71,7 +71,8 @@ class Objective:
         """From the student's states to the teacher's; learned along with the student."""
         self.teacher: Teacher | None = None
         layers: Sequence[int] = ()
-        if teacher is not None and settings.distill_layers_weight:
+        staged = any(has_stages(encoder_config(each)) for each in (student, teacher) if each is not None)
+        if teacher is not None and settings.distill_layers_weight and not staged:  # else no states of one width
             layers = teacher_layers(encoder_config(teacher).num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
@@ -235,7 +236,7 @@ class Teacher:
     def __post_init__(self) -> None:
         self.reads = set(forward_names(self.model))
         self.options = supported_kwargs(self.model, output_hidden_states=bool(self.layers), return_dict=True)
-        self.depth = int(encoder_config(self.model).num_hidden_layers)
+        self.depth = int(encoder_config(self.model).num_hidden_layers) if self.layers else 0
 
     def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
         """Return the teacher's outputs for a batch.
@@ -249,7 +250,8 @@ class Teacher:
         if self.knows(rows):
             return self._recall(rows.tolist(), mask.shape[1])
         outputs = self._run(inputs)
-        if self.used < self.memory:
+        # States of an image beside the text are not cut to the length of a row.
+        if self.used < self.memory and all(state.shape[1] == mask.shape[1] for state in outputs[1]):
             self._remember(rows.tolist(), outputs, mask)
         return outputs
 
