@@ -211,7 +211,7 @@ def specimen(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedMo
         for name, parameter in sample.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.dim() > 1:
-                noise = noise * (2 / parameter[0].numel() ** 0.5)
+                noise = noise * (2 / max(1, parameter[:1].numel()) ** 0.5)  # some have no elements
             else:
                 noise = noise * 0.3 + (1 if name.endswith("weight") else 0)
             parameter.copy_(noise)

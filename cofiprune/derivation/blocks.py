@@ -252,15 +252,20 @@ def mixes(model: PreTrainedModel, batch: Batch, layer: str, path: str, *, token:
 def _entry(model: PreTrainedModel, batch: Batch, layer: str, path: str, token: int, shift: float) -> Tensor | None:
     """The input of a module when a token of the first example is shifted at the entry of a layer."""
 
+    shapes: list[torch.Size] = []
+
     def move(module: nn.Module, args: Any, kwargs: Any) -> Any:
         moved = [value.clone() if isinstance(value, Tensor) else value for value in args]
         named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         states = first_tensor([*moved, *named.values()])
         if states is not None:
+            shapes.append(states.shape[:2])
             # Different for every dimension: a norm would remove a shift that is the same for all.
             states[0, token] += shift * torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype)
         return tuple(moved), named
 
     with watching(model, before={layer: move}):
         calls = calls_of(model, batch, [path])
-    return calls[0].entry if calls else None
+    entry = calls[0].entry if calls else None
+    # Some attention has tokens first and examples second.
+    return entry.transpose(0, 1) if entry is not None and entry.shape[:2] == shapes[0][::-1] else entry
