@@ -20,6 +20,8 @@ from torch import Tensor
 from cofiprune.structure import Parameter, Structure
 
 Term = tuple[str, ...]
+_HEADER = 48
+"""Bytes of a file of safetensors before the entries of its header: its length, the format, and padding."""
 
 
 class Cost(Protocol):
@@ -97,6 +99,21 @@ def embedding_parameters(structure: Structure) -> Polynomial:
     """Count the parameters of the embedding tables."""
     tables = set(structure.embeddings)
     return _parameters(structure, lambda parameter: parameter.name in tables)
+
+
+def file_bytes(structure: Structure, sizes: Mapping[str, int], fixed: int = 0) -> Polynomial:
+    """Count the bytes of a model's file in the format of safetensors, its header included.
+
+    :param sizes: bytes of an element, by the name of the parameter.
+    :param fixed: bytes of what does not change, such as buffers.
+    """
+    found: list[tuple[Iterable[str | None], int]] = [((), fixed + _HEADER)]
+    total = sum(math.prod(parameter.shape) * sizes[parameter.name] for parameter in structure.parameters)
+    for parameter in structure.parameters:
+        shape = ",".join(map(str, parameter.shape))
+        entry = len(f'"{parameter.name}":{{"dtype":"F32","shape":[{shape}],"data_offsets":[{total},{total}]}},')
+        found += [((parameter.gate,), entry), (_groups(parameter), parameter.fixed * sizes[parameter.name])]
+    return _polynomial(structure, found)
 
 
 def layer_macs(structure: Structure, seq_len: int) -> Polynomial:

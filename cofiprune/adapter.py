@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cofiprune.errors import AdapterError, located
+from cofiprune.errors import AdapterError, located, names_checked
 from cofiprune.family import (
     HEADS,
     HIDDEN,
@@ -38,6 +38,7 @@ from cofiprune.record import recorded_table, sizes_of
 from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.resolving import Resolver, encoder_path
 from cofiprune.structure import BlockExit, ConfigSizes, Narrow, Shared, Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -219,9 +220,11 @@ def _package(point: EntryPoint) -> str:
     return "of an unknown name" if point.dist is None else point.dist.name
 
 
+@names_checked
 def structure(model: PreTrainedModel) -> Structure:
     """List the prunable groups of a model: a mapping from group name to `Group`.
 
     :raises AdapterError: when the model's family has no adapter.
     """
+    model = inside(model)
     return adapter_for(model).structure(model)

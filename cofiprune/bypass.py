@@ -39,7 +39,7 @@ def bypass(
     :param maker: the module itself, which may have to make them.
     :param attends: the block's attention probabilities are None, where a model collects those of all layers.
     """
-    if attends and (collected := _collected()) is not None:
+    if attends and (collected := collected_attentions()) is not None:
         collected.append(None)
     values = [left_of(exit, entry) for entry in (entry_of(exit, args, kwargs), *(args[at] for at in exit.carried))]
     if exit.outputs == 1:
@@ -58,7 +58,7 @@ def attends(block: Block, exit: BlockExit) -> bool:
     return exit is block.exit and block.gate.endswith(".attention")
 
 
-def _collected() -> list[Any] | None:
+def collected_attentions() -> list[Any] | None:
     """The attention probabilities that transformers has collected by hooks in this pass; None where it does not."""
     try:
         from transformers.utils.output_capturing import _active_collector

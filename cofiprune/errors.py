@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_AS_NEAR = 0.08
+"""Difference in likeness, in [0, 1], up to which two names are both what may be meant."""
 
 
 class CofipruneError(Exception):
@@ -42,6 +50,10 @@ class SettingsError(CofipruneError, ValueError):
     """An unknown setting, or one with a value out of range."""
 
 
+class ArgumentError(SettingsError, TypeError):
+    """A keyword argument that a function does not have; a `TypeError` too, as Python raises it."""
+
+
 class DataError(CofipruneError, ValueError):
     """A data set that is empty, unlabelled where labels are needed, or out of the model's range."""
 
@@ -60,6 +72,10 @@ class StorageError(CheckpointError, OSError):
 
 class TrainingError(CofipruneError, RuntimeError):
     """Training that cannot go on, for example a loss that is not a number."""
+
+
+class ExportError(CofipruneError, RuntimeError):
+    """A model that cannot be exported, whose export computes something else, or whose int8 form scores too little."""
 
 
 class LawError(CofipruneError, AssertionError):
@@ -105,4 +121,30 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     " Did you mean 'epochs'?"
     """
     near = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    alike = [difflib.SequenceMatcher(None, name, word).ratio() for name in near]
+    near = [name for name, ratio in zip(near, alike, strict=True) if ratio > alike[0] - _AS_NEAR]
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def arguments_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names that a function's arguments can be given by."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in by_name]
+
+
+def names_checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function refuse keyword arguments that it does not have by naming the nearest that it has.
+
+    :raises ArgumentError: from the function, for such an argument.
+    """
+    known = arguments_of(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in known:
+                near = suggest(name, known) or f" It takes {', '.join(known)}."
+                raise ArgumentError(f"{function.__name__} has no argument {name!r}.{near}")
+        return function(*args, **kwargs)
+
+    return checked

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cofiprune.errors import CofipruneError, StorageError, explained, one_line
+from cofiprune.errors import CofipruneError, SettingsError, StorageError, explained, one_line
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 STRICT = {"extra": "forbid"}
 _SEAL = "checksum"
+_FINISHED = ("model.safetensors", "model.safetensors.index.json", "result.json")
 
 
 def write(path: Path, content: Callable[[Path], Any]) -> None:
@@ -43,6 +44,16 @@ def write(path: Path, content: Callable[[Path], Any]) -> None:
         with suppress(OSError):
             partial.unlink()
         raise StorageError(f"{path} cannot be written: {one_line(error)}") from error
+
+
+def check_unfinished(folder: Path) -> None:
+    """Make sure that a folder holds no finished model, which may be the work of hours.
+
+    :raises SettingsError: when it does.
+    """
+    found = next((name for name in _FINISHED if (folder / name).exists()), None)
+    if found is not None:
+        raise SettingsError(f"{folder} holds a finished model ({found}): choose another folder, or pass overwrite=True")
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
@@ -73,10 +84,18 @@ def read_sealed(path: Path, error: type[CofipruneError], problem: str) -> dict[s
 
     :raises error: when the file cannot be read, or says anything else than what was written.
     """
-    entries = read_json(path, error, problem)
-    if entries.pop(_SEAL, None) != digest(entries):
+    return unsealed(read_json(path, error, problem), error, problem)
+
+
+def unsealed(entries: Mapping[str, Any], error: type[CofipruneError], problem: str) -> dict[str, Any]:
+    """Return the content of a sealed file without its checksum.
+
+    :raises error: when it is not what was written.
+    """
+    content = {name: value for name, value in entries.items() if name != _SEAL}
+    if entries.get(_SEAL) != digest(content):
         raise error(f"{problem}: its checksum is not that of its content")
-    return entries
+    return content
 
 
 def checksum(path: Path) -> str:

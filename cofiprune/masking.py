@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.bypass import attends, bypass, entry_of, left_of
-from cofiprune.errors import MaskError
+from cofiprune.errors import MaskError, names_checked
 from cofiprune.masks import MaskRegistry
+from cofiprune.refusals import refuse_computed
 from cofiprune.structure import Block, BlockExit, Parameter, Side, Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_cofiprune_masks"
 
 
+@names_checked
 def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> MaskRegistry:
     """Attach masks of ones to a model, which then runs under the masks' values.
 
@@ -44,6 +47,7 @@ def attach(model: PreTrainedModel, units: str | Sequence[str] | None = None) -> 
     :raises StructureError: for a unit kind that the model cannot prune.
     :raises MaskError: when masks are attached already.
     """
+    model = inside(model)
     return attach_to(model, structure_of(model), units)
 
 
@@ -139,6 +143,8 @@ class _Weights(_Site):
         """Return the masked values of the parameters that any mask changes, by local name."""
         found = {}
         for name, spec in self.parameters.items():
+            if name not in self.module._parameters:  # a parametrisation was put on after the masks
+                refuse_computed(self.module, spec.name.rpartition(".")[0], name)
             value = self.module._parameters[name]
             if value is None:
                 continue

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
+from cofiprune.drawing import counted, structure_map
 from cofiprune.errors import MaskError, PlanError
 from cofiprune.files import STRICT, check_format, read_json, validated, write_json
 from cofiprune.structure import Structure
@@ -198,6 +199,12 @@ class Plan:
         plan = validated(cls, entries, PlanError, f"{path} is not a readable plan")
         plan._check_values(path)
         return plan
+
+    def __repr__(self) -> str:
+        return f"Plan({self.family}: {counted(self.sizes, self.kept)})"
+
+    def _repr_html_(self) -> str:
+        return structure_map(self.sizes, self.kept, self.keep)._repr_html_()
 
     def __str__(self) -> str:
         lines = [f"Plan for a {self.family} model"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from cofiprune.drawing import counted, structure_map
 from cofiprune.errors import StructureError, UnknownGroupError, suggest
 
 Kind = Literal["hidden", "attention", "heads", "ffn", "intermediate"]
@@ -258,6 +259,12 @@ class Structure(Mapping[str, Group]):
     """Settings that the configuration of a compacted model has instead of the dense model's."""
     config_sizes: ConfigSizes | None = None
     """How the configuration states the sizes; None where it cannot state smaller ones, the same in every layer."""
+
+    def __repr__(self) -> str:
+        return f"Structure({self.family}: {len(self.layers)} layers, {len(self)} groups; {counted(self.sizes)})"
+
+    def _repr_html_(self) -> str:
+        return structure_map(self.sizes)._repr_html_()
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:

@@ -6,7 +6,6 @@ chosen subcommand needs is imported, and torch and transformers not before its a
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import traceback
@@ -27,6 +26,7 @@ _SPELLED_HERE = {
     "resume=True": "--resume",
     "resume='auto'": "--resume auto",
     "resume=False and another output_dir": "another --output-dir",
+    "overwrite=True": "--overwrite",
     "train_dataset: ": "--train-file: ",
     "eval_dataset: ": "--validation-file: ",
     **{
@@ -42,20 +42,60 @@ class Command(NamedTuple):
     module: str
     arguments: str
     summary: str
+    example: str
 
 
 _TRAINED = "MODEL --train-file FILE --output-dir DIR"
+_SST2 = "textattack/bert-base-uncased-SST-2"
 COMMANDS = {
-    "prune": Command("train", "MODEL --output-dir DIR", "prune a model to a target and save the smaller one"),
-    "finetune": Command("train", _TRAINED, "train a model, dense or compacted, with or without a teacher"),
-    "evaluate": Command("measure", "MODEL --validation-file FILE", "loss and metrics of a model on a data file"),
-    "benchmark": Command("measure", "MODEL [--baseline NAME]", "latency and throughput on this device"),
-    "inspect": Command("measure", "MODEL", "parameters, MACs and structure: what can be pruned, and what cannot"),
-    "export": Command("export", "MODEL OUT", "write a model as ONNX and compare it with the original"),
-    "vocabulary": Command(
-        "vocabulary", "MODEL --texts FILE --output-dir DIR", "keep the tokens that texts use, with a proof"
+    "prune": Command(
+        "train",
+        "MODEL --output-dir DIR",
+        "prune a model to a target and save the smaller one",
+        f"{_SST2} --train-file train.csv --validation-file dev.csv --target-sparsity 0.9 --output-dir small",
     ),
-    "convert": Command("export", "DIR OUT", "read a directory of the original CoFi, write a compacted model"),
+    "finetune": Command(
+        "train",
+        _TRAINED,
+        "train a model, dense or compacted, with or without a teacher",
+        "bert-base-uncased --train-file train.csv --validation-file dev.csv --output-dir teacher",
+    ),
+    "evaluate": Command(
+        "measure",
+        "MODEL --validation-file FILE",
+        "loss and metrics of a model on a data file",
+        "small --validation-file dev.csv",
+    ),
+    "benchmark": Command(
+        "measure",
+        "MODEL [--baseline NAME]",
+        "latency and throughput on this device",
+        f"small --baseline {_SST2}",
+    ),
+    "inspect": Command(
+        "measure",
+        "MODEL",
+        "parameters, MACs and structure: what can be pruned, and what cannot",
+        "small",
+    ),
+    "export": Command(
+        "export",
+        "MODEL OUT",
+        "write a model as ONNX and compare it with the original",
+        "small small-onnx",
+    ),
+    "vocabulary": Command(
+        "vocabulary",
+        "MODEL --texts FILE --output-dir DIR",
+        "keep the tokens that texts use, with a proof",
+        "small --texts texts.txt --output-dir smaller",
+    ),
+    "convert": Command(
+        "export",
+        "DIR OUT",
+        "read a directory of the original CoFi, write a compacted model",
+        "cofi-run small",
+    ),
 }
 
 
@@ -101,10 +141,16 @@ def run(arguments: Sequence[str]) -> None:
     module = import_module(f"cofiprune.cli.{chosen.module}")
     prog = f"cofiprune {command}"
     usage = f"{prog} {chosen.arguments} [options]"
-    parser = Parser(prog=prog, usage=usage, description=f"{chosen.summary[0].upper()}{chosen.summary[1:]}.")
+    described = f"{chosen.summary[0].upper()}{chosen.summary[1:]}.\n\nexample:\n  {prog} {chosen.example}"
+    parser = Parser(prog=prog, usage=usage, description=described)
     getattr(module, f"add_{command}_options")(parser)
     _add_debug(parser)
-    options = parser.parse([*arguments[:at], *arguments[at + 1 :]])
+    words = [*arguments[:at], *arguments[at + 1 :]]
+    options = parser.parse(words)
+    options.command, options.words = command, words
+    import cofiprune
+
+    cofiprune.load()
     if not options.debug:
         _quiet()
     getattr(module, command)(options)
@@ -120,7 +166,6 @@ def _overview() -> Parser:
         usage="cofiprune COMMAND [options]",
         description="Structured pruning for Hugging Face encoders.",
         epilog=f"commands:\n{listed}\n\nThe options of a command: cofiprune COMMAND --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cofiprune {__version__}")
     _add_debug(parser)

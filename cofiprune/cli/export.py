@@ -1,46 +1,42 @@
-"""`cofiprune export` and `convert`: a model as ONNX, compared with the original; an original CoFi run as a model."""
+"""`cofiprune export` and `convert`: a model as files of other runtimes; an original CoFi run as a model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from importlib import import_module
+import json
+import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cofiprune.cli.beside import Beside
-from cofiprune.cli.loading import TASKS, add_task_option, load_config, load_model, load_tokenizer, task_by_architecture
-from cofiprune.cli.options import UsageError, at_least, one_of, writable_directory
-from cofiprune.errors import CofipruneError, explained
+from cofiprune.cli.loading import add_data_options, add_task_option, load, load_config, task_by_architecture
+from cofiprune.cli.options import at_least, one_of, writable_directory
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-_FORMATS = ("onnx",)
+_FORMATS = ("onnx", "openvino")
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
-_NEEDED = ("onnx", "onnxscript")
-_EXAMPLE = (2, 8)
-_COMPARED = ((1, 5), (3, 12))
-"""Numbers of rows and tokens other than those of the example that is traced."""
-_TOLERANCE = 1e-3
-_ONE_FILE = 1_500_000_000
-"""Largest size of weights in bytes that goes into the file itself; ONNX files end at 2 GiB."""
-
-
-class ExportError(CofipruneError, RuntimeError):
-    """A model that cannot be exported, or whose export computes something else."""
+_MODES = ("static", "dynamic", "weights")
+_LIBRARY = "sentence_transformers"
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Add what `export` takes."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory or hub name")
-    add("out", metavar="OUT", help="a file that ends in .onnx, or a directory for model.onnx")
-    add("--format", type=one_of(_FORMATS, "format"), default="onnx", metavar="{onnx}", help="(default: onnx)")
+    add("out", metavar="OUT", help="a directory; or a file that ends in .onnx, which is then all that is written")
+    add("--format", type=one_of(_FORMATS, "format"), nargs="+", default=["onnx"], metavar="{onnx,openvino}",
+        help="(default: onnx)")  # fmt: skip
+    add("--int8", action="store_true", help="write int8 files as well, the fastest that hold --max-drop")
+    add("--int8-mode", type=one_of(_MODES, "kind of int8"), metavar="{" + ",".join(_MODES) + "}",
+        help="write int8 files of this kind (default: all are tried)")  # fmt: skip
+    add("--max-drop", type=float, metavar="X", help="what the score on the rows may lose by int8, as a fraction")
     add("--opset", type=at_least(18), metavar="N", help="version of ONNX's operators (default: torch's own)")
     add_task_option(parser)
+    add_data_options(parser, train=False)
+    add("--file", dest="validation_file", default=argparse.SUPPRESS, metavar="FILE",
+        help="rows to compare and to score on: the same as --validation-file")  # fmt: skip
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +46,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="directory to write to")
     text = f"{', '.join(_HEADS)} (default: what config.json says)"
     add("--task-head", type=one_of(_HEADS, "head"), metavar="HEAD", help=text)
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -58,117 +55,55 @@ def convert(options: argparse.Namespace) -> None:
     from cofiprune.measure.summary import summary
 
     model = cofi_checkpoint.convert(options.path, options.out, task_head=options.task_head)
-    print(f"{summary(model)}\n\nsaved in {options.out}")
+    found = summary(model)
+    told = json.dumps({**asdict(found), "sparsity": found.sparsity, "folder": options.out})
+    print(told if options.json else f"{found}\n\nsaved in {options.out}")
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the file, and print how far its outputs are from the model's."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"export needs {' and '.join(missing)}: pip install {' '.join((*_NEEDED, 'onnxruntime'))}")
+    """Write the files, and print how each compares with the model."""
+    from cofiprune.export import write
+
+    write.check_packages(options.format)
     out = Path(options.out).expanduser()
-    is_file = out.suffix == ".onnx"
-    folder = writable_directory(str(out.parent if is_file else out))
+    single = out.suffix == ".onnx"
+    folder = writable_directory(str(out.parent if single else out), other_than=[options.model])
     config, beside = load_config(options.model), Beside.of(options.model)
-    if not is_file:
+    if not single:
         beside.refuse_a_part()
     stated = task_by_architecture(config)
-    task = options.task or ("feature-extraction" if beside.pools else stated) or next(iter(TASKS))
-    model = load_model(options.model, task, config=config)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / (out.name if is_file else "model.onnx")
-    names = write_onnx(model, file, opset=options.opset)
-    if not is_file and not (folder / "config.json").exists():
-        model.config.save_pretrained(folder)
-        tokenizer = load_tokenizer(options.model)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        beside.for_task(task, stated, tokenised=tokenizer is not None).copy_to(folder, model.config)
-    print(f"saved {file} ({file.stat().st_size / 1e6:.1f} MB), outputs {', '.join(names)}")
-    if find_spec("onnxruntime") is None:
-        print("not compared with torch: onnxruntime is not installed")
-        return
-    found = largest_difference(model, file)
-    print(f"largest difference from torch: {found:.2g}")
-    if not found <= _TOLERANCE:
-        raise ExportError(f"{file} computes something else than {options.model}: outputs differ by {found:.2g}")
-
-
-def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) -> list[str]:
-    """Export a model, with the number of rows and, for text, of tokens left open.
-
-    :return: the names of the outputs.
-    :raises ExportError: when torch cannot export it.
-    """
-    import torch
-
-    inputs = example(model, *_EXAMPLE)
-    with torch.no_grad():
-        names = list(_tensors(model(**inputs)))
-
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    # The exporter wraps whatever the modelling code raises.
-    with explained(ExportError, f"torch cannot export this {type(model).__name__}", Exception):
-        torch.onnx.export(
-            model,
-            (),
-            file,
-            kwargs=inputs,
-            output_names=names,
-            dynamic_shapes=_open_dimensions(model, inputs),
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-            external_data=size > _ONE_FILE,
+    options.task = options.task or ("feature-extraction" if beside.pools else stated)
+    loaded = load(options, labelled=False)
+    report = write.export(
+        loaded.model,
+        out,
+        tokenizer=loaded.tokenizer,
+        format=options.format,
+        int8=options.int8_mode or options.int8,
+        dataset=loaded.datasets.get("validation_file"),
+        max_drop=options.max_drop,
+        modules=_behind(beside, loaded.task),
+        opset=options.opset,
+    )
+    if not single:
+        beside.for_task(loaded.task, stated, tokenised=loaded.tokenizer is not None).copy_to(
+            folder, loaded.model.config
         )
-    return names
+    print(json.dumps(asdict(report), default=str) if options.json else report)
 
 
-def example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Make synthetic inputs with padding, and with both token types where a model tells them apart."""
-    import torch
+def _behind(beside: Beside, task: str) -> list[Any]:
+    """Load the modules of a sentence-transformers folder that make an embedding."""
+    if not beside.pools or task != "feature-extraction":
+        return []
+    if find_spec(_LIBRARY) is None:
+        warnings.warn(
+            "without sentence-transformers installed, the files have no output sentence_embedding, only the states "
+            "that are pooled for it",
+            UserWarning,
+            stacklevel=2,
+        )
+        return []
+    from sentence_transformers import SentenceTransformer
 
-    from cofiprune.data.checks import longest_sequence
-    from cofiprune.data.synthetic import synthetic_inputs
-    from cofiprune.data.tasks import forward_names
-
-    limit = longest_sequence(model) if model.main_input_name == "input_ids" else None
-    generator = torch.Generator().manual_seed(0)
-    length = min(tokens, limit or tokens)
-    inputs = synthetic_inputs(model, batch_size=rows, seq_len=length, generator=generator, padding=True)
-    types = getattr(model.config, "type_vocab_size", 0) or 0
-    if types > 1 and "token_type_ids" in forward_names(model):
-        inputs["token_type_ids"] = torch.randint(2, inputs["input_ids"].shape, generator=generator)
-    return inputs
-
-
-def largest_difference(model: PreTrainedModel, file: Path) -> float:
-    """Return the largest difference between torch's outputs and those of the file, in several shapes."""
-    import torch
-
-    session = import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found = 0.0
-    for rows, tokens in _COMPARED:
-        inputs = example(model, rows, tokens)
-        with torch.no_grad():
-            expected = _tensors(model(**inputs))
-        given = {entry.name for entry in session.get_inputs()}  # what no output depends on is not among them
-        computed = session.run(list(expected), {name: v.numpy() for name, v in inputs.items() if name in given})
-        for one, other in zip(expected.values(), computed, strict=True):
-            found = max(found, float((one - torch.from_numpy(other)).abs().max()))
-    return found
-
-
-def _tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    from torch import Tensor
-
-    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
-
-
-def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
-    """Name the dimensions of each input that the example does not fix."""
-    import torch
-
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    text = model.main_input_name == "input_ids"
-    return {name: {0: batch, **({value.dim() - 1: sequence} if text else {})} for name, value in inputs.items()}
+    return list(SentenceTransformer(str(beside.source), device="cpu"))[1:]

@@ -16,6 +16,7 @@ from cofiprune.cli.beside import Beside, apart
 from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
 from cofiprune.data.tasks import IGNORED, task_by_name
+from cofiprune.data.text import collator_for
 from cofiprune.errors import CheckpointError, DataError, explained
 
 if TYPE_CHECKING:
@@ -52,10 +53,15 @@ class Loaded:
     """Makes batches, where rows are more than padded."""
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the model, as a position or as `--model`, and its task."""
+def add_model_options(parser: argparse.ArgumentParser, essential: argparse._ArgumentGroup | None = None) -> None:
+    """Add the model, as a position or as `--model`, and its task.
+
+    :param essential: the group of options for the first.
+    """
     # Without SUPPRESS an empty position would overwrite what --model gave.
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="directory or hub name")
+    (essential or parser).add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="directory or hub name"
+    )
     parser.add_argument("--model", dest="model", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_task_option(parser)
 
@@ -162,14 +168,20 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def add_data_options(parser: argparse.ArgumentParser, *, train: bool) -> None:
-    """Add the files, their columns and how text is tokenised."""
+def add_data_options(
+    parser: argparse.ArgumentParser, *, train: bool, files: argparse._ArgumentGroup | None = None
+) -> None:
+    """Add the files, their columns and how text is tokenised.
+
+    :param files: the group of options for the files.
+    """
     group = parser.add_argument_group("data")
     kinds = "csv, tsv, json, jsonl, parquet or txt"
-    add = group.add_argument
+    add = (files or group).add_argument
     if train:
         add("--train-file", metavar="FILE", help=f"training data: {kinds}, or a folder that `datasets` saved")
     add("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
+    add = group.add_argument
     add("--text-column", metavar="NAME", help="text, or first text of a pair (default: by its name)")
     add("--text-pair-column", metavar="NAME", help="second text of a pair")
     add("--label-column", metavar="NAME", help="label; classes may be names or numbers")
@@ -209,10 +221,8 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     for option, rows in files.items():
         settings = {"columns": columns[option], "max_length": options.max_length, "where": str(given[option])}
         loaded.datasets[option] = tokenise(rows, loaded.tokenizer, model, **settings)
-    if task == "masked-lm" and needs_tokenizer:
-        from transformers import DataCollatorForLanguageModeling
-
-        loaded.collator = DataCollatorForLanguageModeling(loaded.tokenizer)
+    if needs_tokenizer:
+        loaded.collator = collator_for(model, loaded.tokenizer)
     return loaded
 
 
@@ -244,13 +254,10 @@ def _task(stated: str | None, files: Mapping[str, list[Row]]) -> str:
 def _set_head(config: PretrainedConfig, options: argparse.Namespace, task: str, labels: list[Any]) -> None:
     """Make a configuration describe the head for the labels, where the model has none for the task."""
     names = tuple(name.strip() for name in (options.label_names or "").split(",") if name.strip())
-    own = Labels.of_model(config)
     if task_by_architecture(config) not in (task, None) and labels:
         Labels.of_data(labels, names).apply(config)
-    elif names and len(names) != len(own.names):
-        raise DataError(f"--label-names has {len(names)} names and the model {config.num_labels} labels")
     elif names:
-        Labels(names, own.multi_label).apply(config)
+        Labels.name(config, names)
 
 
 def _labels(rows: Sequence[Row], columns: TextColumns, task: str) -> list[Any]:

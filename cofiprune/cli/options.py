@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import textwrap
 from collections.abc import Callable, Container, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from cofiprune.errors import CofipruneError, suggest
+from cofiprune.errors import CofipruneError, explained, suggest
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.settings import Settings, TrainingSettings
 
@@ -22,15 +25,34 @@ class Parser(argparse.ArgumentParser):
     """Takes `--batch_size` for `--batch-size`, and no abbreviations: they would hide slips."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse arguments, options in either spelling.
 
         :raises UsageError: when they cannot be understood.
         """
+        arguments = self._with_file(arguments)
         end = list(arguments).index("--") if "--" in arguments else len(arguments)
         return self.parse_args([*map(self._dashed, arguments[:end]), *arguments[end:]])
+
+    def _with_file(self, arguments: Sequence[str]) -> list[str]:
+        """Make the options of a `--config` file the defaults, so that those that are typed go on top of them."""
+        at = next((n for n, word in enumerate(arguments) if word.partition("=")[0] == "--config"), None)
+        if at is None or "--config" not in self._option_string_actions:
+            return list(arguments)
+        _, equals, name = arguments[at].partition("=")
+        rest = arguments[at + 1 :] if equals else arguments[at + 2 :]
+        file = name or next(iter(arguments[at + 1 :]), "")
+        known = {action.dest: action for action in self._actions}
+        for option, value in _read_config(file, known).items():
+            if option not in known:
+                raise UsageError(f"{file}: unknown option {option!r}.{suggest(option, known)}")
+            if value is None and option not in PruneConfig.model_fields:
+                continue
+            known[option].required = False
+            self.set_defaults(**{option: _as_typed(value)})
+        return [*arguments[:at], *rest]
 
     def _dashed(self, argument: str) -> str:
         """Spell an option as it was declared; complaining here, unknown ones come before what is missing."""
@@ -47,6 +69,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print and exit for."""
         raise UsageError(message)
+
+
+def _read_config(name: str, known: Container[str]) -> dict[str, Any]:
+    """Read options by name from a JSON or YAML file; of the `result.json` of a run, those of its settings that are.
+
+    :param known: names of options.
+    :raises UsageError: when there is no such file, or it holds something else.
+    """
+    with explained(UsageError, f"--config {name} cannot be read", Exception):
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        entries = import_module("yaml").safe_load(text) if name.endswith((".yaml", ".yml")) else json.loads(text)
+        if not isinstance(entries, dict):
+            raise ValueError(f"it holds a {type(entries).__name__} instead of options by name")
+    if "settings" in entries:
+        return {option: value for option, value in entries["settings"].items() if option in known}
+    return {str(option).replace("-", "_"): value for option, value in entries.items()}
+
+
+def _as_typed(value: Any) -> Any:
+    """Return a value as the parser has it from a command line: texts, and whether a switch is on."""
+    if isinstance(value, list | tuple):
+        return [str(part) for part in value]
+    return value if isinstance(value, bool) else "none" if value is None else str(value)
 
 
 def one_of(choices: Iterable[str], noun: str) -> Callable[[str], str]:
@@ -110,7 +155,7 @@ def add_settings(parser: argparse.ArgumentParser, *models: type[Settings], hidde
     """
     for model in models:
         title = f"{model.__name__.removesuffix('Settings').lower()} settings"
-        group = parser.add_argument_group(title, f"{model.__doc__} None is spelled none.")
+        group = parser.add_argument_group(title, textwrap.fill(f"{model.__doc__} None is spelled none.", 76))
         kinds = get_type_hints(model)
         for name, field in model.model_fields.items():
             if name in Settings.model_fields and not issubclass(model, TrainingSettings):

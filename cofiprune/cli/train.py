@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import warnings
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from cofiprune.cli.loading import (
     task_by_architecture,
 )
 from cofiprune.cli.options import add_settings, given_settings, numbers, one_of, writable_directory
+from cofiprune.cli.outlook import print_outlook
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
 from cofiprune.training.settings import DistillationSettings, GateSettings, TargetSettings, TrainingSettings
@@ -38,40 +39,53 @@ TARGETS = {
     "several, joined by commas, give a model each, in folders of their own",
     "target_model_sparsity": "share of all parameters to remove, in (0, 1)",
     "target_macs": "multiply-accumulates to keep, at --target-seq-len tokens",
+    "target_file_mb": "MB that the saved model may have, embedding tables included, in --target-file-dtype",
     "target_speedup": "times faster on this device, measured at --target-batch-size and --target-seq-len",
     "target_latency_ms": "milliseconds per batch on this device, measured likewise",
 }
 
 
 def add_prune_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `prune` takes."""
-    add_model_options(parser)
-    targets = parser.add_argument_group("targets (one at most)")
+    """Add what `prune` takes, what most runs need first."""
+    essential = _add_essential(parser)
+    targets = parser.add_argument_group("other targets (one at most)")
     for name, text in TARGETS.items():
-        kind = numbers if name == "target_sparsity" else float
-        targets.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+        kind, group = (numbers, essential) if name == "target_sparsity" else (float, targets)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+    _add_run_options(parser)
     parser.add_argument("--preset", type=one_of(PRESETS, "preset"), metavar="{" + ",".join(PRESETS) + "}",
                         help="settings of the original's recipe; settings that are given go on top")  # fmt: skip
-    _add_run_options(parser)
     add_settings(parser, TargetSettings, GateSettings, DistillationSettings, TrainingSettings)
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     """Add what `finetune` takes; of two settings that mean the same there, one is shown."""
-    add_model_options(parser)
+    _add_essential(parser)
     _add_run_options(parser)
     add_settings(parser, *FINETUNE, hidden=RECOVERY)
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_essential(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    essential = parser.add_argument_group("essential")
+    add_model_options(parser, essential)
+    add_data_options(parser, train=True, files=essential)
+    add = essential.add_argument
     add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
+    return essential
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--dry-run", action="store_true", help="check everything, say what would be done, and do nothing")
+    add("--config", metavar="FILE", help="options by name, in JSON or YAML, or the result.json of a run")
     add(
         "--resume", nargs="?", const=True, default=False, choices=["auto"],
         help="go on from the newest checkpoint in the output directory; with 'auto', where there is one",
     )  # fmt: skip
-    add_data_options(parser, train=True)
+    add("--overwrite", action="store_true", help="write over a finished model in the output directory")
+    add("--keep-checkpoints", action="store_true", help="leave the checkpoints when the model is written")
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def prune(options: argparse.Namespace) -> None:
@@ -82,14 +96,17 @@ def prune(options: argparse.Namespace) -> None:
 
     target: dict[str, Any] = dict([parse_target({name: getattr(options, name) for name in TARGETS})])
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
+    if options.dry_run:
+        print_outlook(options, loaded, arguments["config"], target)
+        return
     from cofiprune.training import prune as training
     from cofiprune.training.sweep import SweepResult
 
     result = training.prune(loaded.model, loaded.datasets.get("train_file"), **target, **arguments)
     if isinstance(result, SweepResult):
-        _save_sweep(result, loaded, arguments["output_dir"])
+        _save_sweep(result, loaded, options)
     else:
-        _save(result, result.compact(), loaded, arguments["output_dir"], target)
+        _save(result, loaded, options)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -98,10 +115,13 @@ def finetune(options: argparse.Namespace) -> None:
         raise SettingsError("finetune needs --train-file")
     config = PruneConfig.for_finetune(**given_settings(options))
     loaded, arguments = _prepare(options, config, labelled=not options.teacher, trained=True)
+    if options.dry_run:
+        print_outlook(options, loaded, arguments["config"], {})
+        return
     from cofiprune.training import prune as training
 
     result = training.finetune(loaded.model, loaded.datasets["train_file"], **arguments)
-    _save(result, result.model, loaded, arguments["output_dir"], {})
+    _save(result, loaded, options)
 
 
 def _prepare(
@@ -112,6 +132,11 @@ def _prepare(
     folder = writable_directory(options.output_dir, other_than=(name, taught_by))
     from transformers import set_seed
 
+    from cofiprune.files import check_unfinished
+    from cofiprune.training.checkpoint import has_checkpoints
+
+    if not options.overwrite and not (options.resume and has_checkpoints(folder)):
+        check_unfinished(folder)
     set_seed(config.seed)
     loaded = load(options, labelled=labelled, trained=trained)
     stated, tokenised = task_by_architecture(loaded.model.config), loaded.tokenizer is not None
@@ -122,7 +147,8 @@ def _prepare(
     teacher: Teacher = None
     if taught_by is not None:
         teacher = "self" if taught_by == "self" else load_model(taught_by, loaded.task)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not options.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
     return loaded, {
         "teacher": teacher,
         "eval_dataset": loaded.datasets.get("validation_file"),
@@ -155,37 +181,43 @@ def _without_hidden(config: PruneConfig, loaded: Loaded) -> PruneConfig:
     return PruneConfig.create(config, units=left)
 
 
-def _save(result: PruneResult, model: PreTrainedModel, loaded: Loaded, folder: Path, target: dict[str, Any]) -> None:
-    """Write the model, its tokenizer, the plan and the result, and print the result."""
+def _save(result: PruneResult, loaded: Loaded, options: argparse.Namespace) -> None:
+    """Write the model with all that belongs to it, and print the result and what comes next."""
     from accelerate import PartialState
-
-    from cofiprune.measure.summary import summary
 
     if not PartialState().is_main_process:
         return
-    model.save_pretrained(folder)
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
-    loaded.beside.copy_to(folder, model.config)
-    result.plan.save(folder / "plan.json")
-    entries = {
-        **target,
-        "target": None if result.target is None else asdict(result.target),
-        **{name: getattr(result, name) for name in ("sparsity", "model_sparsity", "metrics", "best_step", "seconds")},
-        "kept": result.plan.kept,
-        "settings": result.settings.model_dump(mode="json"),
-        "history": result.history,
-    }
-    (folder / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    print(f"{result!r}\n\n{summary(model)}\n\nsaved in {folder}")
+    folder = result.save(
+        options.output_dir,
+        tokenizer=loaded.tokenizer,
+        overwrite=True,  # it was looked at before the run
+        keep_checkpoints=options.keep_checkpoints,
+        command=["cofiprune", options.command, *options.words],
+    )
+    loaded.beside.copy_to(folder, load_config(str(folder)))
+    if options.json:
+        print(json.dumps({**result.to_dict(), "folder": str(folder), "files": sizes_of_files(folder)}))
+        return
+    files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes_of_files(folder).items())
+    name = shlex.quote(str(folder))
+    file = options.validation_file or options.train_file
+    on_data = f"evaluate {name} --validation-file {shlex.quote(file)}" if file else f"inspect {name}"
+    print(f"{result!r}\n\nsaved in {folder}: {files}; report.html and README.md tell of it")
+    print(f"next: cofiprune {on_data}\n      cofiprune benchmark {name} --baseline {shlex.quote(model_name(options))}")
 
 
-def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
+def sizes_of_files(folder: Path) -> dict[str, int]:
+    """Return the bytes of the files with weights in a folder."""
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+
+
+def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace) -> None:
     """Write the tokenizer next to each model, which are saved already, and print the table."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
+    folder = Path(options.output_dir)
     for point in result:
         if loaded.tokenizer is not None and point.folder is not None:
             loaded.tokenizer.save_pretrained(point.folder)
@@ -193,4 +225,9 @@ def _save_sweep(result: SweepResult, loaded: Loaded, folder: Path) -> None:
             loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
     if find_spec("matplotlib") is not None:
         result.plot(folder / "curve.png")
-    print(f"{result}\n\nsaved in {folder}")
+    if options.json:
+        named = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
+        points = [{**{name: getattr(point, name) for name in named}, "folder": str(point.folder)} for point in result]
+        print(json.dumps({"points": points, "setting": result.setting}))
+    else:
+        print(f"{result}\n\nsaved in {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from cofiprune.cli.beside import Beside
 from cofiprune.cli.loading import add_task_option, load_config, load_model, load_tokenizer, task_by_architecture
@@ -20,15 +21,20 @@ def add_vocabulary_options(parser: argparse.ArgumentParser) -> None:
     add("--min-count", type=at_least(1), default=1, metavar="N", help="times that a token must be used (default: 1)")
     add("--target-size", type=at_least(1), metavar="N", help="tokens to keep at most, the most used first")
     add("--keep", nargs="+", default=[], metavar="TEXT", help="further texts whose tokens stay")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--overwrite", action="store_true", help="write over a finished model in the output directory")
     add_task_option(parser)
 
 
 def vocabulary(options: argparse.Namespace) -> None:
     """Prune the vocabulary, save what is left, and print the proof."""
     from cofiprune.data.files import load_rows
+    from cofiprune.files import check_unfinished
     from cofiprune.vocabulary.prune import prune_vocabulary
 
     folder = writable_directory(options.output_dir, other_than=[options.model])
+    if not options.overwrite:
+        check_unfinished(folder)
     rows = load_rows(options.texts)
     known = [name for name, value in rows[0].items() if isinstance(value, str)]
     columns = options.columns or [name for name in known if not name.startswith("label")]
@@ -50,4 +56,8 @@ def vocabulary(options: argparse.Namespace) -> None:
     )
     result.save(folder)
     beside.for_task(task, stated, tokenised=True).copy_to(folder, result.model.config)
+    if options.json:
+        named = ("size_before", "coverage", "proof", "kept")
+        print(json.dumps({**{name: getattr(result, name) for name in named}, "folder": str(folder)}))
+        return
     print(f"{result}\n\nsaved in {folder}")

@@ -5,31 +5,30 @@ Slicing, placeholders of removed blocks, uniform configurations, and loading by 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
 from cofiprune.compaction.uniform_config import uniform_copy
+from cofiprune.errors import names_checked
 from cofiprune.inference.fusion import fuse as fuse_linears
 from cofiprune.masking import masks_of
 from cofiprune.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from cofiprune.whole import Model, Whole
 
 __all__ = ["compact"]
 
 
+@names_checked
 def compact(
-    model: PreTrainedModel,
+    model: Model,
     plan: Plan | None = None,
     *,
     uniform: bool = False,
     fuse: bool = False,
     plain: bool = False,
-) -> PreTrainedModel:
+) -> Model:
     """Return a smaller copy of a model, without the units that a plan removes.
 
+    :param model: a transformers model, a `SentenceTransformer` or a `CrossEncoder`.
     :param plan: what to keep; by default the masks attached to the model, or everything where there are none.
     :param uniform: write the smaller sizes into the configuration itself, so that the result loads without cofiprune.
         All layers that stay must have the same shape, and the adapter must name the sizes in the configuration.
@@ -39,13 +38,19 @@ def compact(
     :param plain: an earlier name of `uniform`.
     :return: a model of the same class, dtype, device and train/eval mode, without masks. Its outputs are those of the
         masked model; `model` itself is left as it was.
+    :raises SettingsError: when something behind a SentenceTransformer's encoder needs all of its hidden dimensions.
     :raises PlanError: when the plan belongs to another model, or cannot be written into a configuration.
     """
-    structure = structure_of(model)
+    whole = Whole.of(model)
+    structure = structure_of(whole.model)
     if plan is None:
-        plan = Plan.from_values(structure, masks_of(model) or {})
+        plan = Plan.from_values(structure, masks_of(whole.model) or {})
     plan.check(structure)
-    small = (uniform_copy if uniform or plain else compacted)(model, structure, plan)
+    hidden = plan.keep.get("hidden", ())
+    if len(hidden) < plan.sizes.get("hidden", 0):
+        whole.check_width()
+    small = (uniform_copy if uniform or plain else compacted)(whole.model, structure, plan)
     if fuse:
         fuse_linears(small, structure.layers)  # of a uniform model, the first ones
-    return small
+    found: Model = whole.around(small, hidden=hidden)
+    return found

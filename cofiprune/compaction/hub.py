@@ -11,7 +11,8 @@ without weights, and the merging of the recorded method with a second one given 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cofiprune.adapter import adapter_for
+from cofiprune.compaction.removal import Pick
 from cofiprune.compaction.slicing import reshape_skeleton
 from cofiprune.errors import CheckpointError, explained
 from cofiprune.record import METHOD, record_of_parts, recorded_parts, recorded_sizes
@@ -73,6 +75,8 @@ class CompactedLoader(HfQuantizer):
         found = _shapes_in(checkpoint_files or ())
         # Outside of the layers (a head for other classes, say) it is up to transformers, which may be told to go on.
         self._check({name: shape for name, shape in found.items() if name.startswith(layers)})
+        if found and _picks(found) < _picks(self.shapes):  # nobody could make these up, nor would anybody notice
+            raise CheckpointError(f"the weights lack {Pick.BUFFER!r} of some layers: which of their heads were kept")
         return model
 
     def _check(self, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -122,7 +126,7 @@ def _cut(model: PreTrainedModel) -> tuple[str, ...]:
         model.__dict__[_CUT] = True
         layers += [f"{path}." for path in structure.layers]
     for path, entry in parts.items():
-        part = _part(model, path)
+        part = part_of(model, path)
         part.config.quantization_config = entry
         layers += [f"{path}.{each}" for each in _cut(part)]
     return tuple(layers)
@@ -177,15 +181,22 @@ def _from_config(cls: type[PreTrainedModel], config: PretrainedConfig, **kwargs:
         getattr(config, "quantization_config", None), CompactedConfig
     )  # by from_pretrained, which cuts
     if not recorded or loading or _inside.get():
-        model: PreTrainedModel = _stock_from_config(cls, config, **kwargs)
+        model: PreTrainedModel = stock_from_config(cls, config, **kwargs)
         return model
-    inside = _inside.set(True)
-    try:
-        model = _stock_from_config(cls, config, **kwargs)
-    finally:
-        _inside.reset(inside)
+    with building():
+        model = stock_from_config(cls, config, **kwargs)
     _cut(model)
     return model
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Build a model with the sizes of its configuration, and those inside it too, whatever is recorded there."""
+    inside = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(inside)
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
@@ -226,7 +237,7 @@ def record_parts(model: PreTrainedModel) -> None:
     model.config.quantization_config = record_of_parts(parts)
 
 
-def _part(model: PreTrainedModel, path: str) -> PreTrainedModel:
+def part_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
     try:
         part: Any = model.get_submodule(path)
     except AttributeError:
@@ -247,12 +258,16 @@ def _shapes_in(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _picks(names: Iterable[str]) -> int:
+    return sum(name.rpartition(".")[2] == Pick.BUFFER for name in names)
+
+
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 _stock_merge: Any = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
-_stock_from_config: Any = PreTrainedModel._from_config.__func__  # type: ignore[attr-defined]
+stock_from_config: Any = PreTrainedModel._from_config.__func__  # type: ignore[attr-defined]
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(CompactedConfig)
     register_quantizer(METHOD)(CompactedLoader)

@@ -1,35 +1,41 @@
-"""Placeholders for removed blocks, and hooks that slice shared inputs to the kept units.
+"""What a compacted model has that its dense one has not: smaller tensors, placeholders of removed blocks, and hooks.
 
-Both belong to a compacted model, which is saved, loaded and trained with them.
+All of it belongs to the model, which is saved, loaded and trained with it. `cut` does it by a table of plain values, as
+`slicing.table` makes one. The code here goes word for word into the file by which a folder loads without this package
+(see `portable`), also with older releases of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from cofiprune.bypass import attends, bypass, shared_input
-from cofiprune.structure import Block, BlockExit, Shared, Structure
+from cofiprune.bypass import bypass, shared_input
+from cofiprune.compaction.places import narrow_to
+
+KINDS = ("shapes", "attributes", "removed", "dropped", "picked", "narrowed")
+Table = Mapping[str, Mapping[str, Any]]
+"""Rows of these kinds, by the names of parameters and modules."""
 
 
 class Passthrough(nn.Module):
     """Replaces a module of a removed block, and returns its input or zeros."""
 
-    def __init__(self, block: Block, exit: BlockExit, replaced: nn.Module | None) -> None:
+    def __init__(self, replaced: nn.Module | None, row: Mapping[str, Any]) -> None:
         """Take over what is still needed of a module.
 
         :param replaced: None for one that was inside another replaced module.
         """
         super().__init__()
-        shared = tuple(each for each in block.shared if each.module == exit.module)
-        self.exit = exit
-        self.attends = attends(block, exit)
-        self.shared = shared
+        self.exit: Any = SimpleNamespace(**row)
+        self.shared: Any = tuple(SimpleNamespace(**each) for each in row["shared"])
         self.replaced_type = type(replaced)
-        tables = {each.table for each in shared if each.table and hasattr(replaced, each.table)}
+        tables = {each.table for each in self.shared if each.table and hasattr(replaced, each.table)}
         # In a tuple, so that the replaced module is no submodule; of its own, only the tables of shared tensors stay.
         self.maker = (replaced,) if tables else ()
         for name, child in [] if replaced is None else list(replaced.named_children()):
@@ -55,7 +61,7 @@ class Passthrough(nn.Module):
         owner.register_buffer(name, torch.zeros(1, dtype=like.dtype, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return bypass(self.exit, args, kwargs, self.shared, *self.maker, attends=self.attends)
+        return bypass(self.exit, args, kwargs, self.shared, *self.maker, attends=self.exit.attends)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -68,11 +74,11 @@ class Passthrough(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Give the methods of the replaced module, which do nothing: some models call them to switch settings."""
         if not name.startswith("_") and callable(getattr(self.__dict__.get("replaced_type"), name, None)):
-            return _nothing
+            return nothing
         return super().__getattr__(name)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, in place of a removed module's method."""
 
 
@@ -85,7 +91,7 @@ class Pick:
 
     BUFFER = "kept_units"
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Any) -> None:
         self.shared = shared
         self.whole: Tensor | None = None
 
@@ -106,7 +112,7 @@ class Pick:
         return output if place is None else (*output[:place], whole, *output[place + 1 :])
 
 
-def pick(module: nn.Module, shared: Shared, index: Tensor) -> None:
+def pick(module: nn.Module, shared: Any, index: Tensor) -> None:
     """Make a module slice a shared tensor; `index` counts in the units that it has now."""
     index = index.to(next(module.parameters()).device)
     before = module._buffers.get(Pick.BUFFER)
@@ -119,27 +125,47 @@ def pick(module: nn.Module, shared: Shared, index: Tensor) -> None:
     module.register_buffer(Pick.BUFFER, index)
 
 
-def remove_block(model: nn.Module, structure: Structure, block: Block) -> None:
-    """Put placeholders in the place of a block's modules."""
-    marked = False
-    for exit in (block.exit, *block.bypassed):
-        path = exit.module
-        try:
-            replaced = model.get_submodule(path)
-        except AttributeError:  # it was inside a module that was replaced before
-            replaced = None
-        marker = None if marked else _matrix_inside(path, structure, block)
-        like = None if marker is None else model.get_parameter(marker)
-        placeholder = Passthrough(block, exit, replaced)
-        if marker is not None and like is not None:
-            placeholder.mark(marker.removeprefix(f"{path}."), like)
-            marked = True
-        model.set_submodule(path, placeholder)
-    for path in block.dropped:
-        _drop(model, path)
+def cut(model: nn.Module, table: Table, keep: Mapping[str, Tensor] | None = None) -> None:
+    """Give a model the sizes that a table states, in place; of its values, the first ones stay.
+
+    :param keep: the units of shared tensors that stay, by module; the first ones where a file has them.
+    """
+    parameters = dict(model.named_parameters())
+    for name, row in table["removed"].items():
+        replaced = module_at(model, name)
+        placeholder = Passthrough(replaced, row)
+        if row["mark"]:
+            placeholder.mark(row["mark"], parameters[f"{name}.{row['mark']}"])
+        model.set_submodule(name, placeholder)
+    for name in table["dropped"]:
+        drop(model, name)
+    shrink(model, {name: parameters[name] for name in table["shapes"] if name in parameters}, table["shapes"])
+    for name, attributes in table["attributes"].items():
+        if (module := module_at(model, name)) is not None:
+            for key, value in attributes.items():
+                setattr(module, key, value)
+    for name, row in table["picked"].items():
+        index = torch.arange(row["units"]) if keep is None else keep[name]
+        pick(model.get_submodule(name), SimpleNamespace(**row), index)
+    for name, row in table["narrowed"].items():
+        narrow_to(model, name, row)
 
 
-def _drop(model: nn.Module, path: str) -> None:
+def shrink(model: nn.Module, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, Any]) -> None:
+    """Cut parameters to shapes, in which None stands for all that there is, wherever a model has them."""
+    smaller: dict[int, nn.Parameter] = {}
+    for name, value in parameters.items():
+        if any(new not in (None, old) for new, old in zip(shapes[name], value.shape, strict=True)):
+            first = value.detach()[tuple(slice(new) for new in shapes[name])].clone()
+            smaller[id(value)] = nn.Parameter(first, requires_grad=value.requires_grad)
+    for module in model.modules():  # a tied parameter is in several of them
+        for name, found in module._parameters.items():
+            if found is not None and id(found) in smaller:
+                module._parameters[name] = smaller[id(found)]
+        follow_shape(module)
+
+
+def drop(model: nn.Module, path: str) -> None:
     """Put a single 0 in the place of a parameter that a layer holds, and None in the place of a module.
 
     The 0 is a tensor, and saved: transformers initialises a layer's parameters by name when it loads a model.
@@ -154,14 +180,26 @@ def _drop(model: nn.Module, path: str) -> None:
         holder._modules[name] = None
 
 
-def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
-    """Name of a matrix of a block that lies in a module; its last projection if that does.
+def follow_shape(module: nn.Module) -> None:
+    """Set the size attributes of torch's own modules, and of transformers' `Conv1D`, from their weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
-    Others may be stored joined into one (query, key and value, say), which a single element does not survive.
-    """
-    names = [
-        (not spec.gated, spec.name)
-        for spec in structure.parameters
-        if spec.gate == block.gate and spec.name.startswith(f"{path}.") and len(spec.shape) > 1
-    ]
-    return min(names)[1] if names else None
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """Return a module of a model; None where another class of the family has none there."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,28 +1,29 @@
 """Physical slicing: a smaller model of the same class, with fractional masks folded into its weights.
 
 The new weights are cut first, parameter by parameter. A deep copy of the model is then made *around* them, so that tied
-weights stay tied and the dense weights are never copied. `removal` replaces the modules of removed blocks.
+weights stay tied and the dense weights are never copied. `table` says in plain values what else is changed, or what is
+cut of a model whose weights come later, and `removal.cut` does it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from cofiprune.compaction.places import narrow_to
-from cofiprune.compaction.removal import pick, remove_block
+from cofiprune.bypass import attends
+from cofiprune.compaction.removal import KINDS, Table, cut
 from cofiprune.errors import PlanError
 from cofiprune.inference.fusion import unfuse
 from cofiprune.masking import masks_of
 from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
 from cofiprune.record import record, sizes_of
-from cofiprune.structure import Block, Parameter, Side, Structure
+from cofiprune.structure import Block, BlockExit, Narrow, Parameter, Shared, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +102,11 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
     :param kept: units of every group; groups of a kind that it does not name keep all of theirs.
     :raises PlanError: when that fits no compacted model of this structure.
     """
+    finish(model, structure, checked_sizes(structure, kept))
+
+
+def checked_sizes(structure: Structure, kept: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of all groups, checked as `reshape_skeleton` says."""
     for name, size in kept.items():
         if name not in structure or not 0 <= size <= structure[name].size:
             raise PlanError(f"recorded size {size} for group {name!r} does not fit this {structure.family} model")
@@ -108,21 +114,11 @@ def reshape_skeleton(model: PreTrainedModel, structure: Structure, kept: Mapping
     for name in structure:
         if name not in kept and name.rpartition(".")[2] in kinds:
             raise PlanError(f"no size is recorded for group {name!r} of this {structure.family} model")
-    kept = {**structure.sizes, **kept}
+    sizes = {**structure.sizes, **kept}
     for block in structure.blocks:
-        if block.inner is not None and (kept[block.gate] == 0) != (kept[block.inner] == 0):
+        if block.inner is not None and (sizes[block.gate] == 0) != (sizes[block.inner] == 0):
             raise PlanError(f"the recorded sizes of {block.gate!r} and {block.inner!r} do not go together")
-    new: dict[int, nn.Parameter] = {}
-    for spec, parameter in _parameters(model, structure):
-        shape = spec.cut(kept).shape
-        if shape != spec.shape and not _is_gone(spec, kept):
-            first = parameter.detach()[tuple(map(slice, shape))].clone()
-            new[id(parameter)] = nn.Parameter(first, requires_grad=parameter.requires_grad)
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None and id(value) in new:
-                module._parameters[name] = new[id(value)]
-    finish(model, structure, kept)
+    return sizes
 
 
 def finish(
@@ -136,18 +132,17 @@ def finish(
     :param kept: new sizes of the groups.
     :param keep: the kept indices; None when they are loaded from a file later.
     """
-    for block in structure.blocks:
-        if not kept[block.gate]:
-            remove_block(model, structure, block)
-    modules = dict(model.named_modules())
-    for module in modules.values():
-        _follow_shape(module)
-    for attribute in structure.attributes:
-        if attribute.module in modules:
-            setattr(modules[attribute.module], attribute.name, kept[attribute.group] * attribute.per_unit)
-    for block in structure.blocks:
-        if kept[block.gate]:
-            _tell_inside(model, structure, block, kept, keep)
+    index = (
+        None
+        if keep is None
+        else {
+            shared.module: torch.tensor(keep[block.inner])
+            for block in structure.blocks
+            if block.inner is not None
+            for shared in block.shared
+        }
+    )
+    cut(model, table(structure, kept), index)
     if any(kept[name] != size for name, size in structure.sizes.items()):
         sizes = {**(sizes_of(model) or {}), **kept}
         if "hidden" not in structure:  # nor did a part that was compacted by itself lose any
@@ -159,20 +154,46 @@ def finish(
             setattr(config, name, value)
 
 
-def _tell_inside(
-    model: PreTrainedModel,
-    structure: Structure,
-    block: Block,
-    kept: Mapping[str, int],
-    keep: Mapping[str, tuple[int, ...]] | None,
-) -> None:
-    """Tell the modules of a block which of its inner units are left, where their own code takes that from elsewhere."""
-    if block.narrow is not None:
-        narrow_to(model, block.narrow, _inner_width(structure, block, kept))
-    if block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
-        for shared in block.shared:
-            index = torch.arange(kept[block.inner]) if keep is None else torch.tensor(keep[block.inner])
-            pick(model.get_submodule(shared.module), shared, index)
+def table(structure: Structure, kept: Mapping[str, int]) -> Table:
+    """Say in plain values how a model of a structure becomes one of other sizes; see `removal.cut`."""
+    shapes, removed, dropped, picked, narrowed = {}, {}, {}, {}, {}
+    attributes: dict[str, dict[str, int]] = {}
+    for spec in structure.parameters:
+        new = spec.cut(kept).shape
+        if new != spec.shape and not _is_gone(spec, kept):
+            shapes[spec.name] = [None if now == old else now for now, old in zip(new, spec.shape, strict=True)]
+    for each in structure.attributes:
+        if 0 < kept[each.group] < structure.sizes[each.group]:
+            attributes.setdefault(each.module, {})[each.name] = kept[each.group] * each.per_unit
+    for block in structure.blocks:
+        if not kept[block.gate]:
+            removed.update(_placeholders(structure, block))
+            dropped.update(dict.fromkeys(block.dropped, True))
+            continue
+        if block.narrow is not None:
+            path, width = block.narrow.module, _inner_width(structure, block, kept)
+            readers = [each.removeprefix(f"{path}.") for each in block.narrow.readers]
+            narrowed[path] = {**_plain(block.narrow), "readers": readers, "width": width}
+        if block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
+            picked.update({each.module: {**_plain(each), "units": kept[block.inner]} for each in block.shared})
+    kinds = (shapes, attributes, removed, dropped, picked, narrowed)
+    return dict(zip(KINDS, kinds, strict=True))
+
+
+def _placeholders(structure: Structure, block: Block) -> dict[str, dict[str, Any]]:
+    """The rows of a removed block's modules, the first of which that has a matrix keeps a marker in its place."""
+    rows: dict[str, dict[str, Any]] = {}
+    marked = False
+    for exit in (block.exit, *block.bypassed):
+        marker = None if marked else _matrix_inside(exit.module, structure, block)
+        marked = marked or marker is not None
+        rows[exit.module] = {
+            **_plain(exit),
+            "attends": attends(block, exit),
+            "mark": marker,
+            "shared": [_plain(each) for each in block.shared if each.module == exit.module],
+        }
+    return rows
 
 
 def _inner_width(structure: Structure, block: Block, kept: Mapping[str, int]) -> int:
@@ -182,21 +203,21 @@ def _inner_width(structure: Structure, block: Block, kept: Mapping[str, int]) ->
     return next((side.length for side in sides if side.group == block.inner), last.shape[1])
 
 
-def _follow_shape(module: nn.Module) -> None:
-    """Set the size attributes of torch's own modules, and of transformers' `Conv1D`, from their weight."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = weight.shape
-    elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+def _plain(place: BlockExit | Narrow | Shared) -> dict[str, Any]:
+    return {name: value for name, value in asdict(place).items() if name != "module"}
+
+
+def _matrix_inside(path: str, structure: Structure, block: Block) -> str | None:
+    """Name, within a module, of a matrix of a block that lies in it; its last projection if that does.
+
+    Others may be stored joined into one (query, key and value, say), which a single element does not survive.
+    """
+    names = [
+        (not spec.gated, spec.name)
+        for spec in structure.parameters
+        if spec.gate == block.gate and spec.name.startswith(f"{path}.") and len(spec.shape) > 1
+    ]
+    return min(names)[1].removeprefix(f"{path}.") if names else None
 
 
 def _is_gone(spec: Parameter, kept: Mapping[str, int]) -> bool:

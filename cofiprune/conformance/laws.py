@@ -16,6 +16,7 @@ from transformers.utils import logging
 from cofiprune import accounting
 from cofiprune.adapter import structure as structure_of
 from cofiprune.conformance import exits, fault
+from cofiprune.conformance.absent import loaded_without
 from cofiprune.conformance.calls import calls_of, compared, largest, size
 from cofiprune.conformance.specimens import Choice, Subject, Values, outputs, tensors
 from cofiprune.errors import LawError
@@ -178,16 +179,27 @@ def _wrong_counts(subject: Subject, masks: MaskRegistry, small: PreTrainedModel)
 def _check_reload(
     subject: Subject, small: PreTrainedModel, cut: Mapping[str, Tensor], case: Case, limit: float
 ) -> None:
-    """A compacted model has the same weights after saving and loading, and the same outputs.
+    """A compacted model has the same weights and outputs after saving and loading, with cofiprune and without.
 
     :param cut: its outputs. Matrix products may round otherwise where weights lie elsewhere in memory.
     :raises LawError: naming a weight that differs.
     """
-    try:
-        again = _reloaded(small)
-    except Exception as error:  # the dense model could be loaded
-        why = f"{error}. {fault.tied_alone(subject, str(error))}"
-        raise LawError(f"the compacted model does not load from its file ({case}). {why}") from error
+    for door, load in (("", _reloaded), (" by its modelling file", loaded_without)):
+        try:
+            again = load(small)
+        except Exception as error:  # the dense model could be loaded
+            why = f"{error}. {fault.tied_alone(subject, str(error))}"
+            raise LawError(f"the compacted model does not load from its file{door} ({case}). {why}") from error
+        if again is not None:
+            again.train(False)
+            _check_again(subject, (small, again), cut, f"{door} ({case})", limit)
+
+
+def _check_again(
+    subject: Subject, models: tuple[PreTrainedModel, ...], cut: Mapping[str, Tensor], where: str, limit: float
+) -> None:
+    """Compare two models, one that was saved and what was loaded."""
+    small, again = models
     loaded = {**again.state_dict(), **dict(again.named_buffers())}
     stored = {**small.state_dict(), **dict(small.named_buffers())}
     # A buffer that is in no file, such as the frequencies of rotary positions, may come back in another dtype too.
@@ -197,7 +209,7 @@ def _check_reload(
     difference = largest(cut, outputs(again, subject.batch))
     if changed or difference > limit:
         named = ", ".join(changed[:4]) or f"the outputs by {difference:.2g}"
-        raise LawError(f"saving and loading the compacted model changes {named} ({case})")
+        raise LawError(f"saving and loading the compacted model changes {named}{where}")
 
 
 def unsaved(model: PreTrainedModel) -> str:
@@ -215,7 +227,7 @@ def _reloaded(model: PreTrainedModel) -> PreTrainedModel:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     try:
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, portable=False)
             again: PreTrainedModel = type(model).from_pretrained(folder, dtype=torch.float64)
     finally:
         if shown:

@@ -296,7 +296,10 @@ def _check_runs(model: PreTrainedModel, batch: Batch) -> None:
         raise AdapterError("its outputs differ each time it runs")
     new = [path for path, module in model.named_modules() if id(module) not in modules]
     if new:
-        raise AdapterError(f"it puts other modules into its own place when it runs, at {new[0]!r}")
+        raise AdapterError(
+            f"it puts other modules into its own place when it runs, at {new[0]!r}, unless a setting of its "
+            "configuration stops it (attention_type='original_full', for BigBird)"
+        )
 
 
 def _small(model: PreTrainedModel, *, wide: bool = False) -> PreTrainedModel:

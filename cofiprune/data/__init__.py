@@ -1,6 +1,7 @@
 """Rows in, batches out: reading data files, tokenising, checking, padding.
 
-`prune` and `finetune` take rows of tokens; `load_rows` and `tokenise` make these from files of text.
+`prune`, `finetune` and `evaluate` read rows by `reading.Reading`; `load_rows` and `tokenise` make rows of tokens from
+files of text.
 """
 
 from cofiprune.data.files import load_rows

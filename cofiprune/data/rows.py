@@ -26,7 +26,9 @@ Array = NDArray[Any]
 Row = dict[str, Array]
 Batch = dict[str, Tensor]
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_TOKENISE = "Tokenise the text first: dataset.map(lambda row: tokenizer(row['text'], truncation=True))"
+_TOKENISE = (
+    "Pass tokenizer=..., or tokenise the text first: dataset.map(lambda row: tokenizer(row['text'], truncation=True))"
+)
 
 
 class Source:

@@ -224,6 +224,17 @@ class Labels:
             config.label2id = {name: index for index, name in enumerate(self.names)}
         config.problem_type = "multi_label_classification" if self.multi_label else None if self.names else "regression"
 
+    @classmethod
+    def name(cls, config: PretrainedConfig, names: Sequence[str]) -> None:
+        """Write the names of a head's classes, in the order of their ids, into a configuration.
+
+        :raises DataError: when they are not as many as its classes.
+        """
+        own = cls.of_model(config)
+        if len(names) != len(own.names):
+            raise DataError(f"label_names has {len(names)} names and the model {config.num_labels} labels")
+        cls(tuple(names), own.multi_label).apply(config)
+
     def encode(self, labels: Sequence[Any], noun: str = "row") -> list[Any]:
         """Return labels, which may be names or numbers, as the ids or numbers that a head takes.
 

@@ -74,7 +74,7 @@ def find_text_columns(
     label = label_column or next((name for name in _LABELS.get(task, LABEL_COLUMNS) if name in row), None)
     if text_column is not None:
         return TextColumns(text_column, text_pair_column, label)
-    if any(isinstance(row.get(name), list) for name in _INPUTS):
+    if any(not isinstance(row.get(name), str | None) for name in _INPUTS):
         return TextColumns(None, None, label)
     known = _WORDS if task == "token-classification" else _TEXTS
     found = next((names for names in known if all(name in row for name in names)), None)
@@ -133,6 +133,15 @@ def tokenise(
         if task in _CLASSIFIERS:
             labels = Labels.of_model(model.config).encode(labels)
         return [{**row, "labels": label} for row, label in zip(found, labels, strict=True)]
+
+
+def collator_for(model: PreTrainedModel, tokenizer: Any) -> Any:
+    """Return what makes batches of tokenised texts, where that is more than padding them: None where it is not."""
+    if task_of(model) != "masked-lm":
+        return None
+    from transformers import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(tokenizer)
 
 
 def _words(

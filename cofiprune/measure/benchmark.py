@@ -21,12 +21,13 @@ from cofiprune.accounting import amount
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
 from cofiprune.data.tasks import main_input
-from cofiprune.errors import AdapterError, SettingsError
+from cofiprune.errors import AdapterError, SettingsError, names_checked
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.structure import Structure
 from cofiprune.timing import cpu_threads, in_turn
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -87,26 +88,28 @@ class BenchmarkReport(Report):
     def __rich__(self) -> Group:
         from rich.console import Group
 
-        title = f"{self.model}, against {self.baseline}" if self.baseline else self.model
+        title = f"{self.model},\nagainst {self.baseline}" if self.baseline else self.model
         threads = f", {self.threads} {'thread' if self.threads == 1 else 'threads'}" if self.device == "cpu" else ""
         setting = f"milliseconds per batch on {self.device}{threads}, {self.dtype}"
-        header = ["batch", "length", "median", "p90", "examples/s"]
-        if self.baseline is not None:
-            header += ["baseline median", "p90", "examples/s", "speed-up", "ideal"]
-        rows = [[str(row.batch_size), str(row.seq_len), *_cells(row)] for row in self.rows]
+        header = ["batch", "length", "", "median", "p90", "examples/s", "speed-up", "ideal"]
+        rows = [cells for row in self.rows for cells in _cells(row)]
+        if self.baseline is None:
+            header, rows = header[:2] + header[3:6], [cells[:2] + cells[3:6] for cells in rows]
         return Group(title, setting, rich_table(header, rows), *([self.note] if self.note else []))
 
 
-def _cells(row: BenchmarkRow) -> list[str]:
-    cells = []
-    for one in (row.model, row.baseline):
-        if one is not None:
-            cells += [f"{one.median_ms:.2f}", f"{one.p90_ms:.2f}", f"{one.examples_per_second:.1f}"]
-    if row.speedup is not None:
-        cells += [f"{row.speedup:.2f}x", "" if row.ideal_speedup is None else f"{row.ideal_speedup:.2f}x"]
-    return cells
+def _cells(row: BenchmarkRow) -> list[list[str]]:
+    """The lines of a size: the model's, and below it the baseline's where there is one."""
+    ratios = ["" if ratio is None else f"{ratio:.2f}x" for ratio in (row.speedup, row.ideal_speedup)]
+    lines = [[str(row.batch_size), str(row.seq_len), "model", *_timing(row.model), *ratios]]
+    return lines if row.baseline is None else [*lines, ["", "", "baseline", *_timing(row.baseline), "", ""]]
 
 
+def _timing(timing: Timing) -> list[str]:
+    return [f"{timing.median_ms:.2f}", f"{timing.p90_ms:.2f}", f"{timing.examples_per_second:.1f}"]
+
+
+@names_checked
 def benchmark(
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,
@@ -129,6 +132,7 @@ def benchmark(
     :raises SettingsError: for sizes below 1, or models on different devices.
     :raises DataError: when a model cannot read so many tokens.
     """
+    model, baseline = inside(model), inside(baseline)
     sizes, lengths = _counts("batch_size", batch_size), _counts("seq_len", seq_len)
     _counts("runs", 1 if runs is None else runs)
     _counts("threads", 1 if threads is None else threads)

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from cofiprune.data.batches import Batch, Batches, RowBatches, to_model
 from cofiprune.data.prepare import Collator, prepare
+from cofiprune.data.reading import Reading
 from cofiprune.data.rows import pad
-from cofiprune.data.tasks import IGNORED, Task, label_names
-from cofiprune.errors import DataError, located
+from cofiprune.data.tasks import IGNORED, Task
+from cofiprune.data.tasks import label_names as labels_of
+from cofiprune.errors import DataError, located, names_checked
 from cofiprune.hooks import reading, same_random_state
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel
@@ -33,7 +36,8 @@ Preprocess = Callable[[Any, Any], Any]
 _NOT_PREDICTIONS = ("loss", "hidden_states", "attentions", "past_key_values")
 
 
-def evaluate(
+@names_checked
+def evaluate(  # noqa: PLR0913  # its arguments are flat, as those of prune
     model: PreTrainedModel,
     dataset: Any,
     *,
@@ -42,6 +46,12 @@ def evaluate(
     data_collator: Collator | None = None,
     preprocess_logits_for_metrics: Preprocess | None = None,
     device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
 ) -> dict[str, float]:
     """Return the loss of a model on a data set, the metrics of its task, and those of `compute_metrics`.
 
@@ -50,19 +60,22 @@ def evaluate(
     label is not -100; question answering `start_accuracy`, `end_accuracy` and `span_accuracy` (both right); masked
     language modelling `accuracy` and `perplexity`.
 
-    :param dataset: as in `prune`: rows that are dicts, or a DataLoader.
+    :param dataset: as in `prune`: rows of text or of tokens, or a DataLoader.
     :param compute_metrics: takes a `transformers.EvalPrediction` with numpy arrays in the order of the rows, padded
         with -100 where batches differ in length, as the Trainer gives it; what it returns wins over our own.
     :param preprocess_logits_for_metrics: (logits, labels) -> what is kept for `compute_metrics`, as in the Trainer.
     :param device: run there and bring the model back afterwards; the model's own device by default.
+    :param tokenizer: for rows of text, with the arguments after it, as in `prune`.
     :raises DataError: when the data does not fit the model, or there is nothing to measure.
     """
+    reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+    whole = Whole.of(model)
+    model, (dataset, data_collator) = whole.model, whole.data(reading, data_collator, dataset=dataset)
     with same_random_state():
-        batches = prepare(
-            dataset, model, batch_size=batch_size, collator=data_collator, need_labels=False, name="the data set"
-        )
+        size, collator = batch_size, data_collator
+        batches = prepare(dataset, model, batch_size=size, collator=collator, need_labels=False, name="the data set")
     if not batches.labelled and compute_metrics is None:
-        expected = " and ".join(map(repr, label_names(model))) or "labels (it has no head)"
+        expected = " and ".join(map(repr, labels_of(model))) or "labels (it has no head)"
         raise DataError(
             f"there is nothing to measure: {type(model).__name__} takes {expected}, and the rows have none that count"
         )
@@ -83,7 +96,7 @@ def evaluate_batches(
     preprocess_logits_for_metrics: Preprocess | None = None,
 ) -> dict[str, float]:
     """Evaluate on batches that `cofiprune.data.prepare` made; the rest is as in `evaluate`."""
-    metrics = _Metrics(batches.task)
+    metrics = Metrics(batches.task)
     kept: list[tuple[Any, Any]] = []
     with reading(model), torch.inference_mode():
         for batch in batches:
@@ -104,7 +117,7 @@ def evaluate_batches(
     return found
 
 
-class _Metrics:
+class Metrics:
     """Loss and metrics over batches: `add` each, then read the `result`."""
 
     def __init__(self, task: Task) -> None:
@@ -154,7 +167,7 @@ def _kept(outputs: Any, batch: Batch, model: PreTrainedModel, preprocess: Prepro
     ignored = {*_NOT_PREDICTIONS, *(getattr(model.config, "keys_to_ignore_at_inference", None) or ())}
     predictions: Any = tuple(value for name, value in outputs.items() if name not in ignored)
     predictions = predictions[0] if len(predictions) == 1 else predictions
-    labels: Any = tuple(batch[name] for name in label_names(model) if name in batch)
+    labels: Any = tuple(batch[name] for name in labels_of(model) if name in batch)
     labels = (labels[0] if len(labels) == 1 else labels) if labels else None
     if preprocess is not None:
         predictions = preprocess(predictions, labels)

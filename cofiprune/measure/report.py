@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
-_WIDTH = 110
+_WIDTH = 80
+"""Columns that text is wrapped to; a table that needs more has them."""
 _PAGE = '<pre style="font-family:monospace;line-height:1.2;overflow-x:auto">{code}</pre>'
 
 
@@ -39,14 +40,14 @@ def as_text(renderable: RenderableType) -> str:
 
 
 def _printed(renderable: RenderableType) -> Console:
-    """A console with the record of what was printed on it, as wide as the widest line needs."""
+    """A console with the record of what was printed on it, as wide as the widest word and table need."""
     from rich.console import Console
 
     # Inside Jupyter rich would display at once, and record nothing, unless it is told not to.
     console = Console(
         file=io.StringIO(), record=True, width=10 * _WIDTH, force_jupyter=False, markup=False, highlight=False
     )
-    console.width = max(_WIDTH, console.measure(renderable).maximum)
+    console.width = max(_WIDTH, console.measure(renderable).minimum)
     console.print(renderable)
     return console
 

@@ -17,11 +17,12 @@ import torch
 from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.adapter import adapter_for
-from cofiprune.errors import SettingsError
+from cofiprune.errors import SettingsError, names_checked
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, bar, rich_table, share
 from cofiprune.record import sizes_of
 from cofiprune.structure import Structure
+from cofiprune.whole import inside
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -164,6 +165,7 @@ class Summary(Report, Size):
         return rows
 
 
+@names_checked
 def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
     """Count a model's parameters and multiply-accumulates, and list the kept units of every layer.
 
@@ -174,6 +176,7 @@ def summary(model: PreTrainedModel, *, seq_len: int = 128) -> Summary:
     """
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
         raise SettingsError(f"seq_len takes a whole number of tokens of at least 1, not {seq_len!r}")
+    model = inside(model)
     recorded, masks = sizes_of(model), masks_of(model)
     structure = dense_structure(model)
     kept = {**structure.sizes, **(recorded or {}), **(masks.plan().kept if masks is not None else {})}

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cofiprune.accounting import Cost, layer_parameters
+from cofiprune.accounting import Cost, embedding_parameters, layer_parameters, model_parameters
 from cofiprune.errors import TargetError
 from cofiprune.selection.curves import Curves, block_tables, hidden_sizes, sizes_of, spread, uncritical
 from cofiprune.selection.knapsack import FINE_LEVELS, RESOLUTION, least_losses
 from cofiprune.selection.target import TOLERANCE, Target
 from cofiprune.selection.uniform import uniform_sizes
 from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
+
+_MUCH = 0.3
+"""Share of a model's parameters in embedding tables from which on they are what stands in the way."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ def check_target(structure: Structure, target: Target, units: str | Sequence[Uni
     chosen = f"units {', '.join(kinds)} on {model}"
     if share > found.highest + target.tolerance:
         everything = target.text((1 - found.highest) * total)
-        raise TargetError(f"{target} cannot be reached with {chosen}: removing all that can go gives {everything}")
+        raise TargetError(
+            f"{target} cannot be reached with {chosen}: removing all that can go gives {everything}"
+            f"{_of_tables(structure)}"
+        )
     off = 0.0 if found.fine else min(abs(level - share) for level in found.levels) * RESOLUTION
     if off > _slack(structure, target.tolerance):
         near = " and ".join(target.text((1 - level) * total) for level in found.nearest(share))
@@ -114,4 +120,14 @@ def _saved(structure: Structure, curves: Curves, cost: Cost, hidden: int) -> NDA
 
 def _slack(structure: Structure, tolerance: float) -> float:
     """A tolerance in steps of the search, less what rounding every block to whole steps can add up to."""
-    return tolerance * RESOLUTION - len(structure.blocks) / 2 - 1
+    return max(tolerance * RESOLUTION - len(structure.blocks) / 2 - 1, 1.0)
+
+
+def _of_tables(structure: Structure) -> str:
+    """What to do about tables of tokens, where they are a large part of the model."""
+    share = embedding_parameters(structure).exact(structure.sizes) / model_parameters(structure).exact(structure.sizes)
+    if share < _MUCH:
+        return ""
+    return (
+        f". {share:.0%} of its parameters are in tables of tokens: cofiprune.prune_vocabulary makes them smaller, first"
+    )

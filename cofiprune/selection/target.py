@@ -34,6 +34,10 @@ _ROUNDS, _LAST = 8, 6
 of one model were seen to differ by 3 % (standard deviation), and some by much more."""
 
 CostOf = Callable[[Structure], Cost]
+FILE = "target_file_mb"
+MB = 10**6
+_FILL, _NEAR_FILE = 0.993, 0.007
+"""What is aimed at of the size that a file may have, and the tolerance as a share of that: it ends a little below."""
 _SHARES = {"target_sparsity": "sparsity", "target_model_sparsity": "model sparsity"}
 """Arguments that take a removed share, and what messages call it."""
 
@@ -43,7 +47,7 @@ class Target:
     """A cost and a budget of it. The argument that asked for it only matters for messages."""
 
     name: str
-    """The argument: `target_` followed by `sparsity`, `model_sparsity`, `macs`, `speedup` or `latency_ms`."""
+    """The argument: `target_` followed by `sparsity`, `model_sparsity`, `macs`, `file_mb`, `speedup`, `latency_ms`."""
     requested: float
     """Its value."""
     cost: CostOf
@@ -81,21 +85,31 @@ class Target:
         if name in _SHARES:
             budget = (1 - requested) * total
         else:
-            budget = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}.get(name, requested)
+            times = {"target_speedup": total / requested, "target_latency_ms": 1e6 * requested}
+            budget = _FILL * MB * requested if name == FILE else times.get(name, requested)
         target = cls(name, requested, cost, total, budget, **settings)
-        if 0 < total <= budget:  # where nothing is left to remove, `check_target` says so
+        if 0 < total <= target.limit:  # where nothing is left to remove, `check_target` says so
             raise TargetError(
                 f"{name}={requested:g}: the model takes {target.text(total)} already; a target lies below that"
             )
         return target
 
     @property
+    def limit(self) -> float:
+        """The cost that the argument's value stands for: the budget, but for a file, which must not be larger."""
+        return self.budget / _FILL if self.name == FILE else self.budget
+
+    @property
     def tolerance(self) -> float:
         """Greatest distance of the final cost from the budget, as a share of the dense model's cost."""
+        if self.name == FILE:
+            return _NEAR_FILE * self.budget / self.total
         return max(TOLERANCE, self.slack * self.budget / self.total)
 
     def tie_width(self, here: float) -> float:
         """Distance from the budget within which the choice that loses the least is taken, for a model of some cost."""
+        if self.name == FILE:
+            return 0.6 * _NEAR_FILE * self.budget
         return _NEAR_IN_TIME * self.budget if self.slack else _NEAR * here
 
     def needs_levels(self, structure: Structure) -> bool:
@@ -157,7 +171,8 @@ class Target:
         """Return the value of the argument that asks for a cost: the inverse of how the budget is made."""
         if self.name in _SHARES:
             return 1 - cost / self.total
-        return {"target_speedup": self.total / cost, "target_latency_ms": cost / 1e6}.get(self.name, cost)
+        values = {"target_speedup": self.total / cost, "target_latency_ms": cost / 1e6, FILE: cost / MB}
+        return values.get(self.name, cost)
 
     def text(self, cost: float) -> str:
         """Write a cost in the words of the argument."""
@@ -168,10 +183,12 @@ class Target:
             return f"a speed-up of {value:.3g} {self.setting}"
         if self.name == "target_latency_ms":
             return f"{value:.4g} ms {self.setting}"
+        if self.name == FILE:
+            return f"a file of {value:.4g} MB {self.setting}"
         return f"{amount(round(value))} MACs {self.setting}"
 
     def __str__(self) -> str:
-        return self.text(self.budget)
+        return self.text(self.limit)
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with this one, as plain values."""

@@ -24,7 +24,7 @@ from cofiprune.latency.target import best_multiple, latency_target
 from cofiprune.masking import masks_of
 from cofiprune.measure.benchmark import seen_length
 from cofiprune.parts import encoder_config
-from cofiprune.selection.target import Target
+from cofiprune.selection.target import FILE, Target
 from cofiprune.structure import Structure
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.objective import hidden_width
@@ -255,6 +255,8 @@ def target_for(model: PreTrainedModel, structure: Structure, config: PruneConfig
         target = latency_target(model, structure, name, value, conditions, cache=config.latency_cache)
     elif name == "target_macs":
         target = _macs(model, structure, length, value)
+    elif name == FILE:
+        target = _file(model, structure, config.target_file_dtype, value)
     else:
         cost = accounting.layer_parameters if name == "target_sparsity" else accounting.model_parameters
         target = Target.create(name, value, cost, cost(structure).exact(structure.sizes))
@@ -267,6 +269,20 @@ def target_for(model: PreTrainedModel, structure: Structure, config: PruneConfig
     if not config.uniform:
         return target
     return replace(target, uniform=True, tied_heads=config_names(model, structure).head_dim is None)
+
+
+def _file(model: PreTrainedModel, structure: Structure, dtype: str, value: float) -> Target:
+    """Make the target of a file, with what `save_pretrained` writes; in another precision where it is named."""
+    own = dtype == "model"
+    sizes = {
+        name: (each.dtype if own else getattr(torch, dtype)).itemsize
+        for name, each in model.named_parameters(remove_duplicate=False)
+    }
+    known = set(sizes)
+    buffers = sum(each.nbytes for name, each in model.state_dict().items() if name not in known)
+    cost = partial(accounting.file_bytes, sizes=sizes, fixed=buffers)
+    setting = f"in {str(model.dtype).removeprefix('torch.') if own else dtype}"
+    return Target.create(FILE, value, cost, cost(structure).exact(structure.sizes), setting=setting)
 
 
 def counted_length(model: PreTrainedModel, config: PruneConfig) -> int:

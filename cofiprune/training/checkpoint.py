@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cofiprune.errors import CheckpointError, StorageError, explained
-from cofiprune.files import check_sums, checksum, read_json, read_sealed, write, write_sealed
+from cofiprune.files import check_sums, checksum, read_json, read_sealed, unsealed, write, write_sealed
 from cofiprune.training.identity import check_same
 from cofiprune.training.processes import together
 from cofiprune.training.state import RunState
@@ -100,7 +100,7 @@ def read_state(folder: Path, fingerprint: dict[str, Any], otherwise: str) -> Sav
             f"{folder} was written in format {stated} by {age} cofiprune; this version reads format "
             f"{FORMAT_VERSION}{advice}"
         )
-    meta = read_sealed(folder / _META, DamagedError, f"{problem}: {_META}")
+    meta = unsealed(found, DamagedError, f"{problem}: {_META}")
     check_same(fingerprint, meta["fingerprint"], f"{folder} is of another run", otherwise)
     check_sums(folder, meta["checksums"], DamagedError, problem)
     with explained(DamagedError, f"{problem}: its {_STATE} cannot be read", Exception):
@@ -179,6 +179,15 @@ def begun_with(folder: Path, model: str) -> str:
 def has_checkpoints(folder: Path) -> bool:
     """Return whether a folder holds complete checkpoints of some run."""
     return bool(_checkpoints(folder))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run whose model is written, and what it noted for going on."""
+    for _, place in _checkpoints(folder):
+        (place / _META).unlink()  # first, so that what is left of a folder does not count as whole
+        place.unlink() if place.is_symlink() else shutil.rmtree(place)
+    for name in (_STOPPED, "choice.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

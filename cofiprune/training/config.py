@@ -6,7 +6,7 @@ is left open: `cofiprune.training.resolved` gives it a value once the facts of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 from cofiprune.errors import SettingsError, suggest
@@ -139,12 +139,17 @@ def names_of(*models: type[Settings]) -> list[str]:
 
 
 def check_taken(
-    who: str, names: Iterable[str], models: tuple[type[Settings], ...], reasons: Mapping[str, str] | None = None
+    who: str,
+    names: Iterable[str],
+    models: tuple[type[Settings], ...],
+    reasons: Mapping[str, str] | None = None,
+    function: Callable[..., Any] | None = None,
 ) -> None:
     """Make sure that somebody takes settings of these names.
 
     :param who: the function, for messages.
     :param reasons: why it does not take some of the other settings, by name.
+    :param function: as in `check_names`.
     :raises SettingsError: for a setting that only other functions take, and for an unknown one, with the near misses.
     """
     known = names_of(*models)
@@ -152,8 +157,8 @@ def check_taken(
         if name in PruneConfig.model_fields and name not in known:
             others = "prune and cofiprune.finetune" if name in names_of(*FINETUNE) else "prune"
             reason = (reasons or {}).get(name, f"it is a setting of cofiprune.{others}")
-            raise SettingsError(f"{who} does not take {name!r}: {reason}. Settings: {', '.join(sorted(known))}")
-    check_names(names, known)
+            raise SettingsError(f"{who} does not take {name!r}: {reason}")
+    check_names(names, known, function)
 
 
 _ORIGINAL: dict[str, Any] = {

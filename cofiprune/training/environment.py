@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from cofiprune.data.prepare import prepare
 from cofiprune.data.tasks import label_names
 from cofiprune.errors import CheckpointError, DataError, SettingsError, located, one_line, suggest
 from cofiprune.measure.evaluation import evaluate_batches
+from cofiprune.measure.report import as_text
 from cofiprune.training.checkpoint import Resume, has_checkpoints
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.processes import by_first, check_processes, together
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _SHOWN = {"loss": "loss {:.2f}", "expected_sparsity": " sparsity {:.2f}", "target_sparsity": "/{:.2f}"}
+_CELL_SECONDS = 0.5
+"""Between two pictures of the progress in a notebook."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -170,12 +174,16 @@ def metric_name(metric: str, values: Iterable[str], setting: str = "metric_for_b
 
 
 class Display(Progress):
-    """A progress line with loss, expected and target sparsity, metric and time left; it fits into 80 columns."""
+    """A line for each phase with loss, expected and target sparsity, metric and time left; it fits into 80 columns.
+
+    In a terminal rich draws it. A notebook shows it as text in one place, for which it needs no widgets.
+    """
 
     task: TaskID
 
     def __init__(self, *, enabled: bool) -> None:
         console = Console(stderr=True)
+        notebook = "ipykernel" in sys.modules
         super().__init__(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=8),
@@ -183,17 +191,24 @@ class Display(Progress):
             TextColumn("{task.fields[info]}"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not (enabled and (console.is_terminal or console.is_jupyter or "ipykernel" in sys.modules)),
+            disable=not (enabled and console.is_terminal and not notebook),
         )
         self._figures = dict.fromkeys((*_SHOWN, "metric"), "")
+        self._phases: dict[str, TaskID] = {}
+        self._cell = _Cell() if enabled and notebook else None
 
     def begin(self, phase: str, *, total: int, done: int) -> None:
-        """Start the line of a phase."""
-        self.task = self.add_task(phase, total=total, completed=done, info="")
+        """Start the line of a phase, or go on with it."""
+        if phase not in self._phases:
+            self._phases[phase] = self.add_task(phase, total=total, info="")
+        self.task = self._phases[phase]
+        self.reach(done)
 
     def reach(self, done: int) -> None:
         """Show that so many steps of the phase are done."""
         self.update(self.task, completed=done)
+        if self._cell is not None:
+            self._cell.show(self, at_once=self.finished)
 
     def show(self, entry: Mapping[str, Any]) -> None:
         """Show the figures of a history entry; those that it does not have stay until the next entry with a loss."""
@@ -204,6 +219,27 @@ class Display(Progress):
         if metric is not None:
             self._figures["metric"] = f" {metric.removeprefix('eval_')} {entry[metric]:.3f}"
         self.update(self.task, info="".join(self._figures.values()))
+
+
+class _Cell:
+    """A place in a notebook's output whose text is replaced, twice a second at most."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def show(self, progress: Progress, *, at_once: bool) -> None:
+        """Show what there is of a progress."""
+        now = time.monotonic()
+        if not at_once and now - self._shown < _CELL_SECONDS:
+            return
+        from IPython.display import display
+
+        self._shown, data = now, {"text/plain": as_text(progress.make_tasks_table(progress.tasks))}
+        if self._handle is None:
+            self._handle = display(data, raw=True, display_id=True)
+        else:
+            self._handle.update(data, raw=True)
 
 
 class Interrupt:

@@ -90,7 +90,7 @@ class Loop:
             state.step += 1
             state.total_steps += 1
             state.seconds = time.perf_counter() - started
-            run.display.advance(run.display.task)
+            run.display.reach(state.step)
             self._check_heard()
             self._record(parts)
             if self._due(run.settings.eval_steps) and run.evaluate is not None:

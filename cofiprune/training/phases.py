@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from cofiprune.accounting import layer_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import CheckpointError, SettingsError
 from cofiprune.files import read_sealed, write_sealed
-from cofiprune.hooks import evaluating, frozen
+from cofiprune.hooks import evaluating, frozen, same_random_state
 from cofiprune.masking import attach_to, masks_of
+from cofiprune.measure.figures import Figures, Subject, figures_of
 from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
@@ -27,8 +29,12 @@ from cofiprune.training.learner import GateLearner, check_steps, transplant
 from cofiprune.training.loop import Loop
 from cofiprune.training.processes import by_first
 from cofiprune.training.resolved import Schedule
+from cofiprune.training.result import PruneResult, metrics_of, reached
 from cofiprune.training.run import Run
 from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
+
+if TYPE_CHECKING:
+    pass
 
 
 def prune_with_data(run: Run, target: Target) -> None:
@@ -38,6 +44,7 @@ def prune_with_data(run: Run, target: Target) -> None:
     saved = run.saved
     with run.running():
         if saved is None:
+            measure_before(run)
             start(run, target)
         else:
             run.state.extra = dict(saved.extra)
@@ -91,6 +98,10 @@ def train(run: Run) -> None:
         raise CheckpointError(f"{run.saved.folder} is of a run with other masks on the model: attach those first")
     run.settle(dense=plan.kept == run.structure.sizes and sizes_of(run.model) is None)
     with run.running():
+        if run.saved is None:
+            measure_before(run)
+        else:
+            run.state.extra = dict(run.saved.extra)
         run.use(plan)
         recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))
 
@@ -118,6 +129,55 @@ def pick_method(run: Run, target: Target) -> None:
     run.reason = choice.reason
     if config.progress and run.accelerator.is_main_process:
         run.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
+
+
+# Before and after.
+
+
+def measure_before(run: Run) -> None:
+    """Note what the model scores as it comes."""
+    with same_random_state():  # a collator may draw masks
+        run.state.extra["scores"] = {} if run.evaluate is None else run.evaluate(run.model)
+
+
+def _figures(run: Run, scores: dict[str, float]) -> list[Figures]:
+    """Return what the model scored, weighed and took before, and what it does now."""
+    small, structure = run.small, run.small_structure
+    if masks_of(small) is not None:
+        small, structure = compacted(run.model, run.structure, run.plan), run.structure.cut(run.plan.kept)
+    dense = run.teacher if run.teaches_itself and run.teacher is not None else run.model
+    if masks_of(dense) is not None:  # which take time themselves
+        dense = compacted(run.model, run.structure, Plan.from_values(run.structure, {}))
+    subjects = (Subject(dense, run.structure, run.state.extra.get("scores", {})), Subject(small, structure, scores))
+    size, length = run.settings.target_batch_size, run.settings.target_seq_len
+    return figures_of(*subjects, batch_size=size, seq_len=length)
+
+
+def finished(run: Run) -> PruneResult:
+    """Return what came of a run, and save its plan."""
+    state, masks, target = run.state, masks_of(run.model), run.target
+    pruned = target is not None or masks is not None
+    if pruned and run.folder is not None and run.accelerator.is_main_process:
+        run.plan.save(run.folder / "plan.json")
+    best = None if state.best is None else state.best["step"]
+    scores = metrics_of(state.history, best)
+    dense, small = _figures(run, scores)
+    return PruneResult(
+        run.model,
+        run.plan,
+        1 - _kept_share(run) if masks is None else masks.sparsity(),
+        0.0 if masks is None else masks.model_sparsity(),
+        scores,
+        state.history,
+        state.seconds,
+        best,
+        "" if target is None else run.settings.method,
+        run.reason,
+        None if target is None else reached(target, run.model, run.structure, run.plan),
+        dense=dense,
+        pruned=small,
+        settings=run.settings,
+    )
 
 
 # One shot.
@@ -235,7 +295,7 @@ def recover(run: Run, steps: int) -> None:
     run.settle(kept_share=_kept_share(run))
     if state.phase != "prune":  # else the loss of the gates, with the projection that it has learned, goes on
         run.learn_from(fitted=True)
-    state.begin("recover")
+    state.begin("finetune" if run.target is None else "recover")
     run.learn()
     state.extra["steps"] = steps
     if run.target is not None:  # go on at the same place of the epoch

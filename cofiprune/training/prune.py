@@ -5,62 +5,77 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.compaction.slicing import compacted
 from cofiprune.compaction.uniform_config import uniform_units
+from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
+from cofiprune.measure.figures import Subject, figures_of
 from cofiprune.oneshot.data_free import prune_data_free
 from cofiprune.oneshot.with_data import check_one_shot
+from cofiprune.plan import Plan
 from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
 from cofiprune.training.checkpoint import Resume
-from cofiprune.training.config import PruneConfig
+from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import pick_method, prune_with_data, train
+from cofiprune.training.phases import finished, pick_method, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
+from cofiprune.training.settings import check_names
 from cofiprune.training.start import check_method
 from cofiprune.training.sweep import SweepResult, sweep
+from cofiprune.training.width import check_keep_width, widen
+from cofiprune.whole import SENTENCES, Whole, inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    TeacherArgument = PreTrainedModel | Literal["self"] | None
+    TeacherArgument = Any  # a transformers model, an object of sentence-transformers around one, "self" or None
 
 
 @overload
 def prune(
-    model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: Sequence[float], **settings: Any
+    model: Any, train_dataset: Any = None, *, target_sparsity: Sequence[float], **settings: Any
 ) -> SweepResult: ...
 @overload
 def prune(
-    model: PreTrainedModel, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
+    model: Any, train_dataset: Any = None, *, target_sparsity: float | None = None, **settings: Any
 ) -> PruneResult: ...
 def prune(  # noqa: PLR0913  # the front door: its settings are flat
-    model: PreTrainedModel,
+    model: Any,
     train_dataset: Any = None,
     *,
     target_sparsity: float | Sequence[float] | None = None,
     target_model_sparsity: float | None = None,
     target_macs: float | None = None,
+    target_file_mb: float | None = None,
     target_speedup: float | None = None,
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
     output_dir: str | Path | None = None,
     resume: Resume = False,
     callbacks: Sequence[Callback] = (),
+    keep_width: bool = False,
     **settings: Any,
 ) -> PruneResult | SweepResult:
     """Prune an encoder to a target, in place: weights are trained and the final masks stay attached.
@@ -73,70 +88,106 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
     an earlier run left, prune `cofiprune.compact(model)`.
 
-    :param model: any transformers encoder with an adapter, with any head.
-    :param train_dataset: a torch or `datasets` Dataset, a list of dicts, or a DataLoader; None for one shot
-        without data.
+    :param model: any transformers encoder with an adapter, with any head; or a `SentenceTransformer` or `CrossEncoder`
+        around one, which then is what the result holds, and what its `compact()` returns.
+    :param train_dataset: rows as dicts, of text (with a `tokenizer`) or of tokens: a list, a torch or `datasets`
+        Dataset, the name of a file; or a DataLoader. None for one shot without data. For an object of
+        sentence-transformers, strings or pairs of them will do.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
     :param target_model_sparsity: the same of every parameter of the model, embedding tables included.
     :param target_macs: multiply-accumulates of the model that may be left, for one example of
         `target_seq_len` tokens, as `summary` counts them; met within 0.005 of the dense model's.
+    :param target_file_mb: MB (10^6 bytes) that the compacted model's `model.safetensors` may have in
+        `target_file_dtype`, embedding tables included; it ends within 2 % of that, and never above.
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
         methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
     :param eval_dataset: evaluated every `eval_steps` and at the end.
+    :param tokenizer: the model's, for rows of text. Columns are known by the names that GLUE, SQuAD, CoNLL and the like
+        give them: a text, a pair, words with a label each, a question with its passage and answers.
+    :param text_column: the text, or the first one of a pair, by another name; `text_pair_column` the second one.
+    :param label_column: the label by another name: the name of a class of the model's, its number, or a number.
+    :param label_names: the classes in the order of their ids, for a model whose configuration does not name them.
+    :param max_length: tokens after which a text is cut; 128 by default, 384 with passages.
     :param compute_metrics: takes a `transformers.EvalPrediction`, returns figures by name.
     :param output_dir: where checkpoints and the plan go.
     :param resume: True to go on from the newest checkpoint in `output_dir`, "auto" to do so where there is one and to
         start afresh where there is none.
     :param callbacks: functions that are called with each entry of the history.
+    :param keep_width: of a `SentenceTransformer`: where hidden dimensions go, append a `Dense` module that maps the
+        vectors back to the teacher's, fitted on the training texts, so that an index of the teacher's stays valid.
     :param settings: fields of `PruneConfig`, on top of `config`.
     :raises CofipruneError: for wrong arguments, before anything is changed.
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
+        check_names(settings, PruneConfig.model_fields, prune)
         config = PruneConfig.create(config, **settings)
-        name, asked = parse_target(
-            {
-                "target_sparsity": target_sparsity,
-                "target_model_sparsity": target_model_sparsity,
-                "target_macs": target_macs,
-                "target_speedup": target_speedup,
-                "target_latency_ms": target_latency_ms,
-            }
-        )
-        if isinstance(asked, list) and config.uniform:
-            raise SettingsError(
-                "uniform=True takes one target: what it leaves is another model, not a part of this one"
-            )
-        structure = structure_of(model)
-        check_weights(model)
-        config = _for_model(config, model, structure, has_data=train_dataset is not None)
-        if teacher is None and train_dataset is not None and config.teaches_itself:
-            teacher = "self"
-        values = asked if isinstance(asked, list) else [asked]
-        targets = [target_for(model, structure, config, name, value) for value in values]
-        _check_reachable(structure, targets, config, on_data=train_dataset is not None)
-        taught = resolve_teacher(teacher, model, of_dense=True)
+        name, asked = parse_target({
+            "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
+            "target_macs": target_macs, "target_file_mb": target_file_mb,
+            "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
+        })  # fmt: skip
+        whole, has_data = Whole.of(model), train_dataset is not None
+        structure, config, targets = _checked(whole, config, name, asked, has_data=has_data, keep_width=keep_width)
+        teacher = _teaching(teacher, config, whole, keep_width=keep_width) if has_data else teacher
+        taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
         run = Run(
-            model, structure, config, targets[0], taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+            whole.model, structure, config, targets[0], taught, teacher == "self",
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
-            return sweep(run, targets, _prune) if isinstance(asked, list) else _prune(run)
+            if isinstance(asked, list):
+                return sweep(run, targets, _prune).around(whole)
+            return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 
-def _check_reachable(structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool) -> None:
+def _teaching(teacher: TeacherArgument, config: PruneConfig, whole: Whole, *, keep_width: bool) -> TeacherArgument:
+    """Return the teacher of a run with data: the model as it comes, where there is none and labels are not enough."""
+    alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
+    return "self" if teacher is None and alone else teacher
+
+
+def _checked(
+    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, has_data: bool, keep_width: bool
+) -> tuple[Structure, PruneConfig, list[Target]]:
+    """Check the method and the targets against the model.
+
+    :param name: of the argument that asks for the targets.
+    """
+    if isinstance(asked, list) and config.uniform:
+        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
+    model = whole.model
+    if keep_width:
+        check_keep_width(whole, asked, has_data=has_data)
+    structure = structure_of(model)
+    check_weights(model)
+    config = _for_model(config, model, structure, has_data=has_data)
+    values = asked if isinstance(asked, list) else [asked]
+    targets = [target_for(model, structure, config, name, value) for value in values]
+    _check_reachable(whole, structure, targets, config, on_data=has_data)
+    return structure, config, targets
+
+
+def _check_reachable(
+    whole: Whole, structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool
+) -> None:
     """Make sure that the structure allows every target, with the kinds of units that may go.
 
-    :raises CofipruneError: for kinds that the model does not have, and targets that are out of reach.
+    :raises CofipruneError: for kinds that the model does not have, targets that are out of reach, and kinds that
+        something behind the model needs.
     """
     structure.select(config.one_shot_units)
     one_shot = on_data and config.decides_in_one_shot
     units = config.one_shot_units or config.units if one_shot else config.units
+    if any(group.kind == "hidden" for group in structure.select(units)) and not (one_shot and units is None):
+        whole.check_width()
     for target in targets:
         (check_one_shot if one_shot else check_target)(structure, target, units)
 
@@ -150,6 +201,15 @@ def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure
     if config.units is None and config.decides_in_one_shot:
         units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
     return PruneConfig.create(config, units=units)
+
+
+def _prune_whole(run: Run, whole: Whole, teacher: Any, *, keep_width: bool) -> PruneResult:
+    """Prune the model inside of what was passed in, and give that back."""
+    result = _prune(run)
+    if keep_width:
+        widen(whole, whole.like(teacher, run.teacher), run.calibration)
+    result.model = whole.owner
+    return result
 
 
 def _prune(run: Run) -> PruneResult:
@@ -166,7 +226,7 @@ def _prune(run: Run) -> PruneResult:
     if config.method == "auto":
         pick_method(run, target)
     prune_with_data(run, target)
-    return run.result()
+    return finished(run)
 
 
 def _prune_data_free(run: Run, target: Target) -> PruneResult:
@@ -188,6 +248,8 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
+    scores = {} if evaluate is None else evaluate(model)
+    dense = Subject(compacted(model, run.structure, Plan.from_values(run.structure, {})), run.structure, scores)
     plan = prune_data_free(
         model, run.structure, target,
         teacher=teacher, units=settings.units, seed=settings.seed, reconstruct=settings.repair is not False,
@@ -205,17 +267,26 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
+    small = Subject(compacted(model, run.structure, plan), run.structure.cut(plan.kept), result.metrics)
+    size, length = settings.target_batch_size, settings.target_seq_len
+    result.dense, result.pruned = figures_of(dense, small, batch_size=size, seq_len=length)
     if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result
 
 
 def finetune(  # noqa: PLR0913  # like prune
-    model: PreTrainedModel,
+    model: Any,
     train_dataset: Any,
     *,
     teacher: TeacherArgument = None,
     eval_dataset: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     config: PruneConfig | None = None,
@@ -233,18 +304,24 @@ def finetune(  # noqa: PLR0913  # like prune
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
     with torch.inference_mode(False):
+        check_taken("finetune", settings, FINETUNE, function=finetune)
         config = PruneConfig.for_finetune(config, **settings)
-        structure = structure_of(model)
-        check_weights(model)
-        check_trainable(model, gated=False)
-        taught = resolve_teacher(teacher, model)
+        whole = Whole.of(model)
+        structure = structure_of(whole.model)
+        check_weights(whole.model)
+        check_trainable(whole.model, gated=False)
+        taught = resolve_teacher(inside(teacher), whole.model)
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
+        reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
         run = Run(
-            model, structure, config, None, taught, teacher == "self",
-            train_dataset, eval_dataset, data_collator, compute_metrics, output_dir, callbacks, resume,
+            whole.model, structure, config, None, taught, teacher == "self",
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             run.prepare()
             train(run)
-            return run.result()
+            result = finished(run)
+        result.model = whole.owner
+        return result.of(tokenizer, train_dataset)

@@ -48,7 +48,6 @@ from cofiprune.training.learner import GateLearner
 from cofiprune.training.objective import Objective
 from cofiprune.training.processes import noticing, together
 from cofiprune.training.resolved import Facts, ResolvedSettings, resolve, unit_kinds
-from cofiprune.training.result import PruneResult, metrics_of, reached
 from cofiprune.training.state import RunState
 
 if TYPE_CHECKING:
@@ -327,24 +326,3 @@ class Run:
         with together():
             for callback in self.callbacks if self.accelerator.is_main_process else ():
                 callback(dict(entry))
-
-    def result(self) -> PruneResult:
-        """Return what came of the run, and save its plan."""
-        state, masks, target = self.state, masks_of(self.model), self.target
-        if self.folder is not None and self.accelerator.is_main_process:
-            self.plan.save(self.folder / "plan.json")
-        best = None if state.best is None else state.best["step"]
-        return PruneResult(
-            self.model,
-            self.plan,
-            0.0 if masks is None else masks.sparsity(),
-            0.0 if masks is None else masks.model_sparsity(),
-            metrics_of(state.history, best),
-            state.history,
-            state.seconds,
-            best,
-            "" if target is None else self.settings.method,
-            self.reason,
-            None if target is None else reached(target, self.model, self.structure, self.plan),
-            settings=self.settings,
-        )

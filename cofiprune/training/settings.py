@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from cofiprune.errors import SettingsError, suggest
+from cofiprune.errors import SettingsError, arguments_of, suggest
 from cofiprune.structure import UNIT_KINDS, UnitKind
 
 
@@ -35,8 +35,13 @@ TRAINER_NAMES = {
     "save_steps": "checkpoint_steps",
     "load_best_model_at_end": "metric_for_best_model",
     "disable_tqdm": "progress",
+    "processing_class": "tokenizer",
+    "model_max_length": "max_length",
+    "max_seq_length": "max_length",
+    "teacher_model": "teacher",
+    "sparsity": "target_sparsity",
 }
-"""Settings by the names that the Trainer, or habit, gives them."""
+"""Settings and arguments by the names that the Trainer, or habit, gives them."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])\s*")
 
@@ -277,6 +282,9 @@ class TargetSettings(Settings):
     target_seq_len: Count = 128
     """Sequence length at which operations are counted and time is measured: tokens, or frames of audio. An image
     has the length that it has."""
+    target_file_dtype: Literal["model", "float32", "float16", "bfloat16"] = "model"
+    """Precision in which the file of `target_file_mb` will be saved; "model" for that of the model's weights, as
+    `save_pretrained` writes them."""
     target_batch_size: Count = 1
     """Batch size at which time is measured, for `target_speedup` and `target_latency_ms`."""
     latency_cache: Annotated[str, BeforeValidator(_as_text)] | None = None
@@ -284,16 +292,19 @@ class TargetSettings(Settings):
     cache."""
 
 
-def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+def check_names(names: Iterable[str], known: Iterable[str], function: Callable[..., Any] | None = None) -> None:
     """Make sure that settings of these names exist.
 
+    :param function: that takes them beside its own arguments, which may be meant too.
     :raises SettingsError: for an unknown name, with the near misses.
     """
-    known = sorted(known)
+    known = {*known, *(arguments_of(function) if function is not None else ())}
     for name in names:
         if name not in known:
-            near = f" Did you mean {TRAINER_NAMES[name]!r}?" if name in TRAINER_NAMES else suggest(name, known)
-            raise SettingsError(f"unknown setting {name!r}.{near} Settings: {', '.join(known)}")
+            meant = TRAINER_NAMES.get(name)
+            near = f" Did you mean {meant!r}?" if meant in known else suggest(name, sorted(known))
+            listed = "" if near else f" Settings: {', '.join(sorted(known))}"
+            raise SettingsError(f"unknown setting {name!r}.{near}{listed}")
 
 
 def _in_one_line(error: ValidationError) -> str:

@@ -32,6 +32,7 @@ from cofiprune.training.environment import check_output_dir, metric_name
 from cofiprune.training.identity import check_same, digest_of_rows, identity
 from cofiprune.training.result import PruneResult
 from cofiprune.training.run import Run
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,6 +81,14 @@ class SweepResult(Report, Sequence[SweepPoint]):
 
     def __iter__(self) -> Iterator[SweepPoint]:
         return iter(self.points)
+
+    def around(self, whole: Whole) -> SweepResult:
+        """Return the same with the models in copies of an object of sentence-transformers."""
+        points = (
+            replace(point, model=whole.around(point.model, hidden=point.plan.keep.get("hidden", ())))
+            for point in self.points
+        )
+        return replace(self, points=tuple(points))
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cofiprune.errors import DataError, SettingsError
+from cofiprune.errors import DataError, SettingsError, names_checked
 from cofiprune.hooks import reading
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, entries_table, rich_table, share
-from cofiprune.vocabulary.tables import batch_of, ids_of_config, output_tables, outputs_alike, with_fewer_rows
+from cofiprune.vocabulary.tables import batch_of, ids_of_config, output_tables, outputs_apart, with_fewer_rows
 from cofiprune.vocabulary.tokens import TokenizerFile, check_files, most_used, plain, with_fewer_tokens
+from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,7 +50,7 @@ first."""
 class VocabularyResult(Report):
     """A model and its tokenizer with fewer tokens."""
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: Any
     kept: tuple[int, ...]
     """The old ids in the new order."""
@@ -63,7 +64,7 @@ class VocabularyResult(Report):
 
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer as `save_pretrained` does."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(str(folder))  # a text for sentence-transformers
         self.tokenizer.save_pretrained(folder)
 
     def __rich__(self) -> RenderableType:
@@ -80,10 +81,11 @@ class VocabularyResult(Report):
         return Group("VocabularyResult", entries_table(rows), rich_table(header, curve))
 
 
+@names_checked
 def prune_vocabulary(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    texts: Iterable[Text],
+    model: Any,
+    tokenizer: Any = None,
+    texts: Iterable[Text] = (),
     *,
     min_count: int = 1,
     target_size: int | None = None,
@@ -92,12 +94,12 @@ def prune_vocabulary(
 ) -> VocabularyResult:
     """Return a model and a tokenizer that know the tokens which texts use, and no others.
 
-    Every text whose tokens are kept is segmented as before, and the model computes the same for it, to the bit. That is
+    Every text whose tokens are kept is segmented as before, and the model computes the same for it. That is
     checked each time. Special and added tokens, the letters of what is kept and the bytes of byte-level tokenizers stay
     in any case, so that every text can still be encoded.
 
-    :param model: dense or compacted, without masks; it stays as it is.
-    :param tokenizer: its fast tokenizer; it stays as it is.
+    :param model: dense or compacted, without masks, or an object of sentence-transformers around one; it stays.
+    :param tokenizer: its fast tokenizer, which stays as it is; not needed where the object has it.
     :param texts: any iterable of strings, or of pairs of them, such as a stream; read once where it is an iterator.
     :param min_count: least number of times that a token must be used.
     :param target_size: tokens to keep at most, the most used first; instead of `min_count`.
@@ -105,9 +107,15 @@ def prune_vocabulary(
     :raises SettingsError: for a target below what has to stay, or a model under masks.
     :raises DataError: for a tokenizer that is slow or of another model, and for texts that use nothing.
     """
-    file, rows = _checked(model, tokenizer, min_count, target_size)
     if isinstance(keep, str):
         raise SettingsError(f"keep takes a list of tokens or texts, not one text: [{keep!r}]")
+    whole = Whole.of(model)
+    if whole.kind is not None:
+        if isinstance(tokenizer, Sequence):  # texts in the second place
+            tokenizer, texts = None, tokenizer
+        whole.check_tokens(tokenizer)
+        model, tokenizer, keep = whole.model, whole.tokenizer, [*keep, *whole.prompts.values()]
+    file, rows = _checked(model, tokenizer, min_count, target_size)
     backend = plain(tokenizer)
     asked = [number for text in keep for number in (*backend.encode(text).ids, backend.token_to_id(text))]
     always = _always(model, tokenizer, file) | {number for number in asked if number is not None}
@@ -115,8 +123,8 @@ def prune_vocabulary(
     if not set(seen.counts) - set(tokenizer.all_special_ids):
         raise DataError("texts: none uses any token; give texts like those that the model will read")
     for every_way in (False, True):
-        whole = file.needed_for(always, every_way=every_way)
-        kept = _chosen(file, seen.counts, whole, min_count, target_size, every_way=every_way)
+        needed = file.needed_for(always, every_way=every_way)
+        kept = _chosen(file, seen.counts, needed, min_count, target_size, every_way=every_way)
         pruned = with_fewer_tokens(tokenizer, file, kept)
         # Texts that lie in memory are all compared, those of a stream by a sample.
         compared = _Compared.of(backend, plain(pruned), texts if isinstance(texts, Sequence) else seen.sample, kept)
@@ -129,7 +137,8 @@ def prune_vocabulary(
         )
     small = with_fewer_rows(model, kept)
     proof = _proof(model, small, tokenizer, pruned, kept, compared, seen.number)
-    return VocabularyResult(small, pruned, tuple(kept), rows, _coverage(file, seen, whole), proof)
+    small = whole.around(small, tokenizer=pruned)
+    return VocabularyResult(small, pruned, tuple(kept), rows, _coverage(file, seen, needed), proof)
 
 
 def _checked(
@@ -164,14 +173,14 @@ def _checked(
             f"the model's table has {spare:,} rows more than the tokenizer has tokens ({file.size:,}): is it the "
             "tokenizer of this model?",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if output_tables(model):
         warnings.warn(
             f"{type(model).__name__} predicts tokens: its outputs are numbered as the new tokenizer's tokens. What "
             "reads them by the old numbers, such as a sparse index, no longer fits",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return file, table.num_embeddings
 
@@ -315,7 +324,8 @@ def _proof(
     :raises DataError: for what does not hold.
     """
     with reading(model, small):
-        if not outputs_alike(model, small, batch_of(compared.whole, model, kept, tokenizer.mask_token_id), kept):
+        apart = outputs_apart(model, small, batch_of(compared.whole, model, kept, tokenizer.mask_token_id), kept)
+        if apart is None:
             raise DataError("the model with fewer tokens computes something else; its family counts by token ids")
     draw = random.Random(0)
     strings = ["".join(chr(draw.choice(_PLANES) + draw.randrange(256)) for _ in range(12)) for _ in range(_STRINGS)]
@@ -325,9 +335,10 @@ def _proof(
         raise DataError("the pruned tokenizer gives ids that the table does not have")
     check_files(small.config, tokenizer, pruned, strings, wanted)
     of_all = "all" if number == compared.number else f"a sample of {compared.number:,} of"
+    exactly = f"within rounding ({apart:.1g})" if apart else "to the bit"
     return {
         "texts alike": f"{share(compared.alike / compared.number)} of {of_all} {number:,} texts have the same tokens",
-        "outputs": f"equal to the bit for {len(compared.whole)} texts and tokens at random",
+        "outputs": f"equal {exactly} for {len(compared.whole)} texts and tokens at random",
         "any string": f"{_STRINGS:,} random strings and 256 single characters are encoded",
         "files": "saved, and loaded again by tokenizers alone and by transformers: the same ids and special tokens",
     }

@@ -92,6 +92,8 @@ def mistake(capsys: Capsys, *arguments: str | Path, code: int = 2) -> str:
 def test_every_command_explains_itself(command: str, capsys: Capsys) -> None:
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
+    assert f"example:\n  cofiprune {command} " in shown
+    assert "--json" in shown
     assert shown.startswith(f"usage: cofiprune {command}")
     assert "%%" not in shown
 
@@ -130,6 +132,65 @@ def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(pruned: Path
     assert result["history"]
     assert 0 <= result["metrics"]["eval_accuracy"] <= 1
     assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_prune_tells_what_was_before_and_what_comes_next(pruned: Path, place: Path, capsys: Capsys) -> None:
+    names = {file.name for file in pruned.iterdir()}
+    assert {"report.html", "README.md", "result.json", "plan.json", "model.safetensors"} <= names
+    assert not [name for name in names if name.startswith("checkpoint-")]
+    told = json.loads((pruned / "result.json").read_text())
+    assert told["dense"]["metrics"].keys() == told["pruned"]["metrics"].keys()
+    assert "cofiprune prune" in (pruned / "report.html").read_text()
+    arguments = ("--train-file", place / "train.csv", "--validation-file", place / "dev.tsv", "--output-dir", pruned)
+    assert "finished model" in mistake(capsys, "prune", place / "dense", *arguments)
+    short = ("--target-sparsity", "0.4", "--method", "one-shot", "--no-progress", "--overwrite", "--keep-checkpoints")
+    out = place / "again"
+    assert cli.main(["prune", str(place / "dense"), *map(str, arguments[:-1]), str(out), *short]) == 0
+    shown = capsys.readouterr().out
+    for word in ("dense", "pruned", "accuracy", "model.safetensors", "next: cofiprune evaluate", "cofiprune benchmark"):
+        assert word in shown
+    assert max(map(len, shown.partition("saved in")[0].splitlines())) <= 80
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(place: Path, tmp_path: Path, capsys: Capsys) -> None:
+    files = (
+        "--train-file",
+        str(place / "train.csv"),
+        "--output-dir",
+        str(tmp_path / "none"),
+        "--dry-run",
+        "--epochs=2",
+    )
+    for command in ("prune", "finetune"):
+        assert cli.main([command, str(place / "dense"), *files, "--batch-size", "8", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["training_rows"] == len(REVIEWS)
+        assert f"{-(-len(REVIEWS) // 8)} an epoch" in told["steps"]
+        assert "would be made" in told["output_dir"]
+        assert not (tmp_path / "none").exists()
+    assert cli.main(["prune", str(place / "dense"), *files]) == 0
+    assert "nothing was done" in capsys.readouterr().out
+    assert "cannot be reached" in mistake(capsys, "prune", place / "dense", *files, "--units", "head")
+
+
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+def test_a_file_gives_options_and_what_is_typed_goes_on_top(
+    ending: str, place: Path, pruned: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    given = {"model": str(place / "dense"), "train_file": str(place / "train.csv"), "target-sparsity": 0.3,
+             "units": ["head", "intermediate"], "progress": False, "learning_rate": None, "batch_size": 4}  # fmt: skip
+    file = tmp_path / f"run.{ending}"
+    file.write_text(json.dumps(given))  # which is YAML too
+    more = ("--output-dir", str(tmp_path / "out"), "--dry-run", "--json")
+    assert cli.main(["prune", "--config", str(file), "--target-sparsity=0.4", *more]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["target"], told["batch_size"]) == ("target_sparsity 0.4", 4)
+    again = ("--train-file", str(place / "train.csv"), *more, "--config", str(pruned / "result.json"))
+    assert cli.main(["prune", str(place / "dense"), *again]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["batch_size"] == 8
+    file.write_text(json.dumps({"epoch": 3}))
+    assert "Did you mean 'epochs'" in mistake(capsys, "prune", place / "dense", "--config", file, *more)
+    assert "cannot be read" in mistake(capsys, "prune", place / "dense", "--config", tmp_path / "no.json", *more)
 
 
 def test_finetune_goes_on_from_a_compacted_model(pruned: Path, place: Path, tmp_path: Path, capsys: Capsys) -> None:
@@ -215,14 +276,15 @@ def test_vocabulary_keeps_what_texts_use(place: Path, pruned: Path, tmp_path: Pa
     assert "no column 'sentense' with texts. Did you mean 'sentence'?" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
-def test_export_gives_the_same_answers_as_torch(pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_export_gives_the_same_answers_as_torch(place: Path, pruned: Path, tmp_path: Path, capsys: Capsys) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert cli.main(["export", str(pruned), str(tmp_path), "--format", "onnx"]) == 0
-    shown = capsys.readouterr().out
-    assert float(shown.split("largest difference from torch: ")[1]) < 1e-5
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    rows = ("--file", str(place / "dev.tsv"))
+    assert cli.main(["export", str(pruned), str(tmp_path), "--format", "onnx", *rows]) == 0
+    shown = re.search(r"onnx/model.onnx +[0-9.]+ +(\S+) +(\S+) +1.0000$", capsys.readouterr().out, re.MULTILINE)
+    assert shown is not None
+    assert float(shown[1]) < 1e-5
+    session = runtime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert {entry.name for entry in session.get_inputs()} == {"input_ids", "attention_mask", "token_type_ids"}
     assert all(entry.shape == ["batch", "sequence"] for entry in session.get_inputs())
     assert (tmp_path / "tokenizer.json").exists()
@@ -231,8 +293,8 @@ def test_export_gives_the_same_answers_as_torch(pruned: Path, tmp_path: Path, ca
 def test_export_says_what_it_needs(
     place: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cofiprune.cli.export.find_spec", lambda name: None)
-    assert "pip install onnx onnxscript" in mistake(capsys, "export", place / "dense", tmp_path / "m.onnx")
+    monkeypatch.setattr(sys.modules["cofiprune.export.write"], "find_spec", lambda name: None)
+    assert "pip install 'cofiprune[export]'" in mistake(capsys, "export", place / "dense", tmp_path / "m.onnx")
 
 
 @pytest.mark.filterwarnings("default")
@@ -333,6 +395,8 @@ def test_evaluate_reads_the_data_of_other_tasks(
         ("convert dense out", "pytorch_model.bin"),
         ("convert nowhere out", "no directory nowhere"),
         ("export dense out --format tflite", "unknown format 'tflite'"),
+        ("export dense dense", "would be overwritten"),
+        ("export dense out --file nowhere.tsv", "nowhere.tsv"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -369,17 +433,21 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.stderr == "cofiprune: error: there is no directory nowhere/\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["benchmark", "nowhere/", "--rums", "3"]])
-def test_arguments_are_understood_before_anything_heavy_is_imported(arguments: list[str]) -> None:
-    # The package itself imports transformers, to register the loader of its models; the command line adds nothing.
-    program = f"""if True:
-        import sys, types
-        package = types.ModuleType("cofiprune")
-        package.__path__, package.__version__ = {list(cofiprune.__path__)!r}, "0"
-        sys.modules["cofiprune"] = package
-        from cofiprune.cli import main
-        main({arguments!r})
-        print("heavy:", sorted({{"torch", "transformers", "accelerate", "rich"}} & set(sys.modules)))
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["prune", "--help"], 0), (["benchmark", "nowhere/", "--rums", "3"], 2), (["prun"], 2)],
+)
+def test_arguments_are_understood_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
+    program = "import runpy, sys, time; sys.argv = ['-m', *sys.argv[1:]]; sys.orig_argv = ['', '-m', 'cofiprune']\n"
+    program += """if True:
+        import atexit
+        heavy = {"torch", "transformers", "accelerate", "rich"}
+        atexit.register(lambda: print("heavy:", sorted(heavy & set(sys.modules)), time.process_time()))
+        runpy.run_module("cofiprune", run_name="__main__")
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
-    assert done.stdout.endswith("heavy: []\n")
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == code, done.stderr
+    heavy, seconds = done.stdout.splitlines()[-1].removeprefix("heavy: ").rsplit(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < 1, "seconds of processor time, of which a quiet machine needs a quarter"

@@ -18,6 +18,7 @@ import ast
 import copy
 import json
 import re
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,11 @@ TINY = {
     "batch_size=(1, 32)": "batch_size=(1,), runs=2",
 }
 STAND_INS: dict[str, dict[str, str]] = {
+    "README.md": {
+        '"distilbert/distilbert-base-uncased-finetuned-sst-2-english"': '"hub"',
+        'load_dataset("stanfordnlp/sst2")': 'load_dataset("json", data_files={"train": "sst2", "validation": "sst2"})',
+        "range(2000)": "range(48)",
+    },
     "docs/how-to/add-an-adapter.md": EXAMPLES,
     "docs/tutorial.md": {**EXAMPLES, **TINY, "epochs=3": "epochs=1", "epochs=2": "epochs=1"},
     "examples/notebooks/quickstart.ipynb": {**TINY, 'sys.path.insert(0, "..")': next(iter(EXAMPLES.values()))},
@@ -165,6 +171,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory, without a network, for the pages."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small_model().save_pretrained("hub")
+    small_tokenizer().save_pretrained("hub")
+    rows = [
+        {"idx": n, "sentence": f"the film is {GOOD[n % 3] if n % 2 else 'dull'}", "label": n % 2} for n in range(64)
+    ]
+    Path("sst2").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.syspath_prepend(str(tmp_path))
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
@@ -231,6 +243,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [*WITH_LINKS, *NOTEBOOKS], ids=ids([*WITH_LINKS, *NOTEBOOKS]))
 def test_a_page_names_no_path_of_one_machine(page: Path) -> None:
     assert not LOCAL_PATH.search(page.read_text(encoding="utf-8"))
+
+
+def test_the_packages_that_the_examples_need_are_installed_from_the_checkout() -> None:
+    page = (DOCS / "how-to" / "run-the-examples.md").read_text(encoding="utf-8")
+    (extra,) = re.findall(r'^pip install "\.\[(\w+)\]"$', page, re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extra in project["optional-dependencies"]
 
 
 def test_the_site_shows_every_page() -> None:

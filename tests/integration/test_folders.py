@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -171,10 +172,12 @@ def test_modules_are_fetched_from_the_hub(tmp_path, texts, monkeypatch):
     assert not any(pattern.endswith(".safetensors") for pattern in asked[0][1])
 
 
-def test_an_export_has_them_too(tmp_path):
+def test_an_export_has_them_too(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
+    monkeypatch.setattr("cofiprune.cli.export.find_spec", lambda name: None)
     source, out = sentence_folder(tmp_path / "source", "Pooling", "Dense"), tmp_path / "out"
     assert cli.main(["export", str(source), str(out)]) == 0
+    assert "no output sentence_embedding" in capsys.readouterr().err
     for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
@@ -201,3 +204,45 @@ def test_sentence_transformers_reads_what_is_written(tmp_path, texts):
     assert small.prompts == dense.prompts
     assert small.max_seq_length == dense.max_seq_length == 12
     assert small.encode("a b").shape[-1] == cofiprune.structure(small[0].auto_model)["hidden"].size < WIDTH
+
+
+@pytest.mark.slow  # likewise
+def test_an_export_gives_the_embedding_of_sentence_transformers(tmp_path):
+    library, runtime = (pytest.importorskip(name) for name in ("sentence_transformers", "onnxruntime"))
+    source, out = sentence_folder(tmp_path / "source", "Pooling", "Normalize"), tmp_path / "out"
+    assert cli.main(["export", str(source), str(out)]) == 0
+    session = runtime.InferenceSession(str(out / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state", "sentence_embedding"]
+    texts = ["a b c", "d"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    rows = tokenizer(texts, padding=True, return_tensors="np")
+    (found,) = session.run(["sentence_embedding"], dict(rows.items()))
+    expected = library.SentenceTransformer(str(source), device="cpu").encode(texts, prompt="")
+    assert abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.slow  # likewise
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder"])
+def test_an_object_of_sentence_transformers_is_exported(tmp_path, kind):
+    library, runtime = (pytest.importorskip(name) for name in ("sentence_transformers", "onnxruntime"))
+    if kind == "CrossEncoder":
+        cls, modules, names = "BertForSequenceClassification", (), ["logits"]
+        rows = [{"text": "a b c", "text_pair": "d"}, {"text": "d", "text_pair": "e f"}]
+    else:
+        cls, modules, names = "BertModel", ("Pooling", "Dense"), ["last_hidden_state", "sentence_embedding"]
+        rows = ["a b c", "d"]
+    source = sentence_folder(tmp_path / "source", *modules, cls=cls)
+    if modules:
+        dense = torch.nn.Linear(WIDTH, 5, bias=False)
+        safetensors.torch.save_file({"linear.weight": dense.weight}, source / "2_Dense" / "model.safetensors")
+    else:
+        (source / "modules.json").unlink()
+    model = getattr(library, kind)(str(source), device="cpu")
+    report = cofiprune.export(model, tmp_path / "out", dataset=rows)
+    assert report.rows == 2
+    assert report.difference["onnx/model.onnx"] < 1e-5
+    session = runtime.InferenceSession(str(tmp_path / "out/onnx/model.onnx"), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_outputs()] == names
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").exists() == bool(modules)

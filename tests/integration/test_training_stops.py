@@ -254,7 +254,7 @@ def test_a_rate_that_is_far_too_high_is_an_error_and_not_a_ruined_model(toy, sav
     settings = {"learning_rate": 1e30, "checkpoint_steps": 1, "batch_size": 8, "epochs": 4, "progress": False}
     with pytest.raises(TrainingError) as caught:
         cofiprune.finetune(student, toy.rows(ROWS), **settings, **({"output_dir": tmp_path} if saved else {}))
-    assert all(word in str(caught.value) for word in ("step", "'recover'", "learning_rate"))
+    assert all(word in str(caught.value) for word in ("step", "'finetune'", "learning_rate"))
     assert ("last good checkpoint" in str(caught.value)) == saved
     assert toy.is_unchanged(student, before)
 

@@ -11,8 +11,10 @@ exception) or *silent* (something else was read, without a word).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import random
@@ -28,12 +30,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import cofiprune
 from cofiprune.cofi_checkpoint import load_cofi_checkpoint
 from cofiprune.errors import CofipruneError
 from cofiprune.latency.table import Conditions, LatencyTable
+from cofiprune.training.checkpoint import begun_with, note_stop
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import test_cofi_checkpoint as originals
@@ -251,6 +254,8 @@ def run_subjects(place: Path) -> Iterator[Subject]:
     newest = max((place / "run").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     for name in ("state.pt", "meta.json", "rng-0.pt"):
         yield Subject(f"checkpoint's {name}", newest / name, resumed)
+    yield Subject("run's choice.json", choice(place / "auto"), functools.partial(chosen, place / "auto"))
+    yield Subject("run's stopped.json", noted(place / "stopped"), lambda file: begun_with(file.parent, "left"))
 
     levels = {**common, "target_sparsity": [0.3, 0.5]}
     cofiprune.prune(model_of(), rows(), output_dir=place / "sweep", **levels)
@@ -277,6 +282,55 @@ def run_subjects(place: Path) -> Iterator[Subject]:
     done = sorted((place / "sweep").glob("sparsity-*"))[-1]
     for file in (place / "sweep" / "sweep.json", done / "point.json", done / "plan.json", done / "model.safetensors"):
         yield Subject(f"sweep's {file.name}", file, swept)
+
+
+def choice(folder: Path) -> Path:
+    """The file in which a run keeps what it picked."""
+    chosen(folder, folder / "choice.json", resume=False)
+    return folder / "choice.json"
+
+
+def chosen(folder: Path, file: Path, resume: bool = True) -> Any:
+    """Let a run go on by what it picked."""
+    with tempfile.TemporaryDirectory() as other:
+        if resume:
+            shutil.copytree(folder, other, dirs_exist_ok=True)
+        settings = {"batch_size": 8, "progress": False, "checkpoint_steps": 1, "target_sparsity": 0.5, "epochs": 2}
+        place = other if resume else folder
+        result = cofiprune.prune(model_of(), rows(), method="auto", resume=resume, output_dir=place, **settings)
+        return outputs_of(result.model)
+
+
+def noted(folder: Path) -> Path:
+    """The file of a run that was stopped."""
+    folder.mkdir()
+    note_stop(folder, "begun", "left")
+    return folder / "stopped.json"
+
+
+def callback_subjects(place: Path) -> Iterator[Subject]:
+    """Files that the callback writes into the Trainer's checkpoints."""
+    batches = [{"input_ids": IDS[index % 2], "labels": torch.tensor(index % 2)} for index in range(16)]
+
+    def trained(folder: Path, checkpoint: Path | None = None) -> Any:
+        model, watching = model_of(), cofiprune.PruningCallback(target_sparsity=0.5)
+        settings = {"num_train_epochs": 3, "save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+        arguments = TrainingArguments(str(folder), logging_strategy="no", **settings)
+        trainer = Trainer(model, arguments, train_dataset=batches, callbacks=[watching])
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return watching.result.plan.to_dict(), outputs_of(model)
+
+    trained(place / "trainer")
+    newest = place / "trainer" / "checkpoint-4"
+
+    def resumed(file: Path) -> Any:
+        with tempfile.TemporaryDirectory() as other:
+            shutil.copytree(newest, Path(other, newest.name))
+            return trained(Path(other), Path(other, newest.name))
+
+    for name in ("state.pt", "meta.json"):
+        yield Subject(f"callback's {name}", newest / "cofiprune" / name, resumed)
 
 
 def latency_subject(place: Path) -> Subject:
@@ -310,6 +364,7 @@ def subjects(place: Path) -> Iterator[Subject]:
     yield from record_subjects(place)
     yield from original_subjects(place)
     yield from run_subjects(place)
+    yield from callback_subjects(place)
 
 
 SHARES = {"plan": 10, "latency table": 6, "record of a small model": 4, "record of a derived model": 4}

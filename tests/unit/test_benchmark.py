@@ -38,10 +38,10 @@ def test_side_by_side_with_the_ideal():
         cost = [summary(one, seq_len=row.seq_len).macs for one in (model, small)]
         assert row.ideal_speedup == cost[0] / cost[1]
     text = str(report)
-    assert ", against BertForSequenceClassification (1.82 k parameters)" in text.splitlines()[0]
-    assert text.splitlines()[1] == "milliseconds per batch on cpu, 1 thread, float32"
-    assert len(text.splitlines()) == 9
-    assert max(map(len, text.splitlines())) <= 110
+    assert text.splitlines()[1] == "against BertForSequenceClassification (1.82 k parameters)"
+    assert text.splitlines()[2] == "milliseconds per batch on cpu, 1 thread, float32"
+    assert text.count("baseline") == len(report.rows)
+    assert max(map(len, text.splitlines())) <= 80
     stored = json.loads(json.dumps(report.to_dict()))
     assert stored["rows"][0]["speedup"] == report.rows[0].speedup
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer, TrainingArguments, pipeline
 from transformers.quantizers import auto as auto_quantizers
 from transformers.quantizers.base import HfQuantizer
@@ -49,7 +50,11 @@ def test_a_directory_holds_a_configuration_and_safetensors(
 ) -> None:
     small = pruned("BertForSequenceClassification")
     small.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "modeling_bert_compacted.py",
+    }
     config = json.loads((tmp_path / "config.json").read_text())
     # The configuration of the original, which says how long a head is, and beside it the sizes that are there.
     assert (config["hidden_size"], config["num_attention_heads"], config["architectures"]) == (
@@ -343,3 +348,17 @@ def test_a_second_method_gets_the_cut_skeleton(
     ):
         found.save_pretrained(tmp_path / "again")
     assert not load(tmp_path).is_quantized
+
+
+def test_weights_without_the_kept_heads_of_a_shared_table_are_refused(tmp_path: Path) -> None:
+    model = build("MPNetForMaskedLM", dtype=torch.float32)
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.heads"] = [0, 1, 1, 1]
+        cofiprune.compact(model).save_pretrained(tmp_path)
+    transformers.MPNetModel.from_pretrained(tmp_path)  # of another class, under other names
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.endswith("kept_units")}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="the weights lack 'kept_units'"):
+        transformers.MPNetForMaskedLM.from_pretrained(tmp_path)

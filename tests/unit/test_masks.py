@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import cofiprune
 from cofiprune import MaskRegistry, Plan
 from cofiprune.conformance.specimens import outputs
-from cofiprune.errors import MaskError, PlanError, StructureError
+from cofiprune.errors import AdapterError, MaskError, PlanError, StructureError
 from cofiprune.masking import masks_of
 from small import Batch, batch_of, build, logits, randomise
 
@@ -392,3 +392,10 @@ def test_saving_a_masked_model_says_that_its_masks_are_not_saved(model: PreTrain
         cofiprune.compact(model).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     assert "save_pretrained" not in model.__dict__
+
+
+def test_a_weight_that_is_computed_once_masks_are_on_is_refused_by_name(model: PreTrainedModel, batch: Batch) -> None:
+    with cofiprune.attach(model):
+        torch.nn.utils.parametrizations.weight_norm(model.get_submodule("bert.encoder.layer.1.output.dense"))
+        with pytest.raises(AdapterError, match=r"'bert.encoder.layer.1.output.dense' is no parameter: .*remove_param"):
+            model(**batch)

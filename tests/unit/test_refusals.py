@@ -92,6 +92,12 @@ def test_encoders_that_can_generate_are_not_taken_for_decoders(model_type: str) 
         refuse_undeclared(transformers.AutoModel.from_config(config))
 
 
+def test_a_model_that_swaps_its_modules_names_the_setting_that_stops_it() -> None:
+    model = transformers.BigBirdModel(transformers.BigBirdConfig(**TEXT))
+    with pytest.raises(AdapterError, match=r"encoder.layer.0.attention.self', unless .*'original_full'"):
+        cofiprune.structure(model)
+
+
 def test_an_encoder_configured_as_a_decoder() -> None:
     assert "Load it with is_decoder=False" in refusal(BertModel(BertConfig(**TEXT, is_decoder=True)))
 

@@ -90,7 +90,7 @@ def test_text_and_page_show_the_same_in_a_notebook_too(monkeypatch, jupyter):
         lines = {line.split("  ")[0].strip(): line for line in text.splitlines()}
         assert lines["layer 1"].count("removed") == 1
         assert "5 of 32" in lines["layer 1"]
-        assert max(map(len, text.splitlines())) <= 110
+        assert max(map(len, text.splitlines())) <= 80
         page = html.unescape(re.sub("<[^>]*>", "", found._repr_html_()))
         assert page.split() == text.split()
 

@@ -36,6 +36,12 @@ def test_without_a_target_it_is_a_sparsity_of_nine_tenths() -> None:
         ({"target_macs": -5}, ["above 0", "-5"]),
         ({"target_macs": "many"}, ["number", "'many'"]),
         ({"target_macs": float("nan")}, ["above 0", "nan"]),
+        ({"target_file_mb": 0}, ["target_file_mb", "above 0"]),
+        ({"target_file_mb": -3.5}, ["target_file_mb", "above 0", "-3.5"]),
+        ({"target_file_mb": "50%"}, ["target_file_mb", "number", "'50%'"]),
+        ({"target_file_mb": [20, 10]}, ["target_file_mb", "number", "[20, 10]"]),
+        ({"target_file_mb": 10, "target_sparsity": 0.5}, ["target_file_mb=10", "one target"]),
+        ({"target_file_mb": 10}, ["target_file_mb=10", "the model takes a file of 0.1", "lies below that"]),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(asked: dict[str, Any], words: list[str]) -> None:
@@ -61,6 +67,41 @@ def test_a_target_in_another_cost_is_met(name: str, share: float) -> None:
     assert result.target.asked == asked
     assert result.target.reached == pytest.approx(found if name == "target_model_sparsity" else after.macs)
     assert str(result.target) in repr(result)
+
+
+def size_of(model: Any, folder: Any) -> float:
+    model.save_pretrained(folder)
+    return float((folder / "model.safetensors").stat().st_size) / 1e6
+
+
+@pytest.mark.filterwarnings("ignore:pruning without data")
+@pytest.mark.parametrize("share", [0.9, 0.45])
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"target_file_dtype": "float16", "method": "one-shot"}),
+    ],
+)
+def test_a_file_is_as_large_as_it_may_be(tmp_path: Any, share: float, dtype: torch.dtype, settings: Any) -> None:
+    wanted = getattr(torch, settings.get("target_file_dtype", ""), dtype)
+    asked = share * size_of(bert(name="BertForMaskedLM").to(wanted), tmp_path)
+    model = bert(name="BertForMaskedLM").to(dtype)
+    rows = [{"input_ids": [3 + number % 40, 5, 7], "attention_mask": [1, 1, 1]} for number in range(32)]
+    result = cofiprune.prune(
+        model, rows if "method" in settings else None, target_file_mb=asked, progress=False, **settings
+    )
+    found = size_of(result.compact().to(wanted), tmp_path)
+    assert 0.98 * asked <= found <= asked
+    assert result.target is not None
+    assert result.target.reached == pytest.approx(found, rel=0.005)
+    assert f"a file of {asked:.4g} MB in {str(wanted).removeprefix('torch.')}" in str(result.target)
+
+
+def test_a_file_of_tables_of_tokens_wants_fewer_of_them_first() -> None:
+    with pytest.raises(TargetError, match=r"removing all that can go gives a file of .* MB.*prune_vocabulary.*first"):
+        cofiprune.prune(bert(vocab_size=4000), target_file_mb=0.3, units=("head", "intermediate"))
 
 
 def test_what_is_reachable_is_said_in_the_words_of_the_target() -> None:

@@ -294,5 +294,5 @@ def test_minilm():
     texts = ["a fine film, moving and well acted", "dull; I walked out", "what a waste of talent!"] * 10
     result = cofiprune.prune_vocabulary(model, tokenizer, texts, progress=False)
     assert len(result.kept) < 4000
-    assert result.proof["outputs"].startswith("equal to the bit")
+    assert result.proof["outputs"].startswith(("equal to the bit", "equal within rounding"))
     assert torch.equal(logits(result.model, result.tokenizer, texts[:3]), logits(model, tokenizer, texts[:3]))

@@ -1,0 +1,214 @@
+"""Exported files compute what the model does, are of standard operators, and are not there when they do not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cofiprune
+from cofiprune.errors import CofipruneError, ExportError
+from cofiprune.export.comparison import Expected, example
+from cofiprune.export.folder import exported_config
+from small import assert_no_trace, bert, build, randomise, trace
+
+WRITE = sys.modules["cofiprune.export.write"]  # `cofiprune.export` is the function
+ROWS = [{"input_ids": [5, 6, 7][: 1 + index % 3], "labels": index % 2} for index in range(12)]
+needs_runtime = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs cofiprune[export]"
+)
+
+
+def pruned(name: str = "BertForSequenceClassification", **settings: Any) -> Any:
+    model = build(name, dtype=torch.float32, **settings).eval()
+    with cofiprune.attach(model) as masks:
+        randomise(masks)
+        return cofiprune.compact(model)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
+    """A pruned classifier in float16, its folder, and the report."""
+    model, folder = pruned().half(), tmp_path_factory.mktemp("exported")
+    before = trace(model)
+    report = cofiprune.export(model, folder, dataset=ROWS)
+    assert_no_trace(model, before)
+    return model, folder, report
+
+
+def optimised(file: Path, folder: Path) -> list[str]:
+    """The operators of which ONNX Runtime makes a model."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+
+
+@needs_runtime
+def test_a_file_scores_as_the_model_does(exported: tuple[Any, Path, Any]) -> None:
+    model, folder, report = exported
+    assert list(report) == ["onnx/model.onnx"]
+    assert report.difference["onnx/model.onnx"] < 1e-5
+    assert report.metric == "accuracy"
+    assert report.rows == len(ROWS)
+    accuracy = cofiprune.evaluate(model.float(), ROWS)["accuracy"]
+    assert report.reference == report.score["onnx/model.onnx"] == pytest.approx(accuracy)
+    assert report["onnx/model.onnx"].megabytes == pytest.approx((folder / "onnx/model.onnx").stat().st_size / 1e6)
+    assert "onnx/model.onnx" in str(report)
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "onnx"]
+
+
+@needs_runtime
+def test_a_file_takes_other_numbers_of_rows_and_tokens(exported: tuple[Any, Path, Any]) -> None:
+    import onnxruntime
+
+    model, folder, _ = exported
+    session = onnxruntime.InferenceSession(str(folder / "onnx/model.onnx"), providers=["CPUExecutionProvider"])
+    assert [entry.shape for entry in session.get_inputs()] == [["batch", "sequence"]] * 3
+    for rows, tokens in ((1, 1), (5, 31)):
+        inputs = example(model, rows, tokens)
+        (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model.float()(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@needs_runtime
+def test_a_graph_is_of_standard_operators_that_stay_fast(exported: tuple[Any, Path, Any], tmp_path: Path) -> None:
+    import onnx
+
+    file = exported[1] / "onnx/model.onnx"
+    assert {node.domain for node in onnx.load(file).graph.node} <= {"", "ai.onnx"}
+    found = optimised(file, tmp_path)
+    assert {"LayerNormalization", "BiasGelu"} <= set(found)
+    assert not {"SkipLayerNormalization", "IsNaN", "GatherND"} & set(found)
+
+
+@needs_runtime
+def test_a_configuration_states_what_comes_out(exported: tuple[Any, Path, Any]) -> None:
+    model, folder, _ = exported
+    stated = json.loads((folder / "config.json").read_text())
+    assert stated["hidden_size"] == model.get_input_embeddings().embedding_dim < model.config.hidden_size
+    assert stated["num_hidden_layers"] == model.config.num_hidden_layers
+    assert not {"quantization_config", "auto_map"} & set(stated)
+
+
+def test_a_width_is_called_as_the_family_calls_it() -> None:
+    model = pruned("DistilBertModel", dim=24, n_heads=4, n_layers=2, hidden_dim=34)
+    assert exported_config(model)["dim"] == model.get_input_embeddings().embedding_dim < model.config.dim
+
+
+class Mean(nn.Module):
+    """A pooling as sentence-transformers has it."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        weights = features["attention_mask"].unsqueeze(-1).float()
+        return {**features, "sentence_embedding": (features["token_embeddings"] * weights).sum(1) / weights.sum(1)}
+
+
+@needs_runtime
+def test_an_embedding_is_an_output(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, file = pruned("BertModel"), tmp_path / "new" / "encoder.onnx"
+    report = cofiprune.export(model, file, modules=[Mean()])
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state", "sentence_embedding"]
+    assert report.difference["encoder.onnx"] < 1e-5
+    assert report.metric == "agreement"
+    assert report.score["encoder.onnx"] == pytest.approx(1.0)
+    assert [each.name for each in file.parent.iterdir()] == ["encoder.onnx"]
+
+
+@pytest.mark.slow
+@needs_runtime
+@pytest.mark.parametrize(
+    "name",
+    ["BertForQuestionAnswering", "BertForMaskedLM", "BertForMultipleChoice", "RobertaForTokenClassification",
+     "DistilBertModel", "DebertaV2ForSequenceClassification", "ModernBertForSequenceClassification", "MPNetModel",
+     "T5EncoderModel", "ViTForImageClassification", "Wav2Vec2ForSequenceClassification"],
+)  # fmt: skip
+def test_families_and_heads(name: str, tmp_path: Path) -> None:
+    model = pruned(name, **WORDS.get(name, {}))
+    report = cofiprune.export(model, tmp_path)
+    assert report.difference["onnx/model.onnx"] < 1e-4
+    assert report.score["onnx/model.onnx"] == pytest.approx(1.0)
+
+
+WORDS: dict[str, dict[str, Any]] = {
+    "ViTForImageClassification": {"image_size": 8, "patch_size": 4},
+    "Wav2Vec2ForSequenceClassification": {
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_dim": (6, 6), "conv_kernel": (4, 3),
+        "conv_stride": (2, 2),
+    },
+}  # fmt: skip
+
+
+@needs_runtime
+def test_openvino_computes_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    report = cofiprune.export(pruned(), tmp_path, format=("openvino", "onnx"), dataset=ROWS)
+    assert set(report) == {"onnx/model.onnx", "openvino/openvino_model.xml"}
+    entry = report["openvino/openvino_model.xml"]
+    assert entry.difference < 1e-5
+    assert entry.score == report.reference
+    weights = tmp_path / "openvino" / "openvino_model.bin"
+    assert entry.megabytes == pytest.approx((weights.stat().st_size + entry.path.stat().st_size) / 1e6)
+
+
+@needs_runtime
+def test_what_computes_something_else_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(file: Path) -> Any:
+        return lambda batch: {"logits": torch.zeros(len(batch["input_ids"]), 2)}
+
+    monkeypatch.setattr(WRITE, "write_onnx", lambda whole, model, file, inputs, opset: file.write_bytes(b"a graph"))
+    monkeypatch.setattr(WRITE, "onnx_answers", wrong)
+    with pytest.raises(ExportError, match="the onnx form of this BertForSeq.* computes something else"):
+        cofiprune.export(pruned(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_is_not_compared_and_no_number_never_passes() -> None:
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    states = torch.ones(1, 3, 2)
+    expected = Expected.of(lambda batch: {"last_hidden_state": states}, [batch])
+    other = states.clone()
+    other[:, 2] = 7
+    assert expected.difference(lambda batch: {"last_hidden_state": other}) == 0
+    other[:, 1] = float("nan")
+    assert not expected.difference(lambda batch: {"last_hidden_state": other}) <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "onx"}, "unknown format 'onx'. Did you mean 'onnx'?"),
+        ({"format": ()}, "unknown format ''"),
+        ({"dir": "model.onnx", "format": ("onnx", "openvino")}, "is one ONNX file; name a folder"),
+        ({"dir": __file__}, "is a file; name a folder"),
+        ({"model": nn.Linear(2, 2)}, "an object of sentence-transformers, not a Linear"),
+    ],
+)
+def test_what_cannot_be_written_is_said_first(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CofipruneError) as raised:
+        cofiprune.export(**{"model": bert(), "dir": tmp_path, **settings})
+    assert message in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_and_missing_packages_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+    with cofiprune.attach(model), pytest.raises(CofipruneError, match="export cofiprune.compact"):
+        cofiprune.export(model, tmp_path)
+    monkeypatch.setattr(WRITE, "find_spec", lambda name: None)
+    with pytest.raises(CofipruneError, match="needs onnx and onnxscript and .*: pip install 'cofiprune.export"):
+        cofiprune.export(model, tmp_path)
