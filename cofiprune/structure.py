@@ -23,12 +23,8 @@ UnitKind = Literal["layer", "head", "intermediate", "hidden"]
 
 UNIT_KINDS: tuple[UnitKind, ...] = ("layer", "head", "intermediate", "hidden")
 _KIND_OF_UNIT: Mapping[Kind, UnitKind] = {
-    "hidden": "hidden",
-    "attention": "layer",
-    "heads": "head",
-    "ffn": "layer",
-    "intermediate": "intermediate",
-}
+    "hidden": "hidden", "attention": "layer", "heads": "head", "ffn": "layer", "intermediate": "intermediate",
+}  # fmt: skip
 
 
 def unit_of(kind: Kind) -> UnitKind:
@@ -190,8 +186,7 @@ class Block:
     inner: str | None
     exit: BlockExit
     bypassed: tuple[BlockExit, ...] = ()
-    """Modules inside the block that do not run without it; they return their first argument, or zeros where a residual
-    is added outside of them."""
+    """Modules in it that do not run without it; they return their first argument, or zeros (see `residual`)."""
     dropped: tuple[str, ...] = ()
     """Parameters and modules of the block that the layer itself holds; a single 0 and None replace them."""
     shared: tuple[Shared, ...] = ()
@@ -330,10 +325,7 @@ class Structure(Mapping[str, Group]):
         return tuple(block for block in self.blocks if not (sizes[block.gate] and sizes.get(block.inner or "", 1)))
 
     def cut(self, sizes: Mapping[str, int]) -> Structure:
-        """Return the structure of the model that is compacted to some sizes.
-
-        :param sizes: units that are kept, by group.
-        """
+        """Return the structure of the model that is compacted to some sizes: units that are kept, by group."""
         blocks = self.without_units(sizes)
         gone = {name for block in blocks for name in (block.gate, block.inner) if name is not None}
         kept = tuple(each.cut(sizes) for each in self.parameters if each.gate not in gone)
