@@ -63,10 +63,10 @@ def encoder_config(model: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
-def has_stages(config: PretrainedConfig) -> bool:
-    """Return whether an encoder has several stages, each with heads and hidden dimensions of its own number."""
-    name = config.attribute_map.get("num_attention_heads", "num_attention_heads")
-    return isinstance(getattr(config, name, None), list | tuple)
+def heads_of_stages(config: PretrainedConfig) -> list[int]:
+    """Return the heads of every stage of an encoder, each with hidden dimensions of its own number; [] without any."""
+    named = (getattr(config, name, None) for name in ("num_attention_heads", "num_heads"))
+    return next((list(value) for value in named if isinstance(value, list | tuple)), [])
 
 
 def attends(module: nn.Module) -> bool:

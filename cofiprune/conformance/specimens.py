@@ -30,7 +30,7 @@ from cofiprune.data.tasks import main_input
 from cofiprune.errors import AdapterError, CofipruneError, DataError, one_line
 from cofiprune.masking import attach_to
 from cofiprune.masks import MaskRegistry
-from cofiprune.parts import has_stages
+from cofiprune.parts import heads_of_stages
 from cofiprune.plan import Plan
 from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
 
@@ -139,9 +139,9 @@ def _stages(config: PretrainedConfig, width: int) -> dict[str, Any]:
 
     Their heads stay, and become narrow; no stage has more than two layers.
     """
-    if not has_stages(config):
+    heads = heads_of_stages(config)
+    if not heads:
         return {}
-    heads = config.num_attention_heads
     small: dict[str, Any] = {}
     if hasattr(config, "patch_embeds_hidden_size"):
         small["hidden_size"] = width * heads[0] * 2 ** (len(heads) - 1)
@@ -242,6 +242,10 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
         length = batch[name].shape[1]
         batch["attention_mask"] = torch.ones(3, length, dtype=torch.long)
         batch["attention_mask"][1, length // 2 :] = 0
+    side = getattr(config, "input_size", None) or getattr(config, "image_size", None)
+    if name == "input_ids" and "pixel_values" in reads and isinstance(side, int) and getattr(config, "visual_embed", 1):
+        image = torch.randn(3, getattr(config, "num_channels", 3), side, side, generator=generator)
+        batch["pixel_values"] = image.to(model.dtype)  # beside the text
     if "noise" in reads and name == "pixel_values":  # that chooses the patches which the model sees
         patches = [size // config.patch_size for size in batch[name].shape[-2:]]
         batch["noise"] = torch.rand(3, math.prod(patches), generator=generator).to(model.dtype)
@@ -251,9 +255,6 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
         # Left, top, right and bottom, as entries of a table or as shares of the page.
         counted = hasattr(config, "max_2d_position_embeddings")
         batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes.to(model.dtype) / 10
-        if "pixel_values" in reads and getattr(config, "visual_embed", False):  # and the page itself
-            image = torch.randn(3, config.num_channels, config.input_size, config.input_size, generator=generator)
-            batch["pixel_values"] = image.to(model.dtype)
     if "global_attention_mask" in reads and batch[name].dim() == 2:  # tokens that see all others, and are seen by them
         batch["global_attention_mask"] = torch.zeros_like(batch[name])
         batch["global_attention_mask"][:, 0] = batch["global_attention_mask"][0, 5] = 1

@@ -80,7 +80,7 @@ def main_input(model: PreTrainedModel) -> str:
     """Return the name of what a model mainly reads; some models state one that their forward does not have."""
     names = forward_names(model)
     stated: str = model.main_input_name
-    return stated if stated in names else next((name for name in INPUTS if name in names), stated)
+    return stated if stated in names else next((name for name in (*INPUTS, *names) if name in names), stated)
 
 
 def task_by_name(name: str) -> Task | None:

@@ -25,7 +25,7 @@ from cofiprune.derivation.rows import Inner, Settings, attributes, block_rows, f
 from cofiprune.derivation.surroundings import find_surroundings
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune.hooks import reading
-from cofiprune.parts import has_stages
+from cofiprune.parts import heads_of_stages
 from cofiprune.resolving import members, stages_of
 from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of
 
@@ -146,7 +146,7 @@ class _Derivation:
         self.model = model
         self.batch = batch
         count = getattr(model.config, "num_hidden_layers", None)
-        self.list = find_layers(model, count if isinstance(count, int) and not has_stages(model.config) else None)
+        self.list = find_layers(model, count if isinstance(count, int) and not heads_of_stages(model.config) else None)
         self.base = encoder_path(model)
         if not inside(self.list, self.base):
             raise AdapterError(f"its layers {self.list!r} do not lie in its base model {self.base!r}")

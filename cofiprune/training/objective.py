@@ -28,7 +28,7 @@ from cofiprune.distillation import (
 )
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.parts import encoder_config, has_stages
+from cofiprune.parts import encoder_config, heads_of_stages
 from cofiprune.record import sizes_of
 from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
@@ -71,7 +71,7 @@ class Objective:
         """From the student's states to the teacher's; learned along with the student."""
         self.teacher: Teacher | None = None
         layers: Sequence[int] = ()
-        staged = any(has_stages(encoder_config(each)) for each in (student, teacher) if each is not None)
+        staged = any(heads_of_stages(encoder_config(each)) for each in (student, teacher) if each is not None)
         if teacher is not None and settings.distill_layers_weight and not staged:  # else no states of one width
             layers = teacher_layers(encoder_config(teacher).num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)

@@ -118,6 +118,8 @@ LARGEST = 40_000_000
 SETTINGS: dict[str, dict[str, Any]] = {
     # Its block-sparse attention puts other modules into the model when a text is short.
     "big_bird": {"attention_type": "original_full"},
+    # Its predictor.
+    "vjepa2": {"pred_hidden_size": 24, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 1},
     "vivit": {"tubelet_size": [2, 4, 4]},
 }
 
