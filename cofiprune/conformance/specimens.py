@@ -243,7 +243,12 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
         batch["attention_mask"] = torch.ones(3, length, dtype=torch.long)
         batch["attention_mask"][1, length // 2 :] = 0
     side = getattr(config, "input_size", None) or getattr(config, "image_size", None)
-    if name == "input_ids" and "pixel_values" in reads and isinstance(side, int) and getattr(config, "visual_embed", 1):
+    if (
+        name == "input_ids"
+        and "pixel_values" in reads
+        and isinstance(side, int)
+        and getattr(config, "visual_embed", True)
+    ):
         image = torch.randn(3, getattr(config, "num_channels", 3), side, side, generator=generator)
         batch["pixel_values"] = image.to(model.dtype)  # beside the text
     if "noise" in reads and name == "pixel_values":  # that chooses the patches which the model sees
