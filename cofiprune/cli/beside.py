@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 _MODULES = "modules.json"
 _SENTENCE = (_MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
-_WRITTEN = ("config.json", "plan.json", "point.json", "result.json", "trainer_state.json", "*.index.json")
+_WRITTEN = (
+    "config.json", "plan.json", "point.json", "result.json", "trainer_state.json", "*.index.json",
+    "modeling_*_compacted.py",
+)  # fmt: skip
 """What a run writes itself, and what tells of weights and runs other than its own."""
 _TOKENIZER = ("tokenizer*.json", "vocab.*", "merges.txt", "*_tokens*.json", "*.model", "chat_template*")
 _WEIGHTS = (".safetensors", ".bin", ".pt")

@@ -215,6 +215,8 @@ def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace
     """Write the tokenizer next to each model, which are saved already, and print the table."""
     from accelerate import PartialState
 
+    from cofiprune.training.checkpoint import remove_checkpoints
+
     if not PartialState().is_main_process:
         return
     folder = Path(options.output_dir)
@@ -223,6 +225,8 @@ def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace
             loaded.tokenizer.save_pretrained(point.folder)
         if point.folder is not None:
             loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
+            if not options.keep_checkpoints:
+                remove_checkpoints(point.folder / "run")
     if find_spec("matplotlib") is not None:
         result.plot(folder / "curve.png")
     if options.json:

@@ -2,7 +2,7 @@
 
 All of it belongs to the model, which is saved, loaded and trained with it. `cut` does it by a table of plain values, as
 `slicing.table` makes one. The code here goes word for word into the file by which a folder loads without this package
-(see `portable`), also with older releases of transformers.
+(see `modelling`), also with older releases of transformers.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.logging import get_verbosity, set_verbosity
 
 from cofiprune.compaction import hub
-from cofiprune.compaction.portable import modelling_file
+from cofiprune.compaction.modelling import modelling_file
 from cofiprune.errors import CheckpointError
 from cofiprune.record import METHOD
 

@@ -11,12 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cofiprune import files
+from cofiprune.errors import SettingsError
 from cofiprune.record import recorded_sizes
 from cofiprune.whole import Whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NO_LIMIT = 1_000_000
+"""Tokenizers without a limit say a number above this."""
 _OF_WEIGHTS = ("*.safetensors*", "*.bin*", "*.py", "plan.json")
 """What an object of sentence-transformers saves of its model; files in its folders are those of its modules."""
 _LAST = (".onnx", ".xml")
@@ -38,18 +41,59 @@ def exported_config(model: PreTrainedModel) -> dict[str, Any]:
     return {**entries, "dtype": "float32"}
 
 
-def write_beside(folder: Path, whole: Whole, tokenizer: Any) -> None:
-    """Write configuration and tokenizer, or processor; and the modules of an object of sentence-transformers."""
-    if whole.kind is not None:
+def holds_weights(folder: Path, model: PreTrainedModel) -> bool:
+    """Return whether a model was saved in a folder, which then has a configuration that it cannot do without.
+
+    :raises SettingsError: when it is another one.
+    """
+    if not any(file for pattern in _OF_WEIGHTS[:2] for file in folder.glob(pattern)):
+        return False
+    entries = files.read_json(folder / "config.json", SettingsError, f"{folder} holds weights, but no configuration")
+    own = json.loads(model.config.to_json_string())
+    for name in ("model_type", "vocab_size", "num_hidden_layers", "quantization_config"):
+        if entries.get(name) != own.get(name):
+            raise SettingsError(
+                f"{folder} holds the weights of another model than this {type(model).__name__}: its config.json has "
+                f"another {name}. Name another folder"
+            )
+    return True
+
+
+def write_beside(folder: Path, whole: Whole, tokenizer: Any, *, saved: bool) -> None:
+    """Write configuration and tokenizer, or processor; and the modules of an object of sentence-transformers.
+
+    :param saved: the model is, where these will be; then only the tokenizer is missing.
+    """
+    if whole.kind is not None and not saved:
         with TemporaryDirectory(dir=folder) as name:
             whole.owner.save_pretrained(name, create_model_card=False)
             left = [file for pattern in _OF_WEIGHTS for file in Path(name).glob(pattern)]
             for file in left:
                 file.unlink()
             move(Path(name), folder)
-    files.write_json(folder / "config.json", exported_config(whole.model), indent=2)
+    if not saved:
+        files.write_json(folder / "config.json", exported_config(whole.model), indent=2)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        _with_one_limit(tokenizer).save_pretrained(folder)
+
+
+def _with_one_limit(tokenizer: Any) -> Any:
+    """Return a tokenizer that cuts and pads texts alike for everyone who reads its files.
+
+    One may come with two limits, `model_max_length` in its configuration and another one in tokenizer.json, with which
+    it was trained or loaded; which of them is taken depends on the reader.
+    """
+    limit = getattr(tokenizer, "model_max_length", None)
+    if not getattr(tokenizer, "is_fast", False) or not limit or limit >= _NO_LIMIT or tokenizer.pad_token is None:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    if "max_length" in own.init_kwargs:
+        own.init_kwargs["max_length"] = limit
+    own.backend_tokenizer.enable_truncation(limit, direction=own.truncation_side)
+    own.backend_tokenizer.enable_padding(
+        direction=own.padding_side, pad_id=own.pad_token_id, pad_type_id=own.pad_token_type_id, pad_token=own.pad_token
+    )
+    return own
 
 
 def move(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from cofiprune.data.reading import Reading
 from cofiprune.errors import ExportError, SettingsError, suggest
 from cofiprune.export.comparison import EXAMPLE, Expected, compared_batches, example, synthetic_rows, torch_answers
-from cofiprune.export.folder import move, write_beside
+from cofiprune.export.folder import holds_weights, move, write_beside
 from cofiprune.export.graph import float_copy, write_onnx
 from cofiprune.export.openvino import openvino_answers, write_openvino
 from cofiprune.export.openvino_int8 import quantise_openvino
@@ -61,7 +61,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     in a file beside the graph. They take their names when all of them are done: after an error nothing is there.
 
     :param model: or a SentenceTransformer, whose embedding is an output then, or a CrossEncoder. It stays as it is.
-    :param dir: a folder; or a file that ends in .onnx, which is then all that is written.
+    :param dir: a folder, which may be the one where the model is saved; or a file that ends in .onnx, which is then all
+        that is written.
     :param tokenizer: or processor, saved beside the files; it reads rows of text.
     :param format: "onnx" and "openvino", one or both.
     :param int8: write int8 files beside them: True for the fastest that holds `max_drop`; or "static", "dynamic"
@@ -82,6 +83,7 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     formats = _checked(whole.model, target, format, int8)
     alone = target.suffix == ".onnx"
     folder = target.parent if alone else target
+    saved = not alone and holds_weights(folder, whole.model)
     with same_random_state():
         job = _Job.of(whole, modules, _rows(whole, tokenizer, dataset))
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
             made = job.write(staged / (target.name if alone else "onnx/model.onnx"), staged, formats, opset)
             made += [job.quantised(each, int8, max_drop) for each in made if int8]
             if not alone:
-                write_beside(staged, whole, tokenizer)
+                write_beside(staged, whole, tokenizer, saved=saved)
             move(staged, folder)
     return job.report(folder, [each.moved(staged, folder) for each in made])
 

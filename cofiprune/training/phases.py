@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cofiprune.accounting import layer_parameters
+from cofiprune.accounting import Cost, layer_parameters, model_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import CheckpointError, SettingsError
@@ -24,6 +24,7 @@ from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_of
 from cofiprune.selection.target import Target
+from cofiprune.structure import Structure
 from cofiprune.training.arguments import check_learnable
 from cofiprune.training.learner import GateLearner, check_steps, transplant
 from cofiprune.training.loop import Loop
@@ -166,7 +167,7 @@ def finished(run: Run) -> PruneResult:
         run.model,
         run.plan,
         1 - _kept_share(run) if masks is None else masks.sparsity(),
-        0.0 if masks is None else masks.model_sparsity(),
+        1 - _kept_share(run, model_parameters) if masks is None else masks.model_sparsity(),
         scores,
         state.history,
         state.seconds,
@@ -318,8 +319,8 @@ def _same_place(run: Run, taken: int, before: Batches) -> int:
     return epoch * len(now) + min(position * size, len(now))
 
 
-def _kept_share(run: Run) -> float:
-    """Parameters in the layers of the small model by those of the dense model that it comes from."""
+def _kept_share(run: Run, cost: Callable[[Structure], Cost] = layer_parameters) -> float:
+    """Parameters of the small model, by default in its layers, by those of the dense model that it comes from."""
     cut_before = sizes_of(run.model) is not None
     dense = dense_structure(run.model) if cut_before else run.structure
-    return layer_parameters(run.structure).exact(run.plan.kept) / layer_parameters(dense).exact(dense.sizes)
+    return cost(run.structure).exact(run.plan.kept) / cost(dense).exact(dense.sizes)

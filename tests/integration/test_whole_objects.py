@@ -97,14 +97,17 @@ def test_masked_compacted_and_reloaded_give_the_same_vectors(tmp_path, names):
         assert each[1].get_config_dict().items() >= {next(iter(each[1].get_config_dict())): len(kept)}.items()
 
 
-def test_another_process_loads_it(tmp_path):
+@pytest.mark.parametrize("here", [True, False])
+def test_another_process_loads_it(tmp_path, here):
+    """With cofiprune, and without it by the code in the folder."""
     whole = sentences(tmp_path / "dense", "mean", "Normalize")
     masked(whole)
     small = cofiprune.compact(whole)
     small.save_pretrained(str(tmp_path / "small"))
     program = (
-        "import sys, cofiprune, numpy as np; from sentence_transformers import SentenceTransformer as S; "
-        "np.save(sys.argv[2], S(sys.argv[1], device='cpu').encode(sys.argv[3:]))"
+        f"import sys; {'import cofiprune' if here else 'sys.modules.update(cofiprune=None)'}; import numpy as np; "
+        "from sentence_transformers import SentenceTransformer as S; "
+        f"np.save(sys.argv[2], S(sys.argv[1], device='cpu', trust_remote_code={not here}).encode(sys.argv[3:]))"
     )
     target = tmp_path / "vectors.npy"
     subprocess.run([sys.executable, "-c", program, tmp_path / "small", target, *TEXTS[:3]], check=True)

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import cofiprune
-from cofiprune.errors import CofipruneError, ExportError
+from cofiprune.errors import CofipruneError, ExportError, SettingsError
 from cofiprune.export.comparison import Expected, example
 from cofiprune.export.folder import exported_config
 from small import assert_no_trace, bert, build, randomise, trace
@@ -212,3 +216,32 @@ def test_masks_and_missing_packages_are_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(WRITE, "find_spec", lambda name: None)
     with pytest.raises(CofipruneError, match="needs onnx and onnxscript and .*: pip install 'cofiprune.export"):
         cofiprune.export(model, tmp_path)
+
+
+@needs_runtime
+def test_a_folder_with_the_model_in_it_keeps_its_configuration(tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    cofiprune.export(model, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert type(model).from_pretrained(tmp_path).num_parameters() == model.num_parameters()
+    dense = build("BertForSequenceClassification", dtype=torch.float32).eval()
+    with pytest.raises(SettingsError, match="weights of another model.*another quantization_config"):
+        cofiprune.export(dense, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@needs_runtime
+def test_a_tokenizer_has_one_limit_for_every_reader(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=12, pad_token="[PAD]")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=30)
+    cofiprune.export(pruned(), tmp_path, tokenizer=tokenizer)
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    lengths = [[len(each.ids) for each in plain.encode_batch(texts)] for texts in (["a a a a a", "a"], ["a " * 50])]
+    assert lengths[0] == [5, 5]
+    assert lengths[1] == [12]
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 4

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import cofiprune
-from cofiprune.compaction.portable import modelling_file
+from cofiprune.compaction.modelling import modelling_file
 from cofiprune.conformance.absent import loaded_without
 from cofiprune.conformance.specimens import tiny_config
 from cofiprune.errors import CheckpointError
