@@ -135,10 +135,7 @@ def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any
 
 
 def _stages(config: PretrainedConfig, width: int) -> dict[str, Any]:
-    """The small sizes of an encoder that has a list of settings, one for each of its stages; {} for any other.
-
-    Their heads stay, and become narrow; no stage has more than two layers.
-    """
+    """The small sizes of an encoder of stages: their heads, narrow, and two layers in each; {} for any other."""
     heads = heads_of_stages(config)
     if not heads:
         return {}
