@@ -17,18 +17,20 @@ from cofiprune.errors import SettingsError
 from cofiprune.files import write
 
 STYLE = """
-.cofi{color:#1f2328;font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;max-width:100%;height:auto}
+.cofi{color:#1f2328;background:#fff;max-width:100%;height:auto}
+.cofi{font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 .cofi text{fill:currentColor}.cofi .dim{fill-opacity:.72}
 .cofi .gone{fill:currentColor;fill-opacity:.07;stroke:currentColor;stroke-opacity:.35}
 .cofi .rule{stroke:currentColor;stroke-opacity:.16}
 .cofi .none{stroke:currentColor;stroke-opacity:.55;stroke-dasharray:2 4}
 .cofi .heads,.cofi circle.a{fill:#0072B2}.cofi .widths{fill:#D55E00}.cofi .hidden{fill:#009E73}
 .cofi path.a{stroke:#0072B2}.cofi path.b{stroke:#D55E00}
-@media(prefers-color-scheme:dark){.cofi{color:#e6e8eb}
+@media(prefers-color-scheme:dark){.cofi{color:#e6e8eb;background:#0f1318}
 .cofi .heads,.cofi circle.a{fill:#56B4E9}.cofi .widths{fill:#E69F00}.cofi .hidden{fill:#2BC48A}
 .cofi path.a{stroke:#56B4E9}.cofi path.b{stroke:#E69F00}}
 """
-"""Blue, vermillion and bluish green; lighter ones where it is dark."""
+"""Blue, vermillion and bluish green; lighter ones where it is dark. The ground is painted, because a notebook or a
+viewer may be light where the system is dark."""
 _WIDTH = 760
 
 
@@ -98,7 +100,7 @@ def structure_map(
     layers = sorted({int(name.split(".")[1]) for name in sizes if name.startswith("layers.")})
     parts, y = [], 20
     if "hidden" in sizes:
-        parts += [_text(66, y + 12, "hidden", "end"), *_bar(78, y, 600, 15, kept["hidden"], sizes["hidden"], "hidden")]
+        parts += [_text(66, y + 12, "hidden", "end"), *_bar(78, y, 572, 15, kept["hidden"], sizes["hidden"], "hidden")]
         y += 34
     parts += [_text(78, y + 8, "attention heads", weight=600), _text(390, y + 8, "feed-forward dimensions", weight=600)]
     for layer in layers:

@@ -7,7 +7,9 @@ chosen subcommand needs is imported, and torch and transformers not before its a
 from __future__ import annotations
 
 import os
+import re
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -84,6 +86,12 @@ COMMANDS = {
         "write a model as ONNX and compare it with the original",
         "small small-onnx",
     ),
+    "advise": Command(
+        "advise",
+        "MODEL --train-file FILE",
+        "what the ways to make a model smaller cost on your rows",
+        f"{_SST2} --train-file train.csv --validation-file dev.csv",
+    ),
     "vocabulary": Command(
         "vocabulary",
         "MODEL --texts FILE --output-dir DIR",
@@ -141,7 +149,9 @@ def run(arguments: Sequence[str]) -> None:
     module = import_module(f"cofiprune.cli.{chosen.module}")
     prog = f"cofiprune {command}"
     usage = f"{prog} {chosen.arguments} [options]"
-    described = f"{chosen.summary[0].upper()}{chosen.summary[1:]}.\n\nexample:\n  {prog} {chosen.example}"
+    together = re.sub(r"(--\S+) ", "\\1\u00a0", f"{prog} {chosen.example}")  # an option and its value
+    example = " \\\n      ".join(textwrap.wrap(together, 68, break_on_hyphens=False)).replace("\u00a0", " ")
+    described = f"{chosen.summary[0].upper()}{chosen.summary[1:]}.\n\nexample:\n  {example}"
     parser = Parser(prog=prog, usage=usage, description=described)
     getattr(module, f"add_{command}_options")(parser)
     _add_debug(parser)

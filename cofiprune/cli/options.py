@@ -27,6 +27,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def format_help(self) -> str:
+        """Return the help, whose groups come before the options of every command."""
+        self._action_groups.sort(key=lambda group: group is self._optionals)
+        return super().format_help()
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse arguments, options in either spelling.
 

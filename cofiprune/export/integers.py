@@ -217,7 +217,7 @@ def with_int8(model: Any, chosen: Collection[Matrix], mode: Mode, ranges: Mappin
     graph = changed.graph
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(_used(writer.nodes, {value.name for value in graph.output}))
-    used = {name for node in graph.node for name in node.input}
+    used = {name for node in graph.node for name in _read_by(node)}
     for node in graph.node:
         del node.metadata_props[:]  # the lines of code that it comes from, which are half a megabyte of a small model
     constants = (*model.graph.initializer, *writer.constants.values())
@@ -231,8 +231,14 @@ def _used(nodes: Sequence[Any], wanted: set[str]) -> list[Any]:
     for node in reversed(nodes):
         if wanted.intersection(node.output):
             kept.append(node)
-            wanted.update(node.input)
+            wanted.update(_read_by(node))
     return kept[::-1]
+
+
+def _read_by(node: Any) -> set[str]:
+    """Names that an operator reads, those of its branches included."""
+    inner = (each for attribute in node.attribute if attribute.HasField("g") for each in attribute.g.node)
+    return set(node.input).union(*map(_read_by, inner))
 
 
 def affine(smallest: float, largest: float) -> tuple[float, int]:

@@ -34,7 +34,7 @@ CALIBRATION_ROWS = 64
 _USUAL_DROP = 0.01
 """What decides between files where nothing is refused."""
 _LARGEST_FLOAT_SHARE = 0.5
-"""Of the matrices' parameters; with more in float, the file is no int8 file."""
+"""Of the parameters of products, and of those of tables and products; with more in float, the file is no int8 file."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,9 @@ class _Search:
 
     def _fewest_in_float(self, mode: Mode, floor: float) -> list[Attempt]:
         """Leave the worst matrices in float, as few as hold the floor; none where too many would have to be."""
-        sizes = np.cumsum([matrix.values.size for _, matrix in self._ordered(mode)])
-        most = int((sizes <= _LARGEST_FLOAT_SHARE * sizes[-1]).sum())
+        pairs = [(0 if m.table else m.values.size, m.values.size) for _, m in self._ordered(mode)]
+        sizes = np.cumsum(pairs, axis=0)  # of products, and of tables too
+        most = int((sizes <= _LARGEST_FLOAT_SHARE * sizes[-1]).all(axis=1).sum())
         low, high, found = 0, 1, None
         while low < most:
             attempt = self._tried(mode, high := min(high, most))

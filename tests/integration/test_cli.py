@@ -94,6 +94,8 @@ def test_every_command_explains_itself(command: str, capsys: Capsys) -> None:
     shown = capsys.readouterr().out
     assert f"example:\n  cofiprune {command} " in shown
     assert "--json" in shown
+    assert max(map(len, shown.partition("\noptions:")[0].partition("settings:")[0].splitlines())) <= 80
+    assert shown.find("\noptions:") > shown.find("\nessential:")
     assert shown.startswith(f"usage: cofiprune {command}")
     assert "%%" not in shown
 
@@ -191,6 +193,25 @@ def test_a_file_gives_options_and_what_is_typed_goes_on_top(
     file.write_text(json.dumps({"epoch": 3}))
     assert "Did you mean 'epochs'" in mistake(capsys, "prune", place / "dense", "--config", file, *more)
     assert "cannot be read" in mistake(capsys, "prune", place / "dense", "--config", tmp_path / "no.json", *more)
+
+
+@pytest.mark.filterwarnings("default")  # torch's exporter warns of torch
+@pytest.mark.parametrize("int8", [False, True])
+def test_advise_measures_each_way_and_says_one_sentence(int8: bool, place: Path, capsys: Capsys) -> None:
+    if int8:
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    arguments = ("--train-file", str(place / "train.csv"), "--target-sparsity", "0.3,0.5", "--json")
+    switch = "--int8" if int8 else "--no-int8"
+    assert cli.main(["advise", str(place / "dense"), *arguments, switch]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = ["dense", "every other layer", "pruned to 0.3", "pruned to 0.5", *(["dense in int8"] if int8 else [])]
+    assert list(told["rows"]) == names
+    weights = [told["rows"][name]["megabytes"] for name in names]
+    assert weights[0] > weights[2] > weights[3]
+    assert all(row["latency_ms"] > 0 and 0 <= row["metrics"]["accuracy"] <= 1 for row in told["rows"].values())
+    assert told["advice"].endswith((".", "3"))
+    assert "--train-file" in mistake(capsys, "advise", place / "dense")
 
 
 def test_finetune_goes_on_from_a_compacted_model(pruned: Path, place: Path, tmp_path: Path, capsys: Capsys) -> None:
@@ -396,6 +417,8 @@ def test_evaluate_reads_the_data_of_other_tasks(
         ("convert nowhere out", "no directory nowhere"),
         ("export dense out --format tflite", "unknown format 'tflite'"),
         ("export dense dense", "would be overwritten"),
+        ("export dense out --int8-mode statik", "unknown kind of int8 'statik'. Did you mean 'static'?"),
+        ("export dense out --int8 --max-drop 0.01", "max_drop is measured on rows"),
         ("export dense out --file nowhere.tsv", "nowhere.tsv"),
     ],
 )

@@ -163,6 +163,28 @@ def test_ranges_hold_zero_exactly() -> None:
         assert np.abs(rounded(inside, limits) - inside).max() <= scale
 
 
+def test_what_a_branch_reads_stays() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    def branch(name: str) -> Any:
+        node = helper.make_node("Add", ["product", name], [f"sum.{name}"])
+        out = helper.make_tensor_value_info(f"sum.{name}", TensorProto.FLOAT, None)
+        return helper.make_graph([node], name, [], [out])
+
+    weights = {"w": np.eye(4), "one": np.ones(4), "two": 2 * np.ones(4)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("If", ["which"], ["y"], then_branch=branch("one"), else_branch=branch("two")),
+    ]
+    shapes = {"x": (TensorProto.FLOAT, [1, 4]), "which": (TensorProto.BOOL, []), "y": (TensorProto.FLOAT, None)}
+    x, which, y = (helper.make_tensor_value_info(name, *shape) for name, shape in shapes.items())
+    constants = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    model = helper.make_model(helper.make_graph(nodes, "graph", [x, which], [y], constants))
+    kept = {value.name for value in with_int8(model, matrices(model), "weights", {}).graph.initializer}
+    assert {"one", "two", "w.columns.integers"} <= kept
+    assert "w" not in kept
+
+
 @pytest.mark.slow
 def test_a_tied_table_has_columns_for_the_product_too(tmp_path: Path) -> None:
     import onnx
