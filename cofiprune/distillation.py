@@ -32,7 +32,10 @@ PredictionKind = Literal[
     "other",
 ]
 LayerMatch = Literal["nearest", "ordered", "same-index"]
+Pooling = Literal["mean", "cls"]
 
+_SHARPNESS = 0.05
+"""Temperature of the softmax over a batch's similarities."""
 _FIELDS = (
     ("start_logits", "end_logits"),
     ("logits",),
@@ -68,6 +71,7 @@ def logit_loss(
     temperature: float,
     kind: PredictionKind,
     mask: Tensor | None = None,
+    pooling: Pooling = "mean",
 ) -> Tensor:
     """Return the distance of the student's predictions from the teacher's: a scalar, 0 where they are equal.
 
@@ -78,16 +82,17 @@ def logit_loss(
     | question-answering | start and end logits [B, T] | the same over positions, mean of the two |
     | multi-label | logits [B, C] | KL of one Bernoulli per label, sum over C, mean over B |
     | regression, other | scores [B, ...] | squared error, mean |
-    | embedding | states [B, T, H] or pooled [B, H] | squared error, mean over H and over tokens or B |
+    | embedding | states [B, T, H] or vectors [B, H] | see `vector_loss`, of the states' vectors |
 
     A KL is taken at `temperature` and multiplied by its square, which keeps the size of its gradient (Section 2.1 of
-    arXiv:1503.02531). Embeddings are compared token by token: by convexity that bounds the error of any mean of them.
+    arXiv:1503.02531).
 
     :param student: a tensor, or the result of `predictions`.
-    :param teacher: of the same shape; no gradient flows into it.
+    :param teacher: of the same shape, but for embeddings' width; no gradient flows into it.
     :param temperature: above 0; not used by regression and embedding.
     :param mask: [B, T], not 0 at real tokens (masked-lm: or at those to predict); ignored by losses without a token
         axis, which take [B], not 0 at real examples. None counts everything.
+    :param pooling: how an embedding's token states make a vector, see `pooled`.
     :raises TeacherError: if shapes differ, a mask does not fit, or there is a single class.
     :raises SettingsError: for an unknown kind or a temperature that is not positive.
     """
@@ -97,7 +102,9 @@ def logit_loss(
         raise SettingsError(f"temperature is {temperature}; it must be above 0")
     students = (student,) if isinstance(student, Tensor) else student
     teachers = (teacher,) if isinstance(teacher, Tensor) else teacher
-    ours, theirs = [list(part.shape) for part in students], [list(part.shape) for part in teachers]
+    if kind == "embedding":
+        return vector_loss(pooled(_wide(students[0]), mask, pooling), pooled(_wide(teachers[0]), mask, pooling), mask)
+    ours, theirs = ([list(part.shape) for part in parts] for parts in (students, teachers))
     if ours != theirs:
         raise TeacherError(f"the student predicts {ours} and the teacher {theirs}: not the same task")
     if ours[0][-1] == 1 and kind in ("classification", "multiple-choice", "token-classification", "masked-lm"):
@@ -114,8 +121,6 @@ def _prediction_loss(
 ) -> Tensor:
     if kind in ("regression", "other"):
         return _mean_over(mask, (student - teacher).square().reshape(len(student), -1).mean(-1))
-    if kind == "embedding":
-        return _mean_over(mask, (student - teacher).square().mean(-1))
     student, teacher = student / temperature, teacher / temperature
     if kind == "multi-label":
         on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
@@ -128,6 +133,45 @@ def _prediction_loss(
         student, teacher = student.masked_fill(mask == 0, lowest), teacher.masked_fill(mask == 0, lowest)
     divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     return _mean_over(mask, divergence) * temperature**2
+
+
+def pooled(states: Tensor, mask: Tensor | None = None, how: Pooling = "mean") -> Tensor:
+    """Return the vectors [B, H] of texts: the mean of their token states, or the first one ("cls").
+
+    :param states: [B, T, H]; vectors [B, H] are returned as they are.
+    :param mask: [B, T], not 0 at real tokens; None for all.
+    """
+    if states.dim() < 3:
+        return states
+    if how == "cls":
+        return states[:, 0]
+    if mask is None:
+        return states.mean(1)
+    _require_shape(mask, states.shape[:2])
+    valid = (mask != 0).unsqueeze(-1)
+    return states.masked_fill(~valid, 0.0).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def vector_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return how far the vectors of some texts are from the teacher's, in direction and to each other: 0 if equal.
+
+    One part is the mean of 1 - cosine of each vector with the teacher's; where widths differ there is none. The other
+    compares rankings, as SEED does (Fang et al., 2021, arXiv:2101.04731): the KL(teacher || student) of the softmax, at
+    a temperature of 0.05, of a text's cosines with the teacher's vectors of the batch, or with the student's own
+    where widths differ. So a student's query finds what the teacher has indexed.
+
+    :param student: [B, Hs].
+    :param teacher: [B, Ht]; no gradient flows into it.
+    :param mask: [B], not 0 at real examples; None, or one of tokens, for all.
+    """
+    ours, theirs = F.normalize(student, dim=-1), F.normalize(teacher.detach(), dim=-1)
+    alike = ours.shape == theirs.shape
+    target = (theirs @ theirs.T / _SHARPNESS).log_softmax(-1)
+    found = (ours @ (theirs if alike else ours).T / _SHARPNESS).log_softmax(-1)
+    loss = F.kl_div(found, target, log_target=True, reduction="none").sum(-1)
+    if alike:
+        loss = loss + (ours - theirs).square().sum(-1) / 2
+    return _mean_over(mask, loss)
 
 
 def _wide(states: Tensor) -> Tensor:

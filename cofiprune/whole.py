@@ -95,6 +95,14 @@ class Whole:
         """Whether a Dense module gives the vectors a width that does not depend on the encoder's."""
         return any(_is(module, "Dense") for module in self.behind)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings of a run that it decides: how its vectors are made, by its first token where it says so."""
+        poolings = [module for module in self.behind if _is(module, "Pooling")] if self.kind == SENTENCES else []
+        modes = [getattr(module, "pooling_mode", None) for module in poolings]
+        modes += ["cls" for module in poolings if getattr(module, "pooling_mode_cls_token", False) is True]  # before 6
+        return {"embedding_pooling": "cls"} if "cls" in modes or ("cls",) in modes else {}
+
     def check_width(self) -> None:
         """Make sure that what is behind the encoder can do with fewer of its hidden dimensions.
 

@@ -2,11 +2,13 @@
 
     python examples/distill_embeddings.py
     python examples/distill_embeddings.py --data-dir DIR --split-sentences --target-sparsity 0.7
-    python examples/distill_embeddings.py --model FOLDER --train-file texts.txt --sts-file sts-dev.tsv
+    python examples/distill_embeddings.py --model FOLDER --train-file texts.txt --sts-file sts-dev.tsv \
+        --retrieval-file squad-dev.parquet
 
-The teacher is the model as it comes. What is distilled is the last state of each token that is no padding, by squared
-error; the vector of a sentence is the mean of these (or the first of them), and follows. The width of the vectors stays
-as it is, so that an index which is filled already can still be searched; --no-keep-hidden prunes it too.
+The teacher is the model as it comes. What is distilled is the vector of a sentence, the mean of its token states or the
+first of them: its direction, and its similarities to the teacher's vectors of the batch; beside it the token states, by
+squared error. The width of the vectors stays as it is, so that an index which is filled already can still be searched;
+--no-keep-hidden prunes it too.
 
 Larger learning rates pay here than for a task: 5e-4 in pruning and 1e-3 in recovery by default. MiniLM-L6 at a
 sparsity of 0.5, after 2 and 1 epochs over 2,000 texts, one run each: with these rates the mean cosine to the teacher's
@@ -61,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, cofiprune.Pru
     add("--text-column", nargs="+", help="columns of texts (default: those of a known name)")
     add("--split-sentences", action="store_true", help="take sentences instead of whole texts; scraps are left out")
     add("--sts-file", help="pairs with a score, such as STS-B: sentence1, sentence2, score")
+    add("--retrieval-file", help="questions with their paragraphs, such as SQuAD: question, context")
     add("--pooling", choices=("mean", "cls"), help="how a vector is measured (default: what the model's folder says, "
         "which is copied along; else the mean, as SentenceTransformer)")  # fmt: skip
     add("--keep-hidden", action=argparse.BooleanOptionalAction, default=True,
@@ -176,6 +179,49 @@ def agreement(teacher: Tensor, student: Tensor, kept: Sequence[int]) -> dict[str
     return found
 
 
+def retrieval(queries: Tensor, index: Tensor, wanted: Sequence[int], most: int = 10) -> float:
+    """Return the mean reciprocal rank at 10 (MRR@10) of the text that each query is about, among all that are indexed.
+
+    :param queries: [Q, H], of length 1, as `vectors` gives them.
+    :param index: [texts, H], of the same model or of its teacher.
+    :param wanted: Q rows of the index.
+    """
+    found = (queries @ index.T).topk(min(most, len(index))).indices == torch.tensor(wanted).unsqueeze(1)
+    return float((found / torch.arange(1, found.shape[1] + 1)).sum(1).mean())
+
+
+def retrieval_scores(file: str, teacher: Any, student: Any) -> dict[str, float]:
+    """Let both models find the paragraphs of questions: each in its own index, and the student in the teacher's.
+
+    :param teacher: makes vectors of texts; so does `student`.
+    """
+    rows = load_rows(file)
+    if not rows or not {"question", "context"} <= rows[0].keys():
+        sys.exit(f"{file} needs the columns question and context; it has {', '.join(rows[0] if rows else ())}")
+    places = {text: place for place, text in enumerate(dict.fromkeys(row["context"] for row in rows))}
+    rows = [rows[index] for index in np.random.RandomState(5).permutation(len(rows))[:MOST]]
+    queries, wanted = [row["question"] for row in rows], [places[row["context"]] for row in rows]
+    index, ours, theirs = student(list(places)), student(queries), teacher(list(places))
+    found = {"MRR@10 of the teacher": retrieval(teacher(queries), theirs, wanted)}
+    if index.shape == theirs.shape:
+        found["MRR@10 in the teacher's index"] = retrieval(ours, theirs, wanted)
+    return found | {"MRR@10 in its own index": retrieval(ours, index, wanted)}
+
+
+def scores_of_files(options: argparse.Namespace, teacher: Any, student: Any) -> dict[str, float]:
+    """Return what is measured on files of the user's.
+
+    :param teacher: makes vectors of texts; so does `student`.
+    """
+    found: dict[str, float] = {}
+    if options.sts_file:
+        found["STS of the teacher"] = similarity_score(options.sts_file, teacher)
+        found["STS"] = similarity_score(options.sts_file, student)
+    if options.retrieval_file:
+        found |= retrieval_scores(options.retrieval_file, teacher, student)
+    return found
+
+
 def similarity_score(file: str, embed: Any) -> float:
     """Return the rank correlation of the cosines of pairs with the similarities that people gave them (STS-B)."""
     rows = load_rows(file)
@@ -246,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     teacher = copy.deepcopy(model)
     rows = tokenise([{"text": text} for text in texts], tokenizer, model, max_length=options.max_length)
+    config = cofiprune.PruneConfig.create(config, embedding_pooling=pooling)
     goal = {"target_sparsity": options.target_sparsity, "teacher": "self", "config": config, "output_dir": folder}
     result = cofiprune.prune(model, rows, **goal, resume="auto" if options.resume else False)
     result.compact().save_pretrained(folder)
@@ -260,9 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = result.plan.keep.get("hidden", range(dense.shape[1]))
     found = {"sparsity": cofiprune.summary(student).sparsity, "dimensions": pruned.shape[1], "pooling": pooling}
     found |= agreement(dense, pruned, kept)
-    if options.sts_file:
-        found["STS of the teacher"] = similarity_score(options.sts_file, lambda texts: embed(texts, teacher))
-        found["STS"] = similarity_score(options.sts_file, embed)
+    found |= scores_of_files(options, lambda texts: embed(texts, teacher), embed)
     print(cofiprune.summary(student))
     for name, value in found.items():
         print(f"{name:34}{value:.4f}" if isinstance(value, float) else f"{name:34}{value}")

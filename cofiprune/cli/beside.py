@@ -62,6 +62,13 @@ class Beside:
         return any(kind == "Pooling" for _, kind in self.modules)
 
     @property
+    def pools_first(self) -> bool:
+        """Whether the vector of a text is the state of its first token."""
+        files = [(self.source or Path()) / path / "config.json" for path, kind in self.modules if kind == "Pooling"]
+        stated = [_read(file) for file in files if file.is_file()]
+        return any(each.get("pooling_mode") == "cls" or each.get("pooling_mode_cls_token") is True for each in stated)
+
+    @property
     def readers(self) -> list[str]:
         """Modules with weights, which read as many hidden dimensions as the encoder has now."""
         source = self.source or Path()

@@ -142,6 +142,8 @@ def _prepare(
     stated, tokenised = task_by_architecture(loaded.model.config), loaded.tokenizer is not None
     loaded.beside.refuse_a_part()
     loaded.beside = loaded.beside.for_task(loaded.task, stated, tokenised=tokenised)
+    if loaded.beside.pools_first:
+        config = PruneConfig.create(config, embedding_pooling="cls")
     if loaded.beside.readers and not trained:
         config = _without_hidden(config, loaded)
     teacher: Teacher = None

@@ -27,7 +27,6 @@ from cofiprune.parts import encoder_config
 from cofiprune.selection.target import FILE, Target
 from cofiprune.structure import Structure
 from cofiprune.training.config import PruneConfig
-from cofiprune.training.objective import hidden_width
 from cofiprune.training.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
@@ -115,12 +114,9 @@ def check_learnable(
     teacher: PreTrainedModel | None,
     batches: Batches,
     settings: ResolvedSettings,
-    *,
-    cuts_hidden: bool,
 ) -> None:
     """Make sure that the settings leave something to learn from, all through the run.
 
-    :param cuts_hidden: hidden dimensions may be removed.
     :raises SettingsError: when every part of the loss has the weight 0.
     :raises DataError: when labels are asked for and not there.
     :raises TeacherError: when the teacher has nothing to say to the student's head or cannot read the data.
@@ -148,12 +144,6 @@ def check_learnable(
         raise TeacherError(
             f"the teacher, a {type(teacher).__name__}, has no head that could teach the head of a "
             f"{type(student).__name__}, and no labels are learned from"
-        )
-    other_width = hidden_width(student) != hidden_width(teacher)
-    if not (labels or layers) and batches.task == "embedding" and (cuts_hidden or other_width):
-        raise SettingsError(
-            "without distill_layers_weight an encoder's states are compared with the teacher's as they are, which "
-            "needs the same hidden size: give it a weight, or prune other units than 'hidden'"
         )
     if isinstance(batches, RowBatches) and batches.in_memory:
         try:

@@ -41,6 +41,16 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
         return self.method in ("one-shot", "auto")
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The settings that have another value than the default."""
+        return {name: value for name, value in self if value != PruneConfig.model_fields[name].default}
+
+    @property
+    def gate_settings(self) -> list[str]:
+        """Settings of gates that have another value than the default: method="auto" takes them for asking for gates."""
+        return [name for name in _OF_GATES if name in self.given]
+
+    @property
     def trains_weights(self) -> bool:
         """Whether the weights learn along with the gates."""
         return self.method not in ("gates", "one-shot")
@@ -52,8 +62,8 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
 
     @property
     def teaches_itself(self) -> bool:
-        """Whether a run without a teacher learns from its model as it comes: methods that can do without labels do."""
-        return self.method in ("gates", "auto") or (self.method == "one-shot" and self.trains)
+        """Whether a run without a teacher learns from its model as it comes, labels or not."""
+        return self.method == "gates" or (self.method == "one-shot" and self.trains)
 
     @property
     def pruning_epochs(self) -> float:
@@ -161,7 +171,10 @@ def check_taken(
     check_names(names, known, function)
 
 
+_OF_GATES = [name for name in GateSettings.model_fields if name not in ("seed", "units", "round_to")]
+_OF_GATES += ["compact_in_training"]
 _ORIGINAL: dict[str, Any] = {
+    "method": "cofi",
     "gate_learning_rate": 0.01,
     "finetune_learning_rate": 2e-5,
     "finetune_lr_scheduler_type": "constant",

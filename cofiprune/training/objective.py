@@ -1,24 +1,19 @@
 """The loss of a step: labels, the teacher's outputs, and the states of its layers, each by its weight.
 
-A teacher's forward pass is a third of the cost of a training step, and most of it once the student is small. Its
-outputs for a row depend on the row alone (it is in evaluation mode), so that they are kept from the first epoch on.
-Rows that a collator of the user's makes, and images, are computed anew each time.
-
-Shapes: B examples, T tokens of the batch, t tokens of a row, S teacher layers distilled, H hidden.
+Shapes: B examples, T tokens of the batch, S teacher layers distilled, H hidden.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cofiprune.data.batches import REPEATED, ROWS, Batches, model_inputs, to_model
-from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs
+from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs, task_of
 from cofiprune.distillation import (
     hidden_projection,
     layerwise_loss,
@@ -32,6 +27,7 @@ from cofiprune.parts import encoder_config, heads_of_stages
 from cofiprune.record import sizes_of
 from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
+from cofiprune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +63,7 @@ class Objective:
         self.settings = settings
         self.label_weight = settings.label_weight
         self.labels = set(label_names(student))
+        self.compares_vectors = self.task == "embedding" and teacher is not None and task_of(teacher) == "embedding"
         self.projection: nn.Linear | None = None
         """From the student's states to the teacher's; learned along with the student."""
         self.teacher: Teacher | None = None
@@ -100,7 +97,7 @@ class Objective:
         tokens = rows if ids is None else float(ids.numel())
         if ids is not None and mask is not None and mask.dim() == 2:
             tokens = float(mask.ne(0).sum())
-        by_token = self.task in _TOKEN_AXIS and self.task != "question-answering"
+        by_token = self.task in ("token-classification", "masked-lm")
         counted = _labels_counted(self.task, batch)
         values = (rows if counted is None else float(counted), tokens if by_token else rows, tokens)
         return dict(zip(_PARTS, values, strict=True))
@@ -172,15 +169,16 @@ class Objective:
         mask = batch.get("attention_mask")
         parts: dict[str, Tensor] = {}
         ours = predictions(output)
-        # An encoder without a head predicts its states; when hidden dimensions or widths differ, only the
-        # layer loss, which maps one to the other, can compare them.
-        if [part.shape for part in ours] == [part.shape for part in theirs] and self.settings.distill_logits_weight:
+        # Where widths differ, vectors of embeddings compare by their similarities, and states by a projection.
+        alike = self.compares_vectors or [part.shape for part in ours] == [part.shape for part in theirs]
+        if alike and self.settings.distill_logits_weight:
             parts["logits_loss"] = logit_loss(
                 ours,
                 theirs,
                 temperature=self.settings.distill_temperature,
                 kind=self.task,
                 mask=mask if mask is not None and ours[0].dim() > 1 and ours[0].shape[:2] == mask.shape else None,
+                pooling=self.settings.embedding_pooling,
             )
         if self.projection is not None:
             states = output.hidden_states[1:]
@@ -211,87 +209,6 @@ def _labels_counted(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
     if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
         return (batch["labels"] != IGNORED).sum()
     return None
-
-
-Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Of a teacher for a batch: its predictions, and the states [B, T, H] of its S chosen layers."""
-
-
-@dataclass(eq=False)
-class Teacher:
-    """Runs a teacher, or remembers what it put out."""
-
-    model: PreTrainedModel
-    layers: Sequence[int]
-    """The S layers whose outputs are wanted."""
-    token_axis: bool
-    """Whether the predictions have one: [B, T, ...] instead of [B, ...]."""
-    memory: int
-    """Bytes that it may remember; 0 for none."""
-    order: Sequence[int] | None = None
-    """The place in its predictions of each class of the student; None where that is the student's."""
-    used: int = 0
-    _known: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.reads = set(forward_names(self.model))
-        self.options = supported_kwargs(self.model, output_hidden_states=bool(self.layers), return_dict=True)
-        self.depth = int(encoder_config(self.model).num_hidden_layers) if self.layers else 0
-
-    def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
-        """Return the teacher's outputs for a batch.
-
-        :param inputs: what the model reads, without labels.
-        :param rows: [B] numbers of the rows, on the CPU, when the same number always means the same row.
-        """
-        mask = inputs.get("attention_mask")
-        if rows is None or not self.memory or mask is None or mask.dim() != 2:
-            return self._run(inputs)
-        if self.knows(rows):
-            return self._recall(rows.tolist(), mask.shape[1])
-        outputs = self._run(inputs)
-        # States of an image beside the text are not cut to the length of a row.
-        if self.used < self.memory and all(state.shape[1] == mask.shape[1] for state in outputs[1]):
-            self._remember(rows.tolist(), outputs, mask)
-        return outputs
-
-    def knows(self, rows: Tensor) -> bool:
-        """Return whether the outputs for all these rows are remembered."""
-        return all(number in self._known for number in rows.tolist())
-
-    @torch.no_grad()
-    def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
-        inputs = {name: value for name, value in inputs.items() if name in self.reads}
-        output = self.model(**inputs, **self.options)
-        states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
-        return tuple(part.detach() for part in predictions(output, self.order)), states
-
-    def _remember(self, numbers: list[int], outputs: Outputs, mask: Tensor) -> None:
-        position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        lengths = (mask.ne(0) * position).amax(1).tolist()
-        predicted, chosen = outputs
-        for index, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
-            parts = [part[index, :length].clone() if self.token_axis else part[index].clone() for part in predicted]
-            states = [state[index, :length].clone() for state in chosen]
-            self._known[number] = (parts, states)
-            self.used += sum(part.nbytes for part in (*parts, *states))
-
-    def _recall(self, numbers: list[int], width: int) -> Outputs:
-        known = [self._known[number] for number in numbers]
-        parts = tuple(
-            _stack(rows, width) if self.token_axis else torch.stack(rows)
-            for rows in ([row[index] for row, _ in known] for index in range(len(known[0][0])))
-        )
-        states = tuple(_stack([row[index] for _, row in known], width) for index in range(len(self.layers)))
-        return parts, states
-
-
-def _stack(rows: list[Tensor], width: int) -> Tensor:
-    """Pad rows [t, ...] with zeros to [B, width, ...]."""
-    out = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = row
-    return out
 
 
 @torch.no_grad()
@@ -347,4 +264,4 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def hidden_width(model: PreTrainedModel) -> int:
     """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
     recorded = sizes_of(model) or {}
-    return int(recorded.get("hidden", encoder_config(model).hidden_size))
+    return int(recorded.get("hidden") or getattr(encoder_config(model), "hidden_size", 0))

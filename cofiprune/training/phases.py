@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from cofiprune.accounting import Cost, layer_parameters, model_parameters
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.batches import Batches
 from cofiprune.errors import CheckpointError, SettingsError
-from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import evaluating, frozen, same_random_state
 from cofiprune.masking import attach_to, masks_of
 from cofiprune.measure.figures import Figures, Subject, figures_of
@@ -20,7 +18,6 @@ from cofiprune.measure.summary import dense_structure
 from cofiprune.oneshot.reconstruction import Reconstruction
 from cofiprune.oneshot.sensitivity import position_weights
 from cofiprune.oneshot.with_data import calibration
-from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_of
 from cofiprune.selection.target import Target
@@ -32,7 +29,7 @@ from cofiprune.training.processes import by_first
 from cofiprune.training.resolved import Schedule
 from cofiprune.training.result import PruneResult, metrics_of, reached
 from cofiprune.training.run import Run
-from cofiprune.training.start import Choice, can_go_on, choose, chosen_for_epochs, measure_pace, one_shot
+from cofiprune.training.start import can_go_on, one_shot
 
 if TYPE_CHECKING:
     pass
@@ -43,6 +40,8 @@ def prune_with_data(run: Run, target: Target) -> None:
     _check_before(run)
     run.identify(method="prune", **target.identity())
     saved = run.saved
+    if run.reason and run.config.progress and run.accelerator.is_main_process:
+        run.display.console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=True)
     with run.running():
         if saved is None:
             measure_before(run)
@@ -72,7 +71,7 @@ def _check_before(run: Run) -> None:
     """Make sure that there is something to learn from, all through the run."""
     settings = run.settings
     if settings.trains:
-        check_learnable(run.model, run.teacher, run.batches, settings, cuts_hidden="hidden" in settings.units)
+        check_learnable(run.model, run.teacher, run.batches, settings)
     schedule = Schedule.for_pruning(settings, run.steps_in(run.batches))
     recovery = schedule.recovery(settings, run.steps_in(run.recovery_batches))
     if settings.metric_for_best_model is not None and not recovery:
@@ -88,9 +87,7 @@ def train(run: Run) -> None:
     """Train what the masks on the model keep, or all of it: `finetune`."""
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))
-    width = encoder_config(run.model).hidden_size
-    cuts_hidden = plan.kept.get("hidden", width) != width
-    check_learnable(run.model, run.teacher, run.batches, run.settings, cuts_hidden=cuts_hidden)
+    check_learnable(run.model, run.teacher, run.batches, run.settings)
     if not run.settings.finetune_epochs:
         raise SettingsError("finetune with epochs=0 would train nothing; it takes more than 0, fractions included")
     run.batches = run.recovery_batches
@@ -105,34 +102,6 @@ def train(run: Run) -> None:
             run.state.extra = dict(run.saved.extra)
         run.use(plan)
         recover(run, max(round(run.settings.finetune_epochs * run.steps_in(run.batches)), 1))
-
-
-def pick_method(run: Run, target: Target) -> None:
-    """Pick a method and epochs by the budget, say so, and go by it: `method="auto"`.
-
-    :raises SettingsError: when the budget is too small for anything.
-    """
-    config = run.config
-    saved = None if run.folder is None else run.folder / "choice.json"
-    if run.resume and saved is not None and saved.exists():
-        choice = Choice(**read_sealed(saved, CheckpointError, f"{saved} is damaged; start afresh in another folder"))
-    elif config.time_budget is None:
-        choice = chosen_for_epochs(config.pruning_epochs, config.recovery_epochs)
-    else:
-        batches, steps = run.batches, run.steps_in(run.batches)
-        pace = measure_pace(run.model, run.structure, run.teacher, batches, steps_per_epoch=steps, target=target.share)
-        choice = choose(pace, config.time_budget, share=1 - target.share)
-    if saved is not None and run.accelerator.is_main_process:
-        write_sealed(saved, asdict(choice))
-    settings = {"method": "one-shot", "finetune_epochs": choice.finetune_epochs, "time_budget": None}
-    run.config = config.model_copy(update=settings)
-    run.settle()
-    run.reason = choice.reason
-    if config.progress and run.accelerator.is_main_process:
-        run.display.console.print(f"cofiprune picked {choice.reason}", highlight=False, soft_wrap=True)
-
-
-# Before and after.
 
 
 def measure_before(run: Run) -> None:

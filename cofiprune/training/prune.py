@@ -11,35 +11,29 @@ import torch
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.slicing import compacted
-from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.data.reading import Reading
-from cofiprune.errors import SettingsError
+from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
 from cofiprune.measure.figures import Subject, figures_of
 from cofiprune.oneshot.data_free import prune_data_free
-from cofiprune.oneshot.with_data import check_one_shot
 from cofiprune.plan import Plan
-from cofiprune.selection.reachable import check_target
 from cofiprune.selection.target import Target, parse_target
-from cofiprune.structure import Structure
-from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off, target_for
+from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import finished, pick_method, prune_with_data, train
+from cofiprune.training.phases import finished, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
-from cofiprune.training.start import check_method
+from cofiprune.training.settling import learns_alone, leave_to_gates, pick_method, settled
 from cofiprune.training.sweep import SweepResult, sweep
-from cofiprune.training.width import check_keep_width, widen
-from cofiprune.whole import SENTENCES, Whole, inside
+from cofiprune.training.width import widen
+from cofiprune.whole import Whole, inside
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     TeacherArgument = Any  # a transformers model, an object of sentence-transformers around one, "self" or None
 
 
@@ -80,10 +74,11 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
 ) -> PruneResult | SweepResult:
     """Prune an encoder to a target, in place: weights are trained and the final masks stay attached.
 
-    With data this is CoFi (Xia et al., 2022, arXiv:2204.00408): hard-concrete gates over heads, feed-forward
-    dimensions, hidden dimensions and whole blocks learn under a sparsity constraint, with distillation from the
-    teacher; the structure is then fixed at exactly the target, and the weights that are left recover. Without data
-    it is a one-shot prune from the weights, reconstructed against the teacher's outputs on synthetic inputs.
+    With data, one shot decides in a few rounds of measuring, cutting and reconstructing, and what is left recovers by
+    distillation from the teacher. With method="cofi" (Xia et al., 2022, arXiv:2204.00408) hard-concrete gates over
+    heads, feed-forward dimensions, hidden dimensions and whole blocks learn under a sparsity constraint; the structure
+    is then fixed at exactly the target, and the weights that are left recover. Without data it is a one-shot prune
+    from the weights, reconstructed against the teacher's outputs on synthetic inputs.
 
     Masks of an earlier run are taken off first, with a warning: it starts from all of the model. To go on from what
     an earlier run left, prune `cofiprune.compact(model)`.
@@ -104,8 +99,9 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param target_speedup: the dense model's time over the pruned one's, above 1, measured on the device that the model
         is on, at `target_batch_size` and `target_seq_len`; the compacted model is measured, and corrected.
     :param target_latency_ms: milliseconds per batch of that size, likewise.
-    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; with
-        methods that can do without labels ("gates", "auto", and "one-shot" with recovery), None is "self".
+    :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; None
+        is "self" for rows without labels, and with methods that do not look at them ("gates", and "one-shot" with
+        recovery).
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param tokenizer: the model's, for rows of text. Columns are known by the names that GLUE, SQuAD, CoNLL and the like
         give them: a text, a pair, words with a label each, a question with its passage and answers.
@@ -125,22 +121,22 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
     with torch.inference_mode(False):  # gradients, whatever the caller has switched off
-        check_names(settings, PruneConfig.model_fields, prune)
-        config = PruneConfig.create(config, **settings)
+        config = _config(config, settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
             "target_macs": target_macs, "target_file_mb": target_file_mb,
             "target_speedup": target_speedup, "target_latency_ms": target_latency_ms,
         })  # fmt: skip
-        whole, has_data = Whole.of(model), train_dataset is not None
-        structure, config, targets = _checked(whole, config, name, asked, has_data=has_data, keep_width=keep_width)
-        teacher = _teaching(teacher, config, whole, keep_width=keep_width) if has_data else teacher
-        taught = resolve_teacher(inside(teacher), whole.model, of_dense=True)
+        whole, on_data = Whole.of(model), train_dataset is not None
+        structure, config, targets, reason = settled(whole, config, name, asked, on_data=on_data, keep_width=keep_width)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
         rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        if teacher is None and rows is not None and (keep_width or learns_alone(whole, config, rows, collate, reason)):
+            teacher = "self"
         run = Run(
-            whole.model, structure, config, targets[0], taught, teacher == "self",
-            rows, held, collate, compute_metrics, output_dir, callbacks, resume,
+            whole.model, structure, config, targets[0],
+            resolve_teacher(inside(teacher), whole.model, of_dense=True), teacher == "self",
+            rows, held, collate, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         with same_random_state():  # a run is seeded by its own setting
             if isinstance(asked, list):
@@ -148,59 +144,9 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 
-def _teaching(teacher: TeacherArgument, config: PruneConfig, whole: Whole, *, keep_width: bool) -> TeacherArgument:
-    """Return the teacher of a run with data: the model as it comes, where there is none and labels are not enough."""
-    alone = config.teaches_itself or keep_width or (whole.kind == SENTENCES and config.trains)
-    return "self" if teacher is None and alone else teacher
-
-
-def _checked(
-    whole: Whole, config: PruneConfig, name: str, asked: float | list[float], *, has_data: bool, keep_width: bool
-) -> tuple[Structure, PruneConfig, list[Target]]:
-    """Check the method and the targets against the model.
-
-    :param name: of the argument that asks for the targets.
-    """
-    if isinstance(asked, list) and config.uniform:
-        raise SettingsError("uniform=True takes one target: what it leaves is another model, not a part of this one")
-    model = whole.model
-    if keep_width:
-        check_keep_width(whole, asked, has_data=has_data)
-    structure = structure_of(model)
-    check_weights(model)
-    config = _for_model(config, model, structure, has_data=has_data)
-    values = asked if isinstance(asked, list) else [asked]
-    targets = [target_for(model, structure, config, name, value) for value in values]
-    _check_reachable(whole, structure, targets, config, on_data=has_data)
-    return structure, config, targets
-
-
-def _check_reachable(
-    whole: Whole, structure: Structure, targets: Sequence[Target], config: PruneConfig, *, on_data: bool
-) -> None:
-    """Make sure that the structure allows every target, with the kinds of units that may go.
-
-    :raises CofipruneError: for kinds that the model does not have, targets that are out of reach, and kinds that
-        something behind the model needs.
-    """
-    structure.select(config.one_shot_units)
-    one_shot = on_data and config.decides_in_one_shot
-    units = config.one_shot_units or config.units if one_shot else config.units
-    if any(group.kind == "hidden" for group in structure.select(units)) and not (one_shot and units is None):
-        whole.check_width()
-    for target in targets:
-        (check_one_shot if one_shot else check_target)(structure, target, units)
-
-
-def _for_model(config: PruneConfig, model: PreTrainedModel, structure: Structure, *, has_data: bool) -> PruneConfig:
-    """Check the method, and name the unit kinds of uniform layers: those that the model's configuration can state."""
-    check_method(config, has_data=has_data)
-    if not config.uniform:
-        return config
-    units = uniform_units(model, structure, config.units)
-    if config.units is None and config.decides_in_one_shot:
-        units = tuple(unit for unit in units if unit != "hidden")  # in one shot they go only where they are named
-    return PruneConfig.create(config, units=units)
+def _config(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
+    check_names(settings, PruneConfig.model_fields, prune)
+    return PruneConfig.create(config, **settings)
 
 
 def _prune_whole(run: Run, whole: Whole, teacher: Any, *, keep_width: bool) -> PruneResult:
@@ -219,13 +165,17 @@ def _prune(run: Run) -> PruneResult:
     if run.train_dataset is None:
         return _prune_data_free(run, target)
     if config.trains:
-        check_trainable(run.model, gated=config.method != "one-shot")
+        check_trainable(run.model, gated=not config.decides_in_one_shot)
     elif run.resume is True:
         raise SettingsError("resume=True goes on with training, and one shot trains nothing: call it again")
     run.prepare()
     if config.method == "auto":
         pick_method(run, target)
-    prune_with_data(run, target)
+    try:
+        prune_with_data(run, target)
+    except TargetError as problem:
+        leave_to_gates(run, config, problem)
+        prune_with_data(run, target)
     return finished(run)
 
 
@@ -305,8 +255,8 @@ def finetune(  # noqa: PLR0913  # like prune
     """
     with torch.inference_mode(False):
         check_taken("finetune", settings, FINETUNE, function=finetune)
-        config = PruneConfig.for_finetune(config, **settings)
         whole = Whole.of(model)
+        config = PruneConfig.for_finetune(config, **settings).model_copy(update=whole.settings)
         structure = structure_of(whole.model)
         check_weights(whole.model)
         check_trainable(whole.model, gated=False)

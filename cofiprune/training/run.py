@@ -75,6 +75,8 @@ class Run:
     output_dir: str | Path | None
     callbacks: Sequence[Callback]
     resume: Resume
+    reason: str = ""
+    """Of the choice that method="auto" made."""
 
     # Set up by `prepare`.
     batches: Batches = field(init=False)
@@ -92,8 +94,6 @@ class Run:
     fingerprint: dict[str, Any] = field(init=False)
     saved: SavedRun | None = field(init=False, default=None)
     """The checkpoint from which the next phase goes on."""
-    reason: str = field(init=False, default="")
-    """Of the choice that method="auto" made."""
 
     # Where it stands.
     small: PreTrainedModel = field(init=False)

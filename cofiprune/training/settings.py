@@ -119,8 +119,8 @@ class TrainingSettings(Settings):
     """How a model is trained; rates are per optimiser step, epochs are passes over the training data."""
 
     epochs: NonNegative | None = None
-    """Training epochs: of the pruning phase, in which gates and weights learn together, or of `finetune`. Fractions
-    are allowed. More epochs usually find a better structure. None: 4 in `prune`, 2 in `finetune`."""
+    """Training epochs: of the pruning phase, in which gates and weights learn together, or of `finetune`; with
+    method="auto" mostly of recovery. Fractions are allowed. None: 4 in `prune`, 2 in `finetune`."""
     finetune_epochs: NonNegative | None = None
     """Epochs of recovery, in which the pruned model trains on; 0 for none. They are cheap, because the model is
     small by then, and matter most at high sparsities. None: 2, and 0 with method="one-shot" or "gates"."""
@@ -134,8 +134,9 @@ class TrainingSettings(Settings):
     """Batches per optimiser step. Higher values save memory, not time: use them with a smaller `batch_size`. Rows and
     losses are those of one larger batch; "nearest" and "ordered" still pair layers batch by batch."""
     learning_rate: Positive | None = None
-    """Peak learning rate of the weights in the pruning phase, or in `finetune`. None: in `prune`, half of what
-    `finetune_learning_rate` is for the target, because the model is still larger than that."""
+    """Peak learning rate of the weights in the pruning phase, or in `finetune`; with method="auto" also of the
+    recovery. None: in `prune`, half of what `finetune_learning_rate` is for the target, because the model is still
+    larger than that."""
     finetune_learning_rate: Positive | None = None
     """Peak learning rate of the recovery. None: 4e-5 divided by the kept share of the layers, at most 4e-4, because
     smaller models need, and tolerate, a higher learning rate."""
@@ -203,6 +204,9 @@ class DistillationSettings(Settings):
     does too but never lets pairs cross, "same-index" takes the one at the same relative depth."""
     distill_layers: Count = 1
     """Number of teacher layers that are distilled, evenly spaced up to the last. The original has 4."""
+    embedding_pooling: Literal["mean", "cls"] = "mean"
+    """How token states make the vector of a text where an encoder without a head is distilled, whose vectors are then
+    what is compared: their mean over the tokens that are no padding, or the first one."""
     label_weight: Weight | None = None
     """Weight of the loss on the labels. None: 0.5 with a teacher, 1 without one, 0 without labels. The original has
     0."""
@@ -258,13 +262,17 @@ class GateSettings(Settings):
 class TargetSettings(Settings):
     """What `prune` aims at, and the method that gets there."""
 
-    method: Literal["cofi", "one-shot", "gates", "auto"] = "cofi"
-    """Method of pruning with data. "cofi" trains gates and weights. "one-shot" decides without training, and needs
-    neither labels nor a teacher. "gates" trains the gates alone, against the teacher's outputs (those of the dense
-    model by default), and reconstructs the pruned model. These two are followed by recovery only if
-    `finetune_epochs` is given. "auto" chooses by `time_budget` or `epochs`, and reports what and why."""
+    method: Literal["auto", "one-shot", "cofi", "gates"] = "auto"
+    """Method of pruning with data. "auto" takes what was measured to end highest, and says what and why: one shot,
+    then `epochs` and `finetune_epochs` together, or as many as fit into `time_budget`, of recovery; "cofi" where
+    settings of gates are changed, and where one shot cannot reach the target or has too few rows. "one-shot" decides
+    without training, and needs neither labels nor a teacher. "cofi" trains gates and weights, as the original does.
+    "gates" trains the gates alone, against the teacher's outputs (those of the dense model by default), and
+    reconstructs the pruned model. "one-shot" and "gates" are followed by recovery only if `finetune_epochs` is
+    given."""
     time_budget: Time = None
-    """Time that `prune` may take with method="auto": seconds, or a text such as "90s", "10m" or "1h30m"."""
+    """Time that `prune` may take with method="auto", instead of `epochs`: seconds, or a text such as "90s", "10m" or
+    "1h30m"."""
     repair: bool | Literal["one-shot"] | None = None
     """Reconstruct what the dense model computed, by least squares on training examples: the remaining weights and
     biases take over what the removed units contributed. True: after one shot and after the gates have decided;

@@ -83,8 +83,8 @@ def test_whole_run_beside_plain_fine_tuning(table: Callable[..., Any]) -> None:
     plain.measure()
     runs = {}
     for name, settings in (
-        ("`prune`, all defaults (4 + 2 epochs)", {"epochs": 4, "finetune_epochs": 2}),
-        ('`method="one-shot"`, `finetune_epochs=6`', {"method": "one-shot", "finetune_epochs": 6}),
+        ('`prune`, `method="cofi"` (4 + 2 epochs)', {"method": "cofi", "epochs": 4, "finetune_epochs": 2}),
+        ("`prune`, all defaults (one shot, 6 epochs)", {}),
     ):
         runs[name] = timed(dense, data, **settings)
         plain.measure()

@@ -122,7 +122,7 @@ BRIEF = {"epochs": 3, "finetune_epochs": 1, "batch_size": 8, "logging_steps": 4,
 
 def pruned(model: Callable[[], Any] = new, data: Any = rows, *, brief: bool = True, **settings: Any) -> Case:
     """A case of `prune`; models and rows are made when it runs."""
-    settings = {**(BRIEF if brief else {}), "target_sparsity": 0.6, **settings}
+    settings = {**(BRIEF if brief else {}), "target_sparsity": 0.6, "method": "cofi", **settings}
     if settings.keys() & {"target_macs", "target_model_sparsity"}:
         del settings["target_sparsity"]
     return lambda folder: cofiprune.prune(model(), data and data(), **made(settings))
@@ -295,8 +295,8 @@ CASES: dict[str, Case] = {
     "one shot of relative positions": at_once(model=deberta),
     "one shot and recovery": pruned(method="one-shot", data=unlabelled),
     "one shot and recovery, resumed": resumed(4, method="one-shot", data=unlabelled),
-    "auto by epochs": pruned(method="auto"),
-    "auto by no epochs": pruned(method="auto", epochs=0),
+    "auto by epochs": pruned(method="auto", teacher="self"),
+    "auto by no epochs": pruned(method="auto", epochs=0, finetune_epochs=0),
     # Without data.
     "no data": without_data(eval_dataset=held_out),
     "no data to 0.5": without_data(target_sparsity=0.5),

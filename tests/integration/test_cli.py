@@ -130,7 +130,7 @@ def test_prune_writes_a_model_that_reloads_with_its_plan_and_result(pruned: Path
     assert {name: size for name, size in kept.items() if size} == cofiprune.structure(model).sizes
     result = json.loads((pruned / "result.json").read_text())
     assert result["sparsity"] == pytest.approx(0.6, abs=0.005)
-    assert result["settings"]["epochs"] == 2
+    assert (result["settings"]["method"], result["settings"]["finetune_epochs"]) == ("one-shot", 3)
     assert result["history"]
     assert 0 <= result["metrics"]["eval_accuracy"] <= 1
     assert model.config.id2label == {0: "negative", 1: "positive"}

@@ -55,6 +55,27 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_mean_reciprocal_rank_counts_the_first_ten(script):
+    index = torch.eye(16)
+    queries = torch.stack([index[3], index[4] + index[5] * 0.5, -index[6]])
+    assert script.retrieval(queries, index, [3, 5, 6]) == pytest.approx((1 + 1 / 2) / 3)
+
+
+def test_paragraphs_are_found_in_both_indices(script, tmp_path):
+    file = tmp_path / "questions.json"
+    texts = [f"text {number % 5}" for number in range(20)]
+    file.write_text(json.dumps([{"question": text, "context": text} for text in texts]))
+    place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+
+    def embed(asked):
+        return torch.eye(5)[[place[text] for text in asked]]
+
+    found = script.retrieval_scores(str(file), embed, lambda asked: -embed(asked))
+    assert list(found.values()) == pytest.approx([1, 1 / 5, 1])  # the right one comes last of five
+    found = script.retrieval_scores(str(file), embed, lambda asked: embed(asked)[:, :4])
+    assert "MRR@10 in the teacher's index" not in found
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text a line, all different."""

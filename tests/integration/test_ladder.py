@@ -82,6 +82,34 @@ def test_without_repair_and_data_the_weights_stay(toy):
     assert toy.is_unchanged(student, before)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rows", "why"),
+    [
+        ({"units": "hidden", "target_sparsity": 0.4826}, 64, 'units must include "head" or "intermediate"'),
+        ({"units": "head", "target_sparsity": 0.4115}, 64, "the nearest plan"),
+        ({}, 2, "at least 48"),
+        ({"freeze_epochs": 0}, 64, "freeze_epochs is of gates"),
+    ],
+)
+def test_auto_leaves_to_gates_what_one_shot_cannot_do(toy, settings, rows, why, tmp_path):
+    brief = {"epochs": 1, "finetune_epochs": 1, "output_dir": tmp_path, **settings}
+    result = prune(toy.student(), toy.rows(rows), **brief)
+    assert (result.method, result.settings.method) == ("cofi", "cofi")
+    assert why in result.reason
+    assert abs(result.sparsity - brief.get("target_sparsity", 0.6)) <= 0.005
+    again = prune(toy.student(), toy.rows(rows), resume=True, **brief)
+    assert (again.plan, again.reason) == (result.plan, result.reason)
+
+
+def test_by_default_the_epochs_are_for_recovery_and_labels_teach_where_there_are_any(toy):
+    for rows, parts in ((toy.rows(64), {"label_loss"}), (unlabelled(64), {"logits_loss", "layers_loss"})):
+        result = prune(toy.student(), rows, logging_steps=1, learning_rate=3e-3)
+        assert result.settings.finetune_epochs == result.history[-1]["epoch"] == 6
+        assert result.history[1]["learning_rate"] == pytest.approx(3e-3)
+        assert {name for name in result.history[-1] if name.endswith("_loss")} == parts
+        assert "6 epochs" in result.reason
+
+
 def test_auto_says_what_it_picked_and_why(toy, tmp_path, capsys):
     arguments = {"target_sparsity": 0.6, "method": "auto", "batch_size": 8}
     result = cofiprune.prune(toy.student(), toy.rows(64), epochs=0, output_dir=tmp_path, **arguments)

@@ -119,7 +119,7 @@ def test_gates_start_on_what_one_shot_leaves(toy, watch, tmp_path, target):
     assert all(set(kept[name]) <= set(begin.plan.keep[name]) for name in kept)  # what is gone stays gone
 
     steps = watch(student)
-    settings = {"target_sparsity": target, "epochs": 1, "finetune_epochs": 0, "progress": False}
+    settings = {"target_sparsity": target, "epochs": 1, "finetune_epochs": 0, "method": "cofi", "progress": False}
     cofiprune.prune(student, DataLoader(batches[:6], batch_size=None), **settings)
     assert dict(cofiprune.structure(steps[0].model).sizes) == {n: size for n, size in begin.plan.kept.items() if size}
     bare = cofiprune.compact(toy.student(), begin.plan).state_dict()

@@ -65,7 +65,7 @@ def test_batches_after_pruning_may_have_another_size(toy, watch):
     ],
 )
 def test_the_last_part_of_the_epochs_trains_the_decided_structure(settings, ramp, after):
-    settings = resolve(PruneConfig(epochs=10, **settings), Facts(100, target=0.9))
+    settings = resolve(PruneConfig(method="cofi", epochs=10, **settings), Facts(100, target=0.9))
     schedule = Schedule.for_pruning(settings, 100)
     assert (schedule.ramp, schedule.gated, schedule.after) == (ramp, 1000 - after, after)
 

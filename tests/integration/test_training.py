@@ -301,7 +301,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(toy, terminal, monkeyp
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("COLUMNS", "100")
-    run(toy, eval_dataset=toy.rows(8), progress=True, logging_steps=1)
+    run(toy, eval_dataset=toy.rows(8), progress=True, logging_steps=1, method="cofi")
     out, shown = capfd.readouterr()
     assert out == ""
     assert all((word in shown) == terminal for word in ("prune", "recover", "loss", "sparsity", "/0.50", "accuracy")), (
@@ -441,7 +441,7 @@ def test_gradient_checkpointing_changes_nothing(toy):
     finals = [toy.snapshot(student) for student in students]
     assert max((finals[0][name] - finals[1][name]).abs().max() for name in finals[0]) < 1e-4
     with pytest.raises(cofiprune.CofipruneError, match="use_reentrant"):
-        run(toy, student=with_checkpointing(toy.student(), reentrant=True))
+        run(toy, student=with_checkpointing(toy.student(), reentrant=True), method="cofi")
 
 
 def test_a_model_in_bfloat16(toy):

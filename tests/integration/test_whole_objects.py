@@ -38,6 +38,7 @@ def modules(*names, width=WIDTH):
     found = library.sentence_transformer.modules if hasattr(library, "sentence_transformer") else library.models
     made = {
         "mean": lambda: found.Pooling(width, pooling_mode="mean"),
+        "cls": lambda: found.Pooling(width, pooling_mode="cls"),
         "two": lambda: found.Pooling(width, pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True),
         "Dense": lambda: found.Dense(2 * width if "two" in names else width, 10),
         "LayerNorm": lambda: found.LayerNorm(width),
@@ -173,6 +174,16 @@ def test_a_cross_encoder_is_pruned_on_pairs(tmp_path, labels):
         alike(result.compact().predict(PAIRS), whole.predict(PAIRS))
 
 
+@pytest.mark.parametrize("names", [("mean", "Normalize"), ("cls",), ("two", "Dense")])
+def test_the_vectors_are_distilled_as_the_object_pools_them(tmp_path, names):
+    whole = sentences(tmp_path / "dense", *names)
+    pooling = "cls" if "cls" in names else "mean"
+    for run, goal in ((cofiprune.prune, {"target_sparsity": 0.4}), (cofiprune.finetune, {"teacher": "self"})):
+        result = run(whole, TEXTS, epochs=1, progress=False, **goal)
+        assert result.settings.embedding_pooling == pooling
+        assert "logits_loss" in result.history[-1] or "logits_loss" in result.history[-2]
+
+
 def test_without_data_and_to_several_targets(tmp_path):
     with pytest.warns(UserWarning, match="pruning without data"):
         result = cofiprune.prune(sentences(tmp_path, "mean"), target_sparsity=0.3, progress=False)
@@ -279,12 +290,12 @@ def test_hidden_dimensions_that_something_needs_stay(tmp_path):
     for whole, words in ((normed, "LayerNorm"), (cut, "first 4")):
         before = whole.encode(TEXTS)
         with pytest.raises(SettingsError, match=rf"{words}.*units=\('layer', 'head', 'intermediate'\)"):
-            cofiprune.prune(whole, TEXTS, **SHORT)
+            cofiprune.prune(whole, TEXTS, method="cofi", **SHORT)
         alike(whole.encode(TEXTS), before, 0)
         masked(whole)
         with pytest.raises(SettingsError, match=words):
             cofiprune.compact(whole)
-        result = cofiprune.prune(whole, TEXTS, units=("head", "intermediate"), **SHORT)
+        result = cofiprune.prune(whole, TEXTS, **SHORT)  # one shot leaves them
         alike(result.compact().encode(TEXTS), whole.encode(TEXTS))
 
 

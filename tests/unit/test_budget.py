@@ -6,7 +6,7 @@ import pytest
 
 from cofiprune import PruneConfig
 from cofiprune.errors import SettingsError
-from cofiprune.training.start import (
+from cofiprune.training.budget import (
     MOST_EPOCHS,
     WORTHWHILE_EPOCHS,
     Pace,
@@ -16,6 +16,8 @@ from cofiprune.training.start import (
     one_shot_steps,
     readable,
 )
+from cofiprune.training.config import PRESETS
+from cofiprune.training.resolved import Facts, resolve
 
 PACE = Pace(step=0.5, teacher=0.2, steps_per_epoch=250, one_shot=60)
 
@@ -71,19 +73,35 @@ def test_a_larger_model_left_gets_fewer_epochs():
 
 
 def test_epochs_are_a_budget_too():
-    assert chosen_for_epochs(0, 2).finetune_epochs == 0
-    assert chosen_for_epochs(0.2, 0.1).finetune_epochs == 0
-    assert chosen_for_epochs(3, 1).finetune_epochs == 4
+    assert chosen_for_epochs(PruneConfig()).finetune_epochs == 6
+    assert chosen_for_epochs(PruneConfig(epochs=0)).finetune_epochs == 0
+    assert chosen_for_epochs(PruneConfig(epochs=0, finetune_epochs=2)).finetune_epochs == 2
+    assert chosen_for_epochs(PruneConfig(epochs=0.2, finetune_epochs=0)).finetune_epochs == 0.2
+    assert chosen_for_epochs(PruneConfig(epochs=3, finetune_epochs=1)).finetune_epochs == 4
+
+
+def test_what_is_said_of_the_training_is_for_the_recovery():
+    config = PruneConfig(learning_rate=1e-4, lr_scheduler_type="cosine", batch_size=16, finetune_learning_rate=3e-4)
+    found = resolve(config.model_copy(update=chosen_for_epochs(config).settings(config)), Facts(10, target=0.5))
+    assert (found.method, found.finetune_epochs, found.finetune_batch_size) == ("one-shot", 6, 16)
+    assert (found.finetune_learning_rate, found.finetune_lr_scheduler_type) == (3e-4, "cosine")
+
+
+def test_settings_of_gates_ask_for_gates():
+    assert not PruneConfig(units=("head",), round_to=8, label_weight=0, epochs=3, repair=True).gate_settings
+    assert PruneConfig(freeze_epochs=0, warm_start=True).gate_settings == ["freeze_epochs"]
+    assert PruneConfig(compact_in_training=False).gate_settings == ["compact_in_training"]
+    assert {PruneConfig.preset(name).method for name in PRESETS} == {"cofi"}
 
 
 @pytest.mark.parametrize(
     ("settings", "has_data", "words"),
     [
-        ({"method": "auto"}, True, ("time_budget", "epochs")),
         ({"method": "auto", "time_budget": "5m", "epochs": 3}, True, ("two budgets",)),
-        ({"time_budget": "5m"}, True, ("'auto'", "'cofi'")),
+        ({"method": "cofi", "time_budget": "5m"}, True, ("'auto'", "'cofi'")),
+        ({"time_budget": "5m", "pre_finetune_epochs": 1}, True, ("time_budget", "pre_finetune_epochs")),
         ({"method": "gates"}, False, ("train_dataset",)),
-        ({"method": "auto", "epochs": 1}, False, ("train_dataset",)),
+        ({"time_budget": "5m"}, False, ("train_dataset",)),
     ],
 )
 def test_methods_lack_what_they_need(settings, has_data, words):
@@ -98,7 +116,7 @@ def test_gates_alone_and_one_shot_are_followed_by_recovery_only_where_it_was_ask
     assert PruneConfig(method="one-shot").recovery_epochs == 0
     assert not PruneConfig(method="one-shot").trains
     assert PruneConfig(method="one-shot", finetune_epochs=1).trains
-    assert PruneConfig().recovery_epochs == 2
+    assert PruneConfig(method="cofi").recovery_epochs == 2
 
 
 def test_what_is_repaired():

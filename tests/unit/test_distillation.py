@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringMode
 
 from cofiprune.distillation import (
     LayerMatch,
+    Pooling,
     PredictionKind,
     hidden_projection,
     layer_losses,
@@ -141,6 +142,28 @@ def test_a_batch_without_valid_tokens_costs_nothing() -> None:
     for kind in WITH_TOKENS:
         loss = logit_loss(answers(kind, 1), answers(kind, 0), temperature=2.0, kind=kind, mask=torch.zeros(B, T))
         assert loss == 0
+
+
+@pytest.mark.parametrize("how", ["mean", "cls"])
+def test_embeddings_are_compared_by_the_direction_and_the_ranking_of_their_vectors(how: Pooling) -> None:
+    ((student,), (teacher,)) = answers("embedding", 1), answers("embedding", 0)
+    counts = MASK.sum(1).tolist() if how == "mean" else [1] * B
+    ours, theirs = (
+        F.normalize(torch.stack([row[:count].mean(0) for row, count in zip(part, counts, strict=True)]))
+        for part in (student, teacher)
+    )
+    found, wanted = ((vectors @ theirs.T / 0.05).softmax(-1) for vectors in (ours, theirs))
+    expected = (wanted * (wanted / found).log()).sum(-1).mean() + (1 - (ours * theirs).sum(-1)).mean()
+    for scale in (1, 7):  # of no account
+        loss = logit_loss(scale * student, teacher, temperature=2.0, kind="embedding", mask=MASK, pooling=how)
+        assert torch.allclose(loss, expected)
+
+
+def test_vectors_of_another_width_are_compared_by_their_ranking() -> None:
+    ((teacher,),) = (answers("embedding", 0),)
+    wider = torch.cat([teacher, torch.zeros_like(teacher)], -1)  # with the same similarities
+    assert torch.allclose(logit_loss(wider, teacher, temperature=2.0, kind="embedding"), torch.zeros(()).double())
+    assert logit_loss(wider + torch.rand_like(wider), teacher, temperature=2.0, kind="embedding") > 0
 
 
 def test_answers_that_cannot_be_compared_are_refused() -> None:

@@ -109,7 +109,8 @@ EXAMPLES = {  # the values of other fields go by their defaults
     "finetune_learning_rate": 2e-3, "lr_scheduler_type": "cosine", "finetune_lr_scheduler_type": "constant",
     "train_embeddings": True, "mixed_precision": "bf16", "pad_to_multiple_of": 4, "torch_compile_backend": "eager",
     "eval_steps": 7, "checkpoint_steps": 9, "metric_for_best_model": "loss", "greater_is_better": True,
-    "distill_layer_match": "nearest", "label_weight": 0.3, "units": ("head", "hidden"), "one_shot_units": ("head",),
+    "distill_layer_match": "nearest", "embedding_pooling": "cls", "label_weight": 0.3, "units": ("head", "hidden"),
+    "one_shot_units": ("head",),
     "round_to": 4, "sparsity_warmup_epochs": 0.3, "freeze_epochs": 0.7, "gate_learning_rate": 0.03,
     "gate_stretch": (-0.2, 1.3), "method": "gates", "time_budget": 600.0, "repair": False, "latency_cache": "here",
     "target_file_dtype": "float16",
@@ -141,7 +142,7 @@ def behaviour(config):
 
 @pytest.mark.parametrize("name", PruneConfig.model_fields)
 def test_equal_configurations_behave_alike(name):
-    for method in ("cofi", "one-shot", "gates"):
+    for method in ("cofi", "one-shot", "gates", "auto"):
         config = PruneConfig(**{"method": method, name: other_value(name)})
         assert getattr(config, name) != PruneConfig.model_fields[name].default
         expected = behaviour(config)
@@ -152,7 +153,7 @@ def test_equal_configurations_behave_alike(name):
 
 @pytest.mark.parametrize("name", PruneConfig.model_fields)
 def test_open_settings_get_their_value_once(name):
-    config = PruneConfig(**{name: other_value(name)})
+    config = PruneConfig(**{"method": "cofi", name: other_value(name)})
     assert getattr(resolve(config, FACTS[0]), name) == getattr(config, name)
     for facts in FACTS:
         found = resolve(config, facts)
@@ -265,7 +266,9 @@ def test_a_schedule_adds_up():
     for epochs in (0, 0.1, 1, 3.3, 20):
         for freeze in (None, 0, 0.5, 50):
             for batches in (1, 2, 7, 250):
-                settings = resolve(PruneConfig(epochs=epochs, freeze_epochs=freeze), Facts(batches, target=0.9))
+                settings = resolve(
+                    PruneConfig(method="cofi", epochs=epochs, freeze_epochs=freeze), Facts(batches, target=0.9)
+                )
                 schedule = Schedule.for_pruning(settings, batches)
                 assert schedule.gated >= 1
                 assert 0 <= schedule.ramp <= schedule.gated
@@ -278,7 +281,7 @@ def test_a_trainers_steps_are_shared_out_whole():
         for per_epoch in (1, 3, 7, 100):
             for started, (rising, frozen) in {True: (0.125, 0.875), False: (0.4, 0.25)}.items():
                 facts = Facts(per_epoch, target=0.9, trainer_steps=steps, from_one_shot=started)
-                settings = resolve(PruneConfig(), facts)
+                settings = resolve(PruneConfig(method="cofi"), facts)
                 after = round(frozen * steps)
                 if after < steps:
                     schedule = Schedule.for_pruning(settings, per_epoch, in_trainer=True)
@@ -303,7 +306,7 @@ def test_learning_rates():
 
 def test_rates_that_are_left_open_follow_the_run():
     def rates(steps_per_epoch=100, **facts):
-        found = resolve(PruneConfig(), Facts(steps_per_epoch, **{"target": 0.5, **facts}))
+        found = resolve(PruneConfig(method="cofi"), Facts(steps_per_epoch, **{"target": 0.5, **facts}))
         return found.gate_learning_rate, found.learning_rate, found.finetune_learning_rate
 
     assert rates(steps_per_epoch=1)[0] == 0.2

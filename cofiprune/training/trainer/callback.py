@@ -120,7 +120,7 @@ class PruningCallback(TrainerCallback):
         facts = self._facts(args, state, structure, labelled=rows is None or rows.labelled)
         settings = resolve(self.config, facts)
         if teacher is not None and rows is not None:
-            check_learnable(model, teacher, rows, settings, cuts_hidden="hidden" in settings.units)
+            check_learnable(model, teacher, rows, settings)
         Schedule.for_pruning(settings, facts.steps_per_epoch, in_trainer=True)  # whether there are enough of them
         saved = self._saved(args, state, model, structure)
         take_masks_off(model, quietly=saved is not None, stacklevel=5)

@@ -47,7 +47,7 @@ def callback_config(config: PruneConfig | None, settings: dict[str, Any]) -> Pru
             UserWarning,
             stacklevel=3,
         )
-    return PruneConfig(**used)
+    return PruneConfig(**used, method="cofi")
 
 
 def check_arguments(args: Any, state: Any, model: nn.Module, *, taught: bool) -> None:
