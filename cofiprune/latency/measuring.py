@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.hooks import evaluating
+from cofiprune.export.engines import pass_of, version_of
+from cofiprune.hooks import evaluating, same_random_state
 from cofiprune.latency.table import Conditions, LatencyTable, Surface
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_to_record
@@ -38,28 +40,41 @@ _SECONDS = 1.0
 """For one width and one kind of block, in addition to the five runs of each size."""
 _LONG = 0.25
 """Seconds of a forward pass from which on one block is measured alone, and not many alike together."""
+_EXPORTED = 4
+"""Blocks that are measured together in an engine for which each model is exported: a large graph takes long to."""
 
 
 def conditions_of(
-    model: PreTrainedModel, structure: Structure, *, batch_size: int, seq_len: int, cut_hidden: bool
+    model: PreTrainedModel,
+    structure: Structure,
+    *,
+    batch_size: int,
+    seq_len: int,
+    cut_hidden: bool,
+    engine: str = "torch",
 ) -> Conditions:
     """Return the conditions of a table for this model on the device that it is on.
 
     :param cut_hidden: measure other widths than the model's, too.
+    :param engine: as in the settings; others than torch run on the CPU, in float32 or int8.
+    :raises SettingsError: when the engine is not installed.
     """
-    on_cpu = model.device.type == "cpu"
+    exported = engine != "torch"
+    on_cpu = exported or model.device.type == "cpu"
     on_cuda = model.device.type == "cuda"
     other = torch.cuda.get_device_name(model.device) if on_cuda else model.device.type
     return Conditions(
         device=_cpu_name() if on_cpu else other,
         threads=torch.get_num_threads() if on_cpu else 0,
         torch=torch.__version__,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype="float32" if exported else str(model.dtype).removeprefix("torch."),
         batch_size=batch_size,
         seq_len=seq_len,
         model=type(model).__name__,
         sizes={**sizes_to_record(structure.sizes), "fixed": sum(spec.fixed for spec in structure.parameters)},
         widths=_widths(structure, cut_hidden),
+        engine=engine,
+        engine_version=version_of(engine) if exported else "",
     )
 
 
@@ -82,7 +97,8 @@ def measure(model: PreTrainedModel, structure: Structure, conditions: Conditions
     grids: dict[str, list[list[float]]] = {name: [] for name in alike}
     fixed: list[float] = []
     dense = float(np.median(times_of([compacted(model, structure, Plan.from_values(structure, {}))], conditions)))
-    together = 1 if dense > _LONG * 1e9 else len(structure.blocks)
+    most = len(structure.blocks) if conditions.engine == "torch" else _EXPORTED
+    together = 1 if dense > _LONG * 1e9 else most
     for width in conditions.widths:
         empty = _with(model, structure, width)
         without = []
@@ -107,12 +123,29 @@ def times_of(
     :param models: with one vocabulary; all are moved to the device of the first.
     :param seconds: for all of them together, in addition to five rounds.
     """
+    if conditions.engine != "torch":
+        return _exported_times(models, conditions, seconds)
     first = models[0]
     inputs: Any = synthetic_inputs(first, batch_size=conditions.batch_size, seq_len=conditions.seq_len)
     own_time = first.device.type == "cpu" and torch.get_num_threads() == 1
     with torch.inference_mode(), evaluating(*models):
         passes = [partial(each.to(first.device), **inputs) for each in models]  # type: ignore[arg-type]
         return 1e9 * np.asarray(in_turn(passes, first.device, seconds=seconds, warmup=2, own_time=own_time))
+
+
+def _exported_times(models: Sequence[PreTrainedModel], conditions: Conditions, seconds: float) -> NDArray[np.float64]:
+    inputs = synthetic_inputs(models[0], batch_size=conditions.batch_size, seq_len=conditions.seq_len)
+    inputs = {name: value.cpu().float() if value.is_floating_point() else value.cpu() for name, value in inputs.items()}
+    # OpenVINO computes in threads of its own.
+    own_time = conditions.threads == 1 and conditions.engine != "openvino"
+    with TemporaryDirectory() as name, same_random_state():
+        passes = []
+        for number, each in enumerate(models):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            passes.append(pass_of(each, conditions.engine, inputs, folder, threads=conditions.threads))
+        found = in_turn(passes, torch.device("cpu"), seconds=seconds, warmup=2, own_time=own_time)
+    return 1e9 * np.asarray(found)
 
 
 def _alike(structure: Structure) -> dict[str, list[Block]]:

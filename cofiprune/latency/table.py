@@ -47,6 +47,10 @@ class Conditions:
     """Sizes of its groups, one entry per kind, and the number of elements that depend on no group."""
     widths: tuple[int, ...]
     """Measured hidden sizes, ascending."""
+    engine: str = "torch"
+    """What the forward passes are run by."""
+    engine_version: str = ""
+    """Empty for torch, whose version stands above."""
 
 
 @dataclass(frozen=True)

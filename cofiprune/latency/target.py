@@ -74,6 +74,7 @@ def latency_target(
         return float(np.median(ours / theirs * total if name == "target_speedup" else ours))
 
     setting = f"at batch {conditions.batch_size} and length {conditions.seq_len} on {conditions.device}"
+    setting += "" if conditions.engine == "torch" else f" in {conditions.engine}"
     cost = partial(LatencyCost, table)
     return Target.create(name, value, cost, total, setting=setting, slack=_SLACK, measure=measured)
 

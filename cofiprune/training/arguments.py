@@ -241,6 +241,7 @@ def target_for(model: PreTrainedModel, structure: Structure, config: PruneConfig
             batch_size=config.target_batch_size,
             seq_len=length,
             cut_hidden=any(group.kind == "hidden" for group in structure.select(config.units)),
+            engine=config.engine,
         )
         target = latency_target(model, structure, name, value, conditions, cache=config.latency_cache)
     elif name == "target_macs":

@@ -295,6 +295,9 @@ class TargetSettings(Settings):
     `save_pretrained` writes them."""
     target_batch_size: Count = 1
     """Batch size at which time is measured, for `target_speedup` and `target_latency_ms`."""
+    engine: Literal["torch", "onnx", "onnx-int8", "openvino"] = "torch"
+    """What the pruned model will be served by, in which time is measured. Others than torch run on the CPU and are
+    exported for each measurement; "onnx-int8" is ONNX Runtime with dynamic int8."""
     latency_cache: Annotated[str, BeforeValidator(_as_text)] | None = None
     """Where measured times are kept: a folder, or one file that ends in `.json`. None: a folder in the user's
     cache."""

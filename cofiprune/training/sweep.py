@@ -164,7 +164,9 @@ def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneR
     if config.time_budget is not None:
         run = replace(run, config=config.model_copy(update={"time_budget": config.time_budget / len(targets)}))
     batch_size, seq_len = config.target_batch_size, counted_length(model, config)
-    conditions = conditions_of(model, structure, batch_size=batch_size, seq_len=seq_len, cut_hidden=False)
+    conditions = conditions_of(
+        model, structure, batch_size=batch_size, seq_len=seq_len, cut_hidden=False, engine=config.engine
+    )
     points: list[SweepPoint] = []
     current, plan = model, Plan.from_values(structure, {})
     for target in targets:

@@ -64,7 +64,7 @@ def test_engines(table: Callable[..., Any], tmp_path: Path) -> None:
                 ours, theirs = medians[name, True], medians[name, False]
                 found.setdefault(name, [name]).extend((f"{base / ours:.1f}", f"{theirs / ours:.1f}"))
                 speeds[name] = max(speeds.get(name, 0), base / ours)
-    header = ["batch and length", *(f"{n} x 128, over {what}" for n in RUNS for what in ("dense torch", "dense in it"))]
-    hand_in(header, list(found.values()))
+        header = ["batch", *(f"{size}: over dense {what}" for size in RUNS for what in ("torch", "in the same engine"))]
+        hand_in(header, list(found.values()))
     for name, least in LEAST.items():
         assert speeds.get(name, least) > least * 0.8, name

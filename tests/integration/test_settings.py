@@ -14,7 +14,7 @@ from cofiprune.errors import TargetError
 from cofiprune.training.config import CALLBACK, FINETUNE, RECOVERY, names_of
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "progress": False}
-TIMED = {"latency_cache"}
+TIMED = {"engine", "latency_cache"}
 """Read where a target is a time, which takes long to measure."""
 
 

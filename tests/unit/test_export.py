@@ -120,9 +120,10 @@ class Mean(nn.Module):
 
 
 @needs_runtime
-def test_an_embedding_is_an_output(tmp_path: Path) -> None:
+def test_an_embedding_is_an_output_and_large_weights_go_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
+    monkeypatch.setattr(sys.modules["cofiprune.export.graph"], "_ONE_FILE", 0)
     model, file = pruned("BertModel"), tmp_path / "new" / "encoder.onnx"
     report = cofiprune.export(model, file, modules=[Mean()])
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -130,7 +131,8 @@ def test_an_embedding_is_an_output(tmp_path: Path) -> None:
     assert report.difference["encoder.onnx"] < 1e-5
     assert report.metric == "agreement"
     assert report.score["encoder.onnx"] == pytest.approx(1.0)
-    assert [each.name for each in file.parent.iterdir()] == ["encoder.onnx"]
+    assert sorted(each.name for each in file.parent.iterdir()) == ["encoder.onnx", "encoder.onnx.data"]
+    assert report["encoder.onnx"].megabytes > file.stat().st_size / 1e6
 
 
 @pytest.mark.slow

@@ -286,3 +286,20 @@ def test_this_machine(batch_size: int, tmp_path: Path) -> None:
                 [partial(small, **inputs), partial(whole, **inputs)], model.device, seconds=20, own_time=True
             )
     assert np.median(dense) / np.median(ours) == pytest.approx(3, rel=0.05)
+
+
+@pytest.mark.slow  # each size is exported
+@pytest.mark.parametrize("engine", ["onnx", "onnx-int8", "openvino"])
+def test_time_is_measured_in_the_engine_that_serves(engine: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino" if engine == "openvino" else "onnxruntime")
+    model = bert()
+    structure = structure_of(model)
+    options: dict[str, Any] = {"batch_size": 1, "seq_len": 16, "cut_hidden": False}
+    here = measuring.conditions_of(model, structure, **options, engine=engine)
+    assert here.engine_version
+    assert here != measuring.conditions_of(model, structure, **options)
+    table = table_for(model, structure, here, tmp_path / "table.json")
+    assert table.dense > 0
+    assert LatencyTable.load(tmp_path / "table.json", here) == table
+    (times,) = measuring.times_of([model], here, seconds=0.1)
+    assert (times > 0).all()

@@ -113,7 +113,7 @@ EXAMPLES = {  # the values of other fields go by their defaults
     "one_shot_units": ("head",),
     "round_to": 4, "sparsity_warmup_epochs": 0.3, "freeze_epochs": 0.7, "gate_learning_rate": 0.03,
     "gate_stretch": (-0.2, 1.3), "method": "gates", "time_budget": 600.0, "repair": False, "latency_cache": "here",
-    "target_file_dtype": "float16",
+    "engine": "onnx", "target_file_dtype": "float16",
 }  # fmt: skip
 FACTS = [
     Facts(7, target=0.9, taught=True),
