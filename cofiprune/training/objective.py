@@ -181,7 +181,7 @@ class Objective:
                 pooling=self.settings.embedding_pooling,
             )
         if self.projection is not None:
-            states = output.hidden_states[1:]
+            states = [each.flatten(1, -2) for each in output.hidden_states[1:]]
             parts["layers_loss"] = layerwise_loss(
                 states,
                 dict(zip(teacher.layers, targets, strict=True)),
@@ -264,4 +264,4 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def hidden_width(model: PreTrainedModel) -> int:
     """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
     recorded = sizes_of(model) or {}
-    return int(recorded.get("hidden") or getattr(encoder_config(model), "hidden_size", 0))
+    return int(recorded.get("hidden", getattr(encoder_config(model), "hidden_size", 0)))

@@ -73,7 +73,9 @@ class Teacher:
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         inputs = {name: value for name, value in inputs.items() if name in self.reads}
         output = self.model(**inputs, **self.options)
-        states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
+        states = tuple(
+            output.hidden_states[layer + 1].flatten(1, -2) for layer in self.layers
+        )  # an image's rows joined
         return tuple(part.detach() for part in predictions(output, self.order)), states
 
     def _remember(self, numbers: list[int], outputs: Outputs, mask: Tensor) -> None:

@@ -49,6 +49,8 @@ CASES = {
 # Families with defaults for which no model is small, or none that runs.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "bros": {"hidden_size": 192, "intermediate_size": 136},
+    "dinov3_vit": {"hidden_size": 32},
+    "mlcd_vision_model": {"hidden_size": 32},
     "vivit": {"tubelet_size": [2, 4, 4]},
 }
 
