@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.compaction.slicing import compacted
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
 from cofiprune.masking import attach_to
-from cofiprune.measure.figures import Subject, figures_of
 from cofiprune.oneshot.data_free import prune_data_free
-from cofiprune.plan import Plan
 from cofiprune.selection.target import Target, parse_target
 from cofiprune.training.arguments import check_trainable, check_weights, resolve_teacher, take_masks_off
 from cofiprune.training.checkpoint import Resume
@@ -25,7 +22,7 @@ from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
 from cofiprune.training.phases import finished, prune_with_data, train
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
-from cofiprune.training.result import PruneResult, reached
+from cofiprune.training.result import PruneResult, figures_around, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
 from cofiprune.training.settling import learns_alone, leave_to_gates, pick_method, settled
@@ -199,7 +196,6 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     facts = Facts(1, target=target.share, round_to=target.round_to, units=unit_kinds(run.structure))
     settings = resolve(PruneConfig.create(config, method="one-shot"), facts)
     scores = {} if evaluate is None else evaluate(model)
-    dense = Subject(compacted(model, run.structure, Plan.from_values(run.structure, {})), run.structure, scores)
     plan = prune_data_free(
         model, run.structure, target,
         teacher=teacher, units=settings.units, seed=settings.seed, reconstruct=settings.repair is not False,
@@ -217,9 +213,7 @@ def _prune_data_free(run: Run, target: Target) -> PruneResult:
     )
     if evaluate is not None:
         result.metrics = evaluate(model)
-    small = Subject(compacted(model, run.structure, plan), run.structure.cut(plan.kept), result.metrics)
-    size, length = settings.target_batch_size, settings.target_seq_len
-    result.dense, result.pruned = figures_of(dense, small, batch_size=size, seq_len=length)
+    result.dense, result.pruned = figures_around(model, run.structure, plan, settings, scores, result.metrics)
     if folder is not None and first:
         result.plan.save(folder / "plan.json")
     return result

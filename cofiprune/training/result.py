@@ -15,7 +15,7 @@ from cofiprune.drawing import Picture, counted, curves, structure_map
 from cofiprune.errors import PlanError
 from cofiprune.files import check_unfinished, write, write_json
 from cofiprune.masking import masks_of
-from cofiprune.measure.figures import Figures, compared
+from cofiprune.measure.figures import Figures, Subject, compared, figures_of
 from cofiprune.measure.report import Report, entries_table, rich_table
 from cofiprune.plan import Plan
 from cofiprune.record import recorded_sizes
@@ -67,6 +67,23 @@ def reached(target: Target, model: PreTrainedModel, structure: Structure, plan: 
     return TargetReport(target.name, target.requested, value, f"{target}, reached {target.text(left)}")
 
 
+def figures_around(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: Plan,
+    settings: ResolvedSettings,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> list[Figures]:
+    """Return what a model was before a plan was made of it, and what the plan leaves.
+
+    :param before: what it scored; `after` what is left scores.
+    """
+    dense = Subject(compacted(model, structure, Plan.from_values(structure, {})), structure, before)
+    small = Subject(compacted(model, structure, plan), structure.cut(plan.kept), after)
+    return figures_of(dense, small, batch_size=settings.target_batch_size, seq_len=settings.target_seq_len)
+
+
 def metrics_of(history: Sequence[Mapping[str, Any]], step: int | None = None) -> dict[str, float]:
     """The metrics of the last evaluation in a history, or of the one after a step; empty where there is none."""
     for entry in reversed(history):
@@ -105,8 +122,8 @@ class PruneResult(Report):
     target: TargetReport | None = None
     """The target and its outcome; None for `finetune`."""
     dense: Figures | None = None
-    """What the model scored, weighed and took before; in `finetune` too. None where that was not measured: in a run
-    that an earlier version began, and inside a Trainer."""
+    """What the model scored, weighed and took before; in `finetune` too. Inside a Trainer, and of a run that an earlier
+    version began, it has no scores."""
     pruned: Figures | None = None
     """The same of the smaller model, and in `finetune` of the trained one."""
     tokenizer: Any = None
@@ -219,7 +236,8 @@ class PruneResult(Report):
         base, is_folder = base_of(str(getattr(whole.model.config, "_name_or_path", "")))
         told = [f"{self.sparsity:.1%} of the layers' parameters removed"] if self.is_smaller else []
         told += [str(self.target)] if self.target is not None and self.target.name != "target_sparsity" else []
-        told += [f"method {self.method}"] if self.method else [f"trained for {self.settings.finetune_epochs:g} epochs"]
+        told += [f"method {self.method}"] if self.method else []
+        told += [] if self.is_smaller else [f"trained for {self.settings.finetune_epochs:g} epochs"]
         told += [f"{self.seconds / 60:.1f} minutes of training"] if self.seconds else []
         plan = self.plan if self.is_smaller else None
         return Story(

@@ -91,6 +91,8 @@ def test_the_model_ends_with_hard_masks_of_exactly_the_target(toy, tmp_path, tar
         assert shapes == {name: value.shape for name, value in toy.teacher.state_dict().items()}
         assert masks_of(loaded) is None
         assert (folder / "cofiprune" / "meta.json").exists()
+    dense, left = callback.result.dense, callback.result.pruned
+    assert (dense.parameters, left.parameters) == (toy.teacher.num_parameters(), small.num_parameters())
 
 
 class Begin(TrainerCallback):

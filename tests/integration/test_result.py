@@ -58,6 +58,7 @@ def test_what_was_before_stands_beside_what_is_now(run):
 def test_a_folder_has_all_that_belongs_to_a_model(run):
     result, folder, _ = run
     names = {"model.safetensors", "config.json", "plan.json", "result.json", "report.html", "README.md"}
+    names.add("modeling_bert_compacted.py")  # with which it loads without cofiprune
     assert {file.name for file in folder.iterdir()} == names, "checkpoints are gone once all is written"
     assert cofiprune.Plan.load(folder / "plan.json") == result.plan
     again = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -116,7 +117,7 @@ def test_the_card_has_a_header_that_the_hub_reads(run):
     (score,) = [each for each in card.data.eval_results if each.metric_type == "accuracy"]
     assert score.metric_value == pytest.approx(result.metrics["eval_accuracy"], abs=1e-4)
     assert "import cofiprune" in card.text
-    assert "trust_remote_code=True" in card.text
+    assert f'from_pretrained("{folder.name}", trust_remote_code=True)' in card.text
 
 
 def test_a_finished_model_is_not_written_over(run, tmp_path):

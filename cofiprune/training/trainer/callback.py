@@ -34,7 +34,7 @@ from cofiprune.training.config import PruneConfig
 from cofiprune.training.identity import identity
 from cofiprune.training.learner import GateLearner
 from cofiprune.training.resolved import Facts, Schedule, resolve, unit_kinds
-from cofiprune.training.result import PruneResult, metrics_of
+from cofiprune.training.result import PruneResult, figures_around, metrics_of
 from cofiprune.training.start import one_shot
 from cofiprune.training.trainer.checks import callback_config, check_arguments, rows_again
 from cofiprune.training.trainer.forward import RemainingMasks
@@ -247,6 +247,8 @@ class PruningCallback(TrainerCallback):
         best = state.best_global_step if args.load_best_model_at_end else None
         decided = [entry for entry in run.state.history if entry["phase"] == "recover"]
         metrics = {name: value for name, value in metrics_of(decided, best).items() if not name.endswith(_SPEED)}
+        settings = run.learner.settings
+        dense, small = figures_around(run.model, structure_of(run.model), plan, settings, {}, metrics)
         self.result = PruneResult(
             run.model,
             plan,
@@ -256,7 +258,9 @@ class PruningCallback(TrainerCallback):
             run.state.history,
             run.seconds,
             best,
-            settings=run.learner.settings,
+            dense=dense,
+            pruned=small,
+            settings=settings,
         )
         self._run = None
 
