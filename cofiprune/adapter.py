@@ -37,7 +37,7 @@ from cofiprune.parts import encoder_config, encoder_within
 from cofiprune.record import recorded_table, sizes_of
 from cofiprune.refusals import refuse, refuse_undeclared
 from cofiprune.resolving import Resolver, encoder_path
-from cofiprune.structure import BlockExit, ConfigSizes, Shared, Structure
+from cofiprune.structure import BlockExit, ConfigSizes, Narrow, Shared, Structure
 from cofiprune.whole import inside
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ __all__ = [
     "ConfigSizes",
     "ExtraTable",
     "Family",
+    "Narrow",
     "Shared",
     "TableAdapter",
     "Weights",

@@ -18,6 +18,12 @@ def entry_of(exit: BlockExit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args[exit.argument]
 
 
+def states_of(exit: BlockExit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the block's input, all streams of states after one another: [B, T, H]."""
+    streams = [entry_of(exit, args, kwargs), *(args[at] for at in exit.carried if args[at] is not None)]
+    return torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
+
+
 def bypass(
     exit: BlockExit,
     args: tuple[Any, ...],
@@ -35,12 +41,16 @@ def bypass(
     """
     if attends and (collected := collected_attentions()) is not None:
         collected.append(None)
-    entry = entry_of(exit, args, kwargs)
-    value = entry if exit.residual else torch.zeros_like(entry)
+    values = [left_of(exit, entry) for entry in (entry_of(exit, args, kwargs), *(args[at] for at in exit.carried))]
     if exit.outputs == 1:
-        return (value,) if exit.wrapped else value
+        return (values[0],) if exit.wrapped else values[0]
     found = {each.output: shared_input(each, args, kwargs, maker) for each in shared}
-    return (value, *(found.get(place) for place in range(1, exit.outputs)))
+    return (*values, *(found.get(place) for place in range(len(values), exit.outputs)))
+
+
+def left_of(exit: BlockExit, entry: Tensor | None) -> Tensor | None:
+    """Return what a module of a removed block gives for one of the block's inputs; None for one that is not there."""
+    return entry if exit.residual or entry is None else torch.zeros_like(entry)
 
 
 def attends(block: Block, exit: BlockExit) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cofiprune.errors import CheckpointError, explained
-from cofiprune.structure import BlockExit, ConfigSizes, Kind, Role, Shared
+from cofiprune.structure import BlockExit, ConfigSizes, Kind, Narrow, Role, Shared
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ class BlockTable:
     the block is removed, or a module that the layer can do without, which None replaces."""
     shared: tuple[Shared, ...] = ()
     """Tensors from outside the layer with an entry for every inner unit of the dense model."""
+    narrow: Narrow | None = None
+    """A module that takes the width of the inner units from its input, so that it has to be told another one."""
     attributes: tuple[tuple[str, str, Axis], ...] = ()
     """(module, attribute, axis): integers in which a module keeps its own size. The axis's block is the number per
     unit; None means that it counts elements, derived like a parameter's."""
@@ -159,7 +161,8 @@ class Family:
     """The table of a family for one configuration."""
 
     layers: str
-    """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way."""
+    """Path of the list of layers, relative to the encoder; `*` stands for every member of a list on the way, such as
+    the stages of an encoder of images."""
     stem: tuple[Weights, ...]
     """Weights outside the layers that models of the family may have, relative to the encoder."""
     attention: BlockTable
@@ -174,8 +177,9 @@ class Family:
     """Times that each layer runs in a forward pass, if layers share their weights; None for once each."""
     config: ConfigSizes = field(default_factory=ConfigSizes)
     """The settings that state the units of `hidden`, and of `heads` and `intermediate` per layer."""
-    sizes: Mapping[Kind, int] = field(default_factory=dict)
-    """Units of a kind whose number no setting states as it is."""
+    sizes: Mapping[Kind, int | tuple[int, ...]] = field(default_factory=dict)
+    """Units of a kind whose number no setting states as it is; of every member of the first list on the way to the
+    layers, where `layers` has a `*` and they differ."""
     uniform: bool = False
     """True if smaller values of these settings build the smaller model that compaction leaves; not where layers differ
     by their position, for instance."""

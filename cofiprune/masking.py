@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.bypass import attends, bypass, entry_of
+from cofiprune.bypass import attends, bypass, entry_of, left_of
 from cofiprune.errors import MaskError, names_checked
 from cofiprune.masks import MaskRegistry
 from cofiprune.refusals import refuse_computed
@@ -212,17 +212,25 @@ class _Lookup(_Site):
 class _Norm(_Site):
     """A norm over the hidden dimension: statistics over the kept dimensions, output scaled by the mask."""
 
-    def __init__(self, module: nn.Module, masks: MaskRegistry, kind: str) -> None:
+    def __init__(self, module: nn.Module, masks: MaskRegistry, kind: str, gate: str | None) -> None:
+        """Prepare a norm.
+
+        :param gate: the gate that multiplies it, where it is the last of its block.
+        """
         super().__init__(module, masks)
         self.kind = kind
+        self.gate = gate
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.masks.read("hidden")
         if hidden is None or hidden.ones:
-            return self.stock(*args, **kwargs)
-        if hidden.bound:
-            return self._weighted(args[0], hidden.value)
-        return self._gathered(args[0], hidden.value, hidden.index)
+            output = self.stock(*args, **kwargs)
+        elif hidden.bound:
+            output = self._weighted(args[0], hidden.value)
+        else:
+            output = self._gathered(args[0], hidden.value, hidden.index)
+        gate = self.masks.read(self.gate) if self.gate else None
+        return output if gate is None or gate.ones else output * gate.value.to(output.dtype)
 
     def _gathered(self, states: Tensor, mask: Tensor, index: Tensor | None) -> Tensor:
         """The stock norm on the kept columns, exactly as the compacted model will run it."""
@@ -277,13 +285,18 @@ class _Exit(_Site):
         if alive is False:
             return bypass(self.exit, args, kwargs, self.shared, self.module, attends=self.attends)
         output = self.stock(*args, **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
+        outputs = output if isinstance(output, tuple) else (output,)
         # Zeros of the output's shape: a projection reads inner units and writes hidden dimensions.
-        entry = entry_of(self.exit, args, kwargs) if self.exit.residual else torch.zeros_like(first)
-        if self.inside and first.shape != entry.shape:
+        residual = self.exit.residual
+        entry = entry_of(self.exit, args, kwargs) if residual else torch.zeros_like(outputs[0])
+        if self.inside and outputs[0].shape != entry.shape:
             return output  # the exit drops it
-        first = torch.where(alive, first, entry)
-        return (first, *output[1:]) if isinstance(output, tuple) else first
+        entries = [entry, *(left_of(self.exit, args[at]) for at in self.exit.carried)]
+        chosen = [
+            one if other is None else torch.where(alive, one, other)
+            for one, other in zip(outputs, entries, strict=False)
+        ]
+        return (*chosen, *outputs[len(chosen) :]) if isinstance(output, tuple) else chosen[0]
 
 
 @contextmanager
@@ -315,7 +328,8 @@ def _sites(model: nn.Module, structure: Structure, masks: MaskRegistry) -> Itera
     for path, holders in readers.items():
         yield _Reader(modules[path], masks, holders)
     for norm in structure.norms:
-        yield _Norm(modules[norm.module], masks, norm.kind)
+        gates = {spec.gate for spec in owned[norm.module].values() if spec.gated}
+        yield _Norm(modules[norm.module], masks, norm.kind, next(iter(gates), None))
     for block in structure.blocks:
         for exit in (*block.bypassed, block.exit):
             yield _Exit(modules[exit.module], masks, block, exit)

@@ -63,6 +63,12 @@ def encoder_config(model: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
+def heads_of_stages(config: PretrainedConfig) -> list[int]:
+    """Return the heads of every stage of an encoder, each with hidden dimensions of its own number; [] without any."""
+    named = (getattr(config, name, None) for name in ("num_attention_heads", "num_heads"))
+    return next((list(value) for value in named if isinstance(value, list | tuple)), [])
+
+
 def attends(module: nn.Module) -> bool:
     """Return whether a module is an attention layer, by its name and a projection that is no image convolution.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from cofiprune.structure import (
     BlockExit,
     Group,
     Kind,
+    Narrow,
     Norm,
     Parameter,
     Side,
@@ -42,6 +43,24 @@ def _placed(exit: str | BlockExit, path: str) -> BlockExit:
     """An exit with its module's path from the model instead of from the layer."""
     found = BlockExit(exit) if isinstance(exit, str) else exit
     return replace(found, module=_join(path, found.module))
+
+
+def members(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """Return the paths of the modules in a list, or in every list that a path with `*` stands for."""
+    before, star, after = path.partition(".*")
+    if star:
+        return [found for each in members(modules, before) for found in members(modules, each + after)]
+    if path not in modules:
+        raise AdapterError(f"no list of layers at {path!r}")
+    return [f"{path}.{name}" for name, _ in modules[path].named_children()]
+
+
+def stages_of(paths: Sequence[str], pattern: str) -> tuple[int, ...]:
+    """Return for every layer which member of the list before the first `*` of a path it is in; 0 without one."""
+    before, star, _ = pattern.partition("*")
+    names = [path.removeprefix(before).partition(".")[0] if star else "" for path in paths]
+    order = list(dict.fromkeys(names))
+    return tuple(map(order.index, names))
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,8 @@ class Resolver:
         :raises AdapterError: when the table does not fit the model.
         """
         family = self.family
-        paths = tuple(self._members(_join(self.base, family.layers)))
+        paths = tuple(members(self.modules, _join(self.base, family.layers)))
+        self.stages = stages_of(paths, _join(self.base, family.layers))
         applications = family.applications or (1,) * len(paths)
         if len(applications) != len(paths):
             raise AdapterError(f"{len(applications)} applications for {len(paths)} layers")
@@ -123,15 +143,6 @@ class Resolver:
             config_sizes=family.config if family.uniform and not self.within else None,
         )
 
-    def _members(self, path: str) -> list[str]:
-        """Paths of the modules in a list, or in every list that a path with `*` stands for."""
-        before, star, after = path.partition(".*")
-        if star:
-            return [found for each in self._members(before) for found in self._members(each + after)]
-        if path not in self.modules:
-            raise AdapterError(f"no list of layers at {path!r}")
-        return [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
-
     def _add_group(self, name: str, kind: Kind, layer: int | None) -> None:
         size: object = 1
         if self.recorded is not None:
@@ -139,6 +150,8 @@ class Resolver:
         elif kind not in ("attention", "ffn"):
             setting = getattr(self.family.config, kind)
             size = self.family.sizes.get(kind, getattr(self.config, setting, None))
+            if isinstance(size, tuple | list) and layer is not None:
+                size = size[self.stages[layer]]
             if not isinstance(size, int):
                 raise AdapterError(
                     f"its configuration has {size!r} for {setting!r}, where the number of {kind!r} "
@@ -186,14 +199,22 @@ class Resolver:
             bypassed=tuple(_placed(each, layer.path) for each in table.bypassed),
             dropped=tuple(_join(layer.path, name) for name in table.dropped),
             shared=tuple(replace(each, module=_join(layer.path, each.module)) for each in table.shared),
+            narrow=self._narrow(table, layer.path),
             pairwise=((2 if gate == "attention" else 0) + table.pairwise) * elements * layer.times,
             per_token=table.per_token * elements * layer.times,
         )
         self.blocks.append(block)
 
+    def _narrow(self, table: BlockTable, path: str) -> Narrow | None:
+        if table.narrow is None:
+            return None
+        readers = [found for name in table.narrow.readers if (found := _join(path, name)) in self.modules]
+        return replace(table.narrow, module=_join(path, table.narrow.module), readers=tuple(readers))
+
     def _check_modules(self, path: str, gate: str, table: BlockTable) -> None:
         """Check that the modules which a block's table names in addition to its weights are there."""
         named = [("exit", table.exit.module), *(("shared", each.module) for each in table.shared)]
+        named += [("narrow", table.narrow.module)] if table.narrow else []
         named += [("bypassed", each if isinstance(each, str) else each.module) for each in table.bypassed]
         named += [("attributes", module) for module, _, axis in table.attributes if not self._refuses(axis.kind)]
         for entry, module in named:

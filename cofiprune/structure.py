@@ -23,20 +23,12 @@ UnitKind = Literal["layer", "head", "intermediate", "hidden"]
 
 UNIT_KINDS: tuple[UnitKind, ...] = ("layer", "head", "intermediate", "hidden")
 _KIND_OF_UNIT: Mapping[Kind, UnitKind] = {
-    "hidden": "hidden",
-    "attention": "layer",
-    "heads": "head",
-    "ffn": "layer",
-    "intermediate": "intermediate",
-}
+    "hidden": "hidden", "attention": "layer", "heads": "head", "ffn": "layer", "intermediate": "intermediate",
+}  # fmt: skip
 
 
 def unit_of(kind: Kind) -> UnitKind:
-    """Return the unit kind that a kind of group belongs to.
-
-    >>> unit_of("ffn")
-    'layer'
-    """
+    """Return the unit kind that a kind of group belongs to: "layer" for "ffn"."""
     return _KIND_OF_UNIT[kind]
 
 
@@ -54,7 +46,7 @@ class Group:
 
     @property
     def unit(self) -> UnitKind:
-        """The unit kind that selects this group in a `units=` argument."""
+        """The unit kind that selects this group."""
         return unit_of(self.kind)
 
 
@@ -141,10 +133,11 @@ class BlockExit:
     outputs: int = 1
     """1: the module returns a tensor; n > 1: a tuple of n, the tensor first and None after it."""
     residual: bool = True
-    """True: the module adds the residual itself (post-norm). False: its output is added afterwards, so that a removed
-    block returns zeros."""
+    """False: the residual is added afterwards (pre-norm), so that the module of a removed block returns zeros."""
     wrapped: bool = False
     """True if its single output comes in a tuple of one."""
+    carried: tuple[int, ...] = ()
+    """Positions of further streams of states in the positional arguments; they are returned behind the first."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +161,21 @@ class Shared:
     method: str | None = None
     """The method by which a module without the argument makes it from the numbers of queries and keys."""
     table: str | None = None
-    """The submodule that `method` reads. The layer that has it makes the tensor, and keeps it without its block."""
+    """The submodule that `method` reads; the layer that has it keeps it without its block."""
     repeated: bool = False
     """True if the result of `method` is repeated for every example of a batch, along its first dimension."""
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """An attention module that takes the width of its heads from the states that it is given."""
+
+    module: str
+    readers: tuple[str, ...]
+    """The matrices in it that read those states."""
+    argument: int = 0
+    keyword: str | None = None
+    """Position and name of the states among its arguments, as in `BlockExit`."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +186,13 @@ class Block:
     inner: str | None
     exit: BlockExit
     bypassed: tuple[BlockExit, ...] = ()
-    """Modules inside the block that do not run without it; they return their first argument, or zeros where a residual
-    is added outside of them."""
+    """Modules in it that do not run without it; they return their first argument, or zeros (see `residual`)."""
     dropped: tuple[str, ...] = ()
     """Parameters and modules of the block that the layer itself holds; a single 0 and None replace them."""
     shared: tuple[Shared, ...] = ()
     """Tensors from outside with an entry for every inner unit of the dense model."""
+    narrow: Narrow | None = None
+    """Its module that takes the width of the inner units from its input, if it has one."""
     pairwise: int = 0
     """Multiply-accumulates per inner unit and pair of tokens, beyond the parameters' own."""
     per_token: int = 0
@@ -219,9 +225,9 @@ class ConfigSizes:
 
 @dataclass(frozen=True)
 class Structure(Mapping[str, Group]):
-    """The prunable structure of one model: a mapping from group name to `Group`, in canonical order.
+    """The prunable structure of one model: a mapping from group name to `Group`.
 
-    The groups come in the order hidden, then for each layer attention, heads, ffn, intermediate.
+    They come in the order hidden, then for each layer attention, heads, ffn, intermediate.
     """
 
     family: str
@@ -284,17 +290,13 @@ class Structure(Mapping[str, Group]):
         return f"no group {name!r} in this {self.family} model.{near} Its {len(self)} groups start with {shown}."
 
     def present(self, units: str | Sequence[UnitKind] | None = None) -> tuple[Group, ...]:
-        """Return the groups of some unit kinds, of which a smaller model may have lost some.
-
-        :param units: see `select`.
-        """
+        """Return the groups of some unit kinds, of which a smaller model may have lost some."""
         chosen = UNIT_KINDS if units is None else (units,) if isinstance(units, str) else tuple(units)
         return tuple(group for group in self.groups if group.unit in chosen)
 
     def select(self, units: str | Sequence[str] | None = None) -> tuple[Group, ...]:
-        """Return the groups of some unit kinds.
+        """Return the groups of some unit kinds; of all that the model has for None.
 
-        :param units: any of "layer", "head", "intermediate", "hidden"; None for all that the model has.
         :raises StructureError: for an unknown kind, an empty choice, or a kind that this model cannot prune.
         """
         if units is None:
@@ -323,10 +325,7 @@ class Structure(Mapping[str, Group]):
         return tuple(block for block in self.blocks if not (sizes[block.gate] and sizes.get(block.inner or "", 1)))
 
     def cut(self, sizes: Mapping[str, int]) -> Structure:
-        """Return the structure of the model that is compacted to some sizes.
-
-        :param sizes: units that are kept, by group.
-        """
+        """Return the structure of the model that is compacted to some sizes: units that are kept, by group."""
         blocks = self.without_units(sizes)
         gone = {name for block in blocks for name in (block.gate, block.inner) if name is not None}
         kept = tuple(each.cut(sizes) for each in self.parameters if each.gate not in gone)

@@ -26,7 +26,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from cofiprune import bypass
 from cofiprune.adapter import Adapter, adapter_for
-from cofiprune.compaction import removal
+from cofiprune.compaction import places, removal
 from cofiprune.compaction.hub import building, part_of
 from cofiprune.compaction.slicing import checked_sizes, table
 from cofiprune.errors import CheckpointError, explained
@@ -53,8 +53,8 @@ Rows = dict[str, dict[str, Any]]
 
 WRITER = "Written by cofiprune"
 _RUNTIME = (
-    bypass.entry_of, bypass.bypass, bypass.collected_attentions, bypass.shared_input,
-    removal.Passthrough, removal.nothing, removal.Pick, removal.pick,
+    bypass.entry_of, bypass.left_of, bypass.bypass, bypass.collected_attentions, bypass.shared_input,
+    places.Places, places.narrow_to, removal.Passthrough, removal.nothing, removal.Pick, removal.pick,
     removal.cut, removal.shrink, removal.drop, removal.follow_shape, removal.module_at,
 )  # fmt: skip
 _FILE = r'''# SPDX-License-Identifier: Apache-2.0

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cofiprune.bypass import bypass, shared_input
+from cofiprune.compaction.places import narrow_to
 
-KINDS = ("shapes", "attributes", "removed", "dropped", "picked")
+KINDS = ("shapes", "attributes", "removed", "dropped", "picked", "narrowed")
 Table = Mapping[str, Mapping[str, Any]]
 """Rows of these kinds, by the names of parameters and modules."""
 
@@ -146,6 +147,8 @@ def cut(model: nn.Module, table: Table, keep: Mapping[str, Tensor] | None = None
     for name, row in table["picked"].items():
         index = torch.arange(row["units"]) if keep is None else keep[name]
         pick(model.get_submodule(name), SimpleNamespace(**row), index)
+    for name, row in table["narrowed"].items():
+        narrow_to(model, name, row)
 
 
 def shrink(model: nn.Module, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, Any]) -> None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.bypass import attends
-from cofiprune.compaction.removal import Table, cut
+from cofiprune.compaction.removal import KINDS, Table, cut
 from cofiprune.errors import PlanError
 from cofiprune.inference.fusion import unfuse
 from cofiprune.masking import masks_of
 from cofiprune.parts import encoder_config
 from cofiprune.plan import Plan
 from cofiprune.record import record, sizes_of
-from cofiprune.structure import Block, BlockExit, Parameter, Shared, Side, Structure
+from cofiprune.structure import Block, BlockExit, Narrow, Parameter, Shared, Side, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,7 +156,7 @@ def finish(
 
 def table(structure: Structure, kept: Mapping[str, int]) -> Table:
     """Say in plain values how a model of a structure becomes one of other sizes; see `removal.cut`."""
-    shapes, removed, dropped, picked = {}, {}, {}, {}
+    shapes, removed, dropped, picked, narrowed = {}, {}, {}, {}, {}
     attributes: dict[str, dict[str, int]] = {}
     for spec in structure.parameters:
         new = spec.cut(kept).shape
@@ -169,9 +169,15 @@ def table(structure: Structure, kept: Mapping[str, int]) -> Table:
         if not kept[block.gate]:
             removed.update(_placeholders(structure, block))
             dropped.update(dict.fromkeys(block.dropped, True))
-        elif block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
+            continue
+        if block.narrow is not None:
+            path, width = block.narrow.module, _inner_width(structure, block, kept)
+            readers = [each.removeprefix(f"{path}.") for each in block.narrow.readers]
+            narrowed[path] = {**_plain(block.narrow), "readers": readers, "width": width}
+        if block.inner is not None and kept[block.inner] < structure.sizes[block.inner]:
             picked.update({each.module: {**_plain(each), "units": kept[block.inner]} for each in block.shared})
-    return {"shapes": shapes, "attributes": attributes, "removed": removed, "dropped": dropped, "picked": picked}
+    kinds = (shapes, attributes, removed, dropped, picked, narrowed)
+    return dict(zip(KINDS, kinds, strict=True))
 
 
 def _placeholders(structure: Structure, block: Block) -> dict[str, dict[str, Any]]:
@@ -190,7 +196,14 @@ def _placeholders(structure: Structure, block: Block) -> dict[str, dict[str, Any
     return rows
 
 
-def _plain(place: BlockExit | Shared) -> dict[str, Any]:
+def _inner_width(structure: Structure, block: Block, kept: Mapping[str, int]) -> int:
+    """Elements of a block's inner units that its last projection reads."""
+    last = next(spec for spec in structure.parameters if spec.gate == block.gate and spec.gated and len(spec.shape) > 1)
+    sides = last.cut(kept).prunable.values()
+    return next((side.length for side in sides if side.group == block.inner), last.shape[1])
+
+
+def _plain(place: BlockExit | Narrow | Shared) -> dict[str, Any]:
     return {name: value for name, value in asdict(place).items() if name != "module"}
 
 

@@ -33,6 +33,8 @@ class Call:
     """The same, of when it returns; -1 until then."""
     output: Tensor | None = None
     """The first tensor that it returns."""
+    more: tuple[Tensor, ...] = ()
+    """The other tensors that it returns, if it returns several."""
     outputs: int = 1
     """1 for a tensor, n for a tuple of n."""
     wrapped: bool = False
@@ -42,6 +44,27 @@ class Call:
     def entry(self) -> Tensor | None:
         """The first tensor that it is given."""
         return next((value for value in (*self.args, *self.kwargs.values()) if value is not None), None)
+
+    @property
+    def carried(self) -> tuple[int, ...]:
+        """Positions of the arguments behind the first that are further streams of states: they come out as they are."""
+        found: list[int] = []
+        for value in self.more:
+            places = range(found[-1] + 1 if found else 1, len(self.args))
+            place = next((at for at in places if getattr(self.args[at], "shape", None) == value.shape), None)
+            if place is None or value.dim() != 3 or value.shape[-1] != self.writes:
+                break
+            found.append(place)
+        return tuple(found)
+
+    @property
+    def states(self) -> tuple[Tensor | None, Tensor | None]:
+        """What it is given and what it returns, all streams of states after one another."""
+        if not self.carried or self.entry is None or self.output is None:
+            return self.entry, self.output
+        given = [value for place in self.carried if (value := self.args[place]) is not None]
+        returned = self.more[: len(self.carried)]
+        return torch.cat([self.entry, *given], dim=1), torch.cat([self.output, *returned], dim=1)
 
     @property
     def reads(self) -> int:
@@ -117,6 +140,9 @@ def _noting(model: nn.Module, paths: Iterable[str] | None = None) -> Iterator[li
         call.end = next(clock)
         first = first_tensor(list(output.values()) if isinstance(output, Mapping) else output)
         call.output = None if first is None else first.detach().clone()
+        if isinstance(output, tuple) and output[0] is first:
+            tensors = itertools.takewhile(lambda each: isinstance(each, Tensor), output[1:])
+            call.more = tuple(each.detach().clone() for each in tensors)
         call.outputs = len(output) if isinstance(output, tuple) else 1
         call.wrapped = isinstance(output, tuple) and len(output) == 1
 
@@ -184,16 +210,29 @@ def compared(full: Mapping[str, Tensor], small: Mapping[str, Tensor], plan: Plan
 
 
 def same(left: Tensor | None, right: Tensor | None) -> bool:
-    """Tell whether two tensors hold the same numbers in the same order, or with the first two dimensions exchanged.
+    """Tell whether two tensors hold the same vectors: in the same order, or in another one, as windows of an image do.
 
-    In a model of random weights that is so only where one was handed on.
+    In a model of random weights that is so only where one was handed on. Vectors of zeros are padding.
     """
-    if left is None or right is None or left.numel() != right.numel() or left.dtype != right.dtype:
+    if left is None or right is None or left.dtype != right.dtype:
         return False
-    if torch.equal(left.reshape(-1), right.reshape(-1)):
+    if left.numel() == right.numel() and torch.equal(left.reshape(-1), right.reshape(-1)):
         return True
-    exchanged = left.dim() == right.dim() == 3 and left.shape[:2] == right.shape[:2][::-1]
-    return exchanged and bool(torch.equal(left.transpose(0, 1), right))
+    if left.shape[-1:] != right.shape[-1:] or min(left.dim(), right.dim()) < 2:
+        return False
+    found, other = (rows[rows.any(dim=-1)] for rows in (each.reshape(-1, each.shape[-1]) for each in (left, right)))
+    return len(found) > 0 and torch.equal(torch.unique(found, dim=0), torch.unique(other, dim=0))
+
+
+def holds(whole: Tensor, part: Tensor | None) -> bool:
+    """Tell whether all vectors of a tensor are among those of another one."""
+    if part is None or part.dtype != whole.dtype or part.shape[-1:] != whole.shape[-1:] or part.dim() < 2:
+        return False
+    rows = whole.reshape(-1, whole.shape[-1])
+    some = part.reshape(-1, part.shape[-1])
+    some = some[some.any(dim=-1)]
+    both = torch.cat([rows, some])
+    return len(some) > 0 and len(torch.unique(both, dim=0)) == len(torch.unique(rows, dim=0))
 
 
 def near(left: Tensor | None, right: Tensor | None) -> bool:

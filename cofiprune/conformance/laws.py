@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from cofiprune import accounting
@@ -149,6 +150,8 @@ def check_cut(subject: Subject, case: Case) -> None:
     """
     with subject.masked(case.choice, case.values) as masks:
         plan = masks.plan()
+    if plan.kept == subject.structure.sizes:
+        return  # nothing was cut, and nothing is recorded
     resolved, cut = structure_of(subject.compacted(plan)), subject.structure.cut(plan.kept)
     for name in ("groups", "parameters", "norms", "blocks", "attributes"):
         differs = {str(each) for each in getattr(resolved, name)} ^ {str(each) for each in getattr(cut, name)}
@@ -252,17 +255,31 @@ def check_gradients(subject: Subject, generator: torch.Generator) -> None:
     :raises LawError: naming the group that it does not reach and the parameters that its mask scales.
     """
     structure = subject.structure
+    found = _gradients(subject, generator)
+    if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in found.values()):
+        # Some models mask by the smallest number of float64, and round it to float32 then.
+        narrow = {name: row.float() if row.is_floating_point() else row for name, row in subject.batch.items()}
+        model = copy.deepcopy(subject.model)
+        nn.Module.to(model, torch.float32)
+        found = _gradients(Subject(model, narrow, structure), generator)
+    for name, gradient in found.items():
+        if gradient is None or not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
+            state = "missing" if gradient is None else f"{gradient.tolist()}"
+            scaled = fault.scaled_by(structure, name)
+            raise LawError(f"the gradient of mask {name!r} is {state}. {scaled}")
+
+
+def _gradients(subject: Subject, generator: torch.Generator) -> dict[str, Tensor | None]:
+    """The gradient of a random sum of the outputs in every group's masks."""
+    dtype = next(subject.model.parameters()).dtype
     values = {
-        group.name: (torch.rand(group.size, generator=generator, dtype=torch.float64) * 0.6 + 0.3).requires_grad_()
-        for group in structure.groups
+        group.name: (torch.rand(group.size, generator=generator, dtype=dtype) * 0.6 + 0.3).requires_grad_()
+        for group in subject.structure.groups
     }
     with subject.masked() as masks, torch.enable_grad():
         masks.bind(values)
         found = [value for value in tensors(subject.model(**subject.batch)).values() if value.requires_grad]
         weights = [torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in found]
-        gradients = torch.autograd.grad(found, list(values.values()), weights, allow_unused=True)
-    for name, gradient in zip(values, gradients, strict=True):
-        if gradient is None or not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
-            state = "missing" if gradient is None else f"{gradient.tolist()}"
-            scaled = fault.scaled_by(structure, name)
-            raise LawError(f"the gradient of mask {name!r} is {state}. {scaled}")
+        return dict(
+            zip(values, torch.autograd.grad(found, list(values.values()), weights, allow_unused=True), strict=True)
+        )

@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.data.tasks import main_input
 from cofiprune.errors import AdapterError, CofipruneError, DataError, one_line
 from cofiprune.masking import attach_to
 from cofiprune.masks import MaskRegistry
+from cofiprune.parts import heads_of_stages
 from cofiprune.plan import Plan
 from cofiprune.structure import UNIT_KINDS, Structure, UnitKind
 
@@ -45,15 +48,22 @@ _SIZES: Mapping[str, Any] = {
     "hidden_size": 24, "embedding_size": 24, "coordinate_size": 4, "shape_size": 4,
     "intermediate_size": 34, "hidden_dim": 34, "d_ff": 34, "encoder_ffn_dim": 34,
     "vocab_size": 40, "max_position_embeddings": 32, "type_vocab_size": 2,
-    "image_size": 8, "patch_size": 4, "encoder_stride": 4, "num_frames": 4,
+    "image_size": 8, "input_size": 8, "crop_size": 8, "patch_size": 4, "encoder_stride": 4,
+    "num_frames": 4, "frames_per_clip": 4,
     "num_mel_bins": 8, "max_length": 16, "max_source_positions": 8,
-    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    "attention_window": 4, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
     "conv_dim": (6, 6), "conv_kernel": (4, 3), "conv_stride": (2, 2),
 }  # fmt: skip
 # For models that divide their hidden dimensions further than by heads: by groups, or among coordinates.
 _WIDE = dict.fromkeys(("hidden_size", "embedding_size"), 192) | dict.fromkeys(
     ("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim"), 136
 )
+# Of encoders that make images smaller from stage to stage: several windows in the first, several vectors in the last.
+_STAGED: Mapping[str, Any] = {"image_size": 64, "window_size": 2, "spec_size": 64, "encoder_stride": 32}
+_OF_ALL_STAGES = (
+    "num_hidden_layers", "num_layers", "num_encoder_blocks", "num_attention_heads", "num_heads", "hidden_size",
+    "patch_size", "num_mel_bins",
+)  # fmt: skip
 # Classes of these tasks read the encoder through a decoder, or are one.
 _OTHER_TASKS = ("CAUSAL", "SEQ_TO_SEQ", "SPEECH_SEQ", "WITH_LM_HEAD", "TIME_SERIES", "VISION_2", "TEXT_TO")
 
@@ -106,8 +116,10 @@ def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any
     chosen = {**_SIZES, **_WIDE} if wide else _SIZES
     names = {name: config.attribute_map.get(name, name) for name in chosen}
     sizes = {name: chosen[key] for key, name in names.items() if hasattr(config, name)}
+    if stages := _stages(config, 48 if wide else 6):
+        sizes = {name: value for name, value in sizes.items() if name not in _OF_ALL_STAGES} | stages
     if isinstance(getattr(config, "image_size", None), list | tuple):
-        sizes["image_size"] = type(config.image_size)([_SIZES["image_size"]] * len(config.image_size))
+        sizes["image_size"] = type(config.image_size)([sizes["image_size"]] * len(config.image_size))
     for name, value in vars(config).items():
         # Further vocabularies: of entities, of glyphs, of tags.
         if name not in sizes and name.endswith(("vocab_size", "num_buckets")) and isinstance(value, int) and value > 64:
@@ -122,6 +134,24 @@ def tiny_sizes(config: PretrainedConfig, *, wide: bool = False) -> dict[str, Any
     return sizes
 
 
+def _stages(config: PretrainedConfig, width: int) -> dict[str, Any]:
+    """The small sizes of an encoder of stages: their heads, narrow, and two layers in each; {} for any other."""
+    heads = heads_of_stages(config)
+    if not heads:
+        return {}
+    small: dict[str, Any] = {}
+    if hasattr(config, "patch_embeds_hidden_size"):
+        small["hidden_size"] = width * heads[0] * 2 ** (len(heads) - 1)
+    for name in ("embed_dim", "hidden_sizes", "patch_embeds_hidden_size"):
+        value = getattr(config, name, None)
+        if value is not None:
+            small[name] = [width * count for count in heads] if isinstance(value, list | tuple) else width * heads[0]
+    for name in ("depths", "depth"):
+        if isinstance(getattr(config, name, None), list | tuple):
+            small[name] = [min(count, 2) for count in getattr(config, name)]
+    return small | {name: size for name, size in _STAGED.items() if hasattr(config, name)}
+
+
 def small_config(config: PretrainedConfig, *, wide: bool = False) -> PretrainedConfig:
     """Return the same configuration with two layers, four heads and 24 hidden dimensions, or 192 with `wide`."""
     sizes = tiny_sizes(config, wide=wide)
@@ -130,7 +160,7 @@ def small_config(config: PretrainedConfig, *, wide: bool = False) -> PretrainedC
         entries.pop(name, None)
     layers = getattr(config, "num_hidden_layers", None)
     for name, value in entries.items():
-        if isinstance(value, list) and len(value) == layers and name != "conv_dim":
+        if isinstance(value, list) and len(value) == layers and name != "conv_dim" and "depths" not in sizes:
             entries[name] = value[:2]  # one entry per layer
     entries.update(sizes)
     if isinstance(entries.get("num_key_value_heads"), int):
@@ -178,7 +208,7 @@ def specimen(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedMo
         for name, parameter in sample.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.dim() > 1:
-                noise = noise * (2 / parameter[0].numel() ** 0.5)
+                noise = noise * (2 / max(1, parameter[:1].numel()) ** 0.5)  # some have no elements
             else:
                 noise = noise * 0.3 + (1 if name.endswith("weight") else 0)
             parameter.copy_(noise)
@@ -190,7 +220,7 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
 
     :raises AdapterError: when the model's main input is of a kind that this function does not know.
     """
-    config, name = model.config, model.main_input_name
+    config, name = model.config, main_input(model)
     reads = inspect.signature(model.forward).parameters
     if name == "pixel_values" and "spatial_shapes" in reads:
         # Images of 2 x 2 patches that were cut and flattened before, the second of them one patch high.
@@ -209,12 +239,27 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
         length = batch[name].shape[1]
         batch["attention_mask"] = torch.ones(3, length, dtype=torch.long)
         batch["attention_mask"][1, length // 2 :] = 0
+    side = getattr(config, "input_size", None) or getattr(config, "image_size", None)
+    if (
+        name == "input_ids"
+        and "pixel_values" in reads
+        and isinstance(side, int)
+        and getattr(config, "visual_embed", True)
+    ):
+        image = torch.randn(3, getattr(config, "num_channels", 3), side, side, generator=generator)
+        batch["pixel_values"] = image.to(model.dtype)  # beside the text
+    if "noise" in reads and name == "pixel_values":  # that chooses the patches which the model sees
+        patches = [size // config.patch_size for size in batch[name].shape[-2:]]
+        batch["noise"] = torch.rand(3, math.prod(patches), generator=generator).to(model.dtype)
     if "bbox" in reads:  # where the tokens lie on a page
         shape = (*batch[name].shape, getattr(config, "dim_bbox", 4))
         boxes = torch.randint(1, 9, shape, generator=generator).sort(dim=-1).values
         # Left, top, right and bottom, as entries of a table or as shares of the page.
         counted = hasattr(config, "max_2d_position_embeddings")
         batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes.to(model.dtype) / 10
+    if "global_attention_mask" in reads and batch[name].dim() == 2:  # tokens that see all others, and are seen by them
+        batch["global_attention_mask"] = torch.zeros_like(batch[name])
+        batch["global_attention_mask"][:, 0] = batch["global_attention_mask"][0, 5] = 1
     if {"entity_ids", "entity_position_ids"} <= set(reads) and batch[name].dim() == 2:  # entities that the text names
         batch["entity_ids"] = torch.randint(1, 9, (3, 2), generator=generator)
         batch["entity_attention_mask"] = torch.ones(3, 2, dtype=torch.long)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, forward_names
+from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, forward_names, main_input
 from cofiprune.errors import DataError, located
 from cofiprune.parts import encoder_config
 
@@ -150,11 +150,12 @@ def check_columns(columns: Mapping[str, str], row: Mapping[str, Any], model: Pre
 
     :raises DataError: when it is not.
     """
-    if model.main_input_name not in columns and "inputs_embeds" not in columns:
+    wanted = main_input(model)
+    if wanted not in columns and "inputs_embeds" not in columns:
         held = ", ".join(f"{name!r} ({type(value).__name__})" for name, value in row.items())
         raise DataError(
-            f"{type(model).__name__} reads {model.main_input_name!r}, which the rows do not have; they have {held}. "
-            + (_TOKENISE if model.main_input_name == "input_ids" else "Run the model's processor over the rows first")
+            f"{type(model).__name__} reads {wanted!r}, which the rows do not have; they have {held}. "
+            + (_TOKENISE if wanted == "input_ids" else "Run the model's processor over the rows first")
         )
 
 

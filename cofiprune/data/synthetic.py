@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cofiprune.data.checks import longest_sequence, vocabulary_size
-from cofiprune.data.tasks import forward_names, task_of
+from cofiprune.data.tasks import INPUTS, forward_names, main_input, task_of
 from cofiprune.errors import DataError
 from cofiprune.parts import encoder_config
 
@@ -41,17 +41,14 @@ def synthetic_inputs(
     if batch_size < 1 or seq_len < 1:
         raise DataError(f"batch_size and seq_len must be at least 1, not {batch_size} and {seq_len}")
     generator = generator or torch.Generator().manual_seed(0)
-    kind = model.main_input_name
+    kind = main_input(model)
     if kind == "input_ids":
         inputs = _tokens(model, batch_size, seq_len, generator, padding)
-    elif kind in ("pixel_values", "input_values", "input_features"):
+    elif kind in INPUTS:
         shape = _shape(encoder_config(model), kind, seq_len)
         inputs = {kind: torch.randn(batch_size, *shape, generator=generator).to(model.dtype)}
     else:
-        raise DataError(
-            f"{type(model).__name__} reads {kind!r}; inputs can be made up for input_ids, pixel_values, input_values "
-            "and input_features only"
-        )
+        raise DataError(f"{type(model).__name__} reads {kind!r}; inputs can be made up for {', '.join(INPUTS)} only")
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
@@ -89,12 +86,15 @@ def _tokens(
 
 def _shape(config: PretrainedConfig, kind: str, seq_len: int) -> tuple[int, ...]:
     """Shape of one example of images or audio."""
-    if kind == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
+    if kind.startswith("pixel_values"):
+        size = getattr(config, "image_size", None) or getattr(config, "crop_size", None) or 224
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        frames = getattr(config, "num_frames", None)
-        return (*([frames] if frames else []), getattr(config, "num_channels", 3), height, width)
+        frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+        channels = getattr(config, "num_channels", None) or getattr(config, "in_chans", None) or 3
+        return (*([frames] if frames else []), channels, height, width)
     mel = getattr(config, "num_mel_bins", None)
+    if hasattr(config, "spec_size"):  # a spectrogram that is folded into an image
+        return (1, config.spec_size * (config.spec_size // config.num_mel_bins), config.num_mel_bins)
     if kind == "input_values":
         if hasattr(config, "conv_stride"):
             return (_samples(config, seq_len),)
@@ -104,6 +104,8 @@ def _shape(config: PretrainedConfig, kind: str, seq_len: int) -> tuple[int, ...]
         return (seq_len, config.feature_projection_input_dim)
     if mel is not None and hasattr(config, "max_source_positions"):
         return (mel, 2 * config.max_source_positions)
+    if mel is not None and hasattr(config, "subsampling_factor"):
+        return (seq_len * config.subsampling_factor, mel)
     raise DataError(f"the {config.model_type} configuration does not say what {kind!r} look like")
 
 

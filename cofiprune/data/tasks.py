@@ -33,6 +33,8 @@ Task = Literal[
     "other",
 ]
 """`embedding` is an encoder without a head; `other` a head whose labels are handed on unread."""
+INPUTS = ("input_ids", "pixel_values", "pixel_values_videos", "input_values", "input_features")
+"""Inputs that can be made up."""
 LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 """Names that labels go by in the models' forward."""
 LABEL_COLUMNS = ("labels", "label", "label_ids", "gold_label", "is_duplicate", "Quality")
@@ -72,6 +74,13 @@ def task_of(model: PreTrainedModel, row: Mapping[str, Any] | None = None) -> Tas
     if found is None:
         return _BY_PROBLEM_TYPE.get(str(getattr(model.config, "problem_type", None)), "other")
     return found
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """Return the name of what a model mainly reads; some models state one that their forward does not have."""
+    names = forward_names(model)
+    stated: str = model.main_input_name
+    return stated if stated in names else next((name for name in (*INPUTS, *names) if name in names), stated)
 
 
 def task_by_name(name: str) -> Task | None:

@@ -19,12 +19,14 @@ from cofiprune.adapter import Adapter, Axis, BlockTable, Family, TableAdapter, e
 from cofiprune.conformance.battery import check_laws
 from cofiprune.conformance.calls import calls_of, compared, inside, size
 from cofiprune.conformance.specimens import Batch, Subject, inputs, outputs, random_values, tiny_copy
-from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes
+from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes, weight_shape
 from cofiprune.derivation.exits import Bypass, find_bypasses
-from cofiprune.derivation.rows import Inner, Settings, attributes, block_rows, find_settings
+from cofiprune.derivation.rows import Inner, Settings, attributes, block_rows, find_narrow, find_settings, find_shared
 from cofiprune.derivation.surroundings import find_surroundings
 from cofiprune.errors import AdapterError, CofipruneError
 from cofiprune.hooks import reading
+from cofiprune.parts import heads_of_stages
+from cofiprune.resolving import members, stages_of
 from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference allowed on the model itself, relative to its outputs: what trained weights round to."""
 _COARSE = 0.1
 """The same for half precision."""
+
+_STAGES = "each of its stages has hidden dimensions of its own, which the module between two stages mixes"
 
 _known: dict[tuple[type, str], Adapter | str] = {}
 
@@ -118,7 +122,7 @@ def derive(model: PreTrainedModel) -> Derived:
 
     :raises AdapterError: when it has no blocks that can be told apart or removed, saying what was found.
     """
-    return _Derivation(*tiny_copy(model)).run()
+    return _Derivation(*tiny_copy(model)).run(model)
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,9 @@ class _Part:
     others: list[Draft]
     bypasses: list[Bypass]
 
-    @property
-    def width(self) -> int:
-        return self.drafts[0].writer.reads
+    def widths(self, firsts: Sequence[int]) -> list[int]:
+        """What the last matrix reads in some layers."""
+        return [self.drafts[index].writer.reads for index in firsts]
 
 
 class _Derivation:
@@ -142,26 +146,40 @@ class _Derivation:
         self.model = model
         self.batch = batch
         count = getattr(model.config, "num_hidden_layers", None)
-        self.list = find_layers(model, count if isinstance(count, int) else None)
+        self.list = find_layers(model, count if isinstance(count, int) and not heads_of_stages(model.config) else None)
         self.base = encoder_path(model)
         if not inside(self.list, self.base):
             raise AdapterError(f"its layers {self.list!r} do not lie in its base model {self.base!r}")
-        self.layers = [f"{self.list}.{name}" for name, _ in model.get_submodule(self.list).named_children()]
+        self.layers = members(dict(model.named_modules()), self.list)
+        self.stages = stages_of(self.layers, self.list)
         self.attention, self.ffn = self._parts()
         self.width = self.attention.drafts[0].entries[0].shape[-1]
+        firsts = [self.stages.index(stage) for stage in range(self.stages[-1] + 1)]
+        widths, inner = (part.widths(firsts) for part in (self.attention, self.ffn))
         # Keys and values may be shared.
-        narrow = min(self.attention.width, *(call.writes for call in self.attention.drafts[0].readers))
-        self.settings = find_settings(model.config, self.width, self.attention.width, self.ffn.width, narrow)
+        narrow = min(widths[0], *(call.writes for call in self.attention.drafts[0].readers))
+        self.settings = find_settings(model.config, self.width, widths, inner, narrow)
 
-    def run(self) -> Derived:
+    def run(self, model: PreTrainedModel) -> Derived:
+        """Return what holds for a model of this kind."""
         family = self._with_hidden(self._with_blocks())
         if found := self._problem(family, quick=False):
             raise AdapterError(found)
-        return Derived(family, self.settings)
+        if not self.stages[-1]:
+            return Derived(family, self.settings)
+        # No setting states the feed-forward dimensions of every stage.
+        last = self.ffn.drafts[0].writer.path.removeprefix(self.layers[0])
+        paths = members(dict(model.named_modules()), self.list)
+        widths = {
+            stage: weight_shape(model.get_submodule(path + last))[1]
+            for path, stage in zip(paths, stages_of(paths, self.list), strict=True)
+        }
+        expressions = {**self.settings.expressions, "intermediate": repr(tuple(widths.values()))}
+        return Derived(family, replace(self.settings, expressions=expressions))
 
     def _parts(self) -> tuple[_Part, _Part]:
         """Attention and feed-forward in every layer: the first block that mixes tokens is attention."""
-        calls = calls_of(self.model, self.batch)
+        calls = self.calls = calls_of(self.model, self.batch)
         drafts, bypasses = [], []
         for layer in self.layers:
             blocks = find_blocks(calls, layer)
@@ -211,20 +229,40 @@ class _Derivation:
         return self._family(tables, refused)
 
     def _choices(self, part: _Part) -> Iterator[BlockTable]:
-        units = self.settings.units(self.model.config)[part.kind]
+        sizes = self.settings.units(self.model.config)[part.kind]
         queries = self.settings.queries(self.model.config) if part.kind == "heads" else 1
-        inner = Inner(part.kind, units, units * queries, part.width)
-        fused = any(call.writes in (2 * inner.width, 3 * inner.width) for call in part.drafts[0].readers)
-        for spelt in (inner, replace(inner, interleaved=True)) if fused else (inner,):
-            merged = _merged([self._table(part, index, spelt) for index in range(len(self.layers))], self.layers)
+        inner = []
+        for draft, stage in zip(part.drafts, self.stages, strict=True):
+            units = sizes[stage] if isinstance(sizes, tuple) else sizes
+            inner.append(Inner(part.kind, units, units * queries, draft.writer.reads))
+        fused = any(call.writes in (2 * inner[0].width, 3 * inner[0].width) for call in part.drafts[0].readers)
+        for further, interleaved in itertools.product(self._further(part), (False, True)[: 1 + fused]):
+            spelt = [replace(each, interleaved=interleaved) for each in inner]
+            merged = _merged([self._table(part, index, each) for index, each in enumerate(spelt)], self.layers)
             layer = self.model.get_submodule(self.layers[-1])
-            for choice in attributes(layer, self.layers[-1], part.drafts[-1], spelt):
-                yield replace(merged, attributes=choice)
+            for choice in attributes(layer, self.layers[-1], part.drafts[-1], spelt[-1]):
+                yield replace(merged, attributes=choice, **further)
+
+    def _further(self, part: _Part) -> Iterator[dict[str, Any]]:
+        """Yield what a block may have beside its modules, as arguments of its table."""
+        yield {}
+        units = self.settings.units(self.model.config)[part.kind]
+        if part.kind == "heads" and isinstance(units, int):
+            shared = find_shared(self.calls, self.layers, part.drafts[0], units)
+            if shared is not None:
+                yield {"shared": (shared,)}
+        narrow = find_narrow(self.calls, self.layers[0], part.drafts[0]) if part.kind == "heads" else None
+        if narrow is not None:
+            yield {"narrow": narrow}
 
     def _table(self, part: _Part, index: int, inner: Inner) -> BlockTable:
         path, bypass = self.layers[index], part.bypasses[index]
         layer = self.model.get_submodule(path)
-        rows = block_rows(layer, path, part.drafts[index], part.others[index], inner, self.width, bypass.held)
+        draft = part.drafts[index]
+        rows = block_rows(layer, path, draft, part.others[index], inner, self.width, bypass.held)
+        if not bypass.exit.residual:  # what the norm behind the last matrix writes is what is added
+            behind = {call.path.removeprefix(f"{path}.") for call in draft.norms if call.start > draft.writer.end}
+            rows = tuple(replace(row, gated=row.gated or row.modules in behind) for row in rows)
 
         def local(exit: BlockExit) -> BlockExit:
             return replace(exit, module=exit.module.removeprefix(f"{path}."))
@@ -244,6 +282,8 @@ class _Derivation:
 
     def _with_hidden(self, family: Family) -> Family:
         """Add the modules around the layers, and allow hidden dimensions where the law then holds for them."""
+        if self.stages[-1]:
+            return replace(family, refused={**family.refused, "hidden": _STAGES})
         drafts = [*self.attention.drafts, *self.ffn.drafts]
         writers = [call.path for draft in drafts for call in (draft.writer, *draft.norms)]
         stem, head = find_surroundings(self.model, self.batch, self.layers, self.base, self.width, writers)

@@ -57,7 +57,7 @@ class _Span:
                 calls = calls_of(model, batch, [self.seen_at])
         except Exception:  # a model without the block may fail anywhere
             return False
-        return bool(calls) and near(calls[0].entry if self.given else calls[0].output, self.entry)
+        return bool(calls) and near(calls[0].states[0 if self.given else 1], self.entry)
 
 
 def find_bypasses(
@@ -65,26 +65,29 @@ def find_bypasses(
 ) -> tuple[Bypass, Bypass] | None:
     """Find how each of two blocks leaves its layer; None when that is not found for one of them.
 
-    The stream between them is the output of the norm between them (post-norm) or its input (pre-norm). Post-norm is
-    tried first, because one of its norms could be removed too as if it stood before the block that follows.
+    The stream between them is the output of the norm between them (post-norm) or its input (pre-norm), or what a block
+    without a norm in front reads. Post-norm is tried first, because one of its norms could be removed too as if it
+    stood before the block that follows.
     """
     first, second = blocks
     whole = next(call for call in calls if call.path == layer)
-    boundary = second.norms[0]
-    assert whole.output is not None
-    assert boundary.entry is not None
-    assert boundary.output is not None
-    for between, seen_at, in_front in (
-        (boundary.output, second.readers[0].path, False),
-        (boundary.entry, boundary.path, True),
-    ):
-        behind, before = ([], [boundary]) if in_front else ([boundary], [])
+    _, output = whole.states
+    assert output is not None
+    reader = second.readers[0].path
+    boundary = next((norm for norm in second.norms if norm.end < second.readers[0].start), None)
+    ways: list[tuple[Tensor, str, list[Call], list[Call]]] = [(second.entries[0], reader, [], [])]
+    if boundary is not None:
+        assert boundary.entry is not None
+        assert boundary.output is not None
+        ways = [(boundary.output, reader, [boundary], []), (boundary.entry, boundary.path, [], [boundary])]
+    rest = [norm for norm in second.norms if norm is not boundary]
+    for between, seen_at, behind, before in ways:
         left = replace(first, norms=[*first.norms, *behind])
-        right = replace(second, norms=[*before, *second.norms[1:]])
+        right = replace(second, norms=[*before, *rest])
         found = []
         for span in (
             _Span(left, right, first.entries[0], between, seen_at, given=True),
-            _Span(right, left, between, whole.output, layer, given=False),
+            _Span(right, left, between, output, layer, given=False),
         ):
             tried = _candidates(calls, layer, span)
             bypass = next((each for each in tried if span.is_unchanged(model, batch, each)), None)
@@ -110,7 +113,7 @@ def _candidates(calls: Sequence[Call], layer: str, span: _Span) -> Iterator[Bypa
     apart.sort(key=lambda call: call.path.count("."))
     for call in apart:
         exit = _exit_with(call, span.entry)
-        if exit is not None and same(call.output, span.after):
+        if exit is not None and same(call.states[1], span.after):
             yield _complete(span, apart, exit)
     last = span.block.writer
     silent = [call for call in apart if inside(last.path, call.path) or call.start > last.end]
@@ -130,6 +133,8 @@ def _exit(call: Call, argument: int = 0, keyword: str | None = None, *, residual
 
 def _exit_with(call: Call, value: Tensor) -> BlockExit | None:
     """The module as one that returns a tensor among its arguments; None when it is not given that."""
+    if call.carried and same(call.states[0], value):
+        return replace(_exit(call), carried=call.carried)
     names = [name for name in inspect.signature(call.module.forward).parameters if name != "self"]
     for index, given in enumerate(call.args):
         if given is not None and same(given, value):
@@ -143,13 +148,13 @@ def _exit_with(call: Call, value: Tensor) -> BlockExit | None:
 
 def _zero_exit(call: Call, span: _Span) -> BlockExit | None:
     """The module as one that returns zeros."""
-    if call.output is None or call.output.shape != span.entry.shape:
+    if call.output is None or call.output.shape[-1] != span.entry.shape[-1]:
         return None
     for value in (*span.block.entries, *call.args, *call.kwargs.values()):
         exit = _exit_with(call, value) if value is not None and value.shape == call.output.shape else None
         if exit is not None:
             return replace(exit, residual=False)
-    if call.args and call.args[0] is not None:
+    if call.args and call.args[0] is not None and call.output.shape == span.entry.shape:
         # The modules bypassed before it hand the states on, so that it is given them then.
         return _exit(call, residual=False)
     return None

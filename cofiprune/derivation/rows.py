@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from cofiprune.adapter import HIDDEN, Axis, Weights, linear, norm, projection, tensor
-from cofiprune.conformance.calls import inside
-from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, weight_shape
+from cofiprune.conformance.calls import Call, holds, inside, same
+from cofiprune.derivation.blocks import Draft, is_matrix, is_transposed, norm_kind, vectors, weight_shape
 from cofiprune.errors import AdapterError
-from cofiprune.structure import Kind
+from cofiprune.structure import Kind, Narrow, Shared
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,30 +26,39 @@ _PREFERRED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_ke
 
 @dataclass(frozen=True)
 class Settings:
-    """Python expressions in `config` that give the units of a model of its kind."""
+    """Python expressions in `config` that give the units of a model of its kind, or of each of its stages."""
 
     expressions: Mapping[Kind, str]
     query_heads: str | None = None
     """The number of query heads, if groups of them share the keys and values that `heads` counts."""
 
-    def units(self, config: PretrainedConfig) -> dict[Kind, int]:
+    def units(self, config: PretrainedConfig) -> dict[Kind, int | tuple[int, ...]]:
         """Return the units by kind."""
-        return {kind: _value(config, text) for kind, text in self.expressions.items()}
+        return {kind: _units(config, text) for kind, text in self.expressions.items()}
 
     def queries(self, config: PretrainedConfig) -> int:
         """Return the number of query heads for each unit of `heads`."""
-        return 1 if self.query_heads is None else _value(config, self.query_heads) // self.units(config)["heads"]
+        if self.query_heads is None:
+            return 1
+        return _value(config, self.query_heads) // _value(config, self.expressions["heads"])
 
 
-def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediate: int, narrow: int) -> Settings:
+def find_settings(
+    config: PretrainedConfig, hidden: int, widths: Sequence[int], inner: Sequence[int], narrow: int
+) -> Settings:
     """Find which settings of a configuration give the sizes that were seen.
 
-    :param width: elements of all query heads.
+    :param widths: elements of all query heads, in every stage.
+    :param inner: feed-forward dimensions, in every stage.
     :param narrow: elements of all key heads.
     :raises AdapterError: when no setting gives the number of heads.
     """
 
-    def named(words: Collection[str], without: Collection[str], fits: Callable[[int], bool]) -> str | None:
+    width, intermediate = widths[0], inner[0]
+
+    def named(
+        words: Collection[str], without: Collection[str], fits: Callable[[Any], bool], kind: tuple[type, ...] = (int,)
+    ) -> str | None:
         """`config.NAME` for the setting whose name has one of some words and whose value fits."""
         found = [
             name
@@ -55,15 +66,22 @@ def find_settings(config: PretrainedConfig, hidden: int, width: int, intermediat
             if any(word in name for word in words)
             and not any(word in name for word in without)
             and not name.startswith("_")
-            and type(getattr(config, name, None)) is int
+            and type(getattr(config, name, None)) in kind
             and fits(getattr(config, name))
         ]
         found.sort(key=lambda name: (name not in _PREFERRED, len(name)))
         return f"config.{found[0]}" if found else None
 
-    heads = named(["head"], ["key_value", "kv", "dim", "size", "decoder"], lambda n: n > 0 and width % n == 0)
+    others = ["key_value", "kv", "dim", "size", "decoder"]
+    if len(widths) > 1:
+        heads = named(["head"], others, lambda found: _divide(found, widths), (list, tuple))
+    else:
+        heads = named(["head"], others, lambda n: n > 0 and width % n == 0)
     if heads is None:
-        raise AdapterError(f"its configuration does not say how many heads its {width} attention dimensions make up")
+        shown = " and ".join(map(str, widths))
+        raise AdapterError(f"its configuration does not say how many heads its {shown} attention dimensions make up")
+    if len(widths) > 1:
+        return Settings({"hidden": str(hidden), "heads": heads, "intermediate": repr(tuple(inner))})
     count = _value(config, heads)
     keys = None
     if narrow < width and narrow * count % width == 0:
@@ -81,6 +99,19 @@ def _ratio(config: PretrainedConfig, size: int) -> str:
         if "ratio" in name and isinstance(value, int | float) and int(config.hidden_size * value) == size:
             return f"int(config.hidden_size * config.{name})"
     return str(size)
+
+
+def _divide(counts: Sequence[int], widths: Sequence[int]) -> bool:
+    pairs = list(zip(widths, counts, strict=False))
+    return len(counts) == len(widths) and all(count > 0 and width % count == 0 for width, count in pairs)
+
+
+def _units(config: PretrainedConfig, text: str) -> int | tuple[int, ...]:
+    """The value of an expression, which may be one for each stage."""
+    if text.startswith("("):
+        return tuple(ast.literal_eval(text))
+    found = getattr(config, text.removeprefix("config."), None)
+    return tuple(found) if isinstance(found, list | tuple) else _value(config, text)
 
 
 def _value(config: PretrainedConfig, text: str) -> int:
@@ -139,8 +170,12 @@ def block_rows(
             rows[name] = norm(name, kind=norm_kind(call))
         elif call is block.writer:
             rows[name] = stored_as(call.module, projection(name, reads=Axis(inner.kind)))
+        elif call in block.maps:
+            rows[name] = linear(name, reads=HIDDEN, writes=HIDDEN)
         elif call in block.readers:
-            rows[name] = stored_as(call.module, linear(name, reads=HIDDEN, writes=inner.axis(call.writes)))
+            length, read = weight_shape(call.module)[:2]
+            reads = HIDDEN if read == width else None
+            rows[name] = stored_as(call.module, linear(name, reads=reads, writes=inner.axis(length)))
         elif is_matrix(call.module):
             # Where it ran before, on the stream, this is another use of it.
             writes, reads = [inner.axis(length) for length in weight_shape(call.module)[:2]]
@@ -154,6 +189,38 @@ def block_rows(
             rows[name] = loose(name, module)
     own = tuple(tensor("", name, *_sides(layer.get_parameter(name), inner, width, behind=True)) for name in held)
     return (*rows.values(), *own)
+
+
+def find_shared(calls: Sequence[Call], layers: Sequence[str], block: Draft, units: int) -> Shared | None:
+    """Return the tensor with an entry for every head that each attention module is given, a bias of positions say."""
+    last = {call.path: call for call in calls if inside(call.path, layers[-1])}
+    for call in reversed([each for each in calls if inside(block.readers[0].path, each.path)]):
+        other = last.get(layers[-1] + call.path.removeprefix(layers[0]))
+        if other is None or not inside(call.path, layers[0]) or call.path == layers[0]:
+            continue
+        names = [name for name in inspect.signature(call.module.forward).parameters if name != "self"]
+        given = [(names[place], value) for place, value in enumerate(call.args) if place < len(names)]
+        for name, value in (*given, *call.kwargs.items()):
+            place = names.index(name) if name in names else len(names)
+            again = other.kwargs[name] if name in other.kwargs else (*other.args, *[None] * (place + 1))[place]
+            if value is not None and value.dim() > 2 and units in value.shape[:-2] and same(value, again):
+                path = call.path.removeprefix(f"{layers[0]}.")
+                return Shared(path, place, name, value.shape.index(units))
+    return None
+
+
+def find_narrow(calls: Sequence[Call], layer: str, block: Draft) -> Narrow | None:
+    """Return the innermost module around the matrices that read the stream, and which of them read what it is given."""
+    around = [call for call in calls if inside(call.path, layer) and call.path != layer]
+    around = [call for call in around if call not in block.readers and inside(block.readers[0].path, call.path)]
+    if not around or around[-1].entry is None:
+        return None
+    inner, entry = around[-1], around[-1].entry
+    reading = (*block.readers, *block.maps)
+    readers = [each.path for each in reading if inside(each.path, inner.path) and holds(entry, vectors(each)[0])]
+    keyword = None if inner.args and inner.args[0] is not None else next(iter(inner.kwargs))
+    local = [path.removeprefix(f"{layer}.") for path in (inner.path, *readers)]
+    return Narrow(local[0], tuple(local[1:]), 0, keyword)
 
 
 def stored_as(module: nn.Module, row: Weights) -> Weights:
@@ -196,7 +263,7 @@ def attributes(layer: nn.Module, path: str, block: Draft, inner: Inner) -> Seque
         if name == "" or not any(inside(leaf.path, f"{path}.{name}") for leaf in block.leaves):
             continue
         if is_matrix(module):
-            if inner.kind == "heads" and getattr(module, "groups", 0) == inner.heads:
+            if getattr(module, "groups", 0) == inner.heads:
                 counts.append((name, "groups", Axis(inner.kind).of(inner.heads // inner.units)))
             continue
         if any(inside(leaf.path, f"{path}.{name}") for leaf in block.norms) and len(list(module.children())) == 0:
@@ -204,7 +271,8 @@ def attributes(layer: nn.Module, path: str, block: Draft, inner: Inner) -> Seque
         for attribute, value in vars(module).items():
             if type(value) is not int or attribute.startswith("_"):
                 continue
-            if inner.kind == "heads" and value in (inner.heads, inner.units):
+            of_one = "size" in attribute or "dim" in attribute  # the width of a head may agree with their number
+            if inner.kind == "heads" and value in (inner.heads, inner.units) and not of_one:
                 counts.append((name, attribute, Axis(inner.kind).of(value // inner.units)))
             elif value == inner.width:
                 widths.append((name, attribute, Axis(inner.kind)))

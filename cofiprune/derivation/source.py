@@ -67,7 +67,13 @@ def _file(model_type: str, derived: Derived) -> str:
     family, expressions = derived.family, derived.settings.expressions
     settings = {kind: text.removeprefix("config.") for kind, text in expressions.items()}
     stated: dict[Any, Any] = {kind: name for kind, name in settings.items() if name.isidentifier()}
-    computed = {kind: _Code(text) for kind, text in expressions.items() if kind not in stated}
+    staged = "*" in family.layers  # a list of settings with an entry for each stage
+    stated = {kind: name for kind, name in stated.items() if not staged}
+    computed = {
+        kind: _Code(f"tuple({text})" if staged and kind in settings and settings[kind].isidentifier() else text)
+        for kind, text in expressions.items()
+        if kind not in stated
+    }
     blocks = {"attention": _Code("ATTENTION"), "ffn": _Code("FFN")}
     table = {**vars(family), **blocks, "config": ConfigSizes(**stated), "sizes": computed}
     blocks_text = "\n".join(["ATTENTION = " + _text(family.attention), "FFN = " + _text(family.ffn)])

@@ -161,6 +161,8 @@ class _Outside:
     def _copies(self, call: Call) -> int:
         """The number of sets of hidden dimensions that a matrix reads, side by side."""
         entry, _ = self._zeroed_run(call)
+        if entry is not None and isinstance(call.module, nn.Conv1d | nn.Conv2d):
+            entry = entry.movedim(1, -1)
         if entry is None or entry.shape[-1] % self.width:
             return 0
         parts = torch.split(entry, self.width, dim=-1)

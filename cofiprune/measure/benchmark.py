@@ -20,6 +20,7 @@ from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.adapter import structure as structure_of
 from cofiprune.data.synthetic import synthetic_inputs
+from cofiprune.data.tasks import main_input
 from cofiprune.errors import AdapterError, SettingsError, names_checked
 from cofiprune.hooks import reading, watching
 from cofiprune.masking import masks_of
@@ -143,7 +144,7 @@ def benchmark(
         note = "The model was timed under its masks; cofiprune.compact(model) is what becomes smaller and faster."
     if dtype is not None:
         pair = [one if one.dtype == dtype else copy.deepcopy(one).to(dtype) for one in pair]  # type: ignore[arg-type]
-    if model.main_input_name == "pixel_values":
+    if main_input(model).startswith("pixel_values"):
         lengths = lengths[:1]
     for one in pair:  # a length that is too much for a model is known before anything is timed
         synthetic_inputs(one, batch_size=1, seq_len=max(lengths))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cofiprune.bypass import entry_of
+from cofiprune.bypass import states_of
 from cofiprune.data.batches import to_model
 from cofiprune.hooks import After, Before, StopForward, replaced_forward, watching
 from cofiprune.inference.fusion import is_linear
@@ -34,7 +34,8 @@ def valid_rows(states: Tensor, batch: Batch) -> Tensor:
     """Return the states of all positions that are not padding, in float32 or wider: [N, width].
 
     :param states: [B, T, width], or any other shape whose last dimension is the width; T may exceed the batch's own
-        by padding at the end, which some models add. What does not line up with the attention mask is taken whole.
+        by padding at the end, which some models add, or by what other inputs than the text become, such as an image.
+        What does not line up with the attention mask is taken whole.
     """
     wide = states.to(torch.promote_types(torch.float32, states.dtype))
     rows = wide.reshape(-1, wide.shape[-1])
@@ -44,7 +45,8 @@ def valid_rows(states: Tensor, batch: Batch) -> Tensor:
     examples = mask.reshape(-1, mask.shape[-1])
     added = states.shape[-2] - examples.shape[1]
     if added > 0 and len(rows) == len(examples) * states.shape[-2]:
-        examples = F.pad(examples, (0, added))
+        others = any(value.dim() > 1 and value.shape[:2] != mask.shape[:2] for value in batch.values())
+        examples = F.pad(examples, (0, added), value=int(others))
     return rows[(examples.flatten() != 0).to(rows.device)] if examples.numel() == len(rows) else rows
 
 
@@ -173,7 +175,7 @@ class _Record:
         """Return what records the entry into a block's exit."""
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._entries[path] = entry_of(exit, args, kwargs).clone()
+            self._entries[path] = states_of(exit, args, kwargs).clone()
             self.arrived(exit)
 
         return note
@@ -199,7 +201,10 @@ class Layerwise:
         self._exits = {path: exits[gate] for gate, path in alone.items() if gate in exits}
         self.depth = 0
         """Index of the current layer; the ones below are not run any more."""
-        self._below: list[Any] = [None] * len(batches)
+        self._below: list[list[Any]] = [[] for _ in batches]
+        """What the layers below gave, by batch: one for each stage, where the states change their shape between two."""
+        self._stages: list[int] = []
+        """The stage of each layer below."""
         self._above: list[Any] = [None] * len(batches)
 
     @torch.no_grad()
@@ -229,8 +234,8 @@ class Layerwise:
         before = {exit.module: record.entered(path, exit) for path, exit in record.exits.items()}
         after = {**{path: record.called(path) for path in wanted}, **dict.fromkeys(layers, settled)}
         with ExitStack() as replaced:
-            for path in self.layers[: self.depth]:
-                layer, below = self.model.get_submodule(path), self._below[index]
+            for path, stage in zip(self.layers, self._stages, strict=False):
+                layer, below = self.model.get_submodule(path), self._below[index][stage]
                 replaced.enter_context(replaced_forward(layer, lambda *args, below=below, **kwargs: below))
             with suppress(StopForward), watching(self.model, before=before, after=after):
                 self.model(**self.batches[index])
@@ -238,5 +243,17 @@ class Layerwise:
 
     def advance(self) -> None:
         """Go up to the next layer; every batch must have been settled in the current one."""
-        self._below, self._above = self._above, [None] * len(self.batches)
+        same = all(
+            below and _shape(below[-1]) == _shape(above) for below, above in zip(self._below, self._above, strict=True)
+        )
+        for below, above in zip(self._below, self._above, strict=True):
+            below[len(below) - same :] = [above]
+        self._stages.append(len(self._below[0]) - 1 if self._below else 0)
+        self._above = [None] * len(self.batches)
         self.depth += 1
+
+
+def _shape(output: Any) -> tuple[int, ...]:
+    """The shape of the states that a layer returns."""
+    first = output if isinstance(output, Tensor) else next(iter(output))
+    return tuple(first.shape)

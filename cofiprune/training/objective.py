@@ -23,7 +23,7 @@ from cofiprune.distillation import (
 )
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
-from cofiprune.parts import encoder_config
+from cofiprune.parts import encoder_config, heads_of_stages
 from cofiprune.record import sizes_of
 from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
@@ -68,7 +68,8 @@ class Objective:
         """From the student's states to the teacher's; learned along with the student."""
         self.teacher: Teacher | None = None
         layers: Sequence[int] = ()
-        if teacher is not None and settings.distill_layers_weight:
+        staged = any(heads_of_stages(encoder_config(each)) for each in (student, teacher) if each is not None)
+        if teacher is not None and settings.distill_layers_weight and not staged:  # else no states of one width
             layers = teacher_layers(encoder_config(teacher).num_hidden_layers, settings.distill_layers)
             self.projection = new_projection(student, teacher, batches, fitted=fitted)
         if teacher is not None and distils:
@@ -180,7 +181,7 @@ class Objective:
                 pooling=self.settings.embedding_pooling,
             )
         if self.projection is not None:
-            states = output.hidden_states[1:]
+            states = [each.flatten(1, -2) for each in output.hidden_states[1:]]
             parts["layers_loss"] = layerwise_loss(
                 states,
                 dict(zip(teacher.layers, targets, strict=True)),
@@ -263,4 +264,4 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def hidden_width(model: PreTrainedModel) -> int:
     """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
     recorded = sizes_of(model) or {}
-    return int(recorded.get("hidden", encoder_config(model).hidden_size))
+    return int(recorded.get("hidden", getattr(encoder_config(model), "hidden_size", 0)))

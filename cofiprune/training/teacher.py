@@ -46,7 +46,7 @@ class Teacher:
     def __post_init__(self) -> None:
         self.reads = set(forward_names(self.model))
         self.options = supported_kwargs(self.model, output_hidden_states=bool(self.layers), return_dict=True)
-        self.depth = int(encoder_config(self.model).num_hidden_layers)
+        self.depth = int(encoder_config(self.model).num_hidden_layers) if self.layers else 0
 
     def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
         """Return the teacher's outputs for a batch.
@@ -60,7 +60,8 @@ class Teacher:
         if self.knows(rows):
             return self._recall(rows.tolist(), mask.shape[1])
         outputs = self._run(inputs)
-        if self.used < self.memory:
+        # States of an image beside the text are not cut to the length of a row.
+        if self.used < self.memory and all(state.shape[1] == mask.shape[1] for state in outputs[1]):
             self._remember(rows.tolist(), outputs, mask)
         return outputs
 
@@ -72,7 +73,9 @@ class Teacher:
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         inputs = {name: value for name, value in inputs.items() if name in self.reads}
         output = self.model(**inputs, **self.options)
-        states = tuple(output.hidden_states[layer + 1] for layer in self.layers)
+        states = tuple(
+            output.hidden_states[layer + 1].flatten(1, -2) for layer in self.layers
+        )  # an image's rows joined
         return tuple(part.detach() for part in predictions(output, self.order)), states
 
     def _remember(self, numbers: list[int], outputs: Outputs, mask: Tensor) -> None:

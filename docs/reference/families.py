@@ -26,7 +26,7 @@ import cofiprune
 from cofiprune.adapter import ENTRY_POINT_GROUP, known_families
 from cofiprune.conformance.specimens import head_classes, inputs, outputs, tiny_sizes
 from cofiprune.parts import encoder_within
-from cofiprune.refusals import refuse, refuse_undeclared
+from cofiprune.refusals import has_decoder, refuse, refuse_undeclared
 
 HERE = Path(__file__).parent
 TASKS = (
@@ -47,36 +47,79 @@ HEADS = (
     "Projection",
 )
 FURTHER = (
+    "aimv2_text_model",
+    "aimv2_vision_model",
+    "align_text_model",
     "altclip_text_model",
     "altclip_vision_model",
-    "align_text_model",
     "bert-generation",
+    "blenderbot",
+    "blenderbot-small",
+    "blip_2_vision_model",
     "blip_text_model",
     "blip_vision_model",
-    "blip_2_vision_model",
+    "bridgetower_text_model",
     "chinese_clip_text_model",
     "chinese_clip_vision_model",
+    "clap_audio_model",
+    "clap_text_model",
     "clipseg_text_model",
     "clipseg_vision_model",
     "dinov3_vit",
     "dpr",
+    "flava_image_model",
+    "flava_text_model",
     "git_vision_model",
+    "groupvit_text_model",
+    "groupvit_vision_model",
+    "idefics2_vision",
+    "idefics3_vision",
     "instructblip_vision_model",
-    "owlvit_text_model",
-    "owlvit_vision_model",
+    "instructblipvideo_vision_model",
+    "internvl_vision",
+    "janus_vision_model",
+    "kosmos_2_5_vision_model",
+    "kosmos_2_vision_model",
+    "lasr_encoder",
+    "llama4_vision_model",
+    "m2m_100",
+    "marian",
+    "maskformer-swin",
+    "mlcd_vision_model",
+    "mllama_vision_model",
+    "ovis2_vision",
     "owlv2_text_model",
     "owlv2_vision_model",
+    "owlvit_text_model",
+    "owlvit_vision_model",
+    "parakeet_encoder",
+    "pegasus",
+    "pixio",
+    "qwen2_audio_encoder",
+    "radio",
+    "sam_vision_model",
+    "sapiens2",
+    "smolvlm_vision",
+    "speech_to_text",
+    "tipsv2_text_model",
+    "tipsv2_vision_model",
+    "vilt",
+    "visual_bert",
     "vit_mae",
+    "vitdet",
+    "voxtral_encoder",
     "xclip_text_model",
     "xclip_vision_model",
     "yolos",
 )
-"""Encoders that are parts of larger models, or have heads of their own."""
+"""Encoders that are parts of larger models, have heads of their own, or come with a decoder."""
 LARGEST = 40_000_000
 """Parameters of a small model up to which it is tried; some families have tables that no setting makes small."""
 SETTINGS: dict[str, dict[str, Any]] = {
     # Its block-sparse attention puts other modules into the model when a text is short.
     "big_bird": {"attention_type": "original_full"},
+    # Its predictor.
+    "vjepa2": {"pred_hidden_size": 24, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 1},
     "vivit": {"tubelet_size": [2, 4, 4]},
 }
 
@@ -111,6 +154,11 @@ def _built(config: transformers.PretrainedConfig) -> list[transformers.PreTraine
     for cls in _classes(config):
         with torch.device("meta"):
             skeleton = cls(copy.deepcopy(config))
+        encoder = skeleton.get_encoder() if has_decoder(skeleton) else None
+        if isinstance(encoder, transformers.PreTrainedModel):
+            if found:
+                continue
+            cls, skeleton = type(encoder), encoder
         try:
             _check_kind(skeleton)
         except cofiprune.CofipruneError:
@@ -212,7 +260,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "# Families",
         "",
         f"Every encoder of transformers {version('transformers')} that fills masks, classifies sequences, tokens, "
-        "images, sound or videos, or answers questions, and every model type that has an adapter. Written by",
+        "images, sound or videos, or answers questions, every model type that has an adapter, encoders that are parts "
+        "of larger models, and those of models with a decoder (`model.get_encoder()`). Written by",
         "",
         "```",
         "python docs/reference/families.py",

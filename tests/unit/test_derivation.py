@@ -22,8 +22,13 @@ from cofiprune.derivation import derive, derived_adapter
 from cofiprune.derivation.derive import family_for
 from cofiprune.derivation.source import written_adapter
 from cofiprune.errors import AdapterError, StructureError
-from cofiprune.structure import Structure
+from cofiprune.structure import UNIT_KINDS, Structure
 
+TWO_STAGES = {
+    "num_encoder_blocks": 2, "depths": [2, 1], "hidden_sizes": [12, 18], "num_attention_heads": [2, 3],
+    "sr_ratios": [2, 1], "mlp_ratios": [2, 3], "patch_sizes": [4, 2], "strides": [4, 2], "image_size": 32,
+}  # fmt: skip
+SWIN = {"depths": [2, 1], "num_heads": [3, 6], "embed_dim": 18, "image_size": 16}
 UNDECLARED = ("tapas", "TapasForSequenceClassification")
 
 
@@ -119,6 +124,67 @@ def test_what_cannot_be_sliced_exactly_is_refused_with_the_reason() -> None:
     assert list(structure.refused) == ["head"]
     with pytest.raises(StructureError, match=r"q_proj"):
         cofiprune.attach(model, units=("head",))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "refused"),
+    [
+        # Two streams of states, of words and of entities.
+        ("LukeModel", {}, ()),
+        # Windows, tokens that see everything, and heads as wide as the input.
+        ("LongformerModel", {}, ()),
+        # A bias of the scores that all layers share, and an image beside the text.
+        ("LayoutLMv3Model", {}, ("hidden",)),
+        # Heads as wide as the input, in one matrix.
+        ("BlipVisionModel", {}, ()),
+        # Stages, one with shifted windows; the norms of the second stand behind the blocks.
+        pytest.param("SwinModel", SWIN, ("hidden",), marks=pytest.mark.slow),
+        ("Swinv2Model", {**SWIN, "depths": [1, 1]}, ("hidden",)),
+        # Attention of an image to a smaller one, and feed-forwards that are convolutions too.
+        pytest.param("SegformerModel", TWO_STAGES, ("hidden",), marks=pytest.mark.slow),
+        # The encoder of a model with a decoder.
+        ("BartEncoder", {}, ()),
+    ],
+)
+def test_other_shapes_of_encoders_keep_every_law(
+    name: str, settings: dict[str, object], refused: tuple[str, ...]
+) -> None:
+    cls = getattr(transformers, name, None) or transformers.models.bart.modeling_bart.BartEncoder
+    torch.manual_seed(0)
+    model = cls(tiny_config(cls.config_class.model_type, **settings))
+    report = cofiprune.check_adapter(model, units=[unit for unit in UNIT_KINDS if unit not in refused])
+    assert {name.partition(": ")[2] for name in report.refused} == set(refused)
+    assert report.largest_difference < 1e-9
+    assert not report.skipped
+
+
+@pytest.mark.slow
+def test_sizes_of_stages_are_written_down(tmp_path: Path) -> None:
+    model = transformers.PvtModel(tiny_config("pvt", **{**TWO_STAGES, "sequence_reduction_ratios": [2, 1]}))
+    file = tmp_path / "adapter.py"
+    file.write_text(written_adapter(model))
+    declared = runpy.run_path(str(file))["adapter"].structure(model)
+    assert sides(declared) == sides(cofiprune.structure(model))
+    assert [declared[f"layers.{layer}.heads"].size for layer in range(3)] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_are_as_wide_as_the_input_are_cut_again(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = transformers.BlipVisionModel(tiny_config("blip_vision_model")).to(dtype).eval()
+    batch = inputs(model, torch.Generator().manual_seed(0))
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.heads"] = [1, 0, 1, 1]
+        once = cofiprune.compact(model)
+    with cofiprune.attach(once) as masks:
+        masks["layers.0.heads"] = [0, 0, 1]
+        masked = outputs(once, batch)
+        twice = cofiprune.compact(once)
+    assert twice.encoder.layers[0].self_attn.projection.weight.shape == (24, 6)
+    limit = 1e-5 if dtype == torch.float32 else 0.1
+    assert float((outputs(twice, batch)["last_hidden_state"] - masked["last_hidden_state"]).abs().max()) < limit
+    twice.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(outputs(again, batch)["last_hidden_state"], outputs(twice, batch)["last_hidden_state"])
 
 
 class ToyConfig(PretrainedConfig):

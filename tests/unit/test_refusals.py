@@ -133,14 +133,12 @@ def made(family: str, **settings: Any) -> PreTrainedModel:
 
 
 PAIR = {"vision_config": {**SIZES, "image_size": 8, "patch_size": 4}, "text_config": TEXT}
-PREDICTOR = {"pred_hidden_size": 24, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 1}
 REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
-    "luke": lambda: made("Luke", **TEXT, entity_vocab_size=11, entity_emb_size=16),
+    "lilt": lambda: made("Lilt", **TEXT),
     "canine": lambda: made("Canine", **TEXT),
     "ibert": lambda: made("IBert", **TEXT),
     "mobilebert": lambda: made("MobileBert", **TEXT, embedding_size=8, intra_bottleneck_size=24),
     "xlm": lambda: made("XLM", emb_dim=24, n_layers=1, n_heads=4, n_words=40),
-    "vjepa2": lambda: made("VJEPA2", **SIZES, crop_size=8, patch_size=4, frames_per_clip=2, **PREDICTOR),
     "clip": lambda: made("CLIP", **PAIR),
     "metaclip": lambda: made("MetaClip2", **PAIR),
 }
