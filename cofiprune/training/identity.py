@@ -66,6 +66,9 @@ def digest_of_weights(model: nn.Module) -> str:
 
 def _digest_of_settings(model: PreTrainedModel) -> str:
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _SAYS_NOTHING}
+    if settings.get("problem_type") != "regression" or model.config.num_labels == 1:
+        # Read off the labels and written by transformers itself, when a loss is computed for the first time.
+        settings.pop("problem_type", None)
     return _DIGEST + _digest([type(model).__name__, json.dumps(settings, sort_keys=True, default=str)])
 
 

@@ -14,8 +14,8 @@ from cofiprune.errors import TargetError
 from cofiprune.training.config import CALLBACK, FINETUNE, RECOVERY, names_of
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "progress": False}
-TIMED = {"engine", "latency_cache"}
-"""Read where a target is a time, which takes long to measure."""
+OF_TARGETS = {"engine", "latency_cache", "target_file_dtype"}
+"""Read where a target is a time, which takes long to measure, or a file."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_prune_reads_all_settings(toy: Any, read: set[str], tmp_path: Path) -> N
     data = {"output_dir": tmp_path, "train_dataset": toy.rows(48), "eval_dataset": toy.rows(16), "teacher": toy.teacher}
     asked = {"target_macs": 60_000, "metric_for_best_model": "loss", "round_to": "auto", "repair": True}
     cofiprune.prune(toy.student(), **data, **asked, **QUICK, finetune_epochs=1, freeze_epochs=0)
-    assert set(PruneConfig.model_fields) - read - TIMED == set()
+    assert set(PruneConfig.model_fields) - read - OF_TARGETS == set()
 
 
 def test_finetune_reads_all_settings_that_it_takes(toy: Any, read: set[str], tmp_path: Path) -> None:
