@@ -246,6 +246,11 @@ def _rows(model: PreTrainedModel) -> Rows:
     if own is not None:
         structure = adapter_for(model).structure(model, dense=True)
         rows = {kind: dict(found) for kind, found in table(structure, checked_sizes(structure, own)).items()}
+        # A structure names a tied parameter once; where a class is built without its tie, each name counts.
+        first = {value: name for name, value in model.named_parameters()}
+        for name, value in model.named_parameters(remove_duplicate=False):
+            if first[value] in rows["shapes"]:
+                rows["shapes"][name] = rows["shapes"][first[value]]
     for path, entry in recorded_parts(model.config).items():
         part = part_of(model, path)
         part.config.quantization_config = entry

@@ -23,7 +23,7 @@ from cofiprune.derivation.blocks import Draft, find_blocks, find_layers, mixes, 
 from cofiprune.derivation.exits import Bypass, find_bypasses
 from cofiprune.derivation.rows import Inner, Settings, attributes, block_rows, find_narrow, find_settings, find_shared
 from cofiprune.derivation.surroundings import find_surroundings
-from cofiprune.errors import AdapterError, CofipruneError
+from cofiprune.errors import AdapterError, CofipruneError, explained
 from cofiprune.hooks import reading
 from cofiprune.parts import heads_of_stages
 from cofiprune.resolving import members, stages_of
@@ -86,7 +86,8 @@ def _prove(model: PreTrainedModel, adapter: Adapter) -> None:
     generator = torch.Generator().manual_seed(2)
     subject = Subject(model, inputs(model, generator), structure)
     values = {group.name: random_values(group.size, generator, fractional=True) for group in structure.groups}
-    with subject.masked(values=values) as masks:
+    failed = explained(AdapterError, "the model itself does not run with fewer units", RuntimeError, ValueError)
+    with failed, subject.masked(values=values) as masks:
         masked, plan = subject.outputs(), masks.plan()
         difference = compared(masked, outputs(subject.compacted(plan), subject.batch), plan)
     if not difference <= _TOLERANCE.get(weights.dtype, _COARSE) * size(masked):
