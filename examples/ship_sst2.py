@@ -5,8 +5,8 @@
 
 A dense model is fine-tuned on some labelled rows. Its vocabulary is cut to what the texts use most, before all else, so
 that what is trained afterwards makes up for it. Layers are pruned in one shot and recover by distillation, which needs
-no labels and therefore takes more texts than those that have some; the longest, since many are parts of others. The result is exported to ONNX in int8, table of tokens included, and refused
-where that costs accuracy.
+no labels and therefore takes more texts than those that have some; the longest, since many are parts of others. The
+result is exported to ONNX in int8, table of tokens included, and refused where that costs accuracy.
 """
 
 import argparse
