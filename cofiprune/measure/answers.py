@@ -83,26 +83,19 @@ class Scorer:
         """
         batches = prepare(dataset, model, batch_size=batch_size, need_labels=False, name="dataset")
         metric = _METRICS.get(batches.task)
-        answers = []
+        own, answers = OwnMetrics(compute_metrics, model), []
         for batch in batches:
             outputs = reference(batch)
+            own.add(outputs, batch)
             answers.append(
                 {"vectors": _vectors(outputs, batch)} if metric is None else _as_labels(batches.task, outputs, batch)
             )
         name = metric if batches.labelled and metric else "agreement"
-        own = partial(OwnMetrics, compute_metrics, model)
-        scorer = cls(batches, name, Score(1.0, 1.0), answers, own)
         if compute_metrics is not None:
-            scorer.metric = _chosen(own_metric, scorer.computed(reference))
+            name = _chosen(own_metric, own.result(batches))
+        scorer = cls(batches, name, Score(1.0, 1.0), answers, partial(OwnMetrics, compute_metrics, model))
         scorer.reference = scorer.score(reference)
         return scorer
-
-    def computed(self, answer: Answer) -> dict[str, float]:
-        """Return the metrics of the user's own, of the answers to all rows."""
-        own = self._own()
-        for batch in self.batches:
-            own.add(answer(batch), batch)
-        return own.result(self.batches)
 
     def score(self, answer: Answer, only: Collection[int] | None = None) -> Score:
         """Score the answers to all rows, or to those of some batches; metrics of the user's own are of all rows."""
