@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _SIZES = (0.5, 0.7, 0.9)
 _HELD_OUT = 5
 """One row of so many is held out, where no validation file is given."""
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _LOWER_IS_BETTER = ("mse", "perplexity")
 
 
@@ -108,16 +106,18 @@ def _subjects(
 
 def _in_int8(options: argparse.Namespace, loaded: Loaded, dense: Figures, held: list[Any]) -> dict[str, Figures]:
     """Measure the dense model in int8, where its packages are installed."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing or not options.int8:
-        if missing and options.int8:
-            warnings.warn(
-                f"int8 needs {', '.join(missing)}: pip install {' '.join(missing)}", UserWarning, stacklevel=2
-            )
+    if not options.int8:
         return {}
     from dataclasses import replace
 
-    from cofiprune.export.write import export
+    from cofiprune.errors import SettingsError
+    from cofiprune.export.write import check_packages, export
+
+    try:
+        check_packages(["onnx"])
+    except SettingsError as error:
+        warnings.warn(f"int8 is left out: {error}", UserWarning, stacklevel=2)
+        return {}
 
     with TemporaryDirectory() as folder:
         report = export(loaded.model, Path(folder), int8="dynamic", dataset=held)
