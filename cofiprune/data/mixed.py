@@ -22,8 +22,6 @@ from cofiprune.errors import DataError, SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cofiprune.data.reading import Reading
-
 OUT_OF_REACH = np.iinfo(np.int32).max
 """A span position past every row, which transformers leaves out of the loss."""
 UNLABELLED = float(np.finfo(np.float32).min)
@@ -53,9 +51,10 @@ class Mixed:
             )
         return labelled if unlabelled is None else cls(labelled, unlabelled)
 
-    def read(self, reading: Reading, rows: Callable[[Reading, Any, str], Any], name: str) -> Mixed:
+    def read(self, reading: Any, rows: Callable[[Any, Any, str], Any], name: str) -> Mixed:
         """Return both as rows of tokens.
 
+        :param reading: how rows are read, a dataclass with a field `labelled`.
         :param rows: turns a data set of the name that messages give it into such rows.
         :param name: of the first one.
         """
