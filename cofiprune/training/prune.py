@@ -121,8 +121,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises CofipruneError: for wrong arguments, before anything is changed.
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
-    # Gradients, whatever the caller has switched off; a run is seeded by its own setting.
-    with torch.inference_mode(False), same_random_state():
+    with torch.inference_mode(False), same_random_state():  # a run has gradients, and is seeded by its own setting
         config = _config(config, settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
