@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cofiprune.data.cached import CACHED, with_cached
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.files import load_rows
 from cofiprune.data.mixed import Mixed
@@ -189,8 +190,11 @@ class Whole:
             inputs = set(forward_names(self.model)) - set(_LABELS)
             if first is None or (isinstance(first, Mapping) and set(first) & inputs):
                 return reading.rows(rows, self.model, name)
-            texts, labels = zip(*(_read(rows[index], index, reading) for index in range(len(rows))), strict=True)
+            raw = [rows[index] for index in range(len(rows))]
+            texts, labels = zip(*(_read(row, index, reading) for index, row in enumerate(raw)), strict=True)
             read = self._pairs(texts, labels) if self.kind == PAIRS else self._sentences(texts)
+            if isinstance(first, Mapping) and not set(CACHED).isdisjoint(first):
+                read = self._taught(read, texts, raw)
             pair, label = (each if each in read[0] else None for each in ("pair", "label"))
             length = reading.max_length or self._longest
         columns = TextColumns("text", pair, label)
@@ -209,6 +213,27 @@ class Whole:
         if labels[0] is None:
             return read
         return [{**row, "label": label} for row, label in zip(read, labels, strict=True)]
+
+    def texts(self, row: Any, index: int) -> list[str]:
+        """Return the texts of a row, as `rows` reads them.
+
+        :raises DataError: when there are none.
+        """
+        return [text.strip() for text in _read(row, index, Reading(labelled=False))[0]]
+
+    def _taught(
+        self, read: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]], raw: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return rows with what a teacher has put out for them."""
+        if self.kind == SENTENCES:
+            several = next((index for index, row in enumerate(texts) if len(row) > 1), None)
+            if several is not None:
+                raise DataError(f"row {several} has {len(texts[several])} texts, and a teacher's outputs are of one")
+            first: dict[str, Mapping[str, Any]] = {}
+            for (text,), row in zip(texts, raw, strict=True):
+                first.setdefault(text.strip(), row)
+            raw = list(first.values())
+        return [with_cached(*pair) for pair in zip(read, raw, strict=True)]
 
     @property
     def prompts(self) -> Mapping[str, str]:

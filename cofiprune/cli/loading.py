@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cofiprune.cli.beside import Beside, apart
 from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
+from cofiprune.data.cached import CACHED
 from cofiprune.data.tasks import IGNORED, Task, task_by_name
 from cofiprune.data.text import collator_for
 from cofiprune.errors import CheckpointError, DataError, explained
@@ -282,7 +283,7 @@ def _labels(rows: Sequence[Row], columns: TextColumns, task: str) -> list[Any]:
 
 def _check_labelled(row: Row, columns: TextColumns, task: str, where: str) -> None:
     wanted = {"masked-lm": "", "question-answering": "answers", "feature-extraction": ""}.get(task, "a label")
-    if wanted and columns.label is None and "start_positions" not in row:
+    if wanted and columns.label is None and "start_positions" not in row and not set(CACHED) & set(row):
         raise DataError(
             f"{where} has no column of a known name for {wanted}; its columns are {', '.join(row)}; name it by "
             "--label-column"

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
+from cofiprune.data.cached import CACHED, LOGITS
 from cofiprune.data.checks import any_label_counts, check
 from cofiprune.data.mixed import OUT_OF_REACH, Bare, Mixed, mix
 from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
 from cofiprune.data.tasks import IGNORED, Task, label_names, task_of
 from cofiprune.errors import DataError, explained, located
+from cofiprune.hooks import same_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +79,19 @@ def prepare(
         if need_labels and not batches.labelled:
             raise DataError(_unlabelled(model, first))
     return batches
+
+
+def cached_in(dataset: Any) -> tuple[str, ...]:
+    """Return the columns with a teacher's outputs that the first row of a data set, or its first batch, has."""
+    first: Any = None
+    if isinstance(dataset, Mixed):
+        return cached_in(dataset.labelled)
+    if isinstance(dataset, DataLoader):
+        with same_random_state():
+            first = next(iter(dataset), None)
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        first = dataset[0]
+    return tuple(name for name in CACHED if name in first) if isinstance(first, Mapping) else ()
 
 
 def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatches]) -> RowBatches:
@@ -137,6 +152,8 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
+    if task == "masked-lm" and LOGITS in sample:
+        raise DataError(f"{LOGITS!r} is of inputs that a collator may mask anew: leave it, or the collator, out")
     labelled = _is_labelled(sample, model)
     if "labels" in chosen and task == "classification":
         check(rows, model, task)
