@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.files import load_rows
+from cofiprune.data.mixed import Mixed
 from cofiprune.data.reading import Reading
 from cofiprune.data.tasks import forward_names
 from cofiprune.data.text import TextColumns, tokenise
@@ -179,6 +180,8 @@ class Whole:
         :param name: what messages call the data set.
         :raises DataError: for a row that has no text, or no pair.
         """
+        if isinstance(dataset, Mixed):
+            return dataset.read(reading, lambda how, rows, what: self.rows(rows, how, what), name)
         with located(f"{name}: "):
             rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
             sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, Mapping)
@@ -258,17 +261,19 @@ def _is(module: Any, name: str) -> bool:
 def _read(row: Any, index: int, reading: Reading) -> tuple[list[str], Any]:
     """Return the texts of a row, and its label if it has one."""
     if hasattr(row, "texts"):
-        return list(row.texts), getattr(row, "label", None)
+        return list(row.texts), getattr(row, "label", None) if reading.labelled else None
     label = None
     if isinstance(row, Mapping):
-        named = [name for name in (reading.text_column, reading.text_pair_column) if name is not None]
+        asked = [name for name in (reading.text_column, reading.text_pair_column) if name is not None]
+        named = [name for name in asked if reading.labelled or name in row]
         labels = _LABELS if reading.label_column is None else (reading.label_column,)
-        missing = next((name for name in (*named, reading.label_column) if name is not None and name not in row), None)
+        wanted = (*named, reading.label_column if reading.labelled else None)
+        missing = next((name for name in wanted if name is not None and name not in row), None)
         if missing is not None:
             raise DataError(
                 f"row {index} has no column {missing!r}.{suggest(missing, row)} Its columns: {', '.join(row)}"
             )
-        label = next((row[name] for name in labels if name in row), None)
+        label = next((row[name] for name in labels if name in row), None) if reading.labelled else None
         cells = [row[name] for name in named or row if name not in labels]
     else:
         cells = [row] if isinstance(row, str) else list(row) if isinstance(row, Sequence) else []

@@ -31,6 +31,7 @@ _SPELLED_HERE = {
     "overwrite=True": "--overwrite",
     "train_dataset: ": "--train-file: ",
     "eval_dataset: ": "--validation-file: ",
+    "unlabelled_dataset: ": "--unlabelled-file: ",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in ("text_column", "text_pair_column", "label_column", "label_names")

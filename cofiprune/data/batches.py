@@ -46,6 +46,8 @@ class Batches(ABC):
     """Of the model's head: it says what the labels mean."""
     labelled: bool
     """True for batches with labels, from which the model computes its loss."""
+    partly: bool = False
+    """Some rows have no labels among others that do."""
     seed: int
     rank: int = 0
     processes: int = 1

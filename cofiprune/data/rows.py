@@ -82,6 +82,12 @@ class Source:
             yield from (self[index] for index in range(len(self)))
 
 
+def as_rows(dataset: Any) -> Any:
+    """Return a list of texts as rows of one column, `text`; anything else as it is."""
+    texts = isinstance(dataset, list | tuple) and bool(dataset) and all(isinstance(row, str) for row in dataset)
+    return [{"text": row} for row in dataset] if texts else dataset
+
+
 @dataclass(frozen=True)
 class Padding:
     """Makes a batch of rows of arrays, each column padded at its end."""

@@ -134,6 +134,10 @@ def check_learnable(
             f"{type(mute[0]).__name__}.forward takes no output_hidden_states, so that the states of its layers cannot "
             "be distilled: add it, as the models of transformers have it, or set distill_layers_weight=0"
         )
+    if batches.partly and not (logits or layers):
+        raise SettingsError(
+            "unlabelled_dataset: nothing is learned of it, as distill_logits_weight and distill_layers_weight are 0"
+        )
     if not (labels or logits or layers):
         raise SettingsError(
             "nothing to learn from: label_weight, distill_logits_weight and distill_layers_weight are 0"

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofiprune.data.batches import REPEATED, ROWS, Batches, model_inputs, to_model
+from cofiprune.data.mixed import NUMBERS, UNLABELLED
 from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs, task_of
 from cofiprune.distillation import (
     hidden_projection,
@@ -60,6 +62,7 @@ class Objective:
         """
         distils = bool(settings.distill_logits_weight or settings.distill_layers_weight)
         self.task = batches.task
+        self.partly = batches.partly
         self.settings = settings
         self.label_weight = settings.label_weight
         self.labels = set(label_names(student))
@@ -133,7 +136,8 @@ class Objective:
         if self.label_weight:
             # The mean over no labels at all, such as those of a batch where nothing is masked, is not a number.
             counted = _labels_counted(self.task, batch)
-            parts["label_loss"] = output.loss if counted is None else torch.where(counted > 0, output.loss, 0.0)
+            loss = _loss_of_numbers(self.task, output, batch) if self.partly and self.task in NUMBERS else output.loss
+            parts["label_loss"] = loss if counted is None else torch.where(counted > 0, loss, 0.0)
         if self.teacher is not None:
             parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares))
         if shares is not None:
@@ -208,7 +212,21 @@ def _labels_counted(task: Task, batch: Mapping[str, Tensor]) -> Tensor | None:
         return torch.where(starts.any() & ends.any(), starts.sum() + ends.sum(), 0)
     if task in ("classification", "multiple-choice", "token-classification", "masked-lm") and "labels" in batch:
         return (batch["labels"] != IGNORED).sum()
+    if task in NUMBERS and "labels" in batch:
+        return (batch["labels"] != UNLABELLED).reshape(len(batch["labels"]), -1).all(-1).sum()
     return None
+
+
+def _loss_of_numbers(task: Task, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss that transformers computes from labels that are numbers, of the rows that have some."""
+    labels = batch["labels"]
+    known = labels != UNLABELLED
+    values, labels = predictions(output)[0].reshape(labels.shape), labels.masked_fill(~known, 0.0)
+    if task == "regression":
+        losses = F.mse_loss(values, labels.to(values.dtype), reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(values, labels.to(values.dtype), reduction="none")
+    return losses.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)
 
 
 @torch.no_grad()

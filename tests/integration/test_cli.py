@@ -241,6 +241,26 @@ def test_benchmark_times_a_model_next_to_its_baseline(place: Path, pruned: Path,
     assert all(row["ideal_speedup"] > 1 for row in report["rows"])
 
 
+def test_rows_without_labels_come_from_a_file_of_their_own(place: Path, tmp_path: Path, capsys: Capsys) -> None:
+    texts = tmp_path / "more.txt"
+    texts.write_text("\n".join(f"a {word} film" for word in (*GOOD, *BAD)))
+    words = [
+        "finetune",
+        str(place / "dense"),
+        "--train-file",
+        str(place / "train.csv"),
+        "--unlabelled-file",
+        str(texts),
+    ]
+    out = ["--output-dir", str(tmp_path / "out"), "--epochs", "1", "--batch-size", "8", "--no-progress", "--json"]
+    assert cli.main([*words, *out, "--text-column", "sentence", "--teacher", "self", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["unlabelled_rows"] == 6
+    assert cli.main([*words, *out, "--teacher", "self"]) == 0
+    steps = [entry["step"] for entry in json.loads((tmp_path / "out" / "result.json").read_text())["history"]]
+    assert max(steps) == -(-(len(REVIEWS) + 6) // 8)
+    assert "--unlabelled-file" in mistake(capsys, *words, "--output-dir", tmp_path / "other")
+
+
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
 def test_inspect_shows_groups_and_what_can_go(kind: str, place: Path, pruned: Path, capsys: Capsys) -> None:
     assert cli.main(["inspect", "--model", str(place / kind)]) == 0

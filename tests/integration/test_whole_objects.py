@@ -174,6 +174,27 @@ def test_a_cross_encoder_is_pruned_on_pairs(tmp_path, labels):
         alike(result.compact().predict(PAIRS), whole.predict(PAIRS))
 
 
+@pytest.mark.parametrize("rows", ["texts", "pairs", "columns"])
+def test_texts_without_labels_are_mixed_in(tmp_path, rows):
+    whole = sentences(tmp_path / "sentences", "mean", "Normalize")
+    result = cofiprune.finetune(
+        whole, ["a b", "c d"], unlabelled_dataset=ROWS[rows], teacher="self", batch_size=8, epochs=1, progress=False
+    )
+    texts = {text for row in ROWS[rows] for text in ([row] if rows == "texts" else _texts(row))}
+    assert result.history[-1]["step"] == -(-(len(texts) + 2) // 8)
+    if rows == "texts":
+        return
+    scored = [{"query": one, "answer": two, "score": n % 2} for n, (one, two) in enumerate(PAIRS[:8])]
+    cross = cofiprune.finetune(
+        pairs(tmp_path / "pairs"), scored, unlabelled_dataset=ROWS[rows], teacher="self", epochs=1, progress=False
+    )
+    assert cross.history[-1]["label_loss"] > 0
+
+
+def _texts(row):
+    return [cell for cell in (row.values() if isinstance(row, dict) else row) if isinstance(cell, str)]
+
+
 @pytest.mark.parametrize("names", [("mean", "Normalize"), ("cls",), ("two", "Dense")])
 def test_the_vectors_are_distilled_as_the_object_pools_them(tmp_path, names):
     whole = sentences(tmp_path / "dense", *names)
