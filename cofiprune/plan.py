@@ -7,7 +7,7 @@ carries it out), and canonical: a block with a closed gate, or without inner uni
 from __future__ import annotations
 
 import math
-from collections.abc import ItemsView, Mapping, Sequence
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self

@@ -2,7 +2,8 @@
 
     python tests/matrix.py [--only TEXT] [--keep] [--torch-args "--index-url ..."]
 
-Interpreters are those of `PYTHONS` that are on the path (pyenv: `PYENV_VERSION=3.11.7:3.12.1:3.13.0`). An environment is removed when its tests are done.
+Interpreters are those of `PYTHONS` that are on the path; pyenv puts them there by PYENV_VERSION=3.11.7:3.12.1:3.13.0.
+An environment is removed when its tests are done.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_a_sweep_goes_on_with_what_is_not_done(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_an_interrupted_sweep_has_finished_can_be_used(tmp_path: Path) -> None:
-    tokenizer = BertTokenizerFast(vocab={name: index for index, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])})
+    tokenizer = BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3})
     points: list[Path] = []
 
     def stop(entry: dict[str, Any]) -> None:
