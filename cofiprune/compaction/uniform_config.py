@@ -14,7 +14,7 @@ import torch
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import PlanError
-from cofiprune.parts import encoder_within
+from cofiprune.parts import encoder_config, encoder_within
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_of
 from cofiprune.structure import UNIT_KINDS, ConfigSizes, Structure, UnitKind
@@ -49,8 +49,8 @@ def _stating(model: PreTrainedModel, config: PretrainedConfig) -> PretrainedConf
     path = encoder_within(model)
     if not path:
         return config
-    inner = model.get_submodule(path).config
-    held = [value for value in vars(config).values() if type(value) is type(inner)]
+    inner = type(encoder_config(model))
+    held: list[PretrainedConfig] = [value for value in vars(config).values() if type(value) is inner]
     if len(held) != 1:
         raise PlanError(
             f"the configuration of {type(model).__name__} does not hold that of its encoder, model.{path}, and cannot "
