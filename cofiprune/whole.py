@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cofiprune.data.cached import CACHED, with_cached
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.files import load_rows
+from cofiprune.data.mixed import Mixed
 from cofiprune.data.reading import Reading
 from cofiprune.data.tasks import forward_names
 from cofiprune.data.text import TextColumns, tokenise
@@ -179,6 +181,8 @@ class Whole:
         :param name: what messages call the data set.
         :raises DataError: for a row that has no text, or no pair.
         """
+        if isinstance(dataset, Mixed):
+            return dataset.read(reading, lambda how, rows, what: self.rows(rows, how, what), name)
         with located(f"{name}: "):
             rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
             sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, Mapping)
@@ -186,8 +190,11 @@ class Whole:
             inputs = set(forward_names(self.model)) - set(_LABELS)
             if first is None or (isinstance(first, Mapping) and set(first) & inputs):
                 return reading.rows(rows, self.model, name)
-            texts, labels = zip(*(_read(rows[index], index, reading) for index in range(len(rows))), strict=True)
+            raw = [rows[index] for index in range(len(rows))]
+            texts, labels = zip(*(_read(row, index, reading) for index, row in enumerate(raw)), strict=True)
             read = self._pairs(texts, labels) if self.kind == PAIRS else self._sentences(texts)
+            if isinstance(first, Mapping) and not set(CACHED).isdisjoint(first):
+                read = self._taught(read, texts, raw)
             pair, label = (each if each in read[0] else None for each in ("pair", "label"))
             length = reading.max_length or self._longest
         columns = TextColumns("text", pair, label)
@@ -206,6 +213,27 @@ class Whole:
         if labels[0] is None:
             return read
         return [{**row, "label": label} for row, label in zip(read, labels, strict=True)]
+
+    def texts(self, row: Any, index: int) -> list[str]:
+        """Return the texts of a row, as `rows` reads them.
+
+        :raises DataError: when there are none.
+        """
+        return [text.strip() for text in _read(row, index, Reading(labelled=False))[0]]
+
+    def _taught(
+        self, read: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]], raw: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return rows with what a teacher has put out for them."""
+        if self.kind == SENTENCES:
+            several = next((index for index, row in enumerate(texts) if len(row) > 1), None)
+            if several is not None:
+                raise DataError(f"row {several} has {len(texts[several])} texts, and a teacher's outputs are of one")
+            first: dict[str, Mapping[str, Any]] = {}
+            for (text,), row in zip(texts, raw, strict=True):
+                first.setdefault(text.strip(), row)
+            raw = list(first.values())
+        return [with_cached(*pair) for pair in zip(read, raw, strict=True)]
 
     @property
     def prompts(self) -> Mapping[str, str]:
@@ -258,17 +286,19 @@ def _is(module: Any, name: str) -> bool:
 def _read(row: Any, index: int, reading: Reading) -> tuple[list[str], Any]:
     """Return the texts of a row, and its label if it has one."""
     if hasattr(row, "texts"):
-        return list(row.texts), getattr(row, "label", None)
+        return list(row.texts), getattr(row, "label", None) if reading.labelled else None
     label = None
     if isinstance(row, Mapping):
-        named = [name for name in (reading.text_column, reading.text_pair_column) if name is not None]
+        asked = [name for name in (reading.text_column, reading.text_pair_column) if name is not None]
+        named = [name for name in asked if reading.labelled or name in row]
         labels = _LABELS if reading.label_column is None else (reading.label_column,)
-        missing = next((name for name in (*named, reading.label_column) if name is not None and name not in row), None)
+        wanted = (*named, reading.label_column if reading.labelled else None)
+        missing = next((name for name in wanted if name is not None and name not in row), None)
         if missing is not None:
             raise DataError(
                 f"row {index} has no column {missing!r}.{suggest(missing, row)} Its columns: {', '.join(row)}"
             )
-        label = next((row[name] for name in labels if name in row), None)
+        label = next((row[name] for name in labels if name in row), None) if reading.labelled else None
         cells = [row[name] for name in named or row if name not in labels]
     else:
         cells = [row] if isinstance(row, str) else list(row) if isinstance(row, Sequence) else []

@@ -31,6 +31,7 @@ _SPELLED_HERE = {
     "overwrite=True": "--overwrite",
     "train_dataset: ": "--train-file: ",
     "eval_dataset: ": "--validation-file: ",
+    "unlabelled_dataset: ": "--unlabelled-file: ",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in ("text_column", "text_pair_column", "label_column", "label_names")
@@ -91,6 +92,12 @@ COMMANDS = {
         "MODEL --train-file FILE",
         "what the ways to make a model smaller cost on your rows",
         f"{_SST2} --train-file train.csv --validation-file dev.csv",
+    ),
+    "teach": Command(
+        "teach",
+        "MODEL --train-file FILE --output FILE",
+        "write what a model puts out for rows, for students to learn from",
+        f"{_SST2} --train-file train.csv --output taught.parquet",
     ),
     "vocabulary": Command(
         "vocabulary",

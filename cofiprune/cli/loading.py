@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cofiprune.cli.beside import Beside, apart
 from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
-from cofiprune.data.tasks import IGNORED, task_by_name
+from cofiprune.data.cached import CACHED
+from cofiprune.data.tasks import IGNORED, Task, task_by_name
 from cofiprune.data.text import collator_for
 from cofiprune.errors import CheckpointError, DataError, explained
 
@@ -35,6 +36,8 @@ TASKS: Mapping[str, str] = {
 """Task: the ending of the AutoModel class that loads a model for it."""
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "merges.txt", "*.model")
 _COLUMNS = ("text_column", "text_pair_column", "label_column")
+_BARE = "unlabelled_file"
+"""The option of a file of rows whose labels, if there are any, are not read."""
 Row = dict[str, Any]
 
 
@@ -180,6 +183,7 @@ def add_data_options(
     add = (files or group).add_argument
     if train:
         add("--train-file", metavar="FILE", help=f"training data: {kinds}, or a folder that `datasets` saved")
+        add("--unlabelled-file", metavar="FILE", help="further rows, of which a teacher's outputs alone are learned")
     add("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
     add = group.add_argument
     add("--text-column", metavar="NAME", help="text, or first text of a pair (default: by its name)")
@@ -199,18 +203,17 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     :raises CofipruneError: for whatever is missing or does not fit.
     """
     name = model_name(options)
-    given = {"train_file": getattr(options, "train_file", None), "validation_file": options.validation_file}
+    given = {option: getattr(options, option, None) for option in ("train_file", "validation_file", _BARE)}
     config = load_config(name)
     files = {option: load_rows(path) for option, path in given.items() if path is not None}
     beside = Beside.of(name)
     task = options.task or _task("feature-extraction" if beside.pools else task_by_architecture(config), files)
     kind = task_by_name(TASKS[task]) or "embedding"
     named = {column: getattr(options, column) for column in _COLUMNS}
-    columns = {
-        option: find_text_columns(rows[0], kind, **named, where=str(given[option])) for option, rows in files.items()
-    }
+    columns = {option: _columns(rows[0], kind, named, option, str(given[option])) for option, rows in files.items()}
     for option, chosen in columns.items() if labelled else ():
-        _check_labelled(files[option][0], chosen, task, str(given[option]))
+        if option != _BARE:
+            _check_labelled(files[option][0], chosen, task, str(given[option]))
     rows, chosen = next(((files[option], columns[option]) for option in files), ([], TextColumns(None)))
     _set_head(config, options, task, _labels(rows, chosen, task))
     model = load_model(name, task, config=config, new_head=trained)
@@ -224,6 +227,14 @@ def load(options: argparse.Namespace, *, labelled: bool, trained: bool = False) 
     if needs_tokenizer:
         loaded.collator = collator_for(model, loaded.tokenizer)
     return loaded
+
+
+def _columns(row: Row, kind: Task, named: Mapping[str, str | None], option: str, where: str) -> TextColumns:
+    """Return the columns of a file; one of rows whose labels do not count may lack those that are named."""
+    if option != _BARE:
+        return find_text_columns(row, kind, **named, where=where)
+    there = {column: name if name in row else None for column, name in named.items()}
+    return replace(find_text_columns(row, kind, **there, where=where), label=None)
 
 
 def _check_directory(name: str) -> None:
@@ -272,7 +283,7 @@ def _labels(rows: Sequence[Row], columns: TextColumns, task: str) -> list[Any]:
 
 def _check_labelled(row: Row, columns: TextColumns, task: str, where: str) -> None:
     wanted = {"masked-lm": "", "question-answering": "answers", "feature-extraction": ""}.get(task, "a label")
-    if wanted and columns.label is None and "start_positions" not in row:
+    if wanted and columns.label is None and "start_positions" not in row and not set(CACHED) & set(row):
         raise DataError(
             f"{where} has no column of a known name for {wanted}; its columns are {', '.join(row)}; name it by "
             "--label-column"

@@ -31,15 +31,16 @@ def print_outlook(options: argparse.Namespace, loaded: Loaded, config: PruneConf
 def outlook(options: argparse.Namespace, loaded: Loaded, config: PruneConfig, target: dict[str, Any]) -> dict[str, Any]:
     """Return what a run would do, as plain values by name."""
     from cofiprune.adapter import structure as structure_of
+    from cofiprune.data.mixed import Mixed
     from cofiprune.data.prepare import prepare
 
-    model, rows = loaded.model, loaded.datasets.get("train_file", [])
+    model, rows, bare = loaded.model, loaded.datasets.get("train_file", []), loaded.datasets.get("unlabelled_file", [])
     structure = structure_of(model)
-    per_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation_steps))
+    per_epoch = math.ceil((len(rows) + len(bare)) / (config.batch_size * config.gradient_accumulation_steps))
     if rows:
         needs_labels = options.teacher is None and (not target or config.trains_weights)
         settings = {"batch_size": config.batch_size, "need_labels": needs_labels, "collator": loaded.collator}
-        prepare(rows, model, name="train_dataset", **settings)
+        prepare(Mixed(rows, bare) if bare else rows, model, name="train_dataset", **settings)
     epochs = {"training": 2.0 if config.finetune_epochs is None else config.finetune_epochs}
     if target:
         gated = 0.0 if config.decides_in_one_shot or not rows else config.pruning_epochs
@@ -51,6 +52,7 @@ def outlook(options: argparse.Namespace, loaded: Loaded, config: PruneConfig, ta
         "model": f"{type(model).__name__} ({structure.family}), {model.num_parameters():,} parameters",
         "task": loaded.task,
         "training_rows": len(rows),
+        **({"unlabelled_rows": len(bare)} if bare else {}),
         "validation_rows": len(loaded.datasets.get("validation_file", [])),
         "batch_size": config.batch_size,
         "steps": f"{steps}; {per_epoch} an epoch",

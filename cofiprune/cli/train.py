@@ -152,6 +152,7 @@ def _prepare(
         folder.mkdir(parents=True, exist_ok=True)
     return loaded, {
         "teacher": teacher,
+        "unlabelled_dataset": loaded.datasets.get("unlabelled_file"),
         "eval_dataset": loaded.datasets.get("validation_file"),
         "data_collator": loaded.collator,
         "config": config,

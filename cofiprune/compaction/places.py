@@ -38,7 +38,7 @@ class Places:
             return args, kwargs
         rows = states.reshape(-1, states.shape[-1])
         self.vectors = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
-        count = torch.arange(1, len(rows) + 1, device=rows.device)
+        count = torch.arange(1, rows.shape[0] + 1, device=rows.device)  # len() would be a constant of exported graphs
         base = self.BASE
         digits = torch.stack([count // base**2, count // base % base, count % base], dim=-1)
         places = nn.functional.pad(digits, (0, self.width - 3)).to(states.dtype).view(*states.shape[:-1], self.width)

@@ -251,12 +251,6 @@ def inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tens
     if "noise" in reads and name == "pixel_values":  # that chooses the patches which the model sees
         patches = [size // config.patch_size for size in batch[name].shape[-2:]]
         batch["noise"] = torch.rand(3, math.prod(patches), generator=generator).to(model.dtype)
-    if "bbox" in reads:  # where the tokens lie on a page
-        shape = (*batch[name].shape, getattr(config, "dim_bbox", 4))
-        boxes = torch.randint(1, 9, shape, generator=generator).sort(dim=-1).values
-        # Left, top, right and bottom, as entries of a table or as shares of the page.
-        counted = hasattr(config, "max_2d_position_embeddings")
-        batch["bbox"] = boxes[..., [0, 1, 2, 3]] if counted else boxes.to(model.dtype) / 10
     if "global_attention_mask" in reads and batch[name].dim() == 2:  # tokens that see all others, and are seen by them
         batch["global_attention_mask"] = torch.zeros_like(batch[name])
         batch["global_attention_mask"][:, 0] = batch["global_attention_mask"][0, 5] = 1

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
+from cofiprune.data.cached import CACHED, LOGITS
 from cofiprune.data.checks import any_label_counts, check
+from cofiprune.data.mixed import OUT_OF_REACH, Bare, Mixed, mix
 from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
 from cofiprune.data.tasks import IGNORED, Task, label_names, task_of
 from cofiprune.errors import DataError, explained, located
+from cofiprune.hooks import same_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +31,6 @@ if TYPE_CHECKING:
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 _PEEK = 32
 """Rows of a set that is not in memory that are read to find mistakes early."""
-_OUT_OF_REACH = np.iinfo(np.int32).max
-"""A span position past every row, which transformers leaves out of the loss."""
 
 
 def prepare(
@@ -46,13 +47,23 @@ def prepare(
     """Check a data set against a model and cut it into batches.
 
     :param dataset: a torch or `datasets` Dataset or a list, of rows that are dicts of tensors, arrays or lists; or a
-        DataLoader, whose batches are then taken as they are (`batch_size`, `shuffle` and `collator` are its own).
+        DataLoader, whose batches are then taken as they are (`batch_size`, `shuffle` and `collator` are its own);
+        `Mixed` for rows of which some have no labels.
     :param collator: makes a batch from a list of rows; without it rows are padded with the model's padding id.
     :param need_labels: False when something else than labels gives the loss (a teacher).
     :param name: what the messages call the data set.
     :raises DataError: when it is empty, has nothing that the model reads, lacks labels that are needed, or holds
         something out of the model's range. The message names the row.
     """
+    if isinstance(dataset, Mixed):
+        settings: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "collator": collator}
+        labelled = prepare(dataset.labelled, model, need_labels=need_labels, name=name, **settings)
+        further = "unlabelled_dataset"
+        with located(f"{further}: "):
+            bare = dataset.unlabelled if isinstance(dataset.unlabelled, DataLoader) else Bare(dataset.unlabelled)
+        unlabelled = prepare(bare, model, need_labels=False, name=further, **settings)
+        with located(f"{further}: "):
+            return mix(labelled, unlabelled, model)
     with located(f"{name}: "):
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, not {batch_size}")
@@ -68,6 +79,19 @@ def prepare(
         if need_labels and not batches.labelled:
             raise DataError(_unlabelled(model, first))
     return batches
+
+
+def cached_in(dataset: Any) -> tuple[str, ...]:
+    """Return the columns with a teacher's outputs that the first row of a data set, or its first batch, has."""
+    first: Any = None
+    if isinstance(dataset, Mixed):
+        return cached_in(dataset.labelled)
+    if isinstance(dataset, DataLoader):
+        with same_random_state():
+            first = next(iter(dataset), None)
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        first = dataset[0]
+    return tuple(name for name in CACHED if name in first) if isinstance(first, Mapping) else ()
 
 
 def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatches]) -> RowBatches:
@@ -128,6 +152,8 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
+    if task == "masked-lm" and LOGITS in sample:
+        raise DataError(f"{LOGITS!r} is of inputs that a collator may mask anew: leave it, or the collator, out")
     labelled = _is_labelled(sample, model)
     if "labels" in chosen and task == "classification":
         check(rows, model, task)
@@ -180,7 +206,7 @@ def _type_labels(row: Row, task: Task) -> None:
     for name in ("start_positions", "end_positions"):
         if name in row and "input_ids" in row:
             inside = row[name] < row["input_ids"].shape[-1]
-            row[name] = np.where(inside, row[name], _OUT_OF_REACH)
+            row[name] = np.where(inside, row[name], OUT_OF_REACH)
 
 
 def _is_labelled(columns: Mapping[str, Any], model: PreTrainedModel) -> bool:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
 from cofiprune.data.files import load_rows
-from cofiprune.data.rows import Source
+from cofiprune.data.mixed import Mixed
+from cofiprune.data.rows import Source, as_rows
 from cofiprune.data.tasks import LABEL_COLUMNS, Labels, task_of
 from cofiprune.data.text import TextColumns, collator_for, find_text_columns, tokenise
 from cofiprune.errors import DataError, SettingsError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_COLUMNS = ("text_column", "text_pair_column", "label_column")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Reading:
     """Names of the classes in the order of their ids, where the model's configuration has none."""
     max_length: int | None = None
     """Tokens after which a text is cut."""
+    labelled: bool = True
+    """Whether labels are read."""
 
     def check(self, model: PreTrainedModel) -> None:
         """Check the arguments, and write the names of classes into the model's configuration.
@@ -55,11 +60,16 @@ class Reading:
         :param name: what messages call it.
         :raises DataError: when rows have no text of a known name, or a label that is none of the model's.
         """
+        if isinstance(dataset, Mixed):
+            return dataset.read(self, lambda reading, rows, what: reading.rows(rows, model, what), name)
         with located(f"{name}: "):
             rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
             if rows is None or isinstance(rows, DataLoader):
                 return rows
-            source = Source(rows)
+            texts = as_rows(rows)
+            if texts is not rows and self.tokenizer is None:
+                raise DataError("texts need a tokenizer: pass tokenizer=...")
+            source = Source(texts)
             first = source[0]
         columns = self._columns(first, model, name)
         if columns is None:
@@ -69,11 +79,15 @@ class Reading:
 
     def _columns(self, first: Mapping[str, Any], model: PreTrainedModel, name: str) -> TextColumns | None:
         """Return the columns to read; None for rows that a model takes as they are."""
-        named = {column: getattr(self, column) for column in ("text_column", "text_pair_column", "label_column")}
+        named = {column: getattr(self, column) for column in _COLUMNS}
+        if not self.labelled:  # other files often have other columns
+            named = {column: value if value in first else None for column, value in named.items()}
         labels = self.label_column is not None or any(isinstance(first.get(each), str) for each in LABEL_COLUMNS)
         if self.tokenizer is None and not (labels or any(named.values())):
             return None
         columns = find_text_columns(first, task_of(model), **named, where=name)
+        if not self.labelled:
+            columns = replace(columns, label=None)
         if columns.text is not None and self.tokenizer is None:
             raise DataError(f"{name}: the text in {columns.text!r} needs a tokenizer: pass tokenizer=...")
         return columns if columns.text is not None or labels else None

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cofiprune.data.cached import CACHED
 from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, forward_names, main_input
 from cofiprune.errors import DataError, located
 from cofiprune.parts import encoder_config
@@ -82,6 +83,12 @@ class Source:
             yield from (self[index] for index in range(len(self)))
 
 
+def as_rows(dataset: Any) -> Any:
+    """Return a list of texts as rows of one column, `text`; anything else as it is."""
+    texts = isinstance(dataset, list | tuple) and bool(dataset) and all(isinstance(row, str) for row in dataset)
+    return [{"text": row} for row in dataset] if texts else dataset
+
+
 @dataclass(frozen=True)
 class Padding:
     """Makes a batch of rows of arrays, each column padded at its end."""
@@ -136,8 +143,11 @@ def pad(cells: Sequence[Array], fill: int = 0) -> Array:
 
 
 def find_columns(row: Mapping[str, Any], model: PreTrainedModel) -> dict[str, str]:
-    """Return the columns of a row that a model's forward takes: its name for each, and the row's own name."""
-    forward = forward_names(model)
+    """Return the columns of a row that a model's forward takes: its name for each, and the row's own name.
+
+    Those with a teacher's outputs are among them.
+    """
+    forward = (*forward_names(model), *CACHED)
     columns = {name: name for name, value in row.items() if name in forward and value is not None}
     if "labels" in forward and "labels" not in columns:
         alias = next((name for name in LABEL_COLUMNS if row.get(name) is not None), None)

@@ -80,8 +80,17 @@ def _tokens(
         mask = (torch.arange(seq_len) < lengths).long()
         pad = _listed(getattr(encoder_config(model), "pad_token_id", None))
         tokens = tokens.masked_fill(mask == 0, pad[0] if pad and pad[0] >= 0 else 0)
-    inputs = {"input_ids": tokens, "attention_mask": mask}
-    return {name: value for name, value in inputs.items() if name in forward_names(model)}
+    names = forward_names(model)
+    boxes = {"bbox": _boxes(model, shape, generator)} if "bbox" in names else {}
+    inputs = {"input_ids": tokens, "attention_mask": mask, **boxes}
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def _boxes(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Where tokens lie on a page: left, top, right and bottom, as entries of a table or as shares of the page."""
+    config = encoder_config(model)
+    boxes = torch.randint(1, 9, (*shape, getattr(config, "dim_bbox", 4)), generator=generator).sort(dim=-1).values
+    return boxes if hasattr(config, "max_2d_position_embeddings") else boxes.to(model.dtype) / 10
 
 
 def _shape(config: PretrainedConfig, kind: str, seq_len: int) -> tuple[int, ...]:

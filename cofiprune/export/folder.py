@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from cofiprune import files
 from cofiprune.errors import SettingsError
@@ -24,6 +27,13 @@ _OF_WEIGHTS = ("*.safetensors*", "*.bin*", "*.py", "plan.json")
 """What an object of sentence-transformers saves of its model; files in its folders are those of its modules."""
 _LAST = (".onnx", ".xml")
 """Endings of files that name others, and are written after them."""
+_FILES = (
+    "onnx/model.onnx",
+    "onnx/model_quantized.onnx",
+    "openvino/openvino_model.xml",
+    "openvino/openvino_model_qint8_quantized.xml",
+)
+"""All that an export may write of weights."""
 
 
 def exported_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -94,6 +104,34 @@ def _with_one_limit(tokenizer: Any) -> Any:
         direction=own.padding_side, pad_id=own.pad_token_id, pad_type_id=own.pad_token_type_id, pad_token=own.pad_token
     )
     return own
+
+
+def mark_of(whole: nn.Module) -> str:
+    """Return a text that stands in the files of a model and in those of no other: a digest of what is exported."""
+    found = hashlib.sha256(repr(whole).encode())
+    for name, value in (*whole.named_parameters(), *whole.named_buffers()):
+        found.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return f"cofiprune {found.hexdigest()}"
+
+
+def remove_others(folder: Path, staged: Path, mark: str) -> tuple[str, ...]:
+    """Remove files of earlier exports of other models, which would be taken for forms of the one that comes.
+
+    :param staged: the files that come.
+    :param mark: of the model whose files may stay.
+    :return: those that are gone.
+    """
+    gone = []
+    for name in _FILES:
+        file, comes = folder / name, (staged / name).exists()
+        if not file.exists() or (not comes and mark.encode() in file.read_bytes()):
+            continue
+        weights = file.with_suffix(".bin" if file.suffix == ".xml" else ".onnx.data")
+        if not comes or (weights.exists() and not (staged / weights.relative_to(folder)).exists()):
+            file.unlink()
+            weights.unlink(missing_ok=True)
+        gone += [] if comes else [name]
+    return tuple(gone)
 
 
 def move(source: Path, target: Path) -> None:

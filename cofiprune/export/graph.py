@@ -66,11 +66,18 @@ def float_copy(model: PreTrainedModel, modules: Sequence[nn.Module] = ()) -> tup
 
 
 def write_onnx(
-    whole: nn.Module, model: PreTrainedModel, file: Path, inputs: Mapping[str, Tensor], *, opset: int | None = None
+    whole: nn.Module,
+    model: PreTrainedModel,
+    file: Path,
+    inputs: Mapping[str, Tensor],
+    *,
+    opset: int | None = None,
+    mark: str = "",
 ) -> None:
     """Export what `float_copy` made, with the number of rows and, for text, of tokens left open.
 
     :param inputs: an example.
+    :param mark: a text that stands in the file, and in those that are made of it.
     :raises ExportError: when torch cannot export it.
     """
     with torch.no_grad():
@@ -92,6 +99,7 @@ def write_onnx(
         cause = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise ExportError(f"torch cannot export this {type(model).__name__}: {cause}") from error
     _sum_residuals(program.model.graph)
+    program.model.metadata_props["cofiprune"] = mark
     with explained(ExportError, f"{file.name} cannot be written", OSError):
         program.save(file, external_data=size > _ONE_FILE)
 
@@ -106,7 +114,8 @@ def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> di
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     text = model.main_input_name == "input_ids"
     open_ = {name: text or (name == "input_values" and value.dim() == 2) for name, value in inputs.items()}  # or sound
-    return {name: {0: batch, **({value.dim() - 1: sequence} if open_[name] else {})} for name, value in inputs.items()}
+    axis = inputs[model.main_input_name].dim() - 1
+    return {name: {0: batch, **({axis: sequence} if open_[name] else {})} for name in inputs}
 
 
 @contextmanager

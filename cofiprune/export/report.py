@@ -53,6 +53,8 @@ class ExportReport(Report, Mapping[str, ExportedFile]):
     """The model's own score."""
     rows: int
     """Number of the user's rows; 0 where none were given and inputs were synthetic."""
+    removed: tuple[str, ...] = ()
+    """Files in the folder that were of another model."""
 
     def __getitem__(self, name: str) -> ExportedFile:
         return {file.path.relative_to(self.folder).as_posix(): file for file in self.files}[name]
@@ -84,4 +86,6 @@ class ExportReport(Report, Mapping[str, ExportedFile]):
             cells = [name, f"{file.megabytes:.1f}", f"{file.difference:.2g}", f"{file.score:.4f}"]
             rows.append([*cells, *([f"{file.agreement:.4f}"] if len(header) > 4 else [])])
         notes = [f"{name}: {file.note}" for name, file in self.items() if file.note]
+        if self.removed:
+            notes.append(f"removed, since of another model: {', '.join(self.removed)}")
         return Group(title, rich_table(header, rows), *notes)

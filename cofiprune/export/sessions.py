@@ -14,10 +14,11 @@ from cofiprune.measure.answers import Answer
 
 
 def feed_of(batch: Batch, names: set[str]) -> dict[str, Any]:
-    """Return the inputs that a file reads; token types, which rows often lack, are 0 then."""
+    """Return the inputs that a file reads; token types and boxes, which rows often lack, are 0 then."""
     feed = {name: value.numpy() for name, value in batch.items() if name in names}
-    if "token_type_ids" in names - set(feed):
-        feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+    for name, width in (("token_type_ids", ()), ("bbox", (4,))):
+        if name in names - set(feed):
+            feed[name] = np.zeros((*feed["input_ids"].shape, *width), dtype=np.int64)
     return feed
 
 

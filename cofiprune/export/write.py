@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cofiprune.data.reading import Reading
-from cofiprune.errors import ExportError, SettingsError, suggest
+from cofiprune.errors import ExportError, SettingsError, explained, suggest
 from cofiprune.export.comparison import EXAMPLE, Expected, compared_batches, example, synthetic_rows, torch_answers
-from cofiprune.export.folder import holds_weights, move, write_beside
+from cofiprune.export.folder import holds_weights, mark_of, move, remove_others, write_beside
 from cofiprune.export.graph import float_copy, write_onnx
 from cofiprune.export.openvino import openvino_answers, write_openvino
 from cofiprune.export.openvino_int8 import quantise_openvino
@@ -61,7 +61,8 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
     The folder is one that hubs and servers read: `onnx/model.onnx`, `onnx/model_quantized.onnx`,
     `openvino/openvino_model.xml`, the tokenizer, and a `config.json` of the exported sizes. Files are float32 whatever
     the model's precision, and take any number of rows and of tokens; a model with more than 1.5 GB of weights has them
-    in a file beside the graph. They take their names when all of them are done: after an error nothing is there.
+    in a file beside the graph. They take their names when all of them are done: after an error nothing new is there.
+    Files that an earlier call left of the same model stay; under these names, those of another model are removed.
 
     :param model: or a SentenceTransformer, whose embedding is an output then, or a CrossEncoder. It stays as it is.
     :param dir: a folder, which may be the one where the model is saved; or a file that ends in .onnx, which is then all
@@ -101,8 +102,9 @@ def export(  # noqa: PLR0913  # a front door: its settings are flat
             made += [job.quantised(each, int8, max_drop) for each in made if int8]
             if not alone:
                 write_beside(staged, whole, tokenizer, saved=saved)
+            removed = () if alone else remove_others(folder, staged, job.mark)
             move(staged, folder)
-    return job.report(folder, [each.moved(staged, folder) for each in made])
+    return job.report(folder, [each.moved(staged, folder) for each in made], removed)
 
 
 def _rows(whole: Whole, tokenizer: Any, dataset: Any) -> Any:
@@ -125,6 +127,8 @@ class _Job:
     expected: Expected
     scorer: Scorer
     rows: int
+    mark: str
+    """In all files, to tell them from those of other models."""
 
     @classmethod
     def of(cls, owner: Whole, modules: Sequence[nn.Module], dataset: Any, score: Mapping[str, Any]) -> _Job:
@@ -137,7 +141,8 @@ class _Job:
         rows = synthetic_rows(model) if dataset is None else dataset
         scorer = Scorer.of(model, rows, reference, **score)
         batches = compared_batches(model, None if dataset is None else scorer.batches)
-        return cls(model, whole, Expected.of(reference, batches), scorer, 0 if dataset is None else len(dataset))
+        expected, count = Expected.of(reference, batches), 0 if dataset is None else len(dataset)
+        return cls(model, whole, expected, scorer, count, mark_of(whole))
 
     def write(self, graph: Path, folder: Path, formats: Sequence[str], opset: int | None) -> list[ExportedFile]:
         """Write files and compare them.
@@ -145,7 +150,7 @@ class _Job:
         :param graph: the ONNX file, which others are made from; it is removed where it is not among the formats.
         """
         graph.parent.mkdir(exist_ok=True)
-        write_onnx(self.whole, self.model, graph, example(self.model, *EXAMPLE), opset=opset)
+        write_onnx(self.whole, self.model, graph, example(self.model, *EXAMPLE), opset=opset, mark=self.mark)
         made = [self.compared(graph, "onnx", onnx_answers(graph))] if "onnx" in formats else []
         if "openvino" in formats:
             file = folder / "openvino" / "openvino_model.xml"
@@ -161,7 +166,8 @@ class _Job:
 
         :raises ExportError: when it computes something else.
         """
-        found = self.expected.difference(answer)
+        with explained(ExportError, f"the {kind} form of this {type(self.model).__name__} does not run", Exception):
+            found = self.expected.difference(answer)
         if not found <= _TOLERANCE * max(1.0, self.expected.largest):
             raise ExportError(
                 f"the {kind} form of this {type(self.model).__name__} computes something else: outputs of up to "
@@ -187,8 +193,8 @@ class _Job:
         kind = f"{source.kind}-int8"
         return ExportedFile(file, kind, megabytes(file), found, score.value, score.agreement, made.note)
 
-    def report(self, folder: Path, files: Sequence[ExportedFile]) -> ExportReport:
-        return ExportReport(folder, tuple(files), self.scorer.metric, self.scorer.reference.value, self.rows)
+    def report(self, folder: Path, files: Sequence[ExportedFile], removed: tuple[str, ...]) -> ExportReport:
+        return ExportReport(folder, tuple(files), self.scorer.metric, self.scorer.reference.value, self.rows, removed)
 
 
 def check_packages(formats: Sequence[str]) -> None:

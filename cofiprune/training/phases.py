@@ -84,7 +84,7 @@ def _check_before(run: Run) -> None:
         calibration(run.model, run.structure, run.calibration)  # raises where there are too few rows
 
 
-def train(run: Run) -> None:
+def train_kept(run: Run) -> None:
     """Train what the masks on the model keep, or all of it: `finetune`."""
     masks = masks_of(run.model)
     plan = Plan.from_values(run.structure, {} if masks is None else dict(masks.items()))

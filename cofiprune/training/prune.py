@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.data.mixed import Mixed
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
@@ -20,12 +21,12 @@ from cofiprune.training.arguments import check_trainable, check_weights, resolve
 from cofiprune.training.checkpoint import Resume
 from cofiprune.training.config import FINETUNE, PruneConfig, check_taken
 from cofiprune.training.environment import accelerator_for, check_output_dir, held_out
-from cofiprune.training.phases import finished, prune_with_data, train
+from cofiprune.training.phases import finished, prune_with_data, train_kept
 from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, figures_around, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
-from cofiprune.training.settling import learns_alone, leave_to_gates, pick_method, settled
+from cofiprune.training.settling import check_taught, leave_to_gates, pick_method, settled, taught_by
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.width import widen
 from cofiprune.whole import Whole, inside
@@ -53,6 +54,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     target_speedup: float | None = None,
     target_latency_ms: float | None = None,
     teacher: TeacherArgument = None,
+    unlabelled_dataset: Any = None,
     eval_dataset: Any = None,
     tokenizer: Any = None,
     text_column: str | None = None,
@@ -99,6 +101,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param teacher: a model to learn from, "self" for a frozen copy of `model` as it comes, None for labels alone; None
         is "self" for rows without labels, and with methods that do not look at them ("gates", and "one-shot" with
         recovery).
+    :param unlabelled_dataset: further rows, in any form that `train_dataset` may have but a DataLoader, that are mixed
+        into it; texts in a list will do. Of them the teacher's outputs alone are learned, whatever labels they have.
     :param eval_dataset: evaluated every `eval_steps` and at the end.
     :param tokenizer: the model's, for rows of text. Columns are known by the names that GLUE, SQuAD, CoNLL and the like
         give them: a text, a pair, words with a label each, a question with its passage and answers.
@@ -117,7 +121,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :raises CofipruneError: for wrong arguments, before anything is changed.
     :raises KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written when there is an `output_dir`.
     """
-    with torch.inference_mode(False):  # gradients, whatever the caller has switched off
+    with torch.inference_mode(False), same_random_state():  # a run has gradients, and is seeded by its own setting
         config = _config(config, settings)
         name, asked = parse_target({
             "target_sparsity": target_sparsity, "target_model_sparsity": target_model_sparsity,
@@ -127,18 +131,17 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         whole, on_data = Whole.of(model), train_dataset is not None
         structure, config, targets, reason = settled(whole, config, name, asked, on_data=on_data, keep_width=keep_width)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        if teacher is None and rows is not None and (keep_width or learns_alone(whole, config, rows, collate, reason)):
-            teacher = "self"
+        train = Mixed.of(train_dataset, unlabelled_dataset)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train, eval_dataset=eval_dataset)
+        teacher = taught_by(teacher, whole, config, rows, collate, keep_width=keep_width, picked=bool(reason))
         run = Run(
             whole.model, structure, config, targets[0],
             resolve_teacher(inside(teacher), whole.model, of_dense=True), teacher == "self",
             rows, held, collate, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
-        with same_random_state():  # a run is seeded by its own setting
-            if isinstance(asked, list):
-                return sweep(run, targets, _prune).around(whole)
-            return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
+        if isinstance(asked, list):
+            return sweep(run, targets, _prune).around(whole)
+        return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 
 def _config(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
@@ -224,6 +227,7 @@ def finetune(  # noqa: PLR0913  # like prune
     train_dataset: Any,
     *,
     teacher: TeacherArgument = None,
+    unlabelled_dataset: Any = None,
     eval_dataset: Any = None,
     tokenizer: Any = None,
     text_column: str | None = None,
@@ -247,7 +251,7 @@ def finetune(  # noqa: PLR0913  # like prune
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), same_random_state():
         check_taken("finetune", settings, FINETUNE, function=finetune)
         whole = Whole.of(model)
         config = PruneConfig.for_finetune(config, **settings).model_copy(update=whole.settings)
@@ -258,14 +262,15 @@ def finetune(  # noqa: PLR0913  # like prune
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        rows, held, collate = whole.data(reading, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        train = Mixed.of(train_dataset, unlabelled_dataset)
+        rows, held, collate = whole.data(reading, data_collator, train_dataset=train, eval_dataset=eval_dataset)
+        check_taught(rows, teacher)
         run = Run(
             whole.model, structure, config, None, taught, teacher == "self",
             rows, held, collate, compute_metrics, output_dir, callbacks, resume,
         )  # fmt: skip
-        with same_random_state():  # a run is seeded by its own setting
-            run.prepare()
-            train(run)
-            result = finished(run)
+        run.prepare()
+        train_kept(run)
+        result = finished(run)
         result.model = whole.owner
         return result.of(tokenizer, train_dataset)

@@ -22,7 +22,7 @@ from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import longest_sequence
-from cofiprune.data.prepare import prepare
+from cofiprune.data.prepare import cached_in, prepare
 from cofiprune.errors import SettingsError, StorageError, TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to, masks_of
@@ -108,7 +108,7 @@ class Run:
 
     def prepare(self) -> None:
         """Check the data and the settings, and set everything up; nothing of the models is changed."""
-        config = self.config
+        config, taught = self.config, self.teacher is not None or bool(cached_in(self.train_dataset))
         batches = prepare(
             self.train_dataset,
             self.model,
@@ -116,9 +116,10 @@ class Run:
             shuffle=True,
             seed=config.seed,
             collator=self.collator,
-            need_labels=self.teacher is None and config.trains_weights,
+            need_labels=not taught and config.trains_weights,
             name="train_dataset",
         )
+        batches.taught = taught and self.teacher is None
         self.evaluate = held_out(self.model, self.eval_dataset, config, self.collator, self.compute_metrics)
         if self.evaluate is None and config.metric_for_best_model is not None:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
@@ -143,7 +144,7 @@ class Run:
             self.steps_in(self.batches),
             None if self.target is None else self.target.share,
             units=unit_kinds(self.structure),
-            taught=self.teacher is not None,
+            taught=taught,
             labelled=batches.labelled,
             round_to=1 if self.target is None else self.target.round_to,
             needs_train_mode=checkpointing,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
-from cofiprune.data.prepare import prepare
+from cofiprune.data.mixed import Mixed
+from cofiprune.data.prepare import cached_in, prepare
 from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError, TargetError
 from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import same_random_state
@@ -29,14 +30,48 @@ if TYPE_CHECKING:
 _CHOICE = "choice.json"
 
 
-def learns_alone(whole: Whole, config: PruneConfig, rows: Any, collator: Any, reason: str) -> bool:
-    """Return whether a run without a teacher learns from its model as it comes, as all do that can, without labels.
+def taught_by(
+    teacher: Any, whole: Whole, config: PruneConfig, rows: Any, collator: Any, *, keep_width: bool, picked: bool
+) -> Any:
+    """Return the teacher of `prune`: "self" where none was given and the run learns from its model as it comes.
 
-    :param reason: of what method="auto" has picked, if it has.
+    :param picked: method="auto" has picked gates.
+    :raises SettingsError: for rows without labels among others that nobody teaches, and for two teachers.
     """
+    cached = cached_in(rows)
+    if keep_width and cached:
+        raise SettingsError(f"keep_width=True needs a teacher's own vectors: leave {', '.join(cached)} out of the rows")
+    alone = teacher is None and rows is not None and not cached
+    if alone and (keep_width or _learns_alone(whole, config, rows, collator, picked=picked)):
+        teacher = "self"
+    if config.trains:
+        check_taught(rows, teacher)
+    return teacher
+
+
+def check_taught(rows: Any, teacher: Any) -> None:
+    """Make sure that rows without labels, mixed into others, have a teacher, and that there is one at most.
+
+    :raises SettingsError: when they have none, or one is passed while rows have the outputs of another.
+    """
+    cached = cached_in(rows)
+    if cached and teacher is not None:
+        raise SettingsError(
+            f"the rows of train_dataset have {', '.join(cached)}, which take the place of a teacher, and there is one: "
+            "leave the teacher out, or those columns"
+        )
+    if isinstance(rows, Mixed) and teacher is None and not cached:
+        raise SettingsError(
+            "unlabelled_dataset: of rows without labels only a teacher's outputs can be learned, and there is none: "
+            'pass teacher="self", or a model'
+        )
+
+
+def _learns_alone(whole: Whole, config: PruneConfig, rows: Any, collator: Any, *, picked: bool) -> bool:
+    """Return whether a run without a teacher learns from its model as it comes, as all do that can, without labels."""
     if whole.kind == SENTENCES:
         return config.trains
-    if config.method == "auto" or reason:
+    if config.method == "auto" or picked:
         with same_random_state():  # a collator may draw
             found = prepare(rows, whole.model, batch_size=1, collator=collator, need_labels=False, name="train_dataset")
         return not found.labelled

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 HERE = Path(__file__).parent
 
@@ -32,7 +33,8 @@ def save_all(folder: Path, only: list[str]) -> None:
     for model_type, row in rows.items():
         if "classes" in row and (not only or model_type in only):
             for model in models(model_type):
-                if type(model).__name__ in row["classes"]:
+                public = hasattr(transformers, type(model).__name__)  # of others there is no file
+                if public and type(model).__name__ in row["classes"]:
                     _save(folder / model_type, model)
 
 
@@ -63,8 +65,6 @@ def _save(folder: Path, model: Any) -> None:
 def load_all(folder: Path) -> dict[str, Any]:
     """Load what `save_all` wrote; by model type the largest difference, relative to the outputs, or what went wrong."""
     sys.modules["cofiprune"] = None  # type: ignore[assignment]  # importing it is an error
-    import transformers
-
     transformers.logging.set_verbosity_error()
     with contextlib.suppress(AttributeError):
         transformers.logging.disable_progress_bar()
@@ -81,7 +81,6 @@ def load_all(folder: Path) -> dict[str, Any]:
 
 
 def _difference(path: Path) -> float:
-    import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     name = path.name.rpartition("-")[0]

@@ -241,6 +241,46 @@ def test_benchmark_times_a_model_next_to_its_baseline(place: Path, pruned: Path,
     assert all(row["ideal_speedup"] > 1 for row in report["rows"])
 
 
+def test_rows_without_labels_come_from_a_file_of_their_own(place: Path, tmp_path: Path, capsys: Capsys) -> None:
+    texts = tmp_path / "more.txt"
+    texts.write_text("\n".join(f"a {word} film" for word in (*GOOD, *BAD)))
+    words = [
+        "finetune",
+        str(place / "dense"),
+        "--train-file",
+        str(place / "train.csv"),
+        "--unlabelled-file",
+        str(texts),
+    ]
+    out = ["--output-dir", str(tmp_path / "out"), "--epochs", "1", "--batch-size", "8", "--no-progress", "--json"]
+    assert cli.main([*words, *out, "--text-column", "sentence", "--teacher", "self", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["unlabelled_rows"] == 6
+    assert cli.main([*words, *out, "--teacher", "self"]) == 0
+    steps = [entry["step"] for entry in json.loads((tmp_path / "out" / "result.json").read_text())["history"]]
+    assert max(steps) == -(-(len(REVIEWS) + 6) // 8)
+    assert "--unlabelled-file" in mistake(capsys, *words, "--output-dir", tmp_path / "other")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_what_teach_writes_takes_the_place_of_a_teacher(
+    ending: str, place: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    file, dense, texts = tmp_path / f"taught.{ending}", str(place / "dense"), tmp_path / "texts.txt"
+    texts.write_text("\n".join(row["sentence"] for row in REVIEWS))
+    for source in (place / "train.csv", texts):
+        words = ["teach", dense, "--train-file", str(source), "--output", str(file), "--outputs", "logits,hidden"]
+        assert cli.main([*words, "--overwrite"]) == 0
+        assert f"cofiprune prune STUDENT --train-file {file}" in capsys.readouterr().out
+        run = ["prune", dense, "--train-file", str(file), "--output-dir", str(tmp_path / source.stem), *SHORT]
+        assert cli.main([*run, "--target-sparsity", "0.5", "--json"]) == 0
+        entries = json.loads((tmp_path / source.stem / "result.json").read_text())["history"]
+        assert "logits_loss" in entries[-1]
+        assert ("label_loss" in entries[-1]) == (source.suffix == ".csv")
+    assert "is there already" in mistake(capsys, *words)
+    assert "must end in" in mistake(capsys, *words[:4], "--output", "taught.csv")
+    assert "leave the teacher out" in mistake(capsys, *run[:-1], "--overwrite", "--no-progress", "--teacher", "self")
+
+
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
 def test_inspect_shows_groups_and_what_can_go(kind: str, place: Path, pruned: Path, capsys: Capsys) -> None:
     assert cli.main(["inspect", "--model", str(place / kind)]) == 0

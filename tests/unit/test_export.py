@@ -141,7 +141,8 @@ def test_an_embedding_is_an_output_and_large_weights_go_beside(tmp_path: Path, m
     "name",
     ["BertForQuestionAnswering", "BertForMaskedLM", "BertForMultipleChoice", "RobertaForTokenClassification",
      "DistilBertModel", "DebertaV2ForSequenceClassification", "ModernBertForSequenceClassification", "MPNetModel",
-     "T5EncoderModel", "ViTForImageClassification", "Wav2Vec2ForSequenceClassification"],
+     "EuroBertForTokenClassification", "EsmForMaskedLM", "NomicBertModel", "T5EncoderModel",
+     "ViTForImageClassification", "Wav2Vec2ForSequenceClassification"],
 )  # fmt: skip
 def test_families_and_heads(name: str, tmp_path: Path) -> None:
     model = pruned(name, **WORDS.get(name, {}))
@@ -150,7 +151,10 @@ def test_families_and_heads(name: str, tmp_path: Path) -> None:
     assert report.score["onnx/model.onnx"] == pytest.approx(1.0)
 
 
+SPECIALS = {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep")}
 WORDS: dict[str, dict[str, Any]] = {
+    "ModernBertForSequenceClassification": SPECIALS, "EuroBertForTokenClassification": SPECIALS,
+    "EsmForMaskedLM": {"pad_token_id": 1, "mask_token_id": 2, "token_dropout": True},
     "ViTForImageClassification": {"image_size": 8, "patch_size": 4},
     "Wav2Vec2ForSequenceClassification": {
         "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_dim": (6, 6), "conv_kernel": (4, 3),
@@ -176,7 +180,7 @@ def test_what_computes_something_else_is_not_left_behind(tmp_path: Path, monkeyp
     def wrong(file: Path) -> Any:
         return lambda batch: {"logits": torch.zeros(len(batch["input_ids"]), 2)}
 
-    monkeypatch.setattr(WRITE, "write_onnx", lambda whole, model, file, inputs, opset: file.write_bytes(b"a graph"))
+    monkeypatch.setattr(WRITE, "write_onnx", lambda whole, model, file, inputs, **how: file.write_bytes(b"a graph"))
     monkeypatch.setattr(WRITE, "onnx_answers", wrong)
     with pytest.raises(ExportError, match="the onnx form of this BertForSeq.* computes something else"):
         cofiprune.export(pruned(), tmp_path)
@@ -253,6 +257,36 @@ def test_a_folder_with_the_model_in_it_keeps_its_configuration(tmp_path: Path) -
     with pytest.raises(SettingsError, match="weights of another model.*another quantization_config"):
         cofiprune.export(dense, tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+@needs_runtime
+def test_files_of_another_model_do_not_stay_and_those_of_the_same_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, quantised = pruned(), "onnx/model_quantized.onnx"
+    left = {
+        name: tmp_path / name
+        for name in ("openvino/openvino_model.xml", "openvino/openvino_model.bin", "onnx/own.onnx")
+    }
+    cofiprune.export(model, tmp_path, int8=True)
+    (tmp_path / "openvino").mkdir()
+    for file in left.values():
+        file.write_bytes(b"of whatever")
+    before = (tmp_path / quantised).read_bytes()
+    report = cofiprune.export(model, tmp_path)
+    assert (list(report), report.removed) == (["onnx/model.onnx"], ("openvino/openvino_model.xml",))
+    assert (tmp_path / quantised).read_bytes() == before
+    with torch.no_grad():
+        next(model.parameters())[1] += 1
+    monkeypatch.setattr(sys.modules["cofiprune.export.graph"], "_ONE_FILE", 0)
+    report = cofiprune.export(model, tmp_path)
+    assert report.removed == (quantised,)
+    assert f"removed, since of another model: {quantised}" in str(report)
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model.onnx.data", "own.onnx"]
+    monkeypatch.undo()
+    cofiprune.export(model, tmp_path)
+    assert [name for name, file in left.items() if file.exists()] == ["onnx/own.onnx"]
+    assert not (tmp_path / "onnx/model.onnx.data").exists()
 
 
 @needs_runtime
