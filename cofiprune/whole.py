@@ -24,6 +24,7 @@ from cofiprune.data.checks import longest_sequence
 from cofiprune.data.files import load_rows
 from cofiprune.data.mixed import Mixed
 from cofiprune.data.reading import Reading
+from cofiprune.data.streams import Stream, is_stream
 from cofiprune.data.tasks import forward_names
 from cofiprune.data.text import TextColumns, tokenise
 from cofiprune.errors import AdapterError, DataError, SettingsError, located, suggest
@@ -185,6 +186,8 @@ class Whole:
             return dataset.read(reading, lambda how, rows, what: self.rows(rows, how, what), name)
         with located(f"{name}: "):
             rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
+            if is_stream(rows):
+                return Stream(rows, lambda chosen: self.rows(chosen, reading, name))
             sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, Mapping)
             first = rows[0] if sized and not isinstance(rows, DataLoader) and len(rows) else None
             inputs = set(forward_names(self.model)) - set(_LABELS)

@@ -124,6 +124,9 @@ class TrainingSettings(Settings):
     finetune_epochs: NonNegative | None = None
     """Epochs of recovery, in which the pruned model trains on; 0 for none. They are cheap, because the model is
     small by then, and matter most at high sparsities. None: 2, and 0 with method="one-shot" or "gates"."""
+    max_steps: Count | None = None
+    """Optimiser steps of all training together; epochs, where they are given, then say how the phases share them. Rows
+    without a length, of an IterableDataset, need it. None: as many as the epochs have."""
     batch_size: Count = 32
     """Examples per batch and process."""
     finetune_batch_size: Count | None = None

@@ -10,6 +10,8 @@ from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.data.mixed import Mixed
 from cofiprune.data.prepare import cached_in, prepare
+from cofiprune.data.reading import Reading
+from cofiprune.data.streams import checked_stream
 from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError, TargetError
 from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import same_random_state
@@ -28,6 +30,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHOICE = "choice.json"
+
+
+def data_of(
+    whole: Whole, config: PruneConfig, reading: Reading, collator: Any, datasets: tuple[Any, Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Return the rows of tokens to train and to evaluate on, and what makes batches of them.
+
+    :param datasets: as in `prune`: for training, further ones without labels, for evaluations.
+    :raises CofipruneError: when they cannot be read, or are no rows to train on.
+    """
+    train, unlabelled, held = datasets
+    rows, held, collate = whole.data(reading, collator, train_dataset=Mixed.of(train, unlabelled), eval_dataset=held)
+    return checked_stream(rows, trains=config.trains, steps=config.max_steps), held, collate
 
 
 def taught_by(
