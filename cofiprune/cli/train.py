@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -228,8 +227,7 @@ def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace
             loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
             if not options.keep_checkpoints:
                 remove_checkpoints(point.folder / "run")
-    if find_spec("matplotlib") is not None:
-        result.plot(folder / "curve.png")
+    result.plot(folder / "curve.svg")
     if options.json:
         named = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
         points = [{**{name: getattr(point, name) for name in named}, "folder": str(point.folder)} for point in result]

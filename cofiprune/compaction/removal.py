@@ -70,7 +70,8 @@ class Passthrough(nn.Module):
     ) -> Iterator[tuple[str, nn.Module]]:
         """List what still learns, and the marker, as if a module here held it under its dotted name.
 
-        Neither this nor the marker's own module is a layer that others could replace by its name (PEFT).
+        Neither a module in the place of a projection nor the marker's own is a layer that others could replace by its
+        name (PEFT).
         """
         if "." in self.marker:
             listed = nn.Module()
