@@ -62,6 +62,14 @@ class Passthrough(nn.Module):
             owner = owner.get_submodule(part)
         owner.register_buffer(name, torch.zeros(1, dtype=like.dtype, device=like.device))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert; the marker is 0 too where that only lays out memory (`to_empty`)."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        marker = self.get_buffer(self.marker) if self.marker else None
+        if marker is not None and not marker.is_meta and not marker.is_inference():
+            marker.zero_()
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return bypass(self.exit, args, kwargs, self.shared, *self.maker, attends=self.exit.attends)
 

@@ -272,7 +272,8 @@ def _cells(rows: Sequence[RawRow], name: str, kind: type, start: int = 0) -> lis
     """Return the values of a column that must all be of one type; rows count from `start`."""
     nouns: Mapping[type, str] = {str: "text", list: "list of words", dict: "answer"}
     for number, row in enumerate(rows, start):
-        if not isinstance(row.get(name), kind):
+        cell = row.get(name)
+        if not isinstance(cell, kind) or (isinstance(cell, list) and not all(isinstance(word, str) for word in cell)):
             raise DataError(f"row {number} (from 0) has no {nouns[kind]} in {name!r}, but {row.get(name)!r}")
     return [row[name] for row in rows]
 

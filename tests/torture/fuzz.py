@@ -39,6 +39,7 @@ from cofiprune.latency.table import Conditions, LatencyTable
 from cofiprune.training.checkpoint import begun_with, note_stop
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+import given
 import test_cofi_checkpoint as originals
 
 VALUES = (
@@ -89,13 +90,13 @@ def changed_values(tree: Any, draw: random.Random) -> Any:
         elif kind == 1 and isinstance(owner, dict):
             owner[f"{key}x"] = owner.pop(key)
         elif kind == 2 and isinstance(owner[key], list):
-            owner[key] = owner[key] + [draw.choice(VALUES)]
+            owner[key] = [*owner[key], copy.deepcopy(draw.choice(VALUES))]
         elif kind == 3 and isinstance(owner[key], int | float) and not isinstance(owner[key], bool):
             owner[key] = draw.choice(
                 (owner[key] + 1, -owner[key], owner[key] * 1.5, float(owner[key]), str(owner[key]))
             )
         else:
-            owner[key] = draw.choice(VALUES)
+            owner[key] = copy.deepcopy(draw.choice(VALUES))
     return tree
 
 
@@ -178,11 +179,11 @@ class Subject:
         return "silent", f"{data[:2000]!r}"
 
 
-def model_of(seed: int = 0) -> BertForSequenceClassification:
-    """A random classifier of two layers."""
+def model_of(seed: int = 0, name: str = "BertForSequenceClassification") -> Any:
+    """A random model of two layers, a classifier by default."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=20)).eval()
+    return getattr(transformers, name)(BertConfig(**sizes, intermediate_size=20)).eval()
 
 
 def rows() -> list[dict[str, Any]]:
@@ -329,8 +330,8 @@ def callback_subjects(place: Path) -> Iterator[Subject]:
             shutil.copytree(newest, Path(other, newest.name))
             return trained(Path(other), Path(other, newest.name))
 
-    for name in ("state.pt", "meta.json"):
-        yield Subject(f"callback's {name}", newest / "cofiprune" / name, resumed)
+    for file in sorted((newest / "cofiprune").iterdir()):
+        yield Subject(f"callback's {file.name}", file, resumed)
 
 
 def latency_subject(place: Path) -> Subject:
@@ -357,8 +358,20 @@ def original_subjects(place: Path) -> Iterator[Subject]:
         yield Subject(f"original's {name}", folder / name, read, valid=lambda found, tree: True)
 
 
+def given_subjects(place: Path) -> Iterator[Subject]:
+    """Files of users, of which any other one is as valid; and the parts of `teach`, which are its own."""
+    place.mkdir()
+    for name, file, read in given.data_files(place / "data", functools.partial(model_of, 0)):
+        yield Subject(name, file, read, valid=lambda found, tree: True)
+    name, file, read = given.options_file(place, model_of())
+    yield Subject(name, file, read, valid=lambda found, tree: True)
+    for name, file, read in given.parts_of_teach(place, model_of()):
+        yield Subject(name, file, read)
+
+
 def subjects(place: Path) -> Iterator[Subject]:
     """Every file that is read."""
+    yield from given_subjects(place / "given")
     yield plan_subject(place)
     yield latency_subject(place)
     yield from record_subjects(place)

@@ -35,6 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import cofiprune
 from cofiprune.training import phases
+from cofiprune.training import teach as teaching
 
 SETTINGS = {"batch_size": 8, "checkpoint_steps": 2, "progress": False, "seed": 5}
 
@@ -67,7 +68,8 @@ def pruned(folder: Path, **settings: Any) -> Any:
 
 
 def cofi(folder: Path) -> Any:
-    return pruned(folder, target_sparsity=0.6, method="cofi", epochs=3, finetune_epochs=2)
+    accumulated = {"batch_size": 4, "gradient_accumulation_steps": 2}
+    return pruned(folder, target_sparsity=0.6, method="cofi", epochs=3, finetune_epochs=2, **accumulated)
 
 
 def shrinking(folder: Path) -> Any:
@@ -137,6 +139,13 @@ def callback(folder: Path) -> Any:
     return watching.result
 
 
+def teach(folder: Path) -> Any:
+    folder.mkdir(exist_ok=True)
+    file = folder / "taught.jsonl"
+    teaching.PART = 4
+    return file if file.exists() else cofiprune.teach(model_of(1).eval(), rows(), file, batch_size=4, progress=False)
+
+
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "cofi": cofi,
     "shrinking": shrinking,
@@ -145,11 +154,14 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "sweep": sweep,
     "finetune": finetune,
     "callback": callback,
+    "teach": teach,
 }
 
 
 def digest(result: Any) -> str:
-    """Of weights and plan, and of what the history says of losses."""
+    """Of weights and plan, and of what the history says of losses; of a file, of what is in it."""
+    if isinstance(result, Path):
+        return hashlib.sha256(result.read_bytes()).hexdigest()
     found = hashlib.sha256(json.dumps(result.plan.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(result.model.state_dict().items()):
         found.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())

@@ -207,6 +207,7 @@ def test_the_first_token_of_a_word_has_its_label_and_the_others_none(tokenizer):
         ({"tokens": ["a"], "ner_tags": [0, 1]}, r"row 0 \(from 0\) has 1 words and 2 labels"),
         ({"tokens": ["a"], "ner_tags": ["B-y"]}, r"row 0 .*, word 0 \(from 0\): label 'B-y' is not among O, B-x"),
         ({"tokens": "a b", "ner_tags": [0]}, "has no list of words in 'tokens'"),
+        ({"tokens": ["a", None], "ner_tags": [0, 0]}, "has no list of words in 'tokens'"),
     ):
         with pytest.raises(DataError, match=message):
             tokenise([wrong], tokenizer, model)
