@@ -1,7 +1,7 @@
 """Files of rows that hold arrays: written in parts of bounded size, read back without a Python number for each value.
 
 Parquet keeps the precision of the arrays, half precision among them, and needs pyarrow. JSON lines need nothing, and
-are three to four times as large.
+are about five times as large.
 """
 
 from __future__ import annotations

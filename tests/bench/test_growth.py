@@ -20,7 +20,7 @@ pytestmark = [
 
 SCRIPT = Path(__file__).with_name("growth.py")
 BY = {"rows": (1, 4, 16), "layers": (6, 12, 24), "width": (384, 768, 1024)}
-ROWS = {"one_shot": 128, "recovery": 512, "stream": 512, "vocabulary": 2000}
+ROWS = {"one_shot": 128, "recovery": 512, "stream": 512, "batches": 16_000, "vocabulary": 2000}
 """The least rows of a stage, where it is not 4,000. One shot looks at no more than 10,000 positions, or four for each
 input of the widest matrix, however many there are."""
 LAYERS, WIDTH = 2, 128
@@ -41,9 +41,9 @@ LINEAR = 1.15
 """Exponents above it are no longer linear, noise included."""
 
 
-def exponent(sizes: list[float], values: list[float]) -> float:
-    """The slope of a line through the logarithms."""
-    logarithms = [math.log(max(value, 0.1)) for value in values]
+def exponent(sizes: list[float], values: list[float], least: float) -> float:
+    """The slope of a line through the logarithms; less than `least` is noise."""
+    logarithms = [math.log(max(value, least)) for value in values]
     return float(np.polyfit([math.log(size) for size in sizes], logarithms, 1)[0])
 
 
@@ -63,7 +63,7 @@ def test_growth(table: Callable[..., Any]) -> None:
     for (stage, by), named in cases.items():
         sizes = [float(each.split(",")[1 + PLACES.index(by)]) for each in named]
         seconds, peaks = ([measurements[each][name] for each in named] for name in ("seconds", "peak"))
-        found[stage, by] = exponent(sizes, seconds), exponent(sizes, peaks)
+        found[stage, by] = exponent(sizes, seconds, 0.01), exponent(sizes, peaks, 4.0)
         rows.append([
             stage.replace("_", " "), by, ", ".join(f"{size:,.0f}" for size in sizes),
             ", ".join(f"{value:.2f}" for value in seconds), f"{found[stage, by][0]:.2f}",
