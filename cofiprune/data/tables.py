@@ -37,7 +37,7 @@ def package(name: str) -> Any:
         return import_module(name)
     except ImportError:
         root = name.partition(".")[0]
-        raise DataError(f"it needs {root}: pip install {root} (or use csv, tsv or json)") from None
+        raise DataError(f"it needs {root}: pip install {root} (or use csv, tsv, json or jsonl)") from None
 
 
 def write_part(path: Path, rows: Sequence[Mapping[str, Any]], arrays: Arrays, ending: str) -> None:
