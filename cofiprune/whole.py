@@ -85,8 +85,8 @@ class Whole:
 
     @property
     def tokenizer(self) -> Any:
-        """Of an object of sentence-transformers."""
-        return self.owner.tokenizer
+        """Of an object of sentence-transformers; None of a model."""
+        return None if self.kind is None else self.owner.tokenizer
 
     @property
     def behind(self) -> list[Any]:

@@ -6,7 +6,7 @@ Shapes: B examples, T tokens of the batch, S teacher layers distilled, H hidden.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,13 @@ TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-a
 _PARTS = ("label_loss", "logits_loss", "layers_loss")
 _FIT_BATCHES = 8
 _RIDGE = 1e-3
+
+Agree = Callable[[Tensor], Tensor]
+
+
+def over_processes(errors: Tensor) -> Tensor:
+    """Return the errors of a step by which layers are matched, from those of this process's batch."""
+    return averaged({"": errors})[""]
 
 
 class Objective:
@@ -94,6 +101,11 @@ class Objective:
         """The student's hidden states are compared."""
         return self.projection is not None
 
+    @property
+    def matches_by_errors(self) -> bool:
+        """Which student layers they are goes by the rows of a step."""
+        return self.distils_layers and self.settings.distill_layer_match != "same-index"
+
     def cut(self, keep: Sequence[int]) -> None:
         """Go on with a student that was compacted to some hidden dimensions."""
         if self.projection is not None:
@@ -120,6 +132,7 @@ class Objective:
         batch: Mapping[str, Tensor],
         alive: Tensor | None,
         shares: Mapping[str, float] | None = None,
+        agree: Agree = over_processes,
     ) -> dict[str, Tensor]:
         """Return the parts of the loss, and their weighted sum as `loss`.
 
@@ -127,11 +140,12 @@ class Objective:
         :param batch: tensors [B, ...] on the student's device.
         :param alive: [layers] bool, the student's layers that still exist; None for all.
         :param shares: of this batch in each part of the loss of a step; None for a step of one batch.
+        :param agree: takes the errors [S, Ls] of a batch with a share, by which layers are matched, returns the step's.
         """
         hidden_from_model = {ROWS, *CACHED, *(() if self.label_weight else self.labels)}
         inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
         output = model(**inputs, **self.options)
-        return self.of(output, batch, alive, shares)
+        return self.of(output, batch, alive, shares, agree)
 
     def of(
         self,
@@ -139,6 +153,7 @@ class Objective:
         batch: Mapping[str, Tensor],
         alive: Tensor | None,
         shares: Mapping[str, float] | None = None,
+        agree: Agree = over_processes,
     ) -> dict[str, Tensor]:
         """Return the same for outputs of the student, with `hidden_states` when `distils_layers`."""
         parts: dict[str, Tensor] = {}
@@ -148,7 +163,7 @@ class Objective:
             loss = _loss_of_numbers(self.task, output, batch) if self.partly and self.task in NUMBERS else output.loss
             parts["label_loss"] = loss if counted is None else torch.where(counted > 0, loss, 0.0)
         if self.teacher is not None:
-            parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares))
+            parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares, agree))
         if shares is not None:
             parts = {name: shares[name] * value for name, value in parts.items()}
         settings = self.settings
@@ -176,6 +191,7 @@ class Objective:
         batch: Mapping[str, Tensor],
         alive: Tensor | None,
         shares: Mapping[str, float] | None,
+        agree: Agree,
     ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
         theirs, targets = teacher.outputs(inputs, batch.get(ROWS))
@@ -203,7 +219,7 @@ class Objective:
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
-                agree=None if shares is None else lambda losses: averaged({"": shares["layers_loss"] * losses})[""],
+                agree=None if shares is None else lambda errors: agree(shares["layers_loss"] * errors),
             )
         if not parts:
             raise TrainingError(

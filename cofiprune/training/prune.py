@@ -139,7 +139,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             rows, held, collate, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         if isinstance(asked, list):
-            return sweep(run, targets, _prune).around(whole)
+            return sweep(run, targets, _prune, whole.tokenizer if tokenizer is None else tokenizer).around(whole)
         return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 

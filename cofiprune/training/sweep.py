@@ -174,11 +174,14 @@ def _row(
     return [name, f"{sparsity:.4f}", amount(parameters), time, *scores]
 
 
-def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult]) -> SweepResult:
+def sweep(
+    run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult], tokenizer: Any = None
+) -> SweepResult:
     """Prune to each target in turn; the model ends with the last one's weights and masks.
 
     :param targets: of the run's model as it is, ascending in what goes.
     :param prune_one: carries out a run of one target.
+    :param tokenizer: written beside each model.
     :raises CheckpointError: when the folder holds another sweep.
     """
     config, model, structure = run.config, run.model, run.structure
@@ -199,6 +202,8 @@ def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneR
         point = None if place is None or not run.resume else _read(place, target, type(model))
         if point is None:
             point = _next(run, current, plan, target, place, conditions, prune_one)
+            if place is not None:
+                _write(place, point, tokenizer)
         points.append(point)
         current, plan = point.model, point.plan
     write_back(model, structure, current, plan)
@@ -254,7 +259,7 @@ def _next(
     )
     small, kept_of_all = result.compact(), plan.then(result.plan.hard)
     latency = float(np.median(times_of([small], conditions))) / 1e6
-    point = SweepPoint(
+    return SweepPoint(
         target=target.requested,
         sparsity=1 - target.kept_share(run.structure.cut(kept_of_all.kept)),
         parameters=sum(parameter.numel() for parameter in small.parameters()),
@@ -266,15 +271,19 @@ def _next(
         folder=folder,
         dense=result.dense,
     )
-    if folder is not None:
-        small.save_pretrained(folder)
-        kept_of_all.save(folder / _PLAN)
-        kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
-        entries = {name: getattr(point, name) for name in kept}
-        entries["dense"] = None if point.dense is None else asdict(point.dense)
-        sums = {file.name: checksum(file) for file in sorted(folder.iterdir()) if file.is_file()}
-        write_sealed(folder / _POINT, {**entries, "checksums": sums}, indent=1)
-    return point
+
+
+def _write(folder: Path, point: SweepPoint, tokenizer: Any) -> None:
+    """Write a point with all that belongs to it; the file that says that it is complete comes last."""
+    point.model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    point.plan.save(folder / _PLAN)
+    kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
+    entries = {name: getattr(point, name) for name in kept}
+    entries["dense"] = None if point.dense is None else asdict(point.dense)
+    sums = {file.name: checksum(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    write_sealed(folder / _POINT, {**entries, "checksums": sums}, indent=1)
 
 
 def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoint | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import cofiprune
 from cofiprune.errors import CheckpointError, SettingsError, TargetError
@@ -75,6 +75,22 @@ def test_a_sweep_goes_on_with_what_is_not_done(tmp_path: Path, monkeypatch: pyte
         cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.6], **settings)
     with pytest.raises(CheckpointError, match=r"another sweep: its targets is \[0.3, 0.6\], asked for \[0.3, 0.7\]"):
         cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.7], resume=True, **settings)
+
+
+def test_what_an_interrupted_sweep_has_finished_can_be_used(tmp_path: Path) -> None:
+    tokenizer = BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3})
+    points: list[Path] = []
+
+    def stop(entry: dict[str, Any]) -> None:
+        points[:] = tmp_path.glob("*/point.json")
+        if points:
+            raise KeyboardInterrupt
+
+    settings = {**SETTINGS, "output_dir": tmp_path, "tokenizer": tokenizer, "target_sparsity": [0.3, 0.6]}
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(bert(), rows(), callbacks=[stop], **settings)
+    assert AutoTokenizer.from_pretrained(points[0].parent).get_vocab() == tokenizer.get_vocab()
+    assert len(cofiprune.prune(bert(), rows(), resume=True, **settings)) == 2
 
 
 def test_a_sweep_with_other_settings_is_another_one(tmp_path: Path) -> None:
