@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cofiprune.training.prune import finetune, prune
     from cofiprune.training.result import PruneResult
     from cofiprune.training.sweep import SweepResult
+    from cofiprune.training.teach import teach
     from cofiprune.training.trainer.callback import PruningCallback
     from cofiprune.vocabulary.prune import VocabularyResult, prune_vocabulary
 
@@ -69,6 +70,7 @@ _LAZY = {
     "finetune": "cofiprune.training.prune",
     "prune": "cofiprune.training.prune",
     "prune_vocabulary": "cofiprune.vocabulary.prune",
+    "teach": "cofiprune.training.teach",
     "VocabularyResult": "cofiprune.vocabulary.prune",
 }
 
@@ -102,6 +104,7 @@ __all__ = [
     "register_adapter",
     "structure",
     "summary",
+    "teach",
 ]
 
 

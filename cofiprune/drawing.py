@@ -170,7 +170,7 @@ def curves(
         return None
     charts: list[tuple[str, list[tuple[str, str, Points]], float | None]] = []
     charts.append(("training loss", [("", "a", _points(history, "loss"))], None))
-    metric = next((name for entry in history for name in entry if _is_score(name)), None)
+    metric = next((name for entry in history for name in entry if is_score(name)), None)
     if metric is not None:
         charts.append((metric.removeprefix("eval_"), [("now", "a", _points(history, metric))], before.get(metric)))
     asked = _points(history, "target_sparsity")
@@ -182,15 +182,32 @@ def curves(
         charts.append(("sparsity", lines, None))
     parts: list[str] = []
     charts = [chart for chart in charts if chart[1][0][2]]
+    steps = {step: f"step {step:,}" for step in (0, round(last / 2), last)}
     for number, (title, drawn, level) in enumerate(charts):
-        parts += _chart(20 + number * 190, title, drawn, level, last)
+        parts += _chart(20 + number * 190, title, drawn, level, steps)
     told = ", ".join(title for title, _, _ in charts)
     return Picture(_svg(20 + 190 * len(charts), "Curves of the run", f"{told}, over optimiser steps", parts))
 
 
-def _is_score(name: str) -> bool:
+def trade_off(title: str, axes: Mapping[str, Sequence[float]], values: Sequence[float], level: float | None) -> Picture:
+    """Draw one figure of several models over others of theirs, a chart for each of these.
+
+    :param title: of the figure; `values` are those of the models, in an order that a line may follow.
+    :param axes: places of the models by what they are measured in, `sparsity` or `ms` for example.
+    :param level: the figure of the model that they come from.
+    """
+    parts: list[str] = []
+    for number, (unit, places) in enumerate(axes.items()):
+        end = 1.0 if unit == "sparsity" else _ticks(0.0, max(places))[1]
+        marks = {share * end: f"{share * end:.3g} {unit}" for share in (0.0, 0.5, 1.0)}
+        points = [("", "a", tuple(zip(places, values, strict=True)))]
+        parts += _chart(20 + number * 190, title, points, level, marks)
+    return Picture(_svg(20 + 190 * len(axes), "Models of a sweep", f"{title} over {', '.join(axes)}", parts))
+
+
+def is_score(name: str) -> bool:
     """Whether an entry of the history is a metric, and no loss or time."""
-    return name.startswith("eval_") and not any(part in name for part in ("loss", "runtime", "per_second"))
+    return name.startswith("eval_") and not any(part in name for part in ("loss", "runtime", "per_second", "examples"))
 
 
 def _points(history: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[float, float]]:
@@ -200,13 +217,13 @@ def _points(history: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[flo
 
 
 def _chart(
-    top: float, title: str, lines: Sequence[tuple[str, str, Points]], level: float | None, last: int
+    top: float, title: str, lines: Sequence[tuple[str, str, Points]], level: float | None, marks: Mapping[float, str]
 ) -> list[str]:
     """Draw one chart: a title, two axes with ticks, a line for each row of points, and a level to compare with.
 
-    :param last: step at which the axis ends.
+    :param marks: places on the axis from 0 to its end, and what is written there.
     """
-    left, right, height = 66.0, 650.0, 130.0
+    left, right, height, last = 66.0, 650.0, 130.0, max(marks)
     values = [value for _, _, points in lines for _, value in points] + ([] if level is None else [level])
     low, high, ticks = (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1]) if title == "sparsity" else _ticks(min(values), max(values))
 
@@ -220,8 +237,8 @@ def _chart(
             f'<path class="rule" d="M{left} {y:.1f}H{right}"/>',
             _text(left - 8, y + 4, f"{tick:g}", "end", "dim"),
         ]
-    for step in sorted({0, round(last / 2), last}):
-        parts.append(_text(at(step, low)[0], top + height + 36, f"step {step:,}", "middle", "dim"))
+    for place, told in marks.items():
+        parts.append(_text(at(place, low)[0], top + height + 40, told, "middle", "dim"))
     if level is not None:
         ends.append(("before", at(last, level)))
         parts.append(f'<path class="none" fill="none" d="M{left} {ends[0][1][1]:.1f}H{right}"/>')

@@ -34,6 +34,8 @@ class Reading:
     empty: bool
     """Every value is 0. Always False while bound."""
     bound: bool
+    seen: Tensor | None = None
+    """The values that were read, on a CPU; None while bound."""
 
 
 class MaskRegistry(MutableMapping[str, Tensor]):
@@ -65,9 +67,9 @@ class MaskRegistry(MutableMapping[str, Tensor]):
             row = torch.as_tensor(value, dtype=target.dtype).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise MaskError(f"mask {name!r} takes {len(target)} numbers in [0, 1], not {value!r}") from error
-        if row.shape != target.shape:
-            raise MaskError(f"mask {name!r} takes {len(target)} values, one per unit; got shape {tuple(row.shape)}")
-        _check_values(name, row)
+        self._check_values(name, row)
+        if target.shape != row.shape:
+            raise MaskError(f"mask {name!r} was given the shape {tuple(target.shape)}; detach the masks, attach anew")
         with torch.no_grad():
             target.copy_(row)
 
@@ -159,7 +161,7 @@ class MaskRegistry(MutableMapping[str, Tensor]):
         if value is None:
             return None
         version, reading = self._readings.get(name, (-1, None))
-        if reading is None or version != value._version:
+        if reading is None or version != value._version or _written_over(value, reading.seen):
             reading = self._measure(name, value)
             self._readings[name] = (value._version, reading)
         return reading
@@ -176,18 +178,25 @@ class MaskRegistry(MutableMapping[str, Tensor]):
         readings = (self.read(name) for name in (block.gate, block.inner) if name is not None)
         return [reading for reading in readings if reading is not None]
 
-    @staticmethod
-    def _measure(name: str, value: Tensor) -> Reading:
+    def _measure(self, name: str, value: Tensor) -> Reading:
         # A reading taken under inference_mode must serve the training that comes after it.
         with torch.inference_mode(False):
             row = value.detach().cpu()
-            _check_values(name, row)
+            self._check_values(name, row)
             kept = row > 0
             index = None if bool(kept.all()) else kept.nonzero().flatten().to(value.device)
-        return Reading(value, bool((row == 1).all()), index, not bool(kept.any()), False)
+            seen = row.clone() if value.device.type == "cpu" else None
+        return Reading(value, bool((row == 1).all()), index, not bool(kept.any()), False, seen)
+
+    def _check_values(self, name: str, row: Tensor) -> None:
+        check_mask(name, row, self.structure[name].size)
+        if name == "hidden" and not bool((row > 0).any()):
+            raise MaskError("mask 'hidden' would remove every hidden dimension; at least one must stay")
 
 
-def _check_values(name: str, row: Tensor) -> None:
-    check_mask(name, row.tolist())
-    if name == "hidden" and not bool((row > 0).any()):
-        raise MaskError("mask 'hidden' would remove every hidden dimension; at least one must stay")
+def _written_over(value: Tensor, seen: Tensor | None) -> bool:
+    """Return whether values are others than were read, although torch counted no change: by `.data` or NumPy.
+
+    To look would make other devices wait, and compiled code.
+    """
+    return seen is not None and not torch.compiler.is_compiling() and not torch.equal(value, seen)

@@ -7,7 +7,7 @@ carries it out), and canonical: a block with a closed gate, or without inner uni
 from __future__ import annotations
 
 import math
-from collections.abc import ItemsView, Mapping, Sequence
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -30,15 +30,20 @@ class _Masks(Protocol):
     def items(self) -> ItemsView[str, Tensor]: ...
 
 
-def check_mask(name: str, row: Sequence[float]) -> None:
-    """Check the values of a mask.
+def check_mask(name: str, value: Tensor, size: int) -> list[float]:
+    """Check a mask, and return its values.
 
-    :raises MaskError: for one that is not a number in [0, 1].
+    :param size: units of its group.
+    :raises MaskError: for another shape than [units], or a value that is not a number in [0, 1].
     """
+    if value.shape != (size,):
+        raise MaskError(f"mask {name!r} takes {size} values, one per unit; got shape {tuple(value.shape)}")
+    row: list[float] = value.detach().double().cpu().tolist()
     if not all(map(math.isfinite, row)):
-        raise MaskError(f"mask {name!r} has values that are not numbers: {list(row)}")
+        raise MaskError(f"mask {name!r} has values that are not numbers: {row}")
     if min(row) < 0 or max(row) > 1:
         raise MaskError(f"mask {name!r} must lie in [0, 1]; found {min(row):g} to {max(row):g}")
+    return row
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,7 @@ class Plan:
         :param values: by group name, tensors [units]; all units of other groups stay.
         :raises MaskError: for a value outside of [0, 1].
         """
-        rows = {name: value.detach().double().cpu().tolist() for name, value in values.items()}
-        for name, row in rows.items():
-            check_mask(name, row)
+        rows = {name: check_mask(name, value, structure[name].size) for name, value in values.items()}
         keep: dict[str, tuple[int, ...]] = {}
         scale: dict[str, tuple[float, ...]] = {}
         for name, group in structure.items():

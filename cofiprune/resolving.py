@@ -140,7 +140,7 @@ class Resolver:
             refused=self.refused,
             extra=tuple(_placed(each, path) for path in paths for each in family.extra.exits),
             compacted_settings=family.compacted_settings,
-            config_sizes=family.config if family.uniform and not self.within else None,
+            config_sizes=family.config if family.uniform else None,
         )
 
     def _add_group(self, name: str, kind: Kind, layer: int | None) -> None:

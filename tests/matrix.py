@@ -2,7 +2,8 @@
 
     python tests/matrix.py [--only TEXT] [--keep] [--torch-args "--index-url ..."]
 
-Interpreters are those of `PYTHONS` that are on the path. An environment is removed when its tests are done.
+Interpreters are those of `PYTHONS` that are on the path; pyenv puts them there by PYENV_VERSION=3.11.7:3.12.1:3.13.0.
+An environment is removed when its tests are done.
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ def main() -> int:
     outcomes = {}
     for version, torch, transformers in itertools.product(PYTHONS, TORCH, TRANSFORMERS):
         name = f"Python {version}, {torch}, {transformers}"
-        python = shutil.which(f"python{version}")
+        python = interpreter(version)
         if options.only in name:
             outcomes[name] = "not found" if python is None else run(python, torch, transformers, options)
             print(f"{name}: {outcomes[name]}", flush=True)
     print("\n" + "\n".join(f"{outcome:<10} {name}" for name, outcome in outcomes.items()))
     return int("failed" in outcomes.values() or "passed" not in outcomes.values())
+
+
+def interpreter(version: str) -> str | None:
+    """The interpreter on the path; a shim without a version behind it, as pyenv leaves them, is none."""
+    python = shutil.which(f"python{version}")
+    works = python is not None and not subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode
+    return python if works else None
 
 
 def run(python: str, torch: str, transformers: str, options: argparse.Namespace) -> str:

@@ -93,6 +93,12 @@ COMMANDS = {
         "what the ways to make a model smaller cost on your rows",
         f"{_SST2} --train-file train.csv --validation-file dev.csv",
     ),
+    "teach": Command(
+        "teach",
+        "MODEL --train-file FILE --output FILE",
+        "write what a model puts out for rows, for students to learn from",
+        f"{_SST2} --train-file train.csv --output taught.parquet",
+    ),
     "vocabulary": Command(
         "vocabulary",
         "MODEL --texts FILE --output-dir DIR",

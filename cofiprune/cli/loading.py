@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cofiprune.cli.beside import Beside, apart
 from cofiprune.cli.options import UsageError, at_least, one_of
 from cofiprune.data import Labels, TextColumns, find_text_columns, load_rows, tokenise
+from cofiprune.data.cached import CACHED
 from cofiprune.data.tasks import IGNORED, Task, task_by_name
 from cofiprune.data.text import collator_for
 from cofiprune.errors import CheckpointError, DataError, explained
@@ -182,7 +183,6 @@ def add_data_options(
     add = (files or group).add_argument
     if train:
         add("--train-file", metavar="FILE", help=f"training data: {kinds}, or a folder that `datasets` saved")
-        add("--unlabelled-file", metavar="FILE", help="further rows, of which a teacher's outputs alone are learned")
     add("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
     add = group.add_argument
     add("--text-column", metavar="NAME", help="text, or first text of a pair (default: by its name)")
@@ -282,7 +282,7 @@ def _labels(rows: Sequence[Row], columns: TextColumns, task: str) -> list[Any]:
 
 def _check_labelled(row: Row, columns: TextColumns, task: str, where: str) -> None:
     wanted = {"masked-lm": "", "question-answering": "answers", "feature-extraction": ""}.get(task, "a label")
-    if wanted and columns.label is None and "start_positions" not in row:
+    if wanted and columns.label is None and "start_positions" not in row and not set(CACHED) & set(row):
         raise DataError(
             f"{where} has no column of a known name for {wanted}; its columns are {', '.join(row)}; name it by "
             "--label-column"

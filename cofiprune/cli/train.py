@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +71,7 @@ def _add_essential(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add = essential.add_argument
     add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
+    add("--unlabelled-file", metavar="FILE", help="further rows, of which a teacher's outputs alone are learned")
     return essential
 
 
@@ -215,7 +215,7 @@ def sizes_of_files(folder: Path) -> dict[str, int]:
 
 
 def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace) -> None:
-    """Write the tokenizer next to each model, which are saved already, and print the table."""
+    """Write what else stood beside the model next to each of them, which are saved already, and print the table."""
     from accelerate import PartialState
 
     from cofiprune.training.checkpoint import remove_checkpoints
@@ -224,14 +224,11 @@ def _save_sweep(result: SweepResult, loaded: Loaded, options: argparse.Namespace
         return
     folder = Path(options.output_dir)
     for point in result:
-        if loaded.tokenizer is not None and point.folder is not None:
-            loaded.tokenizer.save_pretrained(point.folder)
         if point.folder is not None:
             loaded.beside.copy_to(point.folder, load_config(str(point.folder)))
             if not options.keep_checkpoints:
                 remove_checkpoints(point.folder / "run")
-    if find_spec("matplotlib") is not None:
-        result.plot(folder / "curve.png")
+    result.plot(folder / "curve.svg")
     if options.json:
         named = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
         points = [{**{name: getattr(point, name) for name in named}, "folder": str(point.folder)} for point in result]

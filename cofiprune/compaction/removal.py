@@ -36,6 +36,7 @@ class Passthrough(nn.Module):
         self.exit: Any = SimpleNamespace(**row)
         self.shared: Any = tuple(placed(each, replaced) for each in row["shared"])
         self.replaced_type = type(replaced)
+        self.marker = ""
         tables = {each.table for each in self.shared if each.table and hasattr(replaced, each.table)}
         # In a tuple, so that the replaced module is no submodule; of its own, only the tables of shared tensors stay.
         self.maker = (replaced,) if tables else ()
@@ -54,6 +55,7 @@ class Passthrough(nn.Module):
         A removed block leaves no shape by which a loader could notice it, and transformers would quietly initialise
         its weights anew. Under this name the shape is wrong, so that loading without cofiprune fails.
         """
+        self.marker = name
         *path, name = name.split(".")
         owner: nn.Module = self
         for part in path:
@@ -67,7 +69,15 @@ class Passthrough(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """List what still learns. Neither this nor a marker is a layer that others could replace by its name (PEFT)."""
+        """List what still learns, and the marker, as if a module here held it under its dotted name.
+
+        Neither a module in the place of a projection nor the marker's own is a layer that others could replace by its
+        name (PEFT).
+        """
+        if "." in self.marker:
+            listed = nn.Module()
+            listed._buffers[self.marker] = self.get_buffer(self.marker)
+            yield prefix, listed
         for name, child in self.named_children():
             if next(child.parameters(), None) is not None:
                 yield from child.named_modules(memo, f"{prefix}.{name}".lstrip("."), remove_duplicate)

@@ -14,6 +14,7 @@ import torch
 
 from cofiprune.compaction.slicing import compacted
 from cofiprune.errors import PlanError
+from cofiprune.parts import encoder_config, encoder_within
 from cofiprune.plan import Plan
 from cofiprune.record import sizes_of
 from cofiprune.structure import UNIT_KINDS, ConfigSizes, Structure, UnitKind
@@ -36,7 +37,27 @@ def config_names(model: PreTrainedModel, structure: Structure) -> ConfigSizes:
         raise PlanError(
             "this model has been compacted to sizes that its configuration does not state; start from the dense one"
         )
+    _stating(model, model.config)
     return structure.config_sizes
+
+
+def _stating(model: PreTrainedModel, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a model's configuration, or of a copy of it, that states the sizes of its encoder.
+
+    :raises PlanError: when the encoder is inside a model whose configuration does not hold the encoder's.
+    """
+    path = encoder_within(model)
+    if not path:
+        return config
+    inner = type(encoder_config(model))
+    held: list[PretrainedConfig] = [value for value in vars(config).values() if type(value) is inner]
+    if len(held) != 1:
+        raise PlanError(
+            f"the configuration of {type(model).__name__} does not hold that of its encoder, model.{path}, and cannot "
+            f"state smaller sizes: prune model.{path} by itself with uniform, and put what compact() returns in its "
+            "place; or leave out uniform"
+        )
+    return held[0]
 
 
 def uniform_units(
@@ -77,7 +98,7 @@ def _builds(model: PreTrainedModel, names: ConfigSizes, structure: Structure, ke
     masks = {name: (torch.arange(structure[name].size) < count).double() for name, count in kept.items()}
     plan = Plan.from_values(structure, masks)
     with torch.device("meta"):
-        built = type(model)(_configured(model.config, names, structure, plan, _layers(structure, plan)))
+        built = type(model)(_configured(model, names, structure, plan, _layers(structure, plan)))
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     return all(shapes.get(spec.name) == spec.cut(plan.kept).shape for spec in structure.parameters)
 
@@ -90,7 +111,7 @@ def uniform_copy(model: PreTrainedModel, structure: Structure, plan: Plan) -> Pr
     """
     names = config_names(model, structure)
     layers = _layers(structure, plan)
-    config = _configured(model.config, names, structure, plan, layers)
+    config = _configured(model, names, structure, plan, layers)
     small = compacted(model, structure, plan)
     with torch.device("meta"):
         uniform: PreTrainedModel = type(model)(config)
@@ -132,25 +153,26 @@ def _layers(structure: Structure, plan: Plan) -> list[int]:
 
 
 def _configured(
-    config: PretrainedConfig, names: ConfigSizes, structure: Structure, plan: Plan, layers: list[int]
+    model: PreTrainedModel, names: ConfigSizes, structure: Structure, plan: Plan, layers: list[int]
 ) -> PretrainedConfig:
-    """A copy of the configuration with the sizes that the plan leaves."""
+    """A copy of the model's configuration with the sizes that the plan leaves."""
     kept, dense = plan.kept, structure.sizes
     heads_name, intermediate_name = (f"layers.{layers[0]}.{kind}" for kind in ("heads", "intermediate"))
     heads, hidden = kept.get(heads_name), kept.get("hidden")
     all_heads, all_hidden = dense.get(heads_name), dense.get("hidden")
     if names.head_dim is None and heads is not None and heads * (all_hidden or 0) != (hidden or 0) * (all_heads or 0):
         raise PlanError(
-            f"{config.model_type} derives the width of a head from {names.hidden} and {names.heads}: a uniform model "
+            f"{structure.family} derives the width of a head from {names.hidden} and {names.heads}: a uniform model "
             f"can have {heads} heads of {all_heads} only with the same share of hidden dimensions, and the plan keeps "
             f"{hidden} of {all_hidden}"
         )
-    smaller = copy.deepcopy(config)
+    whole = copy.deepcopy(model.config)
+    smaller = _stating(model, whole)
     if names.head_dim is not None:
-        setattr(smaller, names.head_dim, getattr(config, names.head_dim))
+        setattr(smaller, names.head_dim, getattr(_stating(model, model.config), names.head_dim))
     sizes = ((names.hidden, hidden), (names.heads, heads), (names.intermediate, kept.get(intermediate_name)))
     for name, value in sizes:
         if value is not None:
             setattr(smaller, name, value)
     setattr(smaller, names.layers, len(layers))
-    return smaller
+    return whole

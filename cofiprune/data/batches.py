@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from cofiprune.data.cached import CACHED
 from cofiprune.data.rows import Batch as Batch
 from cofiprune.data.rows import Padding
 from cofiprune.data.tasks import LABELS, Task, label_names
@@ -48,6 +49,8 @@ class Batches(ABC):
     """True for batches with labels, from which the model computes its loss."""
     partly: bool = False
     """Some rows have no labels among others that do."""
+    taught: bool = False
+    """Set to True for batches that carry what a teacher has put out for their rows, where they have such columns."""
     seed: int
     rank: int = 0
     processes: int = 1
@@ -80,6 +83,9 @@ class Batches(ABC):
     def whole(self) -> Self:
         """Return the batches of all processes, the same in each of them."""
         return self.shard(0, 1)
+
+    def _given(self, batch: Batch) -> Batch:
+        return batch if self.taught else {name: value for name, value in batch.items() if name not in CACHED}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -143,7 +149,7 @@ class RowBatches(Batches):
         for own, step in itertools.islice(self._parts(number), start, None):
             indices = own or step[:1]
             with located(f"among the rows {indices[:8]}: "):
-                batch = self.collate([self.rows[index] for index in indices])
+                batch = self._given(self.collate([self.rows[index] for index in indices]))
             more = {} if own else {REPEATED: torch.tensor(True)}
             yield {**batch, **({ROWS: torch.tensor(indices)} if self.with_rows else {}), **more}
 
@@ -176,7 +182,7 @@ class LoaderBatches(Batches):
         own = itertools.islice(endless, self.rank + start * self.processes, None, self.processes)
         for position in range(start, len(self)):
             with located(f"in batch {position}: "):
-                accepted = self.accept(next(own))
+                accepted = self._given(self.accept(next(own)))
             repeated = position * self.processes + self.rank >= self.total
             yield {**accepted, REPEATED: torch.tensor(True)} if repeated else accepted
 
@@ -222,8 +228,8 @@ def to_model(batch: Mapping[str, torch.Tensor], model: nn.Module) -> Batch:
 
 
 def model_inputs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> Batch:
-    """Return the inputs of a batch: all but the labels and the numbers of the rows."""
-    left_out = {ROWS, REPEATED, *label_names(model)}
+    """Return the inputs of a batch: all but the labels, the numbers of the rows and a teacher's outputs."""
+    left_out = {ROWS, REPEATED, *CACHED, *label_names(model)}
     return {name: value for name, value in batch.items() if name not in left_out}
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from cofiprune.data.cached import cached_problems
 from cofiprune.data.rows import Array, Row
 from cofiprune.data.tasks import IGNORED, Task, classes_of, outputs_of
 from cofiprune.errors import DataError
@@ -130,6 +131,8 @@ def _problems(row: Row, first: Row, limits: _Limits) -> Iterator[str]:
                 )
     elif "labels" in row:
         yield from _label_problems(row, limits)
+    outputs = limits.classes if limits.task == "classification" else limits.outputs
+    yield from cached_problems(row, first, limits.task, outputs, limits.name)
 
 
 def _token_problems(row: Row, limits: _Limits) -> Iterator[str]:

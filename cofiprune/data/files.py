@@ -7,10 +7,10 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cofiprune.data.tables import package, parquet_rows
 from cofiprune.errors import DataError, explained, suggest
 
 RawRow = dict[str, Any]
@@ -29,7 +29,7 @@ def load_rows(path: str | Path, *splits: str) -> list[RawRow]:
     place = Path(path).expanduser()
     for folder in (place, *(place / name for name in splits)):
         if (folder / "state.json").is_file():
-            return list(_package("datasets").load_from_disk(str(folder)))
+            return list(package("datasets").load_from_disk(str(folder)))
     if place.is_dir() and not splits:
         raise DataError(f"{place} is a directory; name a data file ({', '.join(_READERS)})")
     if splits and not place.is_dir():
@@ -135,17 +135,38 @@ def _txt(file: Path) -> list[RawRow]:
 
 
 def _parquet(file: Path) -> list[RawRow]:
-    return list(_package("pyarrow.parquet").read_table(file).to_pylist())
+    return list(parquet_rows(file))
 
 
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise DataError(f"it needs {package}: pip install {package} (or use csv, tsv or json)") from None
+def stream_rows(path: str | Path) -> Iterator[RawRow]:
+    """Give the rows of a file one after the other; of JSON lines, text and Parquet no more is in memory at a time.
+
+    :raises DataError: as `load_rows`.
+    """
+    place = Path(path).expanduser()
+    reader = _STREAMS.get(place.suffix.lower())
+    if reader is None or not place.is_file():
+        yield from load_rows(place)
+        return
+    with explained(DataError, f"cannot read {place}", OSError, ValueError):
+        yield from reader(place)
 
 
+def _json_lines(file: Path) -> Iterator[RawRow]:
+    with file.open(encoding="utf-8-sig") as lines:
+        yield from (_line(line, number) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _lines(file: Path) -> Iterator[RawRow]:
+    with file.open(encoding="utf-8-sig") as lines:
+        yield from ({"text": line.rstrip("\r\n")} for line in lines if line.strip())
+
+
+_STREAMS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {
+    ".jsonl": _json_lines,
+    ".txt": _lines,
+    ".parquet": parquet_rows,
+}
 _READERS: Mapping[str, Callable[[Path], list[RawRow]]] = {
     ".csv": _csv,
     ".tsv": _tsv,

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cofiprune.data.batches import Batches, LoaderBatches, RowBatches
+from cofiprune.data.cached import CACHED, LOGITS
 from cofiprune.data.checks import any_label_counts, check
 from cofiprune.data.mixed import OUT_OF_REACH, Bare, Mixed, mix
 from cofiprune.data.rows import Batch, Padding, Row, Source, add_mask, check_columns, find_columns, read
+from cofiprune.data.streams import Stream, StreamBatches, is_stream
 from cofiprune.data.tasks import IGNORED, Task, label_names, task_of
 from cofiprune.errors import DataError, explained, located
+from cofiprune.hooks import same_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,9 +47,9 @@ def prepare(
 ) -> Batches:
     """Check a data set against a model and cut it into batches.
 
-    :param dataset: a torch or `datasets` Dataset or a list, of rows that are dicts of tensors, arrays or lists; or a
-        DataLoader, whose batches are then taken as they are (`batch_size`, `shuffle` and `collator` are its own);
-        `Mixed` for rows of which some have no labels.
+    :param dataset: a torch or `datasets` Dataset, a list, or any iterable, whose first rows are taken, of rows that are
+        dicts of tensors, arrays or lists; or a DataLoader, whose batches are then taken as they are (`batch_size`,
+        `shuffle` and `collator` are its own); `Mixed` for rows of which some have no labels; an endless `Stream`.
     :param collator: makes a batch from a list of rows; without it rows are padded with the model's padding id.
     :param need_labels: False when something else than labels gives the loss (a teacher).
     :param name: what the messages call the data set.
@@ -55,13 +58,7 @@ def prepare(
     """
     if isinstance(dataset, Mixed):
         settings: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "collator": collator}
-        labelled = prepare(dataset.labelled, model, need_labels=need_labels, name=name, **settings)
-        further = "unlabelled_dataset"
-        with located(f"{further}: "):
-            bare = dataset.unlabelled if isinstance(dataset.unlabelled, DataLoader) else Bare(dataset.unlabelled)
-        unlabelled = prepare(bare, model, need_labels=False, name=further, **settings)
-        with located(f"{further}: "):
-            return mix(labelled, unlabelled, model)
+        return _mixed(dataset, model, partial(prepare, need_labels=need_labels, name=name, **settings))
     with located(f"{name}: "):
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, not {batch_size}")
@@ -69,14 +66,45 @@ def prepare(
         first: Mapping[str, Any]
         if isinstance(dataset, DataLoader):
             batches, first = _from_loader(dataset, model, seed)
+        elif isinstance(dataset, Stream) and dataset.endless:
+            batches, first = _streamed(dataset, model, collator, batch_size)
         else:
-            source = Source(dataset)
+            stream = dataset if isinstance(dataset, Stream) else Stream(dataset) if is_stream(dataset) else None
+            source = Source(dataset if stream is None else stream.first())
             first = source[0]
             cut = partial(RowBatches, batch_size=batch_size, shuffle=shuffle, seed=seed)
             batches = _padded(source, model, cut) if collator is None else _collated(source, model, collator, cut)
         if need_labels and not batches.labelled:
             raise DataError(_unlabelled(model, first))
     return batches
+
+
+def _mixed(dataset: Mixed, model: PreTrainedModel, prepared: Callable[..., Batches]) -> Batches:
+    """Return the batches of rows with labels and without."""
+    name = "unlabelled_dataset"
+    with located(f"{name}: "):
+        if isinstance(dataset.labelled, Stream) or is_stream(dataset.unlabelled):
+            raise DataError("a stream cannot be mixed with other rows: mix the streams before you pass one")
+        bare = dataset.unlabelled if isinstance(dataset.unlabelled, DataLoader) else Bare(dataset.unlabelled)
+    labelled = prepared(dataset.labelled, model)
+    unlabelled = prepared(bare, model, need_labels=False, name=name)
+    with located(f"{name}: "):
+        return mix(labelled, unlabelled, model)
+
+
+def cached_in(dataset: Any) -> tuple[str, ...]:
+    """Return the columns with a teacher's outputs that the first row of a data set, or its first batch, has."""
+    first: Any = None
+    if isinstance(dataset, Mixed):
+        return cached_in(dataset.labelled)
+    if isinstance(dataset, DataLoader):
+        with same_random_state():
+            first = next(iter(dataset), None)
+    elif isinstance(dataset, Stream):
+        first = dataset.first(1)[0]
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        first = dataset[0]
+    return tuple(name for name in CACHED if name in first) if isinstance(first, Mapping) else ()
 
 
 def _padded(source: Source, model: PreTrainedModel, cut: Callable[..., RowBatches]) -> RowBatches:
@@ -137,6 +165,8 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     with torch.random.fork_rng(devices=[]), located("in the first rows: "):
         sample = collate([source[index] for index in range(min(_PEEK, len(source)))])
     task = task_of(model, _first_row(sample))
+    if task == "masked-lm" and LOGITS in sample:
+        raise DataError(f"{LOGITS!r} is of inputs that a collator may mask anew: leave it, or the collator, out")
     labelled = _is_labelled(sample, model)
     if "labels" in chosen and task == "classification":
         check(rows, model, task)
@@ -144,12 +174,36 @@ def _collated(source: Source, model: PreTrainedModel, collator: Collator, cut: C
     return cut(rows=source, collate=collate, task=task, labelled=labelled, lengths=lengths)
 
 
+def _streamed(
+    stream: Stream, model: PreTrainedModel, collator: Collator | None, batch_size: int
+) -> tuple[Batches, Mapping[str, Any]]:
+    """Return the batches of a stream, and its first row; what can be known of it is known from its first rows."""
+
+    def batches(rows: list[Any]) -> Batches:
+        size = max(len(rows), 1)
+        return prepare(rows, model, batch_size=size, collator=collator, need_labels=False, name="its rows")
+
+    def collate(rows: list[Any]) -> Batch:
+        made = batches(rows)
+        made.taught = True  # which of its columns are given is said further out
+        return next(iter(made))
+
+    head = stream.first(_PEEK)
+    known = batches(head)
+    return StreamBatches(
+        stream=stream, collate=collate, batch_size=batch_size, head=head, task=known.task, labelled=known.labelled,
+        seed=0,
+    ), head[0]  # fmt: skip
+
+
 def _from_loader(loader: DataLoader[Any], model: PreTrainedModel, seed: int) -> tuple[Batches, Batch]:
     """Return the batches of a loader, and the first of them."""
     try:
         total = len(loader)
     except TypeError:
-        raise DataError("a DataLoader over an iterable data set has no length; pass a data set with one") from None
+        raise DataError(
+            "a DataLoader over an iterable data set has no length; pass the data set itself, with max_steps"
+        ) from None
     if not total:
         raise DataError("the DataLoader has no batches; the data set is empty, or smaller than one batch and dropped")
     with torch.random.fork_rng(devices=[]), located("in the first batch: "):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from cofiprune.data.files import load_rows
 from cofiprune.data.mixed import Mixed
 from cofiprune.data.rows import Source, as_rows
+from cofiprune.data.streams import Stream, is_stream
 from cofiprune.data.tasks import LABEL_COLUMNS, Labels, task_of
 from cofiprune.data.text import TextColumns, collator_for, find_text_columns, tokenise
 from cofiprune.errors import DataError, SettingsError, located
@@ -66,6 +67,8 @@ class Reading:
             rows = load_rows(dataset) if isinstance(dataset, str | Path) else dataset
             if rows is None or isinstance(rows, DataLoader):
                 return rows
+            if is_stream(rows):
+                return Stream(rows, lambda chosen: self.rows(chosen, model, name))
             texts = as_rows(rows)
             if texts is not rows and self.tokenizer is None:
                 raise DataError("texts need a tokenizer: pass tokenizer=...")

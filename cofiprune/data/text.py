@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cofiprune.data.cached import with_cached
 from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, Labels, Task, task_of
 from cofiprune.errors import DataError, located, suggest
 
@@ -110,29 +111,43 @@ def tokenise(
     :param where: what messages call the data.
     :raises DataError: when a row has no text, or a label that is none of the model's.
     """
-    task = task_of(model)
-    columns = columns or find_text_columns(rows[0], task, where=where)
+    columns = columns or find_text_columns(rows[0], task_of(model), where=where)
     with located(f"{where}: "):
-        length = _length(max_length, task, model)
-        if columns.text is None:
-            found = [{name: value for name, value in row.items() if name != columns.label} for row in rows]
-        elif tokenizer is None:
-            raise DataError("text needs a tokenizer")
-        elif task == "token-classification":
-            return _words(rows, columns, tokenizer, length, Labels.of_model(model.config))
-        elif task == "question-answering":
-            parts = range(0, len(rows), _AT_ONCE)
-            return [row for start in parts for row in _questions(rows, start, columns, tokenizer, length, stride)]
-        else:
-            texts = _cells(rows, columns.text, str)
-            pairs = None if columns.pair is None else _cells(rows, columns.pair, str)
-            found = _rows(tokenizer(texts, pairs, truncation=True, max_length=length))
-        if columns.label is None:
-            return found
-        labels = [row.get(columns.label) for row in rows]
-        if task in _CLASSIFIERS:
-            labels = Labels.of_model(model.config).encode(labels)
-        return [{**row, "labels": label} for row, label in zip(found, labels, strict=True)]
+        found = _tokenised(rows, tokenizer, model, columns, max_length, stride)
+        # What a teacher put out for a passage is of no use for its parts.
+        return found if stride is not None else [with_cached(*pair) for pair in zip(found, rows, strict=True)]
+
+
+def _tokenised(
+    rows: Sequence[RawRow],
+    tokenizer: Any,
+    model: PreTrainedModel,
+    columns: TextColumns,
+    max_length: int | None,
+    stride: int | None,
+) -> list[dict[str, Any]]:
+    """Tokenise what the columns name, by the task of the model."""
+    task = task_of(model)
+    length = _length(max_length, task, model)
+    if columns.text is None:
+        found = [{name: value for name, value in row.items() if name != columns.label} for row in rows]
+    elif tokenizer is None:
+        raise DataError("text needs a tokenizer")
+    elif task == "token-classification":
+        return _words(rows, columns, tokenizer, length, Labels.of_model(model.config))
+    elif task == "question-answering":
+        parts = range(0, len(rows), _AT_ONCE)
+        return [row for start in parts for row in _questions(rows, start, columns, tokenizer, length, stride)]
+    else:
+        texts = _cells(rows, columns.text, str)
+        pairs = None if columns.pair is None else _cells(rows, columns.pair, str)
+        found = _rows(tokenizer(texts, pairs, truncation=True, max_length=length))
+    if columns.label is None:
+        return found
+    labels = [row.get(columns.label) for row in rows]
+    if task in _CLASSIFIERS:
+        labels = Labels.of_model(model.config).encode(labels)
+    return [{**row, "labels": label} for row, label in zip(found, labels, strict=True)]
 
 
 def collator_for(model: PreTrainedModel, tokenizer: Any) -> Any:

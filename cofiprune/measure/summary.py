@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from cofiprune import accounting
 from cofiprune.accounting import amount
 from cofiprune.adapter import adapter_for
+from cofiprune.drawing import Picture, structure_map
 from cofiprune.errors import SettingsError, names_checked
 from cofiprune.masking import masks_of
 from cofiprune.measure.report import Report, bar, rich_table, share
@@ -142,6 +144,24 @@ class Summary(Report, Size):
             lines.append(f"sparsity {self.sparsity:.4f} of the layers, {self.model_sparsity:.4f} of the model")
         blocks = ["kept", "attention", "heads", "feed-forward", "dimensions"]
         return Group(*lines, rich_table(*self._figures()), rich_table(blocks, self._blocks(), bars=(1, 3)))
+
+    def plot(self, path: str | Path | None = None) -> Picture:
+        """Draw how much of every layer is kept.
+
+        :param path: of an .svg file to write as well.
+        """
+        counts = {} if self.hidden is None else {"hidden": self.hidden}
+        for layer in self.layers:
+            blocks = {"attention": layer.attention, "ffn": layer.ffn}
+            counts |= {f"layers.{layer.index}.{name}": Kept(int(there), 1) for name, there in blocks.items()}
+            units = {"heads": layer.heads, "intermediate": layer.intermediate}
+            counts |= {f"layers.{layer.index}.{name}": kept for name, kept in units.items() if kept is not None}
+        sizes = {name: each.total for name, each in counts.items()}
+        kept = {name: each.kept for name, each in counts.items()}
+        picture = structure_map(sizes, kept, {name: range(count) for name, count in kept.items()})
+        if path is not None:
+            picture.save(path)
+        return picture
 
     def _figures(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of costs."""

@@ -124,11 +124,12 @@ def check_learnable(
     labels, logits, layers = settings.label_weight, settings.distill_logits_weight, settings.distill_layers_weight
     if labels and not batches.labelled:
         raise DataError(f"label_weight={labels:g} asks for labels, and train_dataset has none")
-    if teacher is None:
+    if teacher is None and not batches.taught:
         if not labels:
             raise SettingsError("label_weight=0 without a teacher leaves nothing to learn from; pass a teacher")
         return
-    mute = [each for each in (student, teacher) if not supported_kwargs(each, output_hidden_states=True)]
+    models = [student] if teacher is None else [student, teacher]
+    mute = [each for each in models if not supported_kwargs(each, output_hidden_states=True)]
     if layers and mute:
         raise SettingsError(
             f"{type(mute[0]).__name__}.forward takes no output_hidden_states, so that the states of its layers cannot "
@@ -144,6 +145,8 @@ def check_learnable(
             if batches.labelled
             else "nothing to learn from: no labels, and distill_logits_weight and distill_layers_weight are 0"
         )
+    if teacher is None:
+        return
     if not labels and batches.task != "embedding" and task_of(teacher) == "embedding":
         raise TeacherError(
             f"the teacher, a {type(teacher).__name__}, has no head that could teach the head of a "

@@ -6,6 +6,7 @@ is left open: `cofiprune.training.resolved` gives it a value once the facts of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -76,6 +77,35 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
         if self.finetune_epochs is None:
             return 2.0 if self.trains_weights else 0.0
         return self.finetune_epochs
+
+    def for_steps(self, steps_per_epoch: int, *, gated: bool) -> PruneConfig:
+        """Return the configuration with epochs that come to `max_steps`, in the proportions that they have.
+
+        :param gated: for `prune`, not for the one training of `finetune`.
+        :raises SettingsError: when nothing would be trained, or a time says how long.
+        """
+        assert self.max_steps is not None
+        epochs = self._phases(gated=gated)
+        factor = self.max_steps / (sum(epochs.values()) * steps_per_epoch)
+        inside = ("sparsity_warmup_epochs", "freeze_epochs")
+        epochs.update({name: value for name in inside if (value := getattr(self, name)) is not None})
+        return self.model_copy(update={name: value * factor for name, value in epochs.items()})
+
+    def steps_of_epoch(self, *, gated: bool) -> int:
+        """Return the steps of an epoch of rows without a length: `max_steps`, divided by the number of epochs."""
+        assert self.max_steps is not None
+        return math.ceil(self.max_steps / sum(self._phases(gated=gated).values()))
+
+    def _phases(self, *, gated: bool) -> dict[str, float]:
+        """Return the epochs of the phases that train, by the names of their settings."""
+        if self.time_budget is not None:
+            raise SettingsError("max_steps and time_budget both say how long to train: pass one of them")
+        epochs = {"finetune_epochs": self.recovery_epochs}
+        if gated and self.method != "one-shot":
+            epochs.update(epochs=self.pruning_epochs, pre_finetune_epochs=self.pre_finetune_epochs)
+        if not sum(epochs.values()):
+            raise SettingsError(f"max_steps={self.max_steps} trains nothing: {', '.join(epochs)} are 0; give some")
+        return epochs
 
     @property
     def repairs(self) -> bool:

@@ -197,7 +197,7 @@ class Display(Progress):
         self._phases: dict[str, TaskID] = {}
         self._cell = _Cell() if enabled and notebook else None
 
-    def begin(self, phase: str, *, total: int, done: int) -> None:
+    def begin(self, phase: str, *, total: int | None, done: int) -> None:
         """Start the line of a phase, or go on with it."""
         if phase not in self._phases:
             self._phases[phase] = self.add_task(phase, total=total, info="")

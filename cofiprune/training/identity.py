@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cofiprune.data.batches import Batches, RowBatches
+from cofiprune.data.streams import StreamBatches
 from cofiprune.errors import CheckpointError
 from cofiprune.hooks import same_random_state
 from cofiprune.training.config import PruneConfig
@@ -73,10 +74,13 @@ def _digest_of_settings(model: PreTrainedModel) -> str:
 
 
 def digest_of_rows(batches: Batches) -> str:
-    """Return a digest of the rows of a data set in their order; of a DataLoader's, where it reads a data set."""
+    """Return a digest of the rows of a data set in their order, of the first ones of a stream; of a DataLoader's, where
+    it reads a data set."""
     if isinstance(batches, RowBatches):
         rows: Any = batches.rows
         every = batches.in_memory
+    elif isinstance(batches, StreamBatches):
+        rows, every = batches.head, True
     else:
         rows, every = getattr(getattr(batches, "loader", None), "dataset", None), False
     return digest_of_data(rows, every=every) or f"{batches.total} batches"

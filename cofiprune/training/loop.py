@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from cofiprune.data.batches import REPEATED, ROWS, Batch, to_model
 from cofiprune.errors import TrainingError
+from cofiprune.hooks import same_random_state
 from cofiprune.training.arguments import check_weights
 from cofiprune.training.checkpoint import has_checkpoints, save_checkpoint
 from cofiprune.training.environment import metric_name
 from cofiprune.training.learner import GateLearner, average_gradients, start_alike
+from cofiprune.training.objective import Agree, over_processes
 from cofiprune.training.processes import averaged, shares_of, together
 from cofiprune.training.resolved import pruning_rates, recovery_rates
 
@@ -122,6 +124,7 @@ class Loop:
         several = len(group) * accelerator.num_processes > 1
         shares = shares_of([run.objective.counts(batch) for batch in group]) if several else [None]
         self.heard = self.heard or any(run.objective.counts(batch)["label_loss"] > 0 for batch in group)
+        agree = self._agreement(group, shares, learner)
         for index, batch in enumerate(group):
             on_device = self._on_device(batch)
             last = index == len(group) - 1
@@ -129,7 +132,7 @@ class Loop:
                 learner.bind(step)
             with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
                 alive = None if learner is None else learner.alive_layers()
-                found = run.objective(self.model, on_device, alive, shares[index])
+                found = run.objective(self.model, on_device, alive, shares[index], agree)
                 if learner is not None and last:
                     found["constraint"] = learner.penalty(step)
                 loss = found["loss"] + found.get("constraint", 0.0)
@@ -144,6 +147,30 @@ class Loop:
             self._not_a_number(step=self.state.total_steps + 1)
         self._update(learner)
         return parts
+
+    def _agreement(
+        self, group: Sequence[Batch], shares: Sequence[Mapping[str, float] | None], learner: GateLearner | None
+    ) -> Agree:
+        """How the batches of a step agree on the student's layers: by the errors of all rows, as one larger batch does.
+
+        Where there are several, that is known after a pass over them; the passes to learn from draw the same numbers.
+        """
+        if len(group) == 1 or not self.run.objective.matches_by_errors:
+            return over_processes
+        found: list[Tensor] = []
+
+        def note(errors: Tensor) -> Tensor:
+            found.append(errors)
+            return errors
+
+        with torch.no_grad(), same_random_state():
+            if learner is not None:
+                learner.bind(self.state.step)
+            for batch, share in zip(group, shares, strict=True):
+                with self.run.accelerator.autocast():
+                    self.run.objective(self.run.small, self._on_device(batch), None, share, note)
+        agreed = over_processes(torch.stack(found).sum(0))
+        return lambda errors: agreed
 
     def _active(self, step: int) -> GateLearner | None:
         return self.learner if self.learner is not None and self.learner.is_active(step) else None

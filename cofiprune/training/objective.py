@@ -6,7 +6,7 @@ Shapes: B examples, T tokens of the batch, S teacher layers distilled, H hidden.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofiprune.data.batches import REPEATED, ROWS, Batches, model_inputs, to_model
+from cofiprune.data.cached import CACHED
 from cofiprune.data.mixed import NUMBERS, UNLABELLED
-from cofiprune.data.tasks import IGNORED, Task, class_order, forward_names, label_names, supported_kwargs, task_of
+from cofiprune.data.tasks import IGNORED, Task, class_order, label_names, supported_kwargs, task_of
 from cofiprune.distillation import (
     hidden_projection,
     layerwise_loss,
@@ -26,19 +27,25 @@ from cofiprune.distillation import (
 from cofiprune.errors import TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.parts import encoder_config, heads_of_stages
-from cofiprune.record import sizes_of
 from cofiprune.training.processes import averaged
 from cofiprune.training.resolved import ResolvedSettings
-from cofiprune.training.teacher import Teacher
+from cofiprune.training.teacher import CachedTeacher, Teacher, hidden_width, last_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
+TOKEN_AXIS: tuple[Task, ...] = ("token-classification", "masked-lm", "question-answering", "embedding")
 """Tasks whose predictions have a token axis."""
 _PARTS = ("label_loss", "logits_loss", "layers_loss")
 _FIT_BATCHES = 8
 _RIDGE = 1e-3
+
+Agree = Callable[[Tensor], Tensor]
+
+
+def over_processes(errors: Tensor) -> Tensor:
+    """Return the errors of a step by which layers are matched, from those of this process's batch."""
+    return averaged({"": errors})[""]
 
 
 class Objective:
@@ -60,30 +67,44 @@ class Objective:
         :param fitted: fit the projection even where the identity would fit its shape.
         :param memory: bytes that the teacher's outputs may take; 0 to compute them anew in every epoch.
         """
-        distils = bool(settings.distill_logits_weight or settings.distill_layers_weight)
         self.task = batches.task
         self.partly = batches.partly
         self.settings = settings
         self.label_weight = settings.label_weight
         self.labels = set(label_names(student))
-        self.compares_vectors = self.task == "embedding" and teacher is not None and task_of(teacher) == "embedding"
+        self.compares_vectors = self.task == "embedding" and (teacher is None or task_of(teacher) == "embedding")
         self.projection: nn.Linear | None = None
         """From the student's states to the teacher's; learned along with the student."""
-        self.teacher: Teacher | None = None
-        layers: Sequence[int] = ()
-        staged = any(heads_of_stages(encoder_config(each)) for each in (student, teacher) if each is not None)
-        if teacher is not None and settings.distill_layers_weight and not staged:  # else no states of one width
-            layers = teacher_layers(encoder_config(teacher).num_hidden_layers, settings.distill_layers)
-            self.projection = new_projection(student, teacher, batches, fitted=fitted)
-        if teacher is not None and distils:
-            order = class_order(student, teacher)
-            self.teacher = Teacher(teacher, layers, self.task in _TOKEN_AXIS, memory, order)
+        self.teacher = self._taught_by(student, teacher, batches, memory)
+        if self.teacher is not None and self.teacher.layers:
+            self.projection = new_projection(student, self.teacher, batches, fitted=fitted)
         self.options = supported_kwargs(student, output_hidden_states=self.distils_layers, return_dict=True)
+
+    def _taught_by(
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, batches: Batches, memory: int
+    ) -> Teacher | CachedTeacher | None:
+        """Return who teaches: the teacher, or what one has put out in the rows; None where nothing is distilled."""
+        settings, models = self.settings, [student] if teacher is None else [student, teacher]
+        if not (settings.distill_logits_weight or settings.distill_layers_weight):
+            return None
+        # Stages have no states of one width.
+        staged = any(heads_of_stages(encoder_config(each)) for each in models)
+        states = bool(settings.distill_layers_weight) and not staged
+        if teacher is None:
+            return CachedTeacher(self.task, states, next(iter(batches))) if batches.taught else None
+        depth = encoder_config(teacher).num_hidden_layers if states else 0
+        layers = teacher_layers(depth, settings.distill_layers) if states else ()
+        return Teacher(teacher, layers, self.task in TOKEN_AXIS, memory, class_order(student, teacher))
 
     @property
     def distils_layers(self) -> bool:
         """The student's hidden states are compared."""
         return self.projection is not None
+
+    @property
+    def matches_by_errors(self) -> bool:
+        """Which student layers they are goes by the rows of a step."""
+        return self.distils_layers and self.settings.distill_layer_match != "same-index"
 
     def cut(self, keep: Sequence[int]) -> None:
         """Go on with a student that was compacted to some hidden dimensions."""
@@ -111,6 +132,7 @@ class Objective:
         batch: Mapping[str, Tensor],
         alive: Tensor | None,
         shares: Mapping[str, float] | None = None,
+        agree: Agree = over_processes,
     ) -> dict[str, Tensor]:
         """Return the parts of the loss, and their weighted sum as `loss`.
 
@@ -118,11 +140,12 @@ class Objective:
         :param batch: tensors [B, ...] on the student's device.
         :param alive: [layers] bool, the student's layers that still exist; None for all.
         :param shares: of this batch in each part of the loss of a step; None for a step of one batch.
+        :param agree: takes the errors [S, Ls] of a batch with a share, by which layers are matched, returns the step's.
         """
-        hidden_from_model = {ROWS} if self.label_weight else {ROWS, *self.labels}
+        hidden_from_model = {ROWS, *CACHED, *(() if self.label_weight else self.labels)}
         inputs = {name: value for name, value in batch.items() if name not in hidden_from_model}
         output = model(**inputs, **self.options)
-        return self.of(output, batch, alive, shares)
+        return self.of(output, batch, alive, shares, agree)
 
     def of(
         self,
@@ -130,6 +153,7 @@ class Objective:
         batch: Mapping[str, Tensor],
         alive: Tensor | None,
         shares: Mapping[str, float] | None = None,
+        agree: Agree = over_processes,
     ) -> dict[str, Tensor]:
         """Return the same for outputs of the student, with `hidden_states` when `distils_layers`."""
         parts: dict[str, Tensor] = {}
@@ -139,7 +163,7 @@ class Objective:
             loss = _loss_of_numbers(self.task, output, batch) if self.partly and self.task in NUMBERS else output.loss
             parts["label_loss"] = loss if counted is None else torch.where(counted > 0, loss, 0.0)
         if self.teacher is not None:
-            parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares))
+            parts.update(self._teacher_parts(self.teacher, output, batch, alive, shares, agree))
         if shares is not None:
             parts = {name: shares[name] * value for name, value in parts.items()}
         settings = self.settings
@@ -153,7 +177,7 @@ class Objective:
 
         Its outputs depend, in the last digits, on what rows were padded to.
         """
-        if self.teacher is None or not self.teacher.memory:
+        if not isinstance(self.teacher, Teacher) or not self.teacher.memory:
             return
         for epoch in range(-(-count // len(batches))):
             for batch in itertools.islice(batches.epoch(epoch), count - epoch * len(batches)):
@@ -162,11 +186,12 @@ class Objective:
 
     def _teacher_parts(
         self,
-        teacher: Teacher,
+        teacher: Teacher | CachedTeacher,
         output: Any,
         batch: Mapping[str, Tensor],
         alive: Tensor | None,
         shares: Mapping[str, float] | None,
+        agree: Agree,
     ) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != ROWS and name not in self.labels}
         theirs, targets = teacher.outputs(inputs, batch.get(ROWS))
@@ -174,7 +199,7 @@ class Objective:
         parts: dict[str, Tensor] = {}
         ours = predictions(output)
         # Where widths differ, vectors of embeddings compare by their similarities, and states by a projection.
-        alike = self.compares_vectors or [part.shape for part in ours] == [part.shape for part in theirs]
+        alike = (theirs and self.compares_vectors) or [part.shape for part in ours] == [part.shape for part in theirs]
         if alike and self.settings.distill_logits_weight:
             parts["logits_loss"] = logit_loss(
                 ours,
@@ -194,7 +219,7 @@ class Objective:
                 mask=mask if mask is not None and mask.shape == states[0].shape[:2] else None,
                 alive=alive,
                 teacher_depth=teacher.depth,
-                agree=None if shares is None else lambda losses: averaged({"": shares["layers_loss"] * losses})[""],
+                agree=None if shares is None else lambda errors: agree(shares["layers_loss"] * errors),
             )
         if not parts:
             raise TrainingError(
@@ -231,7 +256,7 @@ def _loss_of_numbers(task: Task, output: Any, batch: Mapping[str, Tensor]) -> Te
 
 @torch.no_grad()
 def new_projection(
-    student: PreTrainedModel, teacher: PreTrainedModel, batches: Batches, *, fitted: bool = False
+    student: PreTrainedModel, teacher: Teacher | CachedTeacher, batches: Batches, *, fitted: bool = False
 ) -> nn.Linear:
     """Return the linear map from a student's states to a teacher's: the identity where they match.
 
@@ -240,17 +265,17 @@ def new_projection(
 
     :param fitted: fit it in any case, because the student has changed since they matched.
     """
-    width, wanted = hidden_width(student), hidden_width(teacher)
-    layers, theirs = (encoder_config(model).num_hidden_layers for model in (student, teacher))
-    if not fitted and (width, layers) == (wanted, theirs):
+    width, wanted = hidden_width(student), teacher.width
+    layers = encoder_config(student).num_hidden_layers
+    if not fitted and width == wanted and teacher.num_layers in (layers, None):
         return hidden_projection(width, wanted).to(student.device)
     gram: Tensor | None = None
     with evaluating(student):
         for batch in itertools.islice(batches, _FIT_BATCHES):
-            inputs = {name: value.to(student.device) for name, value in model_inputs(batch, student).items()}
-            ours = _last_states(student, inputs)
-            reads = forward_names(teacher)
-            theirs = _last_states(teacher, {name: value for name, value in inputs.items() if name in reads})
+            batch = {name: value.to(student.device) for name, value in batch.items()}
+            inputs = model_inputs(batch, student)
+            seen = {name: value for name, value in batch.items() if name in inputs or name in CACHED}
+            ours, theirs = last_states(student, inputs), teacher.last_states(seen)
             mask = inputs.get("attention_mask")
             if mask is not None and mask.shape == ours.shape[:2]:
                 ours, theirs = ours[mask.bool()], theirs[mask.bool()]
@@ -264,12 +289,6 @@ def new_projection(
     return _linear(solution[:, :-1], solution[:, -1])
 
 
-def _last_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    options = supported_kwargs(model, output_hidden_states=True, return_dict=True)
-    states: Tensor = model(**inputs, **options).hidden_states[-1]
-    return states
-
-
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """Return a linear layer with these values, in float32."""
     layer = nn.Linear(weight.shape[1], weight.shape[0]).to(weight.device)
@@ -277,9 +296,3 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
     return layer
-
-
-def hidden_width(model: PreTrainedModel) -> int:
-    """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
-    recorded = sizes_of(model) or {}
-    return int(recorded.get("hidden", getattr(encoder_config(model), "hidden_size", 0)))

@@ -41,7 +41,8 @@ def prune_with_data(run: Run, target: Target) -> None:
     run.identify(method="prune", **target.identity())
     saved = run.saved
     if run.reason and run.config.progress and run.accelerator.is_main_process:
-        run.display.console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=True)
+        console = run.display.console
+        console.print(f"cofiprune picked {run.reason}", highlight=False, soft_wrap=not console.is_jupyter)
     with run.running():
         if saved is None:
             measure_before(run)

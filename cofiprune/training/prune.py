@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from cofiprune.adapter import structure as structure_of
-from cofiprune.data.mixed import Mixed
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
@@ -26,7 +25,7 @@ from cofiprune.training.resolved import Facts, resolve, unit_kinds
 from cofiprune.training.result import PruneResult, figures_around, reached
 from cofiprune.training.run import Callback, Run
 from cofiprune.training.settings import check_names
-from cofiprune.training.settling import check_taught, leave_to_gates, pick_method, settled, taught_by
+from cofiprune.training.settling import check_taught, data_of, leave_to_gates, pick_method, settled, taught_by
 from cofiprune.training.sweep import SweepResult, sweep
 from cofiprune.training.width import widen
 from cofiprune.whole import Whole, inside
@@ -85,8 +84,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
     :param model: any transformers encoder with an adapter, with any head; or a `SentenceTransformer` or `CrossEncoder`
         around one, which then is what the result holds, and what its `compact()` returns.
     :param train_dataset: rows as dicts, of text (with a `tokenizer`) or of tokens: a list, a torch or `datasets`
-        Dataset, the name of a file; or a DataLoader. None for one shot without data. For an object of
-        sentence-transformers, strings or pairs of them will do.
+        Dataset, the name of a file, or an IterableDataset with `max_steps`; or a DataLoader. None for one shot without
+        data. For an object of sentence-transformers, strings or pairs of them will do.
     :param target_sparsity: share of the parameters of the encoder's layers to remove, in (0, 1); met within 0.005.
         0.9 when no other target is given; there is one target at most. Several in a list give a `SweepResult`: each
         starts from what the one before has left, and goes to its own folder in `output_dir`.
@@ -131,8 +130,8 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
         whole, on_data = Whole.of(model), train_dataset is not None
         structure, config, targets, reason = settled(whole, config, name, asked, on_data=on_data, keep_width=keep_width)
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        train = Mixed.of(train_dataset, unlabelled_dataset)
-        rows, held, collate = whole.data(reading, data_collator, train_dataset=train, eval_dataset=eval_dataset)
+        datasets = (train_dataset, unlabelled_dataset, eval_dataset)
+        rows, held, collate = data_of(whole, config, reading, data_collator, datasets)
         teacher = taught_by(teacher, whole, config, rows, collate, keep_width=keep_width, picked=bool(reason))
         run = Run(
             whole.model, structure, config, targets[0],
@@ -140,7 +139,7 @@ def prune(  # noqa: PLR0913  # the front door: its settings are flat
             rows, held, collate, compute_metrics, output_dir, callbacks, resume, reason,
         )  # fmt: skip
         if isinstance(asked, list):
-            return sweep(run, targets, _prune).around(whole)
+            return sweep(run, targets, _prune, whole.tokenizer if tokenizer is None else tokenizer).around(whole)
         return _prune_whole(run, whole, teacher, keep_width=keep_width).of(tokenizer, train_dataset)
 
 
@@ -262,8 +261,8 @@ def finetune(  # noqa: PLR0913  # like prune
         if train_dataset is None:
             raise SettingsError("finetune needs a train_dataset; prune(model) without data is the one-shot method")
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
-        train = Mixed.of(train_dataset, unlabelled_dataset)
-        rows, held, collate = whole.data(reading, data_collator, train_dataset=train, eval_dataset=eval_dataset)
+        datasets = (train_dataset, unlabelled_dataset, eval_dataset)
+        rows, held, collate = data_of(whole, config, reading, data_collator, datasets)
         check_taught(rows, teacher)
         run = Run(
             whole.model, structure, config, None, taught, teacher == "self",

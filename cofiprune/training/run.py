@@ -22,7 +22,8 @@ from cofiprune.accounting import layer_parameters, sparsity
 from cofiprune.compaction.slicing import compacted, write_back
 from cofiprune.data.batches import Batches, RowBatches
 from cofiprune.data.checks import longest_sequence
-from cofiprune.data.prepare import prepare
+from cofiprune.data.prepare import cached_in, prepare
+from cofiprune.data.streams import StreamBatches
 from cofiprune.errors import SettingsError, StorageError, TrainingError
 from cofiprune.hooks import evaluating
 from cofiprune.masking import attach_to, masks_of
@@ -108,7 +109,7 @@ class Run:
 
     def prepare(self) -> None:
         """Check the data and the settings, and set everything up; nothing of the models is changed."""
-        config = self.config
+        config, taught = self.config, self.teacher is not None or bool(cached_in(self.train_dataset))
         batches = prepare(
             self.train_dataset,
             self.model,
@@ -116,9 +117,10 @@ class Run:
             shuffle=True,
             seed=config.seed,
             collator=self.collator,
-            need_labels=self.teacher is None and config.trains_weights,
+            need_labels=not taught and config.trains_weights,
             name="train_dataset",
         )
+        batches.taught = taught and self.teacher is None
         self.evaluate = held_out(self.model, self.eval_dataset, config, self.collator, self.compute_metrics)
         if self.evaluate is None and config.metric_for_best_model is not None:
             raise SettingsError("metric_for_best_model needs an eval_dataset")
@@ -129,9 +131,14 @@ class Run:
         self.accelerator = accelerator_for(config)
         check_compile(config, self.accelerator.device)
         set_seed(config.seed, device_specific=True)
-        if isinstance(batches, RowBatches):
+        if isinstance(batches, RowBatches | StreamBatches):
             batches.accumulated = config.gradient_accumulation_steps
+        if isinstance(batches, StreamBatches):
+            batches.steps = config.steps_of_epoch(gated=self.target is not None)
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        if config.max_steps is not None:
+            steps = self.steps_in(self._of_size(config.finetune_batch_size if self._recovers_only else None))
+            self.config = config.for_steps(steps, gated=self.target is not None)
         self.calibration = self.batches.whole()
         self.display = Display(enabled=config.progress and self.accelerator.is_main_process)
         self.interrupt = Interrupt()
@@ -143,7 +150,7 @@ class Run:
             self.steps_in(self.batches),
             None if self.target is None else self.target.share,
             units=unit_kinds(self.structure),
-            taught=self.teacher is not None,
+            taught=taught,
             labelled=batches.labelled,
             round_to=1 if self.target is None else self.target.round_to,
             needs_train_mode=checkpointing,
@@ -169,8 +176,16 @@ class Run:
     @property
     def recovery_batches(self) -> Batches:
         """The batches of the recovery, which may have another size than the present ones."""
-        size = self.settings.finetune_batch_size
-        return replace(self.batches, batch_size=size) if isinstance(self.batches, RowBatches) else self.batches
+        return self._of_size(self.settings.finetune_batch_size)
+
+    def _of_size(self, size: int | None) -> Batches:
+        changes = size is not None and isinstance(self.batches, RowBatches)
+        return replace(self.batches, batch_size=size) if changes else self.batches  # type: ignore[call-arg]
+
+    @property
+    def _recovers_only(self) -> bool:
+        """All training is with the batches of the recovery."""
+        return self.target is None or self.config.decides_in_one_shot
 
     def identify(self, **more: Any) -> None:
         """Note what a resumed run must have in common with this one, and find the checkpoint to resume from."""

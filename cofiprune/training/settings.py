@@ -124,6 +124,9 @@ class TrainingSettings(Settings):
     finetune_epochs: NonNegative | None = None
     """Epochs of recovery, in which the pruned model trains on; 0 for none. They are cheap, because the model is
     small by then, and matter most at high sparsities. None: 2, and 0 with method="one-shot" or "gates"."""
+    max_steps: Count | None = None
+    """Optimiser steps of all training together; epochs, where they are given, then say how the phases share them. Rows
+    without a length, of an IterableDataset, need it. None: as many as the epochs have."""
     batch_size: Count = 32
     """Examples per batch and process."""
     finetune_batch_size: Count | None = None
@@ -131,8 +134,9 @@ class TrainingSettings(Settings):
     eval_batch_size: Count = 128
     """Examples per batch of an evaluation."""
     gradient_accumulation_steps: Count = 1
-    """Batches per optimiser step. Higher values save memory, not time: use them with a smaller `batch_size`. Rows and
-    losses are those of one larger batch; "nearest" and "ordered" still pair layers batch by batch."""
+    """Batches per optimiser step. Higher values save memory, not time: use them with a smaller `batch_size`. Rows,
+    losses and pairs of layers are those of one larger batch; the pairs of "nearest" and "ordered" cost a forward pass
+    more of each batch, those of "same-index" none."""
     learning_rate: Positive | None = None
     """Peak learning rate of the weights in the pruning phase, or in `finetune`; with method="auto" also of the
     recovery. None: in `prune`, half of what `finetune_learning_rate` is for the target, because the model is still

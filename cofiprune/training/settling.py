@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from cofiprune.adapter import structure as structure_of
 from cofiprune.compaction.uniform_config import uniform_units
 from cofiprune.data.mixed import Mixed
-from cofiprune.data.prepare import prepare
+from cofiprune.data.prepare import cached_in, prepare
+from cofiprune.data.reading import Reading
+from cofiprune.data.streams import checked_stream
 from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError, TargetError
 from cofiprune.files import read_sealed, write_sealed
 from cofiprune.hooks import same_random_state
@@ -30,15 +32,31 @@ if TYPE_CHECKING:
 _CHOICE = "choice.json"
 
 
+def data_of(
+    whole: Whole, config: PruneConfig, reading: Reading, collator: Any, datasets: tuple[Any, Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Return the rows of tokens to train and to evaluate on, and what makes batches of them.
+
+    :param datasets: as in `prune`: for training, further ones without labels, for evaluations.
+    :raises CofipruneError: when they cannot be read, or are no rows to train on.
+    """
+    train, unlabelled, held = datasets
+    rows, held, collate = whole.data(reading, collator, train_dataset=Mixed.of(train, unlabelled), eval_dataset=held)
+    return checked_stream(rows, trains=config.trains, steps=config.max_steps), held, collate
+
+
 def taught_by(
     teacher: Any, whole: Whole, config: PruneConfig, rows: Any, collator: Any, *, keep_width: bool, picked: bool
 ) -> Any:
     """Return the teacher of `prune`: "self" where none was given and the run learns from its model as it comes.
 
     :param picked: method="auto" has picked gates.
-    :raises SettingsError: for rows without labels among others that nobody teaches.
+    :raises SettingsError: for rows without labels among others that nobody teaches, and for two teachers.
     """
-    alone = teacher is None and rows is not None
+    cached = cached_in(rows)
+    if keep_width and cached:
+        raise SettingsError(f"keep_width=True needs a teacher's own vectors: leave {', '.join(cached)} out of the rows")
+    alone = teacher is None and rows is not None and not cached
     if alone and (keep_width or _learns_alone(whole, config, rows, collator, picked=picked)):
         teacher = "self"
     if config.trains:
@@ -47,11 +65,17 @@ def taught_by(
 
 
 def check_taught(rows: Any, teacher: Any) -> None:
-    """Make sure that rows without labels, mixed into others, have a teacher.
+    """Make sure that rows without labels, mixed into others, have a teacher, and that there is one at most.
 
-    :raises SettingsError: when they have none.
+    :raises SettingsError: when they have none, or one is passed while rows have the outputs of another.
     """
-    if isinstance(rows, Mixed) and teacher is None:
+    cached = cached_in(rows)
+    if cached and teacher is not None:
+        raise SettingsError(
+            f"the rows of train_dataset have {', '.join(cached)}, which take the place of a teacher, and there is one: "
+            "leave the teacher out, or those columns"
+        )
+    if isinstance(rows, Mixed) and teacher is None and not cached:
         raise SettingsError(
             "unlabelled_dataset: of rows without labels only a teacher's outputs can be learned, and there is none: "
             'pass teacher="self", or a model'

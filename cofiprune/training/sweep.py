@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,11 +18,13 @@ import numpy as np
 from cofiprune.accounting import amount
 from cofiprune.compaction.slicing import write_back
 from cofiprune.data.prepare import prepare
-from cofiprune.errors import CheckpointError, SettingsError
+from cofiprune.drawing import Picture, is_score, trade_off
+from cofiprune.errors import CheckpointError, SettingsError, explained
 from cofiprune.files import check_sums, checksum, read_sealed, write_sealed
 from cofiprune.latency.measuring import conditions_of, times_of
 from cofiprune.latency.table import Conditions
 from cofiprune.masking import attach_to
+from cofiprune.measure.figures import Figures
 from cofiprune.measure.report import Report, rich_table
 from cofiprune.plan import Plan
 from cofiprune.selection.target import Target
@@ -59,6 +61,8 @@ class SweepPoint:
     model: PreTrainedModel = field(repr=False)
     """The compacted model."""
     folder: Path | None = None
+    dense: Figures | None = field(default=None, repr=False)
+    """What the model that this one was made of scored, weighed and took; None in files of earlier versions."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,6 +72,11 @@ class SweepResult(Report, Sequence[SweepPoint]):
     points: tuple[SweepPoint, ...]
     setting: str = ""
     """Conditions under which latencies were measured."""
+
+    @property
+    def dense(self) -> Figures | None:
+        """What the model that the sweep began with scored, weighed and took."""
+        return self.points[0].dense
 
     def __len__(self) -> int:
         return len(self.points)
@@ -96,40 +105,53 @@ class SweepResult(Report, Sequence[SweepPoint]):
         names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
         header = ["target", "sparsity", "parameters", "latency", *(name.removeprefix("eval_") for name in names), "min"]
         rows = [
-            [
-                f"{point.target:g}",
-                f"{point.sparsity:.4f}",
-                amount(point.parameters),
-                f"{point.latency_ms:.2f} ms",
-                *(f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names),
-                f"{point.seconds / 60:.1f}",
-            ]
-            for point in self.points
+            [*_row(f"{each.target:g}", each.sparsity, each.parameters, each.latency_ms, each.metrics, names), minutes]
+            for each, minutes in ((each, f"{each.seconds / 60:.1f}") for each in self.points)
         ]
+        dense = self.dense
+        if dense is not None:
+            rows.insert(0, [*_row("dense", 0, dense.parameters, dense.latency_ms, dense.metrics, names), ""])
         return Group(*([self.setting] if self.setting else []), rich_table(header, rows))
 
-    def plot(self, path: str | Path, *, metric: str | None = None) -> None:
+    def plot(self, path: str | Path | None = None, *, metric: str | None = None) -> Picture:
         """Draw the metric, or the size where nothing was evaluated, over sparsity and over latency.
 
-        :param path: of a file whose ending says the kind of picture.
+        :param path: of a file to write as well: .svg, or another kind of picture by matplotlib.
         :param metric: by default the first that is no loss.
-        :raises SettingsError: when matplotlib is not installed, or the metric was not measured.
+        :raises SettingsError: when matplotlib is needed and not installed, or the metric was not measured.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise SettingsError("a plot needs matplotlib: pip install matplotlib") from error
         name = self._drawn(metric)
-        values = [point.parameters if name is None else point.metrics[name] for point in self]
+        title = "parameters" if name is None else name.removeprefix("eval_")
+        values = [float(point.parameters if name is None else point.metrics[name]) for point in self]
+        axes = {"sparsity": [point.sparsity for point in self], "ms": [point.latency_ms for point in self]}
+        dense = self.dense
+        level = None if dense is None else dense.parameters if name is None else dense.metrics.get(name)
+        picture = trade_off(title, axes, values, level)
+        if path is not None and Path(path).suffix.lower() == ".svg":
+            picture.save(path)
+        elif path is not None:
+            self._draw(Path(path), title, axes, values)
+        return picture
+
+    def _draw(self, path: Path, title: str, axes: Mapping[str, Sequence[float]], values: Sequence[float]) -> None:
+        with explained(
+            SettingsError, f"{path.name} needs matplotlib, pip install matplotlib; .svg does not", ImportError
+        ):
+            from matplotlib.figure import Figure
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        _draw(left, [point.sparsity for point in self], values, [point.target for point in self])
-        _draw(right, [point.latency_ms for point in self], values, [point.target for point in self])
-        left.set_xlabel("sparsity of the layers")
-        left.set_ylabel("parameters" if name is None else name.removeprefix("eval_"))
-        right.set_xlabel("ms per batch")
+        charts = figure.subplots(1, 2, sharey=True)
+        charts[0].set_ylabel(title)
+        for chart, (unit, places) in zip(charts, axes.items(), strict=True):
+            chart.plot(places, values, marker="o", color="#2a6f97")
+            for point, place, value in zip(self, places, values, strict=True):
+                chart.annotate(
+                    f"{point.target:g}", (place, value), xytext=(4, 5), textcoords="offset points", fontsize=8
+                )
+            chart.grid(alpha=0.3)
+            chart.margins(0.12)
+            chart.set_xlabel("sparsity of the layers" if unit == "sparsity" else "ms per batch")
         figure.supxlabel(self.setting, fontsize=8, color="#555555")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 
     def _drawn(self, asked: str | None) -> str | None:
@@ -137,23 +159,29 @@ class SweepResult(Report, Sequence[SweepPoint]):
         measured = [name for name in self[0].metrics if all(name in point.metrics for point in self)]
         if asked is not None:
             return metric_name(asked, measured, "metric")
-        skipped = ("loss", "runtime", "per_second", "examples")
-        return next((name for name in measured if not any(part in name for part in skipped)), None)
+        return next(filter(is_score, measured), None)
 
 
-def _draw(axis: Any, places: Sequence[float], values: Sequence[float], targets: Sequence[float]) -> None:
-    axis.plot(places, values, marker="o", color="#2a6f97")
-    for place, value, target in zip(places, values, targets, strict=True):
-        axis.annotate(f"{target:g}", (place, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
-    axis.grid(alpha=0.3)
-    axis.margins(0.12)
+def _row(
+    name: str, sparsity: float, parameters: int, latency: float | None, metrics: Mapping[str, float], names: list[str]
+) -> list[str]:
+    """Cells of a table's row.
+
+    :param names: of the metrics that the table has columns for.
+    """
+    time = "" if latency is None else f"{latency:.2f} ms"
+    scores = (f"{metrics[name]:.4f}" if name in metrics else "" for name in names)
+    return [name, f"{sparsity:.4f}", amount(parameters), time, *scores]
 
 
-def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult]) -> SweepResult:
+def sweep(
+    run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneResult], tokenizer: Any = None
+) -> SweepResult:
     """Prune to each target in turn; the model ends with the last one's weights and masks.
 
     :param targets: of the run's model as it is, ascending in what goes.
     :param prune_one: carries out a run of one target.
+    :param tokenizer: written beside each model.
     :raises CheckpointError: when the folder holds another sweep.
     """
     config, model, structure = run.config, run.model, run.structure
@@ -174,6 +202,8 @@ def sweep(run: Run, targets: Sequence[Target], prune_one: Callable[[Run], PruneR
         point = None if place is None or not run.resume else _read(place, target, type(model))
         if point is None:
             point = _next(run, current, plan, target, place, conditions, prune_one)
+            if place is not None:
+                _write(place, point, tokenizer)
         points.append(point)
         current, plan = point.model, point.plan
     write_back(model, structure, current, plan)
@@ -229,7 +259,7 @@ def _next(
     )
     small, kept_of_all = result.compact(), plan.then(result.plan.hard)
     latency = float(np.median(times_of([small], conditions))) / 1e6
-    point = SweepPoint(
+    return SweepPoint(
         target=target.requested,
         sparsity=1 - target.kept_share(run.structure.cut(kept_of_all.kept)),
         parameters=sum(parameter.numel() for parameter in small.parameters()),
@@ -239,15 +269,21 @@ def _next(
         plan=kept_of_all,
         model=small,
         folder=folder,
+        dense=result.dense,
     )
-    if folder is not None:
-        small.save_pretrained(folder)
-        kept_of_all.save(folder / _PLAN)
-        kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
-        entries = {name: getattr(point, name) for name in kept}
-        sums = {file.name: checksum(file) for file in sorted(folder.iterdir()) if file.is_file()}
-        write_sealed(folder / _POINT, {**entries, "checksums": sums}, indent=1)
-    return point
+
+
+def _write(folder: Path, point: SweepPoint, tokenizer: Any) -> None:
+    """Write a point with all that belongs to it; the file that says that it is complete comes last."""
+    point.model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    point.plan.save(folder / _PLAN)
+    kept = ("target", "sparsity", "parameters", "metrics", "latency_ms", "seconds")
+    entries = {name: getattr(point, name) for name in kept}
+    entries["dense"] = None if point.dense is None else asdict(point.dense)
+    sums = {file.name: checksum(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    write_sealed(folder / _POINT, {**entries, "checksums": sums}, indent=1)
 
 
 def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoint | None:
@@ -258,4 +294,6 @@ def _read(folder: Path, target: Target, cls: type[PreTrainedModel]) -> SweepPoin
     problem = f"{folder} is damaged; delete it to have that model made again"
     entries = read_sealed(file, CheckpointError, problem)
     check_sums(folder, entries.pop("checksums", {}), CheckpointError, problem)
+    if (dense := entries.pop("dense", None)) is not None:
+        entries["dense"] = Figures(**dense)
     return SweepPoint(**entries, plan=Plan.load(folder / _PLAN), model=cls.from_pretrained(folder), folder=folder)

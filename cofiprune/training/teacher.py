@@ -1,4 +1,4 @@
-"""A teacher that remembers what it put out.
+"""A teacher that remembers what it put out, and one that is not there: its outputs stand in the rows.
 
 A teacher's forward pass is a third of the cost of a training step, and most of it once the student is small. Its
 outputs for a row depend on the row alone (it is in evaluation mode), so that they are kept from the first epoch on.
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cofiprune.data.tasks import forward_names, supported_kwargs
+from cofiprune.data.cached import EMBEDDING, HIDDEN, LOGITS
+from cofiprune.data.tasks import Task, forward_names, supported_kwargs
 from cofiprune.distillation import predictions
 from cofiprune.parts import encoder_config
+from cofiprune.record import sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +44,19 @@ class Teacher:
     """The place in its predictions of each class of the student; None where that is the student's."""
     used: int = 0
     _known: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Of its states."""
+        return hidden_width(self.model)
+
+    @property
+    def num_layers(self) -> int | None:
+        return int(encoder_config(self.model).num_hidden_layers)
+
+    def last_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the states of its last layer for a batch on its device, without labels: [B, T, H]."""
+        return last_states(self.model, {name: value for name, value in batch.items() if name in self.reads})
 
     def __post_init__(self) -> None:
         self.reads = set(forward_names(self.model))
@@ -100,6 +115,62 @@ class Teacher:
         )
         states = tuple(_stack([row[index] for _, row in known], width) for index in range(len(self.layers)))
         return parts, states
+
+
+@dataclass(eq=False)
+class CachedTeacher:
+    """Reads what a teacher has put out in the rows of a batch; its states are those of as many layers as stand there.
+
+    It is evenly spread layers up to the last that are cached, so that they are taken for all layers that it has.
+    """
+
+    task: Task
+    states: bool
+    """Whether states are wanted."""
+    example: Mapping[str, Tensor]
+    """A batch."""
+
+    def __post_init__(self) -> None:
+        hidden = self.example.get(HIDDEN) if self.states else None
+        self.layers: Sequence[int] = range(0 if hidden is None else hidden.shape[1] if hidden.dim() == 4 else 1)
+        self.depth = len(self.layers)
+        self.width = 0 if hidden is None else hidden.shape[-1]
+        self.num_layers: int | None = None
+
+    def outputs(self, inputs: Mapping[str, Tensor], rows: Tensor | None) -> Outputs:
+        """Return what stands in a batch, as `Teacher.outputs` does; no predictions where there are states alone."""
+        states = tuple(self._hidden(inputs)) if self.layers else ()
+        if EMBEDDING in inputs:
+            return (inputs[EMBEDDING],), states
+        if self.task == "embedding" and HIDDEN in inputs:
+            return (self._hidden(inputs)[-1],), states
+        if LOGITS not in inputs:
+            return (), states
+        logits = inputs[LOGITS]
+        if self.task == "question-answering":
+            return tuple(logits.unbind(-1)), states
+        return (logits.unsqueeze(-1) if logits.dim() == 1 else logits,), states
+
+    def last_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the states of the last layer: [B, T, H]."""
+        return self._hidden(batch)[-1]
+
+    def _hidden(self, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        hidden = batch[HIDDEN]
+        return hidden.unbind(1) if hidden.dim() == 4 else [hidden]
+
+
+def last_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the states of a model's last layer: [B, T, H]."""
+    options = supported_kwargs(model, output_hidden_states=True, return_dict=True)
+    states: Tensor = model(**inputs, **options).hidden_states[-1]
+    return states
+
+
+def hidden_width(model: PreTrainedModel) -> int:
+    """Width of a model's hidden states, compacted or not; its family need not have an adapter."""
+    recorded = sizes_of(model) or {}
+    return int(recorded.get("hidden", getattr(encoder_config(model), "hidden_size", 0)))
 
 
 def _stack(rows: list[Tensor], width: int) -> Tensor:

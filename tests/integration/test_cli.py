@@ -261,6 +261,26 @@ def test_rows_without_labels_come_from_a_file_of_their_own(place: Path, tmp_path
     assert "--unlabelled-file" in mistake(capsys, *words, "--output-dir", tmp_path / "other")
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_what_teach_writes_takes_the_place_of_a_teacher(
+    ending: str, place: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    file, dense, texts = tmp_path / f"taught.{ending}", str(place / "dense"), tmp_path / "texts.txt"
+    texts.write_text("\n".join(row["sentence"] for row in REVIEWS))
+    for source in (place / "train.csv", texts):
+        words = ["teach", dense, "--train-file", str(source), "--output", str(file), "--outputs", "logits,hidden"]
+        assert cli.main([*words, "--overwrite"]) == 0
+        assert f"cofiprune prune STUDENT --train-file {file}" in capsys.readouterr().out
+        run = ["prune", dense, "--train-file", str(file), "--output-dir", str(tmp_path / source.stem), *SHORT]
+        assert cli.main([*run, "--target-sparsity", "0.5", "--json"]) == 0
+        entries = json.loads((tmp_path / source.stem / "result.json").read_text())["history"]
+        assert "logits_loss" in entries[-1]
+        assert ("label_loss" in entries[-1]) == (source.suffix == ".csv")
+    assert "is there already" in mistake(capsys, *words)
+    assert "must end in" in mistake(capsys, *words[:4], "--output", "taught.csv")
+    assert "leave the teacher out" in mistake(capsys, *run[:-1], "--overwrite", "--no-progress", "--teacher", "self")
+
+
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
 def test_inspect_shows_groups_and_what_can_go(kind: str, place: Path, pruned: Path, capsys: Capsys) -> None:
     assert cli.main(["inspect", "--model", str(place / kind)]) == 0

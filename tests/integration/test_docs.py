@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import html
 import json
 import re
 import tomllib
@@ -144,15 +145,16 @@ TINY = {
     "[:2400]": "[:64]",
     "batch_size=(1, 32)": "batch_size=(1,), runs=2",
 }
+HUB = {
+    '"distilbert/distilbert-base-uncased-finetuned-sst-2-english"': '"hub"',
+    'load_dataset("stanfordnlp/sst2")': 'load_dataset("json", data_files={"train": "sst2", "validation": "sst2"})',
+    "range(2000)": "range(48)",
+}
 STAND_INS: dict[str, dict[str, str]] = {
-    "README.md": {
-        '"distilbert/distilbert-base-uncased-finetuned-sst-2-english"': '"hub"',
-        'load_dataset("stanfordnlp/sst2")': 'load_dataset("json", data_files={"train": "sst2", "validation": "sst2"})',
-        "range(2000)": "range(48)",
-    },
+    "README.md": HUB,
+    "docs/index.md": HUB,
     "docs/how-to/add-an-adapter.md": EXAMPLES,
     "docs/tutorial.md": {**EXAMPLES, **TINY, "epochs=3": "epochs=1", "epochs=2": "epochs=1"},
-    "examples/notebooks/quickstart.ipynb": {**TINY, 'sys.path.insert(0, "..")': next(iter(EXAMPLES.values()))},
 }
 
 
@@ -181,6 +183,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pruning without data", category=UserWarning)
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="'pin_memory'", category=UserWarning)  # the Trainer, on a CPU
         yield tmp_path
     transformers.logging.enable_progress_bar()
@@ -208,14 +211,34 @@ def test_a_program_is_python_and_says_whether_it_is_run(block: Block) -> None:
     assert re.fullmatch(r"run(: fresh|: needs \w+)?|not run: .+", block.mark), "see the top of this file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids(NOTEBOOKS))
-def test_the_cells_of_a_notebook_run(path: Path, folder: Path) -> None:
+def test_the_cells_of_a_notebook_run_and_show_what_fits_a_screen(
+    path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells), "clear the outputs"
     names: dict[str, Any] = {"__name__": "__notebook__"}
-    for number, program in enumerate(stood_in(path, ["".join(cell["source"]) for cell in cells]), start=1):
-        exec(compile(program, f"{path.name}, code cell {number}", "exec"), names)
+    for number, program in enumerate(("".join(cell["source"]) for cell in cells), start=1):
+        tree = ast.parse(program, f"{path.name}, code cell {number}")
+        last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"{path.name}, code cell {number}", "exec"), names)
+        if last is not None:
+            check_fits(eval(compile(last, f"{path.name}, code cell {number}", "eval"), names))
+
+
+def check_fits(value: Any) -> None:
+    """What a cell shows has at most 100 columns of text, or a picture of 760 points, and needs no scrolling down."""
+    page = value._repr_html_() if hasattr(value, "_repr_html_") else f"<pre>{value!r}</pre>"
+    if "<svg" in page:
+        assert "max-width:100%" in page
+        assert int(re.findall(r'<svg [^>]*width="(\d+)"', page)[0]) <= 760
+    else:
+        lines = html.unescape(re.sub("<[^>]*>", "", page)).splitlines()
+        assert max(map(len, lines)) <= (100 if "<span" in page else 2000)
+        assert len(lines) <= 40
 
 
 def anchors(page: Path) -> set[str]:

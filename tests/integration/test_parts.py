@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +231,28 @@ def test_a_head_on_one_encoder_is_pruned_as_a_whole(head: Any, tmp_path: Path) -
     again.save_pretrained(tmp_path / "again")
     twice = type(model).from_pretrained(tmp_path / "again", dtype=torch.float64).eval()
     assert torch.allclose(answer(twice, batch), masked, atol=1e-10)
-    with pytest.raises(cofiprune.CofipruneError, match="leave out uniform"):
-        cofiprune.compact(model, uniform=True)
+
+
+def test_the_configuration_of_a_whole_states_the_sizes_of_its_encoder(head: Any, tmp_path: Path) -> None:
+    model, batch, path, wide = head
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.attention"] = masks["layers.0.ffn"] = [0]
+        for name in masks:
+            if name.endswith("intermediate"):
+                masks[name] = torch.arange(34) % 2
+        masked, plan = answer(model, batch), masks.plan()
+    if not wide:
+        expected = f"prune model.{path} by itself" if path == "encoder" else "cannot state smaller sizes"
+        with pytest.raises(cofiprune.CofipruneError, match=f"{expected}.*leave out uniform"):
+            cofiprune.compact(model, plan, uniform=True)
+        return
+    small = cofiprune.compact(model, plan, uniform=True)
+    small.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    for each in (small, loaded):
+        assert torch.allclose(answer(each, batch), masked, atol=1e-10)
+        assert each.get_submodule(path).config.intermediate_size == 17
 
 
 @pytest.mark.parametrize("how", [{"method": "cofi"}, {"method": "one-shot"}])

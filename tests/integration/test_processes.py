@@ -77,13 +77,13 @@ def assert_alike(one: Any, other: Any, where: str = "") -> None:
     [
         ("SequenceClassification", "nearest", "prune"),
         ("TokenClassification", "ordered", "prune"),
-        ("TokenClassification", "same-index", "finetune"),  # the others match batch by batch where they accumulate
+        ("TokenClassification", "same-index", "finetune"),
         ("regression", None, "finetune"),
     ],
 )
 def test_a_step_is_the_same_however_it_is_shared_out(head: str, match: Any, how: str, tmp_path: Path) -> None:
     taught = match is not None
-    match = {"distill_layer_match": match} if taught else {}
+    match = {"distill_layer_match": match, "distill_layers": 2} if taught else {}
     (whole,) = run(tmp_path / "whole", 1, {"batch_size": 16, **match}, head, taught, how)
     settings = {"batch_size": 8, "gradient_accumulation_steps": 2, **match}
     (accumulated,) = run(tmp_path / "accumulated", 1, settings, head, taught, how)
@@ -93,6 +93,20 @@ def test_a_step_is_the_same_however_it_is_shared_out(head: str, match: Any, how:
     assert_alike(first["weights"], second["weights"])
     assert_alike(first["history"], second["history"])
     assert second["heard"] == []
+
+
+@pytest.mark.parametrize("match", ["nearest", "ordered"])
+def test_layers_are_matched_by_all_rows_of_a_step(match: str) -> None:
+    def losses(batch: int, accumulated: int) -> list[float]:
+        model, teacher = (toy.bert(seed=seed, num_hidden_layers=4).double() for seed in (1, 2))
+        settings = {"distill_layer_match": match, "distill_layers": 2, "gradient_accumulation_steps": accumulated}
+        common = {"epochs": 1, "logging_steps": 1, "progress": False, "dropout": False, "learning_rate": 1e-3}
+        result = cofiprune.finetune(model, toy.rows(53), teacher=teacher, batch_size=batch, **common, **settings)
+        return [entry["layers_loss"] for entry in result.history if "layers_loss" in entry]
+
+    whole = losses(8, 1)
+    assert len(whole) == 7
+    assert losses(2, 4) == pytest.approx(whole, rel=1e-7)
 
 
 @pytest.mark.parametrize("known", [True, False])

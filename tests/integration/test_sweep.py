@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import cofiprune
 from cofiprune.errors import CheckpointError, SettingsError, TargetError
@@ -47,11 +47,19 @@ def test_each_point_is_a_part_of_the_one_before_and_on_disk(tmp_path: Path) -> N
     assert torch.allclose(model.eval()(**inputs).logits, result[-1].model(**inputs).logits, atol=1e-5)
     assert "0.4" in str(result)
     assert "accuracy" in str(result)
-    pytest.importorskip("matplotlib")
-    result.plot(tmp_path / "curve.svg")
+    assert result.dense is not None
+    assert result.dense.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert result.dense.metrics.keys() == result[0].metrics.keys()
+    assert "dense" in str(result)
+    drawn = result.plot(tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    assert drawn.svg.count("<circle") == 2 * len(result)
+    assert drawn.svg.count(">accuracy</text>") == drawn.svg.count(">before</text>") == 2
     with pytest.raises(SettingsError, match="Did you mean 'accuracy'"):
-        result.plot(tmp_path / "curve.svg", metric="acuracy")
+        result.plot(metric="acuracy")
+    pytest.importorskip("matplotlib")
+    result.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_goes_on_with_what_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +68,29 @@ def test_a_sweep_goes_on_with_what_is_not_done(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "sweep.json").unlink()
     again = cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.6], resume=True, **settings)
     assert again[0].plan == first[0].plan
+    assert again.dense == first.dense
     assert again[0].seconds == first[0].seconds
     assert again[1].sparsity == pytest.approx(0.6, abs=0.005)
     with pytest.raises(CheckpointError, match="resume=True"):
         cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.6], **settings)
     with pytest.raises(CheckpointError, match=r"another sweep: its targets is \[0.3, 0.6\], asked for \[0.3, 0.7\]"):
         cofiprune.prune(bert(), rows(), target_sparsity=[0.3, 0.7], resume=True, **settings)
+
+
+def test_what_an_interrupted_sweep_has_finished_can_be_used(tmp_path: Path) -> None:
+    tokenizer = BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3})
+    points: list[Path] = []
+
+    def stop(entry: dict[str, Any]) -> None:
+        points[:] = tmp_path.glob("*/point.json")
+        if points:
+            raise KeyboardInterrupt
+
+    settings = {**SETTINGS, "output_dir": tmp_path, "tokenizer": tokenizer, "target_sparsity": [0.3, 0.6]}
+    with pytest.raises(KeyboardInterrupt):
+        cofiprune.prune(bert(), rows(), callbacks=[stop], **settings)
+    assert AutoTokenizer.from_pretrained(points[0].parent).get_vocab() == tokenizer.get_vocab()
+    assert len(cofiprune.prune(bert(), rows(), resume=True, **settings)) == 2
 
 
 def test_a_sweep_with_other_settings_is_another_one(tmp_path: Path) -> None:

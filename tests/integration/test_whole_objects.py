@@ -174,13 +174,34 @@ def test_a_cross_encoder_is_pruned_on_pairs(tmp_path, labels):
         alike(result.compact().predict(PAIRS), whole.predict(PAIRS))
 
 
+def test_what_an_object_teaches_is_written_and_learned(tmp_path):
+    whole, settings = sentences(tmp_path / "sentences", "two", "Dense", "Normalize"), {"epochs": 1, "progress": False}
+    for rows in ("texts", "pairs", "columns"):
+        file = cofiprune.teach(whole, ROWS[rows], tmp_path / f"{rows}.parquet", dtype="float32", progress=False)
+        found = cofiprune.data.load_rows(file)
+        alike([row["teacher_embedding"] for row in found], whole.encode([row["text"] for row in found]))
+        assert {row["text"] for row in found} == {text for row in ROWS[rows] for text in _texts(row)}
+    student = sentences(tmp_path / "student", "mean")
+    result = cofiprune.prune(student, file, target_sparsity=0.3, finetune_epochs=1, **settings)
+    assert result.history[-1]["logits_loss"] > 0
+    cross = pairs(tmp_path / "cross", 3)
+    file = cofiprune.teach(cross, PAIRS, tmp_path / "cross.jsonl", dtype="float32", progress=False)
+    found = cofiprune.data.load_rows(file)
+    with torch.no_grad():
+        wanted = cross.predict(PAIRS, activation_fn=torch.nn.Identity())
+    alike([row["teacher_logits"] for row in found], wanted)
+    live = cofiprune.finetune(pairs(tmp_path / "one", 3), PAIRS, teacher=cross, distill_layers_weight=0, **settings)
+    cached = cofiprune.finetune(pairs(tmp_path / "one", 3), file, distill_layers_weight=0, **settings)
+    assert cached.history[-1]["loss"] == pytest.approx(live.history[-1]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("rows", ["texts", "pairs", "columns"])
 def test_texts_without_labels_are_mixed_in(tmp_path, rows):
     whole = sentences(tmp_path / "sentences", "mean", "Normalize")
     result = cofiprune.finetune(
         whole, ["a b", "c d"], unlabelled_dataset=ROWS[rows], teacher="self", batch_size=8, epochs=1, progress=False
     )
-    texts = {text for row in ROWS[rows] for text in ([row] if rows == "texts" else _texts(row))}
+    texts = {text for row in ROWS[rows] for text in _texts(row)}
     assert result.history[-1]["step"] == -(-(len(texts) + 2) // 8)
     if rows == "texts":
         return
@@ -192,7 +213,8 @@ def test_texts_without_labels_are_mixed_in(tmp_path, rows):
 
 
 def _texts(row):
-    return [cell for cell in (row.values() if isinstance(row, dict) else row) if isinstance(cell, str)]
+    cells = [row] if isinstance(row, str) else row.values() if isinstance(row, dict) else row
+    return [cell for cell in cells if isinstance(cell, str)]
 
 
 @pytest.mark.parametrize("names", [("mean", "Normalize"), ("cls",), ("two", "Dense")])

@@ -317,5 +317,8 @@ def test_adapters_go_to_the_projections_that_are_there(name: str, targets: list[
         masks["layers.0.ffn"] = [0]
         masks[next(group for group in reversed(list(masks)) if group.endswith(".attention"))] = [0]
         small = cofiprune.compact(model)
+    listed = {each for each, _ in (*small.named_parameters(remove_duplicate=False), *small.named_buffers())}
+    unlisted = small.state_dict().keys() - listed  # in the place of a projection itself, which PEFT would replace
+    assert not [each for each in unlisted if not each.endswith((".ffn.weight", ".fc2.weight", "embed_tokens.weight"))]
     tuned = peft.get_peft_model(small, peft.LoraConfig(target_modules=targets) if targets else peft.IA3Config())
     outputs(tuned, batch_of(small))

@@ -252,7 +252,7 @@ WRONG = {
     "text": ([{"text": "a", "label": 1}], {}, r"reads 'input_ids', .*'text' \(str\).*tokenise the text"),
     "tuples": ([([5], 1)], {}, "row 0 is a tuple; rows are dicts"),
     "several": ({"train": [GOOD]}, {}, r"not a data set but several.*'train'"),
-    "no length": ((row for row in [GOOD]), {}, "a generator has no length"),
+    "nothing": ((row for row in []), {}, "train_dataset: there are no rows"),
     "unlabelled": ([{"input_ids": [5]}], {}, "the rows have no 'labels'.*teacher"),
     "class": ([GOOD, {**GOOD, "labels": 2}], {}, r"row 1: label 2 is not among the 2 classes .*num_labels"),
     "hidden label": ([{**GOOD, "labels": -1}], {}, "row 0: label -1 .*hide their labels"),

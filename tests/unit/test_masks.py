@@ -74,6 +74,52 @@ def test_wrong_values_are_refused_and_leave_the_mask(
     assert bool((masks[name] == 1).all())
 
 
+def _assign(mask: Tensor, value: Tensor) -> None:
+    mask.data = value
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.zero_(),
+        lambda mask: mask.data.zero_(),
+        lambda mask: mask.data.mul_(0.5),
+        lambda mask: mask.numpy().__setitem__(0, 0.25),
+        lambda mask: mask.untyped_storage().fill_(0),
+        lambda mask: _assign(mask, torch.tensor([0, 1, 0.5, 1], dtype=torch.float64)),
+    ],
+)
+def test_what_is_written_into_a_mask_counts_however(
+    model: PreTrainedModel, batch: Batch, write: Callable[[Tensor], None]
+) -> None:
+    masks = cofiprune.attach(model)
+    before = logits(model, batch)
+    write(masks["layers.0.heads"])
+    assert not torch.equal(logits(model, batch), before)
+    assert torch.allclose(logits(cofiprune.compact(model), batch), logits(model, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.data.fill_(2),
+        lambda mask: mask.numpy().fill(float("nan")),
+        lambda mask: mask.resize_(3),
+        lambda mask: _assign(mask, torch.ones(5)),
+        lambda mask: _assign(mask, torch.ones(1, 4)),
+    ],
+)
+def test_what_is_written_into_a_mask_is_checked(
+    model: PreTrainedModel, batch: Batch, write: Callable[[Tensor], None]
+) -> None:
+    masks = cofiprune.attach(model)
+    logits(model, batch)
+    write(masks["layers.0.heads"])
+    for look in (lambda: logits(model, batch), masks.plan, masks.sparsity, lambda: cofiprune.compact(model)):
+        with pytest.raises(MaskError, match=r"layers\.0\.heads"):
+            look()
+
+
 def test_unknown_names_get_near_misses(model: PreTrainedModel) -> None:
     masks = cofiprune.attach(model, "head")
     with pytest.raises(StructureError, match=r"Did you mean 'layers\.0\.heads'"):

@@ -95,6 +95,14 @@ def test_text_and_page_show_the_same_in_a_notebook_too(monkeypatch, jupyter):
         assert page.split() == text.split()
 
 
+def test_a_picture_of_how_much_is_kept(tmp_path):
+    picture = summary(cofiprune.compact(masked()[0])).plot(tmp_path / "structure.svg")
+    assert (tmp_path / "structure.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert ">12 of 16</text>" in picture.svg
+    assert ">2 of 4</text>" in picture.svg
+    assert picture.svg.count(">removed</text>") == 2
+
+
 def test_wrong_length():
     with pytest.raises(SettingsError, match="seq_len takes a whole number"):
         summary(masked()[0], seq_len=0)
