@@ -139,6 +139,8 @@ class _Job:
         """
         model, whole = float_copy(owner.model, modules or (owner.behind if owner.kind == SENTENCES else ()))
         reference = torch_answers(whole, model)
+        with explained(ExportError, f"this {type(model).__name__} does not run on made-up inputs", Exception):
+            reference(example(model, *EXAMPLE))
         rows = synthetic_rows(model) if dataset is None else dataset
         scorer = Scorer.of(model, rows, reference, **score)
         batches = compared_batches(model, None if dataset is None else scorer.batches)

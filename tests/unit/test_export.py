@@ -219,6 +219,15 @@ def test_what_cannot_be_written_is_said_first(settings: dict[str, Any], message:
     assert not list(tmp_path.iterdir())
 
 
+@needs_runtime
+def test_what_does_not_run_is_said(tmp_path: Path) -> None:
+    model = bert()
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ExportError, match="BertForSequenceClassification does not run on made-up inputs: division"):
+        cofiprune.export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_masks_and_missing_packages_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert()
     with cofiprune.attach(model), pytest.raises(CofipruneError, match="export cofiprune.compact"):
