@@ -58,7 +58,8 @@ class Facts:
 
 
 class ResolvedSettings(PruneConfig):
-    """Settings as a run uses them. Only a `time_budget` that is not there and a `metric_for_best_model` are None."""
+    """Settings as a run uses them. Only a `time_budget`, `max_steps` and a `metric_for_best_model` that are not there are
+    None."""
 
     method: Literal["cofi", "one-shot", "gates"]
     epochs: float
