@@ -58,8 +58,7 @@ class Facts:
 
 
 class ResolvedSettings(PruneConfig):
-    """Settings as a run uses them. Only a `time_budget`, `max_steps` and a `metric_for_best_model` that are not there are
-    None."""
+    """Settings as a run uses them. None are only `time_budget`, `max_steps` and `metric_for_best_model`."""
 
     method: Literal["cofi", "one-shot", "gates"]
     epochs: float
