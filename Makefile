@@ -16,12 +16,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check torture bench matrix clients clean
+.PHONY: help demo test check docs docs-check torture bench matrix clients clean
 
 help:
 	@echo "make demo    prune a pretrained encoder end to end and print what it brought"
 	@echo "make test    the default test run"
 	@echo "make check   ruff, mypy, vulture and import-linter"
+	@echo "make docs    the documentation as a site, on http://127.0.0.1:8000 (ARGS=\"-a 127.0.0.1:8080\" for another port)"
+	@echo "make docs-check  build the site; a link that leads nowhere is an error"
 	@echo "make torture kill runs and let them go on; change files and read them (a quarter of an hour)"
 	@echo "make bench   the benchmarks (on a quiet machine), into docs/benchmarks.md"
 	@echo "make matrix  smoke tests with the oldest and newest releases supported, each in its own environment"
@@ -53,6 +55,19 @@ check: $(STAMP)
 	$(BIN)/vulture
 	$(BIN)/lint-imports --no-cache
 
+# Its own environment: the site needs nothing of the package.
+DOCS := $(VENV)-docs
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs serve --strict $(ARGS)
+
+docs-check: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict $(ARGS)
+
 torture: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/kills.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/fuzz.py $(ARGS)
@@ -71,5 +86,5 @@ clients: $(STAMP)
 	$(BIN)/python tests/clients.py --torch "$(TORCH)" --torch-args="$(TORCH_ARGS)" $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -133,13 +133,13 @@ def _milliseconds(file: Path, model: Any, like: Figures) -> float:
     import torch
 
     from cofiprune.data.synthetic import synthetic_inputs
+    from cofiprune.export.sessions import feed_of
     from cofiprune.timing import in_turn
 
     session = import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
     made = synthetic_inputs(model, batch_size=like.batch_size, seq_len=like.seq_len)
-    inputs = {name: value.cpu().numpy() for name, value in made.items()}
-    empty = np.zeros_like(inputs[model.main_input_name])  # token types
-    arrays = {entry.name: inputs.get(entry.name, empty) for entry in session.get_inputs()}
+    names = {entry.name for entry in session.get_inputs()}
+    arrays = feed_of({name: value.cpu() for name, value in made.items()}, names)
     (times,) = in_turn([lambda: session.run(None, arrays)], torch.device("cpu"), warmup=1, seconds=0.5)
     return 1e3 * float(np.median(times))
 

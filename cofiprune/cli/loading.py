@@ -183,7 +183,6 @@ def add_data_options(
     add = (files or group).add_argument
     if train:
         add("--train-file", metavar="FILE", help=f"training data: {kinds}, or a folder that `datasets` saved")
-        add("--unlabelled-file", metavar="FILE", help="further rows, of which a teacher's outputs alone are learned")
     add("--validation-file", metavar="FILE", help=f"data to evaluate on: {kinds}")
     add = group.add_argument
     add("--text-column", metavar="NAME", help="text, or first text of a pair (default: by its name)")

@@ -71,6 +71,7 @@ def _add_essential(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add = essential.add_argument
     add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
+    add("--unlabelled-file", metavar="FILE", help="further rows, of which a teacher's outputs alone are learned")
     return essential
 
 

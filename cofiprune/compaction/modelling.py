@@ -38,14 +38,35 @@ from cofiprune.versions import OLDEST
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_OLDER = (4, 57)
-_BUILT_ALIKE = (
-    "albert", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "data2vec-vision", "deberta",
-    "deberta-v2", "dpr", "electra", "ernie", "megatron-bert", "nystromformer", "rembert", "roberta",
-    "roberta-prelayernorm", "roc_bert", "roformer", "tapas", "wavlm", "whisper", "xlm-roberta", "xlm-roberta-xl",
-    "xmod", "yoso",
+_SINCE = {
+    (4, 57): (
+        "albert", "bert", "bert-generation", "big_bird", "blip_2_vision_model", "blip_vision_model",
+        "camembert", "clap_audio_model", "data2vec-text", "data2vec-vision", "deberta", "deberta-v2",
+        "dinov3_vit", "donut-swin", "dpr", "electra", "ernie", "flava_image_model", "flava_text_model",
+        "instructblip_vision_model", "instructblipvideo_vision_model", "internvl_vision", "janus_vision_model",
+        "longformer", "luke", "maskformer-swin", "megatron-bert", "mpnet", "nystromformer", "pvt_v2",
+        "qwen2_audio_encoder", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+        "sam_vision_model", "swinv2", "tapas", "umt5", "visual_bert", "voxtral_encoder", "wavlm", "whisper",
+        "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+    ),
+    (5, 9): (
+        "aimv2_text_model", "aimv2_vision_model", "align_text_model", "altclip_text_model",
+        "altclip_vision_model", "audio-spectrogram-transformer", "beit", "bros", "chinese_clip_vision_model",
+        "clap_text_model", "clip_text_model", "clip_vision_model", "clipseg_text_model", "clipseg_vision_model",
+        "convbert", "deit", "distilbert", "esm", "eurobert", "git_vision_model", "groupvit_text_model",
+        "idefics3_vision", "ijepa", "jina_embeddings_v3", "layoutlm", "markuplm", "mlcd_vision_model",
+        "modernbert", "nomic_bert", "owlv2_text_model", "owlv2_vision_model", "owlvit_text_model",
+        "owlvit_vision_model", "pixio", "segformer", "siglip2_text_model", "siglip2_vision_model",
+        "siglip_text_model", "siglip_vision_model", "smolvlm_vision", "splinter", "swin", "vit", "vit_mae",
+        "vit_msn", "vivit", "vjepa2", "xclip_text_model",
+    ),
+}  # fmt: skip
+"""Model types whose modules older releases call in the same way, by measurement with 4.57.6, 5.0.0, 5.9.0, 5.17.0."""
+_WITH_ALL_BLOCKS = (
+    "align_text_model", "bros", "clap_text_model", "convbert", "data2vec-audio", "distilbert", "hubert", "layoutlm",
+    "markuplm", "splinter", "unispeech", "unispeech-sat", "wav2vec2",
 )  # fmt: skip
-"""Model types whose modules an older release calls in the same way, by measurement."""
+"""Those that 4.57 calls in the same way while no block is gone: modules of blocks gave something else there."""
 _DECODING = ("CausalLM", "Seq2Seq", "WithLMHead")
 """Auto classes of models that write text."""
 Rows = dict[str, dict[str, Any]]
@@ -54,7 +75,7 @@ Rows = dict[str, dict[str, Any]]
 WRITER = "Written by cofiprune"
 _RUNTIME = (
     bypass.entry_of, bypass.left_of, bypass.bypass, bypass.collected_attentions, bypass.shared_input,
-    places.Places, places.narrow_to, removal.Passthrough, removal.nothing, removal.Pick, removal.pick,
+    places.Places, places.narrow_to, removal.Passthrough, removal.nothing, removal.placed, removal.Pick, removal.pick,
     removal.cut, removal.shrink, removal.drop, removal.follow_shape, removal.module_at,
 )  # fmt: skip
 _FILE = r'''# SPDX-License-Identifier: Apache-2.0
@@ -68,6 +89,7 @@ are not to be edited. Where cofiprune is imported, the folder loads without this
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -197,10 +219,17 @@ def _made(model: _Described, alone: bool) -> ModellingFile:
         writer=WRITER, family=family, runtime=runtime, release=transformers.__version__,
         checksum=digest([encoder, rest]),
         encoder=_shown(encoder, 2), classes=_shown(rest, 3),
-        oldest=_OLDER if config.model_type in _BUILT_ALIKE else OLDEST["transformers"],
+        oldest=_oldest(config.model_type, any(each.get("removed") for each in (encoder, *rest.values()))),
     )  # fmt: skip
     auto_map = {auto: f"{stem}.{cls.__name__}" for auto, cls in named.items() if cls.__name__ in tables}
     return ModellingFile(f"{stem}.py", source, auto_map)
+
+
+def _oldest(model_type: str, removed: bool) -> tuple[int, int]:
+    """Return the oldest release with which a file works, in which blocks may have been removed."""
+    if not removed and model_type in _WITH_ALL_BLOCKS:
+        return min(_SINCE)
+    return next((since for since, types in _SINCE.items() if model_type in types), OLDEST["transformers"])
 
 
 def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -7,6 +7,7 @@ All of it belongs to the model, which is saved, loaded and trained with it. `cut
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ class Passthrough(nn.Module):
         """
         super().__init__()
         self.exit: Any = SimpleNamespace(**row)
-        self.shared: Any = tuple(SimpleNamespace(**each) for each in row["shared"])
+        self.shared: Any = tuple(placed(each, replaced) for each in row["shared"])
         self.replaced_type = type(replaced)
         self.marker = ""
         tables = {each.table for each in self.shared if each.table and hasattr(replaced, each.table)}
@@ -100,6 +101,12 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, in place of a removed module's method."""
 
 
+def placed(row: Mapping[str, Any], module: nn.Module | None) -> Any:
+    """Return a shared tensor's row with its place among a module's arguments, which differs between releases."""
+    names = [] if module is None else list(inspect.signature(module.forward).parameters)
+    return SimpleNamespace(**{**row, **({"argument": names.index(row["keyword"])} if row["keyword"] in names else {})})
+
+
 class Pick:
     """Hooks that slice a tensor shared by all layers to the units that a compacted module has kept.
 
@@ -164,7 +171,8 @@ def cut(model: nn.Module, table: Table, keep: Mapping[str, Tensor] | None = None
                 setattr(module, key, value)
     for name, row in table["picked"].items():
         index = torch.arange(row["units"]) if keep is None else keep[name]
-        pick(model.get_submodule(name), SimpleNamespace(**row), index)
+        module = model.get_submodule(name)
+        pick(module, placed(row, module), index)
     for name, row in table["narrowed"].items():
         narrow_to(model, name, row)
 

@@ -117,17 +117,18 @@ class Padding:
 
     def _lengthened(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Pad the first row of tokens, to which the others are padded, to the multiple."""
-        names = _per_token(rows) if self.multiple > 1 else ()
-        if not names:
+        axes = _token_axes(rows) if self.multiple > 1 else {}
+        if not axes:
             return rows
         longest = max(row["input_ids"].shape[-1] for row in rows)
         length = longest + -longest % self.multiple
         if self.longest is not None and length > self.longest:
             return rows
         first = dict(rows[0])
-        for name in names:
+        for name, axis in axes.items():
             cell = first[name]
-            widths = [(0, 0)] * (cell.ndim - 1) + [(0, length - cell.shape[-1])]
+            widths = [(0, 0)] * cell.ndim
+            widths[axis] = (0, length - cell.shape[axis])
             first[name] = np.pad(cell, widths, constant_values=self.fills.get(name, 0))
         return [first, *rows[1:]]
 
@@ -236,22 +237,28 @@ def _trimmed(row: Row) -> Row:
     mask = row.get("attention_mask")
     if mask is None or not mask.size or not mask.ndim or mask[..., -1].any():
         return row
-    names, used = _per_token([row]), mask != 0
-    if "labels" in names:
+    axes, used = _token_axes([row]), mask != 0
+    if "labels" in axes:
         used |= row["labels"] != IGNORED
     places = np.flatnonzero(used.reshape(-1, used.shape[-1]).any(axis=0))
-    if not names or not places.size:
+    if not axes or not places.size:
         return row
-    return {name: cell[..., : places[-1] + 1] if name in names else cell for name, cell in row.items()}
+    kept = slice(places[-1] + 1)
+    cut = {-1: (..., kept), -2: (..., kept, slice(None))}
+    return {name: cell[cut[axes[name]]] if name in axes else cell for name, cell in row.items()}
 
 
-def _per_token(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Names of the columns with a value per token; none where padding is not masked, or pads another column's axis."""
+def _token_axes(rows: Sequence[Row]) -> dict[str, int]:
+    """Return the axis of tokens, from the end, of columns with one; none where padding is not masked, or pads another
+    column's axis."""
     first = rows[0]
     ids, mask = first.get("input_ids"), first.get("attention_mask")
     if ids is None or mask is None or not ids.ndim or mask.shape != ids.shape:
-        return ()
+        return {}
     columns = (name for name in (*_PER_TOKEN, "labels") if name in first)
-    names = tuple(name for name in columns if all(row[name].shape == row["input_ids"].shape for row in rows))
-    others = (cell.shape for name, cell in first.items() if name not in names)
-    return () if any(ids.shape[-1] in shape for shape in others) else names
+    axes = {name: -1 for name in columns if all(row[name].shape == row["input_ids"].shape for row in rows)}
+    for name in set(CACHED).intersection(first):
+        if all(row[name].shape[-2:-1] == row["input_ids"].shape[-1:] for row in rows):
+            axes[name] = -2
+    others = (cell.shape for name, cell in first.items() if name not in (*axes, *CACHED))
+    return {} if any(ids.shape[-1] in shape for shape in others) else axes

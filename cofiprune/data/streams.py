@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from cofiprune.data.batches import Batches
+from cofiprune.data.batches import LARGE, Batches
 from cofiprune.data.rows import Batch
 from cofiprune.errors import DataError, SettingsError, located
 
@@ -115,9 +115,11 @@ class StreamBatches(Batches):
         return self.steps * self.accumulated * self.processes
 
     def whole(self) -> Self:
-        """Return the batches of all processes, as many as statistics may need."""
-        enough = -(-FIRST_ROWS // self.batch_size)
-        return replace(self, rank=0, processes=1, accumulated=1, steps=max(self.total, enough))
+        """Return the batches of all processes, a step in one batch unless that is far too large, and no fewer than
+        statistics may need."""
+        size = min(self.batch_size * self.accumulated * self.processes, max(self.batch_size, LARGE))
+        enough = max(self.total * self.batch_size, FIRST_ROWS)
+        return replace(self, rank=0, processes=1, accumulated=1, batch_size=size, steps=-(-enough // size))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         for position in range(number * len(self) + start, (number + 1) * len(self)):

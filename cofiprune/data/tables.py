@@ -1,7 +1,7 @@
 """Files of rows that hold arrays: written in parts of bounded size, read back without a Python number for each value.
 
 Parquet keeps the precision of the arrays, half precision among them, and needs pyarrow. JSON lines need nothing, and
-are three to four times as large.
+are about five times as large.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def package(name: str) -> Any:
         return import_module(name)
     except ImportError:
         root = name.partition(".")[0]
-        raise DataError(f"it needs {root}: pip install {root} (or use csv, tsv or json)") from None
+        raise DataError(f"it needs {root}: pip install {root} (or use csv, tsv, json or jsonl)") from None
 
 
 def write_part(path: Path, rows: Sequence[Mapping[str, Any]], arrays: Arrays, ending: str) -> None:

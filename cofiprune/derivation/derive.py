@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -40,6 +41,8 @@ _COARSE = 0.1
 _STAGES = "each of its stages has hidden dimensions of its own, which the module between two stages mixes"
 
 _known: dict[tuple[type, str], Adapter | str] = {}
+_of_models: WeakKeyDictionary[PreTrainedModel, Adapter] = WeakKeyDictionary()
+"""A model keeps its adapter when settings are changed later: masked as it may be then, it cannot be tried again."""
 
 
 def derived_adapter(model: PreTrainedModel) -> Adapter:
@@ -47,6 +50,8 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
 
     :raises AdapterError: with what could not be told apart, or with the law that does not hold and where.
     """
+    if model in _of_models:
+        return _of_models[model]
     key = (type(model), _fingerprint(model.config))
     if key not in _known:
         try:
@@ -63,13 +68,14 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
             f"derived: {found.rstrip('.')}. docs/reference/families.md lists the families that can be pruned, and "
             "docs/how-to/add-an-adapter.md shows how to describe another."
         )
+    _of_models[model] = found
     return found
 
 
 def _fingerprint(config: PretrainedConfig) -> str:
-    """The settings that a model's modules depend on."""
+    """The settings that a model's modules depend on; a loss writes the kind of its labels into `problem_type`."""
     entries: dict[str, Any] = config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "problem_type"):
         entries.pop(name, None)
     return f"{sorted((name, repr(value)) for name, value in entries.items())} {config._attn_implementation}"
 

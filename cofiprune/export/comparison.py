@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cofiprune.data.batches import Batch, Batches
 from cofiprune.data.checks import longest_sequence
 from cofiprune.data.synthetic import synthetic_inputs
-from cofiprune.data.tasks import forward_names
+from cofiprune.data.tasks import forward_names, main_input
 from cofiprune.export.graph import tensors
 from cofiprune.measure.answers import Answer
 from cofiprune.parts import encoder_config
@@ -44,7 +44,7 @@ def torch_answers(whole: nn.Module, model: PreTrainedModel) -> Answer:
 def example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]:
     """Make synthetic inputs with padding, and with both token types where a model tells them apart."""
     limit = None
-    if model.main_input_name == "input_ids":
+    if main_input(model) == "input_ids":
         limit = longest_sequence(model) or getattr(encoder_config(model), "max_position_embeddings", None)
     generator = torch.Generator().manual_seed(0)
     length = min(tokens, limit or tokens)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cofiprune.data.tasks import main_input
 from cofiprune.errors import ExportError, explained, one_line
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ def tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
 def _open_dimensions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
     """Name the dimensions of each input that the example does not fix."""
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    text = model.main_input_name == "input_ids"
+    text = main_input(model) == "input_ids"
     open_ = {name: text or (name == "input_values" and value.dim() == 2) for name, value in inputs.items()}  # or sound
-    axis = inputs[model.main_input_name].dim() - 1
+    axis = inputs[main_input(model)].dim() - 1
     return {name: {0: batch, **({axis: sequence} if open_[name] else {})} for name in inputs}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cofiprune.data.reading import Reading
+from cofiprune.data.tasks import main_input
 from cofiprune.errors import ExportError, SettingsError, explained, suggest
 from cofiprune.export.comparison import EXAMPLE, Expected, compared_batches, example, synthetic_rows, torch_answers
 from cofiprune.export.folder import holds_weights, mark_of, move, remove_others, write_beside
@@ -112,7 +113,7 @@ def _rows(whole: Whole, tokenizer: Any, dataset: Any) -> Any:
     if dataset is None or isinstance(dataset, DataLoader):
         return dataset
     first = dataset[0] if hasattr(dataset, "__getitem__") and not isinstance(dataset, str) and len(dataset) else None
-    if isinstance(first, Mapping) and whole.model.main_input_name in first:
+    if isinstance(first, Mapping) and main_input(whole.model) in first:
         return dataset
     return whole.data(Reading(tokenizer), None, dataset=dataset)[0]
 
@@ -138,6 +139,8 @@ class _Job:
         """
         model, whole = float_copy(owner.model, modules or (owner.behind if owner.kind == SENTENCES else ()))
         reference = torch_answers(whole, model)
+        with explained(ExportError, f"this {type(model).__name__} does not run on made-up inputs", Exception):
+            reference(example(model, *EXAMPLE))
         rows = synthetic_rows(model) if dataset is None else dataset
         scorer = Scorer.of(model, rows, reference, **score)
         batches = compared_batches(model, None if dataset is None else scorer.batches)

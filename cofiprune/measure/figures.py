@@ -56,7 +56,7 @@ class Figures:
     @property
     def setting(self) -> str:
         """The conditions of the figures, in words."""
-        return f"MACs at {self.seq_len} tokens, latency at batch {self.batch_size} on {self.device}"
+        return f"MACs at {self.seq_len} tokens, latency in torch at batch {self.batch_size} on {self.device}"
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Facts:
 
 
 class ResolvedSettings(PruneConfig):
-    """Settings as a run uses them. Only a `time_budget` that is not there and a `metric_for_best_model` are None."""
+    """Settings as a run uses them. None are only `time_budget`, `max_steps` and `metric_for_best_model`."""
 
     method: Literal["cofi", "one-shot", "gates"]
     epochs: float

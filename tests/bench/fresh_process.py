@@ -27,14 +27,15 @@ def forget_peak() -> None:
     CLEAR.write_text("5")
 
 
-def measured(*case: str) -> dict[str, Any]:
+def measured(*case: str, script: Path = Path(__file__)) -> dict[str, Any]:
     """Run a case in a fresh process.
 
+    :param script: that knows the case.
     :raises subprocess.CalledProcessError: when it fails.
     """
     # Memory is that of the processor's side, so that models stay there.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, *case]
+    command = [sys.executable, str(script), *case]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -30,8 +30,8 @@ LEAST = {"ONNX Runtime, float32": 19, "OpenVINO, bfloat16": 40}
 def engines(model: Any, folder: Path) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Export a model, and load each file for one thread."""
     formats = ("onnx", "openvino") if find_spec("openvino") else ("onnx",)
-    settings = {"int8": "static"} if find_spec("cofiprune.export.quantisation") else {}
-    for entry in cofiprune.export(model, folder, format=formats, dataset=token_rows([128] * 8), **settings).values():
+    rows = token_rows([128] * 8)
+    for entry in cofiprune.export(model, folder, format=formats, dataset=rows, int8="static").values():
         if entry.kind.startswith("onnx"):
             kind = "int8" if entry.kind.endswith("int8") else "float32"
             yield f"ONNX Runtime, {kind}", onnx_answers(entry.path, threads=1)

@@ -203,6 +203,28 @@ def test_mistakes_of_teach(arguments: dict[str, Any], error: type[CofipruneError
         cofiprune.teach(teacher, **given)
 
 
+@pytest.mark.parametrize("width", [16, 24])
+def test_rows_that_are_padded_keep_their_outputs(width: int, tmp_path: Path) -> None:
+    """Also where the states are as wide as the rows are long, and where padding goes up to a multiple."""
+    teacher = bert(seed=1, hidden_size=width).eval()
+    rows = [
+        {"input_ids": row["input_ids"] + [0] * (16 - len(row["input_ids"])), "labels": row["labels"],
+         "attention_mask": [1] * len(row["input_ids"]) + [0] * (16 - len(row["input_ids"]))}
+        for row in new_rows(24)
+    ]  # fmt: skip
+    file = cofiprune.teach(teacher, rows, tmp_path / "rows.parquet", outputs=["logits", "hidden"], dtype="float32",
+                           progress=False)  # fmt: skip
+    cached = load_rows(file)
+    assert len(cached[0]["teacher_hidden"]) == sum(rows[0]["attention_mask"])
+    whole = [{**row, "teacher_hidden": np.pad(row["teacher_hidden"], [(0, 16 - len(row["teacher_hidden"])), (0, 0)])}
+             for row in cached]  # fmt: skip
+    for settings in ({}, {"pad_to_multiple_of": 8}):
+        live = losses(cofiprune.finetune(bert(), rows, teacher=teacher, **QUICK, **settings))
+        for taught_rows in (cached, whole):
+            found = losses(cofiprune.finetune(bert(), taught_rows, **QUICK, **settings))
+            assert found == pytest.approx(live, rel=1e-6)
+
+
 def test_rows_without_labels_have_outputs_as_well(tmp_path: Path) -> None:
     teacher, rows, cached = taught("numbers", tmp_path / "rows.parquet", dtype="float32")
     bare = unlabelled(16, seed=5)

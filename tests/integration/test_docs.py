@@ -145,12 +145,14 @@ TINY = {
     "[:2400]": "[:64]",
     "batch_size=(1, 32)": "batch_size=(1,), runs=2",
 }
+HUB = {
+    '"distilbert/distilbert-base-uncased-finetuned-sst-2-english"': '"hub"',
+    'load_dataset("stanfordnlp/sst2")': 'load_dataset("json", data_files={"train": "sst2", "validation": "sst2"})',
+    "range(2000)": "range(48)",
+}
 STAND_INS: dict[str, dict[str, str]] = {
-    "README.md": {
-        '"distilbert/distilbert-base-uncased-finetuned-sst-2-english"': '"hub"',
-        'load_dataset("stanfordnlp/sst2")': 'load_dataset("json", data_files={"train": "sst2", "validation": "sst2"})',
-        "range(2000)": "range(48)",
-    },
+    "README.md": HUB,
+    "docs/index.md": HUB,
     "docs/how-to/add-an-adapter.md": EXAMPLES,
     "docs/tutorial.md": {**EXAMPLES, **TINY, "epochs=3": "epochs=1", "epochs=2": "epochs=1"},
 }
@@ -181,6 +183,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pruning without data", category=UserWarning)
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="'pin_memory'", category=UserWarning)  # the Trainer, on a CPU
         yield tmp_path
     transformers.logging.enable_progress_bar()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import cofiprune
 from cofiprune.data.streams import FIRST_ROWS
 from cofiprune.errors import CheckpointError, CofipruneError, DataError, SettingsError
+from processes import launch, outputs
 from toy import bert, unlabelled
 from toy import rows as new_rows
 
@@ -172,3 +173,36 @@ def test_a_row_at_fault_is_told_by_its_batch() -> None:
     model = bert()
     with pytest.raises(DataError, match="in batch 7: .*token id 99"):
         cofiprune.finetune(model, Endless(rows), max_steps=20, **QUICK)
+
+
+PROGRAM = """
+import json, os
+import torch
+import cofiprune, toy
+
+class Rows:
+    def __init__(self, rows):
+        self.rows = rows
+    def __iter__(self):
+        return iter(self.rows)
+
+out, size, kind = sys.argv[1:]
+name, labels = ("BertForSequenceClassification", {"labels": lambda ids: {"labels": len(ids) / 10}})
+model, teacher = (toy.bert(name, seed=seed, num_labels=1).double() for seed in (1, 2))
+rows = toy.rows(30, **labels)
+more = {"stream": {"max_steps": 6}, "mixed": {"unlabelled_dataset": toy.unlabelled(13), "epochs": 2}}[kind]
+result = cofiprune.finetune(model, Rows(rows) if kind == "stream" else rows, teacher=teacher, batch_size=int(size),
+                            learning_rate=1e-3, progress=False, logging_steps=1, output_dir=out, dropout=False, **more)
+torch.save([entry["loss"] for entry in result.history if "loss" in entry], f"{out}/{os.environ.get('RANK', '0')}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stream", "mixed"])
+def test_several_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+    outputs(launch(PROGRAM, str(tmp_path / "one"), "8", kind))
+    outputs(launch(PROGRAM, str(tmp_path / "two"), "4", kind, processes=2))
+    one, two, other = (torch.load(tmp_path / name, weights_only=True) for name in ("one/0.pt", "two/0.pt", "two/1.pt"))
+    assert len(one) > 5
+    assert one == pytest.approx(two, rel=1e-5)
+    assert two == other

@@ -65,7 +65,7 @@ COMMON = {
         ["label_weight=1", "none"]),
     "no rows": ({"train_dataset": []}, DataError, ["train_dataset", "no rows"]),
     "a dict of columns": ({"train_dataset": {"input_ids": [[1]]}}, DataError, ["train_dataset", "dict", "rows"]),
-    "a stream": ({"train_dataset": Stream()}, DataError, ["train_dataset", "length"]),
+    "a stream": ({"train_dataset": Stream()}, SettingsError, ["train_dataset", "length", "max_steps"]),
     "a loader of a stream": ({"train_dataset": DataLoader(Stream())}, DataError, ["train_dataset", "length"]),
     "a token out of range": (
         {"train_dataset": change(input_ids=[2, 99])}, DataError, ["row 47", "99", "vocabulary of 40"]),

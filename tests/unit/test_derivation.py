@@ -102,6 +102,16 @@ def test_an_undeclared_family_is_masked_compacted_and_reloaded(tmp_path: Path) -
     assert torch.equal(once_more(**batch).logits, small(**batch).logits)
 
 
+def test_a_masked_model_whose_settings_change_is_still_known() -> None:
+    model = undeclared()
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.heads"] = [1, 0, 0.5, 1]
+        model.config.problem_type = "single_label_classification"  # as a loss on labels sets it
+        model.config.output_attentions = True
+        assert cofiprune.summary(cofiprune.compact(model)).sparsity > 0
+        model.config.problem_type = None
+
+
 def test_it_is_derived_once_for_a_configuration() -> None:
     assert derived_adapter(undeclared()) is derived_adapter(undeclared())
 

@@ -142,7 +142,8 @@ def test_an_embedding_is_an_output_and_large_weights_go_beside(tmp_path: Path, m
     ["BertForQuestionAnswering", "BertForMaskedLM", "BertForMultipleChoice", "RobertaForTokenClassification",
      "DistilBertModel", "DebertaV2ForSequenceClassification", "ModernBertForSequenceClassification", "MPNetModel",
      "EuroBertForTokenClassification", "EsmForMaskedLM", "NomicBertModel", "T5EncoderModel",
-     "ViTForImageClassification", "Wav2Vec2ForSequenceClassification"],
+     "LayoutLMForTokenClassification", "ViTForImageClassification", "BlipVisionModel", "Idefics3VisionTransformer",
+     "Wav2Vec2ForSequenceClassification"],
 )  # fmt: skip
 def test_families_and_heads(name: str, tmp_path: Path) -> None:
     model = pruned(name, **WORDS.get(name, {}))
@@ -155,7 +156,10 @@ SPECIALS = {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep"
 WORDS: dict[str, dict[str, Any]] = {
     "ModernBertForSequenceClassification": SPECIALS, "EuroBertForTokenClassification": SPECIALS,
     "EsmForMaskedLM": {"pad_token_id": 1, "mask_token_id": 2, "token_dropout": True},
-    "ViTForImageClassification": {"image_size": 8, "patch_size": 4},
+    **{
+        name: {"image_size": 8, "patch_size": 4}
+        for name in ("ViTForImageClassification", "BlipVisionModel", "Idefics3VisionTransformer")
+    },
     "Wav2Vec2ForSequenceClassification": {
         "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_dim": (6, 6), "conv_kernel": (4, 3),
         "conv_stride": (2, 2),
@@ -212,6 +216,15 @@ def test_what_cannot_be_written_is_said_first(settings: dict[str, Any], message:
     with pytest.raises(CofipruneError) as raised:
         cofiprune.export(**{"model": bert(), "dir": tmp_path, **settings})
     assert message in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_runtime
+def test_what_does_not_run_is_said(tmp_path: Path) -> None:
+    model = bert()
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ExportError, match="BertForSequenceClassification does not run on made-up inputs: division"):
+        cofiprune.export(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

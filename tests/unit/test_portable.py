@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,7 +25,7 @@ from transformers import (
 import cofiprune
 from cofiprune.compaction.modelling import modelling_file
 from cofiprune.conformance.absent import loaded_without
-from cofiprune.conformance.specimens import tiny_config
+from cofiprune.conformance.specimens import tiny_config, tiny_sizes
 from cofiprune.errors import CheckpointError
 from small import batch_of, build, logits
 
@@ -239,6 +240,21 @@ def test_a_push_has_the_file_too(small: PreTrainedModel, tmp_path: Path, monkeyp
     monkeypatch.setattr(type(small), "push_to_hub", lambda self, name, **more: pushed.append((name, more)))
     small.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="smaller")
     assert pushed == [("mine", {"commit_message": "smaller"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "oldest"),
+    [("MPNetModel", True, (4, 57)), ("DistilBertModel", False, (4, 57)), ("DistilBertModel", True, (5, 9)),
+     ("Wav2Vec2Model", True, (5, 17)), ("T5EncoderModel", False, (5, 17)), ("CLIPTextModel", False, (5, 9))],
+)  # fmt: skip
+def test_a_file_knows_the_oldest_release_it_works_with(name: str, gone: bool, oldest: tuple[int, int]) -> None:
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**tiny_sizes(cls.config_class())))
+    with cofiprune.attach(model) as masks:
+        masks["layers.0.heads"] = [0.0, *[1.0] * (len(masks["layers.0.heads"]) - 1)]
+        masks["layers.0.attention"] = [float(not gone)]
+        source = modelling_file(cofiprune.compact(model)).source
+    assert f'RELEASE, OLDEST = "{transformers.__version__}", {oldest}' in source
 
 
 def test_the_same_file_is_made_once(small: PreTrainedModel) -> None:

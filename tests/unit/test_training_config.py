@@ -113,7 +113,7 @@ EXAMPLES = {  # the values of other fields go by their defaults
     "one_shot_units": ("head",),
     "round_to": 4, "sparsity_warmup_epochs": 0.3, "freeze_epochs": 0.7, "gate_learning_rate": 0.03,
     "gate_stretch": (-0.2, 1.3), "method": "gates", "time_budget": 600.0, "repair": False, "latency_cache": "here",
-    "engine": "onnx", "target_file_dtype": "float16",
+    "engine": "onnx", "target_file_dtype": "float16", "max_steps": 70,
 }  # fmt: skip
 FACTS = [
     Facts(7, target=0.9, taught=True),
@@ -122,7 +122,7 @@ FACTS = [
     Facts(12, kept_share=1.0, taught=True, labelled=False, needs_train_mode=True, dense=True),
 ]
 IN_FINETUNE = {name: recovery for recovery, name in RECOVERY.items()}
-OPEN = {"time_budget", "metric_for_best_model"}
+OPEN = {"time_budget", "max_steps", "metric_for_best_model"}
 """None is an answer to these, not a question."""
 
 
