@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from cofiprune.errors import CofipruneError, explained, suggest
+from cofiprune.errors import CofipruneError, explained, located, suggest
 from cofiprune.training.config import PruneConfig
 from cofiprune.training.settings import Settings, TrainingSettings
 
@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
             if value is None and option not in PruneConfig.model_fields:
                 continue
             known[option].required = False
-            self.set_defaults(**{option: _as_typed(value)})
+            with located(f"{file}: {option}: ", UsageError):
+                self.set_defaults(**{option: _as_typed(value, known[option])})
         return [*arguments[:at], *rest]
 
     def _dashed(self, argument: str) -> str:
@@ -92,8 +93,16 @@ def _read_config(name: str, known: Container[str]) -> dict[str, Any]:
     return {str(option).replace("-", "_"): value for option, value in entries.items()}
 
 
-def _as_typed(value: Any) -> Any:
-    """Return a value as the parser has it from a command line: texts, and whether a switch is on."""
+def _as_typed(value: Any, action: argparse.Action) -> Any:
+    """Return a value as the parser has it from a command line: texts, and whether a switch is on.
+
+    :raises UsageError: for a value that the option could not be given there.
+    """
+    switch, checked_later = action.nargs == 0, action.dest in PruneConfig.model_fields  # by its type
+    if switch and not isinstance(value, bool) and not (value is None and checked_later):
+        raise UsageError(f"takes true or false, not {value!r}")
+    if isinstance(value, dict) or (action.nargs is None and isinstance(value, list | bool) and not checked_later):
+        raise UsageError(f"takes one value, not {value!r}")
     if isinstance(value, list | tuple):
         return [str(part) for part in value]
     return value if isinstance(value, bool) else "none" if value is None else str(value)

@@ -65,7 +65,7 @@ def _read(file: Path) -> list[RawRow]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise DataError(f"{file} has an ending that is not known; data files end in {', '.join(_READERS)}")
-    with explained(DataError, f"cannot read {file}", OSError, ValueError, csv.Error):
+    with explained(DataError, f"cannot read {file}", Exception):
         return reader(file)
 
 
@@ -148,7 +148,7 @@ def stream_rows(path: str | Path) -> Iterator[RawRow]:
     if reader is None or not place.is_file():
         yield from load_rows(place)
         return
-    with explained(DataError, f"cannot read {place}", OSError, ValueError):
+    with explained(DataError, f"cannot read {place}", Exception):
         yield from reader(place)
 
 

@@ -207,8 +207,12 @@ class Labels:
         if any(value is None for value in numbers):
             return cls(tuple(sorted({str(label) for label in labels})))
         found = [value for value in numbers if value is not None]
-        if any(value != int(value) for value in found):
+        if not all(value.is_integer() for value in found):
             return cls(())
+        if found and max(found) >= _MOST:
+            raise DataError(
+                f"a label is {max(found):.0f}, and classes are numbered from 0: pass names, or other numbers"
+            )
         return cls(_numbered(max(2, 1 + int(max(found, default=1)))))
 
     @property
@@ -254,11 +258,15 @@ class Labels:
         if known_id is not None:
             return known_id
         value = _number(label)
-        if value is None or (self.names and value != int(value)):
+        if value is None or (self.names and not value.is_integer()):
             known = f"among {', '.join(self.names[:8])}" if self.names else "a number, which this model predicts"
             hint = "; give their names in the order of their ids by label_names" if self.names and self.generic else ""
             raise DataError(f"{where}: label {text!r} is not {known}{hint}")
         return int(value) if self.names else value
+
+
+_MOST = 1_000_000
+"""Classes that labels without names may stand for."""
 
 
 def _numbered(size: int) -> tuple[str, ...]:
@@ -268,5 +276,5 @@ def _numbered(size: int) -> tuple[str, ...]:
 def _number(label: Any) -> float | None:
     try:
         return float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from cofiprune.data.cached import with_cached
 from cofiprune.data.tasks import IGNORED, LABEL_COLUMNS, Labels, Task, task_of
-from cofiprune.errors import DataError, located, suggest
+from cofiprune.errors import DataError, explained, located, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,6 +165,9 @@ def _words(
     """Tokenise words; of a word of several tokens the first one has its label."""
     _check_fast(tokenizer, "labels of words")
     words = _cells(rows, str(columns.text), list)
+    for number, row in enumerate(words):
+        if not all(isinstance(word, str) for word in row):
+            raise DataError(f"row {number} (from 0) has no list of words in {columns.text!r}, but {row!r}")
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=length)
     found = _rows(encoded)
     for number, row in enumerate(found):
@@ -222,11 +225,15 @@ def _questions(
 def _characters(answer: Mapping[str, Any], passage: str) -> tuple[int, int]:
     """Return where the first answer stands in its passage; (0, 0) for none."""
     texts, starts = answer.get("text"), answer.get("answer_start")
+    problem = f"an answer is {{'text': [...], 'answer_start': [...]}}, not {dict(answer)!r}"
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise DataError(f"an answer is {{'text': [...], 'answer_start': [...]}}, not {dict(answer)!r}")
+        raise DataError(problem)
     if not texts:
         return 0, 0
-    text, begin = texts[0], int(starts[0])
+    with explained(DataError, problem, TypeError, ValueError, OverflowError):
+        text, begin = texts[0], int(starts[0])
+    if not isinstance(text, str):
+        raise DataError(problem)
     there = passage[begin : begin + len(text)] if begin >= 0 else ""
     if not text or text != there:
         raise DataError(f"the answer {text!r} does not stand at character {begin}, but {there!r}")
@@ -272,8 +279,7 @@ def _cells(rows: Sequence[RawRow], name: str, kind: type, start: int = 0) -> lis
     """Return the values of a column that must all be of one type; rows count from `start`."""
     nouns: Mapping[type, str] = {str: "text", list: "list of words", dict: "answer"}
     for number, row in enumerate(rows, start):
-        cell = row.get(name)
-        if not isinstance(cell, kind) or (isinstance(cell, list) and not all(isinstance(word, str) for word in cell)):
+        if not isinstance(row.get(name), kind):
             raise DataError(f"row {number} (from 0) has no {nouns[kind]} in {name!r}, but {row.get(name)!r}")
     return [row[name] for row in rows]
 

@@ -100,7 +100,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    seed: int = 57
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 57
     """Seed of the order of the examples, of the gates' noise and of dropout."""
 
     def __init__(self, **settings: Any) -> None:

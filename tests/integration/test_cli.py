@@ -190,6 +190,9 @@ def test_a_file_gives_options_and_what_is_typed_goes_on_top(
     again = ("--train-file", str(place / "train.csv"), *more, "--config", str(pruned / "result.json"))
     assert cli.main(["prune", str(place / "dense"), *again]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["batch_size"] == 8
+    for wrong in ({"train_file": ["a", "b"]}, {"output_dir": True}, {"progress": "x"}, {"seed": -1}, {"epochs": {}}):
+        file.write_text(json.dumps({**given, **wrong}))
+        assert next(iter(wrong)) in mistake(capsys, "prune", "--config", file, *more).replace("-", "_")
     file.write_text(json.dumps({"epoch": 3}))
     assert "Did you mean 'epochs'" in mistake(capsys, "prune", place / "dense", "--config", file, *more)
     assert "cannot be read" in mistake(capsys, "prune", place / "dense", "--config", tmp_path / "no.json", *more)

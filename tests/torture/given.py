@@ -93,8 +93,9 @@ def options_file(place: Path, model: Any) -> tuple[str, Path, Callable[[Path], A
     tokenizer().save_pretrained(place / "model")
     rows = written(place / "rows.jsonl", ROWS)
     options = {
-        "train-file": str(rows), "target_sparsity": 0.5, "epochs": 1, "units": ["head", "intermediate"], "batch_size": 4,
-        "learning_rate": 1e-3, "method": "one-shot", "seed": 3, "progress": False, "output_dir": str(place / "out"),
+        "train-file": str(rows), "target_sparsity": 0.5, "epochs": 1, "units": ["head", "intermediate"],
+        "batch_size": 4, "learning_rate": 1e-3, "method": "one-shot", "seed": 3, "progress": False,
+        "output_dir": str(place / "out"),
     }  # fmt: skip
     file = place / "options.json"
     file.write_text(json.dumps(options))

@@ -208,6 +208,7 @@ def test_the_first_token_of_a_word_has_its_label_and_the_others_none(tokenizer):
         ({"tokens": ["a"], "ner_tags": ["B-y"]}, r"row 0 .*, word 0 \(from 0\): label 'B-y' is not among O, B-x"),
         ({"tokens": "a b", "ner_tags": [0]}, "has no list of words in 'tokens'"),
         ({"tokens": ["a", None], "ner_tags": [0, 0]}, "has no list of words in 'tokens'"),
+        ({"tokens": ["a"], "ner_tags": [float("inf")]}, "label 'inf' is not among O, B-x"),
     ):
         with pytest.raises(DataError, match=message):
             tokenise([wrong], tokenizer, model)
@@ -294,6 +295,8 @@ def test_a_long_question_is_cut_and_a_stride_leaves_room(tokenizer, answering):
         ({"text": ["film"], "answer_start": [-1]}, "does not stand at character -1"),
         ({"text": [""], "answer_start": [0]}, "does not stand at character 0"),
         ({"text": ["film"], "answer_start": []}, "an answer is {'text'"),
+        ({"text": ["film"], "answer_start": ["x"]}, "an answer is {'text'"),
+        ({"text": [1.5], "answer_start": [0]}, "an answer is {'text'"),
         (["film"], "has no answer in 'answers'"),
     ],
 )
