@@ -27,6 +27,9 @@ Table = Mapping[str, Mapping[str, Any]]
 class Passthrough(nn.Module):
     """Replaces a module of a removed block, and returns its input or zeros."""
 
+    marker = ""
+    """Name of the matrix that is kept one element of; "" for none."""
+
     def __init__(self, replaced: nn.Module | None, row: Mapping[str, Any]) -> None:
         """Take over what is still needed of a module.
 
@@ -36,7 +39,6 @@ class Passthrough(nn.Module):
         self.exit: Any = SimpleNamespace(**row)
         self.shared: Any = tuple(placed(each, replaced) for each in row["shared"])
         self.replaced_type = type(replaced)
-        self.marker = ""
         tables = {each.table for each in self.shared if each.table and hasattr(replaced, each.table)}
         # In a tuple, so that the replaced module is no submodule; of its own, only the tables of shared tensors stay.
         self.maker = (replaced,) if tables else ()

@@ -31,8 +31,8 @@ _MAY_CHANGE = {"progress", "logging_steps", "eval_steps", "checkpoint_steps", "l
 _ROWS_READ = 512
 """Rows looked at, evenly spaced, of a data set that makes them when they are asked for; all of one in memory."""
 _DIGEST = "sha256:"
-_SAYS_NOTHING = ("_name_or_path", "transformers_version", "_attn_implementation", "architectures", "dtype")
-"""Settings of a configuration that do not say what a model computes, or that its tensors say too."""
+_SAYS_NOTHING = ("_name_or_path", "transformers_version", "_attn_implementation", "architectures", "dtype", "auto_map")
+"""Settings of a configuration that do not say what a model computes, or that its class or its tensors say too."""
 
 
 def identifying(config: PruneConfig) -> dict[str, Any]:

@@ -167,10 +167,15 @@ def test_a_result_hands_out_its_own_plan_or_an_error():
         first.compact()
 
 
-def test_digests_do_not_see_where_a_model_came_from(tmp_path):
+@pytest.mark.parametrize("compacted", [False, True])
+def test_digests_do_not_see_where_a_model_came_from(compacted, tmp_path):
     from cofiprune.training.identity import digest_of_model
 
     model = student()
+    if compacted:
+        with cofiprune.attach(model) as masks:
+            masks["layers.0.ffn"] = [0]
+            model = cofiprune.compact(model)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert digest_of_model(model) == digest_of_model(loaded)
