@@ -38,7 +38,8 @@ from cofiprune.errors import CofipruneError
 from cofiprune.latency.table import Conditions, LatencyTable
 from cofiprune.training.checkpoint import begun_with, note_stop
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integration")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+sys.path.insert(0, str(Path(__file__).parent))
 import given
 import test_cofi_checkpoint as originals
 
