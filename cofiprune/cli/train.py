@@ -19,7 +19,7 @@ from cofiprune.cli.loading import (
     model_name,
     task_by_architecture,
 )
-from cofiprune.cli.options import add_settings, given_settings, numbers, one_of, writable_directory
+from cofiprune.cli.options import UsageError, add_settings, given_settings, numbers, one_of, writable_directory
 from cofiprune.cli.outlook import print_outlook
 from cofiprune.errors import SettingsError
 from cofiprune.training.config import FINETUNE, PRESETS, RECOVERY, PruneConfig
@@ -69,7 +69,7 @@ def _add_essential(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add_model_options(parser, essential)
     add_data_options(parser, train=True, files=essential)
     add = essential.add_argument
-    add("--output-dir", required=True, metavar="DIR", help="where the model, the result and checkpoints go")
+    add("--output-dir", metavar="DIR", help="where the model, the result and checkpoints go")
     add("--teacher", metavar="NAME", help="a model to learn from, or self: a frozen copy (default: none)")
     add("--unlabelled-file", metavar="FILE", help="further rows, of which a teacher's outputs alone are learned")
     return essential
@@ -97,7 +97,7 @@ def prune(options: argparse.Namespace) -> None:
     target: dict[str, Any] = dict([parse_target({name: getattr(options, name) for name in TARGETS})])
     loaded, arguments = _prepare(options, config, labelled=options.teacher is None)
     if options.dry_run:
-        print_outlook(options, loaded, arguments["config"], target)
+        print_outlook(options, loaded, arguments, target)
         return
     from cofiprune.training import prune as training
     from cofiprune.training.sweep import SweepResult
@@ -116,7 +116,7 @@ def finetune(options: argparse.Namespace) -> None:
     config = PruneConfig.for_finetune(**given_settings(options))
     loaded, arguments = _prepare(options, config, labelled=not options.teacher, trained=True)
     if options.dry_run:
-        print_outlook(options, loaded, arguments["config"], {})
+        print_outlook(options, loaded, arguments, {})
         return
     from cofiprune.training import prune as training
 
@@ -129,13 +129,17 @@ def _prepare(
 ) -> tuple[Loaded, dict[str, Any]]:
     """Load the model with its data and its teacher, and return the arguments that `prune` and `finetune` share."""
     name, taught_by = model_name(options), options.teacher
-    folder = writable_directory(options.output_dir, other_than=(name, taught_by))
+    if options.output_dir is None and not options.dry_run:
+        raise UsageError("--output-dir is missing: where the model, the result and checkpoints go")
+    folder = None
+    if options.output_dir is not None:
+        folder = writable_directory(options.output_dir, other_than=(name, taught_by))
     from transformers import set_seed
 
     from cofiprune.files import check_unfinished
     from cofiprune.training.checkpoint import has_checkpoints
 
-    if not options.overwrite and not (options.resume and has_checkpoints(folder)):
+    if folder is not None and not options.overwrite and not (options.resume and has_checkpoints(folder)):
         check_unfinished(folder)
     set_seed(config.seed)
     loaded = load(options, labelled=labelled, trained=trained)
@@ -149,7 +153,7 @@ def _prepare(
     teacher: Teacher = None
     if taught_by is not None:
         teacher = "self" if taught_by == "self" else load_model(taught_by, loaded.task)
-    if not options.dry_run:
+    if folder is not None and not options.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
     return loaded, {
         "teacher": teacher,

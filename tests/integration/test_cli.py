@@ -170,6 +170,18 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(place: Path, tmp_path:
         assert f"{-(-len(REVIEWS) // 8)} an epoch" in told["steps"]
         assert "would be made" in told["output_dir"]
         assert not (tmp_path / "none").exists()
+    without = [word for word in files if "none" not in word and word != "--output-dir"]
+    for more, method, steps in (
+        ([], "one-shot: all 4 epochs", "0 of pruning, "),
+        (["--one-shot-share=0"], "cofi: one_shot_share is of gates", "of pruning, "),
+        (["--method=cofi"], "cofi", "of pruning, "),
+        (["--target-speedup=2"], "auto, picked when times are measured", ""),
+    ):
+        assert cli.main(["prune", str(place / "dense"), *without, *more, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["method"].startswith(method)
+        assert steps in told["steps"]
+        assert told["output_dir"].startswith("none yet")
     assert cli.main(["prune", str(place / "dense"), *files]) == 0
     assert "nothing was done" in capsys.readouterr().out
     assert "cannot be reached" in mistake(capsys, "prune", place / "dense", *files, "--units", "head")
