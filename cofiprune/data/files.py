@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def _read(file: Path) -> list[RawRow]:
     if reader is None:
         raise DataError(f"{file} has an ending that is not known; data files end in {', '.join(_READERS)}")
     with explained(DataError, f"cannot read {file}", Exception):
-        return reader(file)
+        return list(reader(file))
 
 
 def _csv(file: Path) -> list[RawRow]:
@@ -130,14 +130,6 @@ def _questions(articles: list[Any]) -> Iterator[RawRow]:
         raise ValueError(f"it is not nested as SQuAD is: {type(error).__name__} {error}") from error
 
 
-def _txt(file: Path) -> list[RawRow]:
-    return [{"text": line} for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-
-
-def _parquet(file: Path) -> list[RawRow]:
-    return list(parquet_rows(file))
-
-
 def stream_rows(path: str | Path) -> Iterator[RawRow]:
     """Give the rows of a file one after the other; of JSON lines, text and Parquet no more is in memory at a time.
 
@@ -167,11 +159,10 @@ _STREAMS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {
     ".txt": _lines,
     ".parquet": parquet_rows,
 }
-_READERS: Mapping[str, Callable[[Path], list[RawRow]]] = {
+_READERS: Mapping[str, Callable[[Path], Iterable[RawRow]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".json": _json,
-    ".jsonl": _json,
-    ".parquet": _parquet,
-    ".txt": _txt,
+    **_STREAMS,
+    ".jsonl": _json,  # which may hold one list as well
 }

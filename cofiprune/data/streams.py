@@ -20,7 +20,6 @@ from cofiprune.errors import DataError, SettingsError, located
 
 FIRST_ROWS = 10_000
 """Rows of a stream that one shot, calibration and evaluations take at most."""
-_PEEK = 32
 
 
 def is_stream(dataset: Any) -> bool:

@@ -26,6 +26,7 @@ from cofiprune.derivation.rows import Inner, Settings, attributes, block_rows, f
 from cofiprune.derivation.surroundings import find_surroundings
 from cofiprune.errors import AdapterError, CofipruneError, explained
 from cofiprune.hooks import reading
+from cofiprune.masking import masks_of
 from cofiprune.parts import heads_of_stages
 from cofiprune.resolving import members, stages_of
 from cofiprune.structure import UNIT_KINDS, BlockExit, Kind, UnitKind, unit_of
@@ -42,7 +43,7 @@ _STAGES = "each of its stages has hidden dimensions of its own, which the module
 
 _known: dict[tuple[type, str], Adapter | str] = {}
 _of_models: WeakKeyDictionary[PreTrainedModel, Adapter] = WeakKeyDictionary()
-"""A model keeps its adapter when settings are changed later: masked as it may be then, it cannot be tried again."""
+"""While a model is masked it keeps its adapter, whatever settings are changed: it cannot be tried again."""
 
 
 def derived_adapter(model: PreTrainedModel) -> Adapter:
@@ -50,7 +51,7 @@ def derived_adapter(model: PreTrainedModel) -> Adapter:
 
     :raises AdapterError: with what could not be told apart, or with the law that does not hold and where.
     """
-    if model in _of_models:
+    if masks_of(model) is not None and model in _of_models:
         return _of_models[model]
     key = (type(model), _fingerprint(model.config))
     if key not in _known:

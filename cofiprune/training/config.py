@@ -127,6 +127,7 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
     def for_finetune(cls, config: PruneConfig | None = None, /, **settings: Any) -> Self:
         """Make the configuration of `finetune`, whose one training stands in the fields of the recovery.
 
+        :param config: what it says of the recovery counts; where that is left at its default, what it says of pruning.
         :param settings: of `FINETUNE`; `epochs`, for example, is `finetune_epochs` in what is returned.
         :raises SettingsError: as `create`, and for a setting that `finetune` does not take.
         """
@@ -135,6 +136,8 @@ class PruneConfig(TargetSettings, GateSettings, DistillationSettings, TrainingSe
             if name in settings:
                 # Rows that a collator batches keep the size that they were batched with, hence both.
                 settings[recovery] = settings[name] if name == "batch_size" else settings.pop(name)
+            elif isinstance(config, cls) and getattr(config, recovery) == cls.model_fields[recovery].default:
+                settings.setdefault(recovery, getattr(config, name))
         return cls.create(config, **settings)
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from cofiprune.adapter import structure as structure_of
+from cofiprune.data.prepare import cached_in
 from cofiprune.data.reading import Reading
 from cofiprune.errors import SettingsError, TargetError
 from cofiprune.hooks import same_random_state
@@ -246,7 +247,7 @@ def finetune(  # noqa: PLR0913  # like prune
 
     With masks attached, what they keep is trained and they stay as they are. The arguments are those of `prune`;
     `epochs`, `learning_rate`, `lr_scheduler_type` and `batch_size`, when given, mean those of this training and go
-    before `finetune_epochs` and the like.
+    before `finetune_epochs` and the like; in a `config` they count where `finetune_epochs` and the like are left open.
 
     :raises CofipruneError: for wrong arguments, before anything is changed.
     """
@@ -263,7 +264,7 @@ def finetune(  # noqa: PLR0913  # like prune
         reading = Reading(tokenizer, text_column, text_pair_column, label_column, label_names, max_length)
         datasets = (train_dataset, unlabelled_dataset, eval_dataset)
         rows, held, collate = data_of(whole, config, reading, data_collator, datasets)
-        check_taught(rows, teacher)
+        check_taught(rows, teacher, cached_in(rows))
         run = Run(
             whole.model, structure, config, None, taught, teacher == "self",
             rows, held, collate, compute_metrics, output_dir, callbacks, resume,

@@ -60,16 +60,16 @@ def taught_by(
     if alone and (keep_width or _learns_alone(whole, config, rows, collator, picked=picked)):
         teacher = "self"
     if config.trains:
-        check_taught(rows, teacher)
+        check_taught(rows, teacher, cached)
     return teacher
 
 
-def check_taught(rows: Any, teacher: Any) -> None:
+def check_taught(rows: Any, teacher: Any, cached: Sequence[str]) -> None:
     """Make sure that rows without labels, mixed into others, have a teacher, and that there is one at most.
 
+    :param cached: columns of the rows with a teacher's outputs.
     :raises SettingsError: when they have none, or one is passed while rows have the outputs of another.
     """
-    cached = cached_in(rows)
     if cached and teacher is not None:
         raise SettingsError(
             f"the rows of train_dataset have {', '.join(cached)}, which take the place of a teacher, and there is one: "

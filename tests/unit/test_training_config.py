@@ -182,6 +182,16 @@ def test_finetune_goes_by_the_plain_names():
     assert (resolved.epochs, resolved.learning_rate) == (1, resolved.finetune_learning_rate)
 
 
+def test_finetune_goes_by_what_a_configuration_says_of_pruning_where_it_leaves_the_recovery_open():
+    config = PruneConfig(epochs=5, learning_rate=2e-4, lr_scheduler_type="cosine", batch_size=4)
+    found = PruneConfig.for_finetune(config)
+    assert (found.finetune_epochs, found.finetune_learning_rate) == (5, 2e-4)
+    assert (found.finetune_lr_scheduler_type, found.finetune_batch_size) == ("cosine", 4)
+    config = PruneConfig.create(config, finetune_epochs=9, finetune_learning_rate=1e-3)
+    found = PruneConfig.for_finetune(config, epochs=1)
+    assert (found.finetune_epochs, found.finetune_learning_rate) == (1, 1e-3)
+
+
 def test_settings_go_on_top_of_a_configuration():
     base = PruneConfig(epochs=7, units="head")
     assert PruneConfig.create(base) == base
